@@ -1,0 +1,107 @@
+"""rlprune learns how much to prune from each layer of a network.
+
+Everything public is a name of this module; the parts load when they are first used, so that importing
+the package is quick. Importing it also registers the environments with Gymnasium.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import envs
+from .errors import ArtifactError, BudgetError, ConfigError, DataError, GraphError, RlpruneError
+
+if TYPE_CHECKING:
+    from . import agents, artifacts, config, evaluation, pruning, rules, workloads
+    from .agents.policy import load_policy
+    from .artifacts import load, save
+    from .config import Config, load_config
+    from .pruning import importance, recovery
+    from .pruning.plan import Plan, make_plan
+    from .pruning.space import Group, PruningSpace
+    from .pruning.surgery import masked, prune
+    from .pruning.tracing import trace
+    from .rules import Context
+    from .workloads import Workload, build_workload
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "Config": "config",
+    "Context": "rules",
+    "Group": "pruning.space",
+    "Plan": "pruning.plan",
+    "PruningSpace": "pruning.space",
+    "Workload": "workloads",
+    "build_workload": "workloads",
+    "load": "artifacts",
+    "load_config": "config",
+    "load_policy": "agents.policy",
+    "make_plan": "pruning.plan",
+    "masked": "pruning.surgery",
+    "prune": "pruning.surgery",
+    "save": "artifacts",
+    "trace": "pruning.tracing",
+}
+_MODULES = {
+    "agents": "agents",
+    "artifacts": "artifacts",
+    "config": "config",
+    "evaluation": "evaluation",
+    "importance": "pruning.importance",
+    "pruning": "pruning",
+    "recovery": "pruning.recovery",
+    "rules": "rules",
+    "workloads": "workloads",
+}
+
+__all__ = [
+    "ArtifactError",
+    "BudgetError",
+    "Config",
+    "ConfigError",
+    "Context",
+    "DataError",
+    "GraphError",
+    "Group",
+    "Plan",
+    "PruningSpace",
+    "RlpruneError",
+    "Workload",
+    "__version__",
+    "agents",
+    "artifacts",
+    "build_workload",
+    "config",
+    "envs",
+    "evaluation",
+    "importance",
+    "load",
+    "load_config",
+    "load_policy",
+    "make_plan",
+    "masked",
+    "prune",
+    "pruning",
+    "recovery",
+    "rules",
+    "save",
+    "trace",
+    "workloads",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        value = getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f".{_MODULES[name]}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,47 @@
+"""Everything that searches. ``AGENTS`` maps a name to a maker; adding an agent is one entry and one file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+from ..config import SearchConfig
+from ..errors import ConfigError, near_miss
+from .base import Agent, SearchResult
+from .state import StateDir
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered agent: a sentence for ``rlprune list agents``, and "module:class" within this package."""
+
+    name: str
+    summary: str
+    target: str
+
+    def load(self) -> Callable[[SearchConfig], Agent]:
+        """The agent's class; imported on first use, since some bring heavy libraries."""
+        module, _, attribute = self.target.partition(":")
+        maker: Callable[[SearchConfig], Agent] = getattr(import_module(f".{module}", __name__), attribute)
+        return maker
+
+
+AGENTS: dict[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        Entry("ppo", "stable-baselines3 PPO with weights shared over groups (surrogate or direct)", "ppo:PPOAgent"),
+        Entry("random", "random distributions projected onto the budget (EagleEye)", "random_search:RandomSearch"),
+    )
+}
+
+
+def make_agent(name: str, settings: SearchConfig | None = None) -> Agent:
+    """An agent by name; ConfigError with the near miss for an unknown one."""
+    if name not in AGENTS:
+        allowed = ", ".join(AGENTS)
+        raise ConfigError(f"search.agent: unknown agent {name!r}{near_miss(name, AGENTS)}; allowed: {allowed}")
+    return AGENTS[name].load()(settings or SearchConfig())
+
+
+__all__ = ["AGENTS", "Agent", "Entry", "SearchResult", "StateDir", "make_agent"]

@@ -1,0 +1,159 @@
+"""What every agent has in common: its interface, its result, and the record of what it asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..envs.task import Scored, Task
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from .callbacks import Progress
+    from .policy import GroupPolicy
+    from .state import StateDir
+
+Ints = NDArray[np.int64]
+# What was asked for: one tuple of widths, or for incremental pruning one for each stage.
+History = tuple[tuple[int, ...], ...]
+Starts = Sequence[Sequence[Any]]
+
+
+class Purse(Protocol):
+    """An account as the agents see it (:class:`rlprune.evaluation.Account`)."""
+
+    @property
+    def limit(self) -> int: ...
+    @property
+    def left(self) -> int: ...
+    @property
+    def spent(self) -> int: ...
+    @property
+    def history(self) -> Sequence[Scored]: ...
+    def evaluate(self, widths: Any) -> Any: ...
+    def evaluate_staged(self, history: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    ``best``: for each task the best-scoring plan of its account within its (highest) budget, as one tuple
+    of widths per stage (a single tuple with one stage). ``policy``: the trained policy, where the agent has one.
+    """
+
+    best: tuple[History, ...]
+    policy: GroupPolicy | None = None
+
+    def widths(self, task: int = 0) -> Ints:
+        """Final widths (G,) of a task's best plan."""
+        return np.array(self.best[task][-1], dtype=np.int64)
+
+
+class Agent(Protocol):
+    """Anything that searches. ``search`` spends the accounts (one for each task) and returns the best plans.
+
+    Args of ``search``: ``starts`` holds for each task plans that are scored first (uniform, the rules);
+    ``seed`` decides everything random; ``state`` is where the search saves itself and continues from;
+    ``progress`` is called after every evaluation; ``tensorboard`` is a folder for curves.
+    """
+
+    def search(
+        self,
+        tasks: Sequence[Task],
+        accounts: Sequence[Any],
+        *,
+        starts: Starts = (),
+        seed: int = 0,
+        state: StateDir | None = None,
+        progress: Callable[[Progress], None] | None = None,
+        tensorboard: Path | None = None,
+    ) -> SearchResult: ...
+
+
+@contextlib.contextmanager
+def isolated_randomness() -> Iterator[None]:
+    """Leave the global generators (torch's on the CPU, numpy's, Python's) as they were found.
+
+    An evaluation may use them; one that is replayed from the ledger does not. Without this a resumed
+    search would not be the uninterrupted one.
+    """
+    kept = torch.random.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(kept[0])
+        np.random.set_state(kept[1])
+        random.setstate(kept[2])
+
+
+def as_history(plan: Any) -> History:
+    """Widths, or a sequence of widths, as plain nested tuples."""
+    array = np.atleast_2d(np.asarray(plan))
+    return tuple(tuple(int(w) for w in row) for row in array)
+
+
+class Recorder:
+    """Stands between an agent and one account: remembers every plan asked for, in order.
+
+    The order is what a resumed search repeats: the account answers from its ledger, so that its
+    counters, charges and history come out as they were.
+    """
+
+    def __init__(self, account: Purse, after: Callable[[], None] | None = None) -> None:
+        self.account = account
+        self.calls: list[History] = []
+        self.scores: dict[History, Scored] = {}
+        self._after = after
+
+    def evaluate(self, widths: Any) -> Scored:
+        return self._score(as_history(widths))
+
+    def evaluate_staged(self, history: Any) -> Scored:
+        return self._score(as_history(history))
+
+    def repeat(self, calls: Iterable[Any]) -> None:
+        """Ask for all of a saved record again."""
+        for call in calls:
+            self._score(as_history(call))
+
+    def within(self, task: Task, budget: Any) -> list[History]:
+        """Scored plans that keep a budget, the best first (probes of a rule, for one, keep none)."""
+        limit = task.space.target(budget, task.metric)
+        plans = [plan for plan in self.scores if task.space.cost(np.array(plan[-1]), task.metric) <= limit]
+        return sorted(plans, key=lambda plan: -self.scores[plan].score)
+
+    def best(self, task: Task) -> History:
+        """The best-scoring plan within the task's (highest) budget."""
+        plans = self.within(task, task.budget_range[1] if task.is_range else task.budget)
+        if not plans:
+            raise ConfigError("search.evaluations: too few to score a single plan within the budget")
+        return plans[0]
+
+    def _score(self, plan: History) -> Scored:
+        with isolated_randomness():
+            if len(plan) == 1:
+                candidate = self.account.evaluate(plan[0])
+            else:
+                candidate = self.account.evaluate_staged(plan)
+        self.calls.append(plan)
+        self.scores.setdefault(plan, candidate)
+        if self._after is not None:
+            self._after()
+        return candidate
+
+
+def check_arguments(tasks: Sequence[Task], accounts: Sequence[Any], starts: Starts) -> None:
+    """One account for each task, and starts for all of them or for none."""
+    if not tasks or len(tasks) != len(accounts):
+        raise ConfigError(f"search: {len(tasks)} tasks need as many accounts, got {len(accounts)}")
+    if len(starts) not in (0, len(tasks)):
+        raise ConfigError(f"search: starts must hold a list for each of the {len(tasks)} tasks")

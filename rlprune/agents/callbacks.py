@@ -1,0 +1,82 @@
+"""What a person sees of a running search: progress after every evaluation, and curves on request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .base import Purse
+
+
+@dataclass(frozen=True)
+class Progress:
+    """State of a search: evaluations ``spent`` of ``limit``, the ``best_score`` so far, and seconds.
+
+    ``left`` estimates the seconds that remain from the pace of this process (None before there is one);
+    ``improved`` says whether the last evaluation found a new best plan of the first task.
+    """
+
+    spent: int
+    limit: int
+    best_score: float
+    seconds: float
+    left: float | None
+    improved: bool
+
+
+class Watcher:
+    """Called after each evaluation; reports to the caller and, on request, to TensorBoard."""
+
+    def __init__(
+        self,
+        accounts: Sequence[Purse],
+        progress: Callable[[Progress], None] | None = None,
+        tensorboard: Path | None = None,
+    ) -> None:
+        self._accounts = accounts
+        self._progress = progress
+        self.logger = sb3_logger(tensorboard)
+        self._log = tensorboard is not None
+        self._started = time.monotonic()
+        self._at_start: int | None = None
+        self._best: float | None = None
+
+    def resumed(self) -> None:
+        """The evaluations so far were repeated from a ledger: they say nothing about the pace."""
+        self._started = time.monotonic()
+        self._at_start = sum(a.spent for a in self._accounts)
+
+    def __call__(self) -> None:
+        if self._progress is None and not self._log:
+            return
+        spent = sum(a.spent for a in self._accounts)
+        limit = sum(a.limit for a in self._accounts)
+        scores = [c.score for c in self._accounts[0].history]
+        best = max(scores, default=float("-inf"))
+        seconds = time.monotonic() - self._started
+        here = spent - (self._at_start or 0)
+        left = seconds / here * (limit - spent) if here > 0 else None
+        improved = self._best is None or best > self._best
+        self._best = best
+        if self._progress is not None:
+            self._progress(Progress(spent, limit, best, seconds, left, improved))
+        if self._log:
+            self.logger.record("search/best_score", best)
+            self.logger.record("search/score", scores[-1] if scores else best)
+            self.logger.dump(spent)
+
+
+def sb3_logger(tensorboard: Path | None) -> Any:
+    """stable-baselines3's logger: silent, or writing TensorBoard files into a folder."""
+    from stable_baselines3.common.logger import Logger, configure
+
+    if tensorboard is None:
+        return Logger(None, [])
+    try:
+        return configure(str(tensorboard), ["tensorboard"])
+    except (ImportError, AssertionError):
+        raise ConfigError("search.tensorboard: needs the extra `tensorboard` (pip install rlprune[tensorboard])") from None

@@ -1,0 +1,184 @@
+"""Surrogate training: batches of real evaluations, and between them PPO on a fitted model of the score.
+
+A batch: fit a Gaussian process to all that an account has scored, let PPO take its thousands of steps
+on it, and score next what the process finds most promising among the policy's mode, samples of the
+policy, and small changes of the best plans.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..envs.task import Floats, Ints, Task
+from ..evaluation import SearchSpent
+from .base import Recorder, SearchResult
+from .policy import GroupPolicy
+from .ppo import Search, derived_seed, make_ppo, restore_training, seed_everything, training_state
+from .proposals import choose_batch, climb, fresh, neighbours, random_plans
+from .surrogate import ScoreModel, SurrogateVecEnv
+
+MODE = "surrogate"
+# PPO on the surrogate: steps are cheap and an update is not, so its rollouts are long and its epochs few.
+_ROLLOUT = 256
+_MINIBATCH = 128
+_EPOCHS = 4
+# A budget range is searched at this many budgets, in turn.
+_KNOTS = 3
+# Plans of each kind that compete for a place in the next batch.
+_SAMPLES = 128
+_NEIGHBOURS = 192
+_PARENTS = 5
+# A batch asks for the sure and for the unknown: the confidence bound's weight goes through these in turn.
+_END = 0.5
+_KAPPAS = (0.0, 0.5, 1.0, 2.0)
+
+
+class Guided:
+    """The parts of a running surrogate search."""
+
+    def __init__(self, search: Search) -> None:
+        self.search = search
+        self.models = [ScoreModel(t.space.widths, t.evaluator.dense.score) for t in search.tasks]
+        settings = search.settings.ppo
+        envs = max(2, settings.surrogate_envs, len(search.tasks))
+        self.venv = SurrogateVecEnv(search.env, self.models, envs, settings.kappa, derived_seed(search.seed, 3))
+        n_steps = max(1, _ROLLOUT // envs)
+        rollout = n_steps * envs
+        batch = max(d for d in range(1, rollout + 1) if rollout % d == 0 and d <= _MINIBATCH)
+        self.ppo = make_ppo(search, self.venv, n_steps=n_steps, batch_size=batch, n_epochs=_EPOCHS)
+
+    @property
+    def policy(self) -> GroupPolicy:
+        policy = self.ppo.policy
+        assert isinstance(policy, GroupPolicy)
+        return policy
+
+    def save(self, batch: int) -> None:
+        contents = {
+            "batch": batch,
+            "training": training_state(self.ppo),
+            "thetas": [model.theta for model in self.models],
+        }
+        self.search.save(MODE, contents)
+
+    def restore(self, saved: dict[str, Any]) -> int:
+        restore_training(self.ppo, saved["training"])
+        for model, theta in zip(self.models, saved["thetas"], strict=True):
+            model.theta = theta
+        return int(saved["batch"])
+
+    def fit(self) -> None:
+        for model, recorder in zip(self.models, self.search.recorders, strict=True):
+            widths = np.array([plan[-1] for plan in recorder.scores], dtype=np.int64)
+            model.fit(widths, np.array([c.score for c in recorder.scores.values()]))
+
+    def train(self, batch: int) -> None:
+        """PPO's steps on the freshly fitted surrogate."""
+        seed_everything(self.search.seed, 1, batch)
+        spent = sum(r.account.spent for r in self.search.recorders) / sum(r.account.limit for r in self.search.recorders)
+        self.venv.kappa = self.search.settings.ppo.kappa+(_END-self.search.settings.ppo.kappa)*spent
+        self.venv.reseed(derived_seed(self.search.seed, 4, batch))
+        self.ppo._last_obs = None  # start from a reset, so that nothing of the last batch has to be saved
+        self.ppo.learn(self.search.settings.ppo.surrogate_steps, reset_num_timesteps=False)
+
+    def budget(self, task: Task, batch: int) -> Any:
+        if not task.is_range:
+            return task.budget
+        low, high = task.budget_range
+        return float(np.linspace(low, high, _KNOTS)[batch % _KNOTS])
+
+
+def guided_search(search: Search) -> SearchResult:
+    """Spend the accounts batch by batch; the last batch holds the mode of the policy that is returned."""
+    guided = Guided(search)
+    saved = search.load(MODE)
+    batch = 0
+    try:
+        if saved is None:
+            search.score_starts()
+        else:
+            batch = guided.restore(saved)
+        while any(recorder.account.left > 0 for recorder in search.recorders):
+            guided.save(batch)
+            before = sum(recorder.account.spent for recorder in search.recorders)
+            _run_batch(guided, batch)
+            batch += 1
+            if sum(recorder.account.spent for recorder in search.recorders) == before:
+                break  # nothing left that has not been scored: the space is smaller than the account
+    except SearchSpent:
+        pass
+    return search.result(guided.policy)
+
+
+def _run_batch(guided: Guided, batch: int) -> None:
+    search = guided.search
+    generator = np.random.default_rng([search.seed, 5, batch])
+    per_task = max(1, search.settings.batch // len(search.tasks))
+    if batch > 0:
+        guided.fit()
+        guided.train(batch)
+    for index, (task, recorder) in enumerate(zip(search.tasks, search.recorders, strict=True)):
+        count = min(per_task, recorder.account.left)
+        budget = guided.budget(task, batch + index)
+        if batch == 0:
+            plans = first_plans(task, budget, recorder, count, search.settings.ppo.log_std_init, generator)
+        else:
+            plans = next_plans(guided, index, budget, count, generator)
+        for plan in plans[:count]:
+            recorder.evaluate(plan)
+
+
+def first_plans(
+    task: Task, budget: Any, recorder: Recorder, count: int, log_std: float, generator: np.random.Generator
+) -> Ints:
+    """The base plan, samples of the untrained policy around it, and as many random plans."""
+    groups = len(task.space.groups)
+    actions = np.exp(log_std) * generator.normal(size=(4 * count, groups))
+    actions[0] = 0.0
+    around = fresh(task.widths(np.clip(actions, -1.0, 1.0), budget), recorder.scores)[: -(-count // 2)]
+    anywhere = random_plans(task, budget, 4 * count, generator)
+    return fresh(np.vstack([around, anywhere]), recorder.scores)
+
+
+def next_plans(guided: Guided, index: int, budget: Any, count: int, generator: np.random.Generator) -> Ints:
+    """The policy's mode first, then what the surrogate ranks highest among all proposals."""
+    task, recorder = guided.search.tasks[index], guided.search.recorders[index]
+    model = guided.models[index]
+    samples = _policy_plans(guided, index, budget)
+    mode = fresh(samples[:1], recorder.scores)
+    parents = _parents(task, recorder, budget, samples)
+
+    def acquisition(plans: Ints) -> Floats:
+        mean, std = model.predict(plans)
+        return mean + std
+
+    climbed = climb(task, parents, budget, acquisition, generator)
+    changed = neighbours(task, parents, budget, _NEIGHBOURS, generator)
+    pool = fresh(np.vstack([mode, climbed, samples, changed]), recorder.scores)
+    chosen: list[int] = [0] if len(mode) else []
+    picks = choose_batch(model, pool, count, _KAPPAS, chosen)
+    return pool[picks]
+
+
+def _parents(task: Task, recorder: Recorder, budget: Any, samples: Ints) -> Ints:
+    """The best plans that were scored within the budget, and the policy's mode."""
+    within = recorder.within(task, budget)[:_PARENTS]
+    best = np.array([plan[-1] for plan in within], dtype=np.int64).reshape(-1, samples.shape[1])
+    return np.vstack([best, samples[:1]])
+
+
+def _policy_plans(guided: Guided, index: int, budget: Any) -> Ints:
+    """Plans of the policy: its mode (row 0) and samples."""
+    task, policy = guided.search.tasks[index], guided.policy
+    obs, _ = guided.search.env.reset(options={"task": index, "budget": budget})
+    rows = torch.from_numpy(np.repeat(obs[None], _SAMPLES, axis=0))
+    with torch.no_grad():
+        distribution = policy.get_distribution(rows)
+        actions: NDArray[Any] = distribution.sample().numpy()
+        actions[0] = distribution.mode().numpy()[0]
+    return task.widths(np.clip(actions[:, : len(task.space.groups)], -1.0, 1.0), budget)
+

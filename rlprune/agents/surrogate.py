@@ -1,0 +1,206 @@
+"""A model of the score, and a vectorised environment that pays its predictions instead of real scores.
+
+Shape legend: N plans, G groups, B environments.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cho_solve, cholesky, solve_triangular
+from scipy.optimize import minimize
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+from stable_baselines3.common.vec_env import VecEnv
+
+from ..envs.distribution import DistributionEnv
+from ..envs.observation import pad
+from ..envs.task import Floats, Ints, Task
+
+# Scores below this quantile (and below the first start) are told apart no further.
+_TAIL = 0.2
+# Prior of the length scales (in logarithms of the keep ratio): centre, and spread of its logarithm.
+_LENGTH = 2.0
+_LENGTH_SPREAD = 0.8
+# L-BFGS steps per fit; each fit starts from the hyperparameters of the last one.
+_FIT_STEPS = 25
+# Environments of one task that share a drawn budget: projecting is vectorised over one budget.
+_CHUNK = 16
+
+
+class ScoreModel:
+    """Gaussian process over the logarithms of the keep ratios: Matern 2.5, one length scale a group, noise.
+
+    The target is the negative logarithm of the distance to the dense score, standardised: pruning
+    losses spread over orders of magnitude, and the order among the good plans is what matters. The
+    collapsed tail is clipped.
+    """
+
+    def __init__(self, space_widths: Ints, dense_score: float) -> None:
+        self._dense = space_widths.astype(np.float64)
+        self._dense_score = dense_score
+        self._theta: Floats | None = None
+
+    def fit(self, widths: Ints, scores: Floats) -> None:
+        """Fit to N scored plans: widths (N, G), scores (N,)."""
+        x, y = self.inputs(widths), self._targets(scores)
+        groups = x.shape[1]
+        kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(np.full(groups, _LENGTH), (0.1, 50.0), nu=2.5)
+        kernel = kernel + WhiteKernel(1e-2, (1e-5, 0.5))
+        if self._theta is not None:
+            kernel = kernel.clone_with_theta(self._theta)
+        regressor = GaussianProcessRegressor(kernel, alpha=1e-8, optimizer=_optimise)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            regressor.fit(x, y)
+        self._theta = regressor.kernel_.theta.copy()
+        self._kernel, self._noise = regressor.kernel_.k1, float(regressor.kernel_.k2.noise_level)
+        self._x = x
+        gram = self._kernel(x) + (self._noise + 1e-8) * np.eye(len(x))
+        self._lower = cholesky(gram, lower=True)
+        self._weights = cho_solve((self._lower, True), y)
+
+    def inputs(self, widths: Ints) -> Floats:
+        """(N, G) widths -> (N, G) logarithms of the keep ratios."""
+        return np.log(np.asarray(widths, dtype=np.float64) / self._dense)
+
+    def predict(self, widths: Ints) -> tuple[Floats, Floats]:
+        """Mean (N,) and standard deviation (N,) of the standardised target."""
+        cross = self._kernel(self._x, self.inputs(widths))
+        mean = cross.T @ self._weights
+        solved = solve_triangular(self._lower, cross, lower=True)
+        variance = self._kernel.diag(self.inputs(widths)) - (solved**2).sum(axis=0)
+        return mean, np.sqrt(np.maximum(variance, 1e-12))
+
+    def covariance(self, widths: Ints) -> tuple[Floats, Floats]:
+        """Mean (N,) and joint covariance (N, N)."""
+        x = self.inputs(widths)
+        cross = self._kernel(self._x, x)
+        solved = solve_triangular(self._lower, cross, lower=True)
+        return cross.T @ self._weights, self._kernel(x) - solved.T @ solved
+
+    @property
+    def noise(self) -> float:
+        return self._noise
+
+    @property
+    def theta(self) -> list[float] | None:
+        """Logarithms of the hyperparameters, where the next fit starts."""
+        return None if self._theta is None else [float(t) for t in self._theta]
+
+    @theta.setter
+    def theta(self, value: Sequence[float] | None) -> None:
+        self._theta = None if value is None else np.array(value)
+
+    def _targets(self, scores: Floats) -> Floats:
+        scores = np.nan_to_num(np.asarray(scores, dtype=np.float64), nan=-1e9, neginf=-1e9)
+        distance = np.maximum(self._dense_score - scores, 0.0)
+        # The offset keeps a plan that is as good as the dense model from dominating everything.
+        offset = max(0.1 * float(np.median(distance)), 1e-6)
+        y = -np.log(distance + offset)
+        y = np.maximum(y, np.quantile(y, _TAIL) - 1.0)
+        spread = float(y.std())
+        return (y - y.mean()) / (spread if spread > 1e-9 else 1.0)
+
+
+def _optimise(objective: Callable[..., Any], start: Floats, bounds: Floats) -> tuple[Floats, float]:
+    """Scikit-learn's optimiser with fewer steps and a prior: each fit starts where the last one ended.
+
+    Without the log-normal prior on the length scales, dozens of points in as many dimensions are
+    explained by scales at their bounds, and the predictions are worth nothing.
+    """
+    centre = np.full(len(start), np.log(_LENGTH))
+    weight = np.full(len(start), 1.0 / _LENGTH_SPREAD**2)
+    weight[[0, -1]] = 0.0  # signal and noise are free
+
+    def penalised(theta: Floats) -> tuple[float, Floats]:
+        value, gradient = objective(theta)
+        off = theta - centre
+        return value + 0.5 * float((weight * off**2).sum()), gradient + weight * off
+
+    options = {"maxiter": _FIT_STEPS}
+    result = minimize(penalised, start, method="L-BFGS-B", jac=True, bounds=bounds, options=options)
+    return result.x, float(result.fun)
+
+
+class SurrogateVecEnv(VecEnv):
+    """B copies of Distribution-v0 (one stage) that pay what the score models predict; no plan is built.
+
+    Reward: predicted score of the plan plus ``kappa`` standard deviations, minus the prediction for the
+    base plan of that budget, so that rewards of easy and hard budgets compare. The environments are
+    spread evenly over the tasks; each chunk of them draws its own budget at every step.
+    """
+
+    def __init__(
+        self, env: DistributionEnv, models: Sequence[ScoreModel], count: int, kappa: float, seed: int
+    ) -> None:
+        super().__init__(count, env.observation_space, env.action_space)
+        self._env, self._models = env, models
+        self.kappa = kappa
+        self._random = np.random.default_rng(seed)
+        self.render_mode = None
+        self._chunks = _chunks(count, env.tasks)
+        self._budgets: list[Any] = []
+        self._actions: NDArray[Any] = np.zeros((count, env.max_groups))
+        self._draw()
+
+    def reseed(self, seed: int) -> None:
+        """Random numbers from here on follow from this seed alone."""
+        self._random = np.random.default_rng(seed)
+        self._draw()
+
+    def reset(self) -> NDArray[np.float32]:
+        return self._observations()
+
+    def step_async(self, actions: NDArray[Any]) -> None:
+        self._actions = actions
+
+    def step_wait(self) -> Any:
+        rewards = np.zeros(self.num_envs, dtype=np.float32)
+        for (task_index, rows), budget in zip(self._chunks, self._budgets, strict=True):
+            task, model = self._env.tasks[task_index], self._models[task_index]
+            groups = len(task.space.groups)
+            plans = task.widths(np.vstack([np.zeros(groups), self._actions[rows, :groups]]), budget)
+            mean, std = model.predict(plans)
+            rewards[rows] = (mean[1:] + self.kappa * std[1:]) - mean[0]
+        self._draw()
+        done = np.ones(self.num_envs, dtype=bool)
+        return self._observations(), rewards, done, [{} for _ in range(self.num_envs)]
+
+    def _draw(self) -> None:
+        self._budgets = [self._env.tasks[i].draw_budget(self._random) for i, _ in self._chunks]
+
+    def _observations(self) -> NDArray[np.float32]:
+        rows = np.zeros((self.num_envs, *(self.observation_space.shape or ())), dtype=np.float32)
+        for (task_index, where), budget in zip(self._chunks, self._budgets, strict=True):
+            rows[where] = pad(self._env.tasks[task_index].observe(budget), self._env.max_groups).ravel()
+        return rows
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        return [getattr(self, attr_name, None) for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        raise AttributeError("the surrogate environments have no attributes of their own")
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        raise AttributeError("the surrogate environments have no methods of their own")
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+        return [False for _ in self._get_indices(indices)]
+
+
+def _chunks(count: int, tasks: Sequence[Task]) -> list[tuple[int, NDArray[np.int64]]]:
+    """Environments of each task in chunks that share a budget: (task, rows)."""
+    chunks = []
+    for index, rows in enumerate(np.array_split(np.arange(count), len(tasks))):
+        pieces = -(-len(rows) // _CHUNK) if tasks[index].is_range else 1
+        chunks += [(index, piece) for piece in np.array_split(rows, pieces)]
+    return chunks

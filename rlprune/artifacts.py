@@ -1,0 +1,353 @@
+"""Pruned models and policies on disk: tensors in safetensors, everything else in JSON, never pickle.
+
+A pruned model's folder holds `model.safetensors` and `plan.json`. Loading builds the dense
+architecture (from an allow-list, or the model passed in), puts the small tensors in by name and sets the
+integer attributes that surgery changed: nothing is traced and no code is named by the files.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ArtifactError, near_miss
+from .files import (
+    lock_run,
+    read_json,
+    read_tensors,
+    replacing_folder,
+    write_json_atomic,
+    write_tensors_atomic,
+    write_text_atomic,
+)
+from .pruning.plan import Plan
+from .pruning.surgery import attributes, axis_indices
+from .pruning.tracing import fingerprint
+from .workloads.identify import identify
+from .workloads.zoo import rebuild
+
+__all__ = [
+    "POLICY_VERSION",
+    "VERSION",
+    "load",
+    "lock_run",
+    "read_json",
+    "read_plan",
+    "read_policy_files",
+    "read_tensors",
+    "save",
+    "save_policy",
+    "write_json_atomic",
+    "write_tensors_atomic",
+    "write_text_atomic",
+]
+
+VERSION = 1
+POLICY_VERSION = 1
+MODEL_FILE, PLAN_FILE = "model.safetensors", "plan.json"
+POLICY_TENSORS, POLICY_FILE = "policy.safetensors", "policy.json"
+_LIBRARIES = (
+    "rlprune",
+    "torch",
+    "torchvision",
+    "torch-pruning",
+    "stable-baselines3",
+    "gymnasium",
+    "safetensors",
+)
+
+
+def save(
+    slim: nn.Module,
+    plan: Plan,
+    directory: str | Path,
+    *,
+    base: Mapping[str, Any] | None = None,
+    example_inputs: Tensor | None = None,
+) -> Path:
+    """Write a pruned model into a folder, which is replaced as a whole or not at all.
+
+    Args:
+        slim: what `rlprune.prune(model, plan)` made, fine-tuned or not.
+        plan: the plan it was made with.
+        directory: new, empty, or an earlier pruned model of ours.
+        base: how to build the dense architecture, ``{"source", "name", "arguments"}`` (a workload's
+            `.base`). Without it, models of torchvision, timm and our zoo are recognised; for others the
+            folder says that `load` needs ``base=model``.
+        example_inputs: its shape is recorded, for export and for measuring.
+
+    Raises ArtifactError: tensors that do not fit the plan, NaN weights, or a folder that cannot be written.
+    """
+    tensors = {name: tensor.detach() for name, tensor in slim.state_dict().items()}
+    _refuse_nan(tensors, "the model")
+    _check_against_plan(tensors, plan)
+    if base is None:
+        params = plan.space.dense_cost("params")
+        base = identify(slim, plan.space.fingerprint, params, attributes(plan.space, plan))
+    document = {
+        "format": "rlprune pruned model",
+        "version": VERSION,
+        "base": dict(base) if base is not None else {"source": "given"},
+        **plan.to_dict(),
+        "budget": {"target": plan.origin.get("budget"), "metric": plan.origin.get("metric", "macs")},
+        "input": None if example_inputs is None else list(example_inputs.shape),
+        "attributes": attributes(plan.space, plan),
+        "roots": _roots(plan),
+        "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
+        "libraries": library_versions(),
+    }
+    with replacing_folder(directory, PLAN_FILE) as folder:
+        write_tensors_atomic(folder / MODEL_FILE, tensors, {"format": "pt", "rlprune": str(VERSION)})
+        write_json_atomic(folder / PLAN_FILE, document)
+    return Path(directory)
+
+
+def load(directory: str | Path, base: nn.Module | None = None) -> nn.Module:
+    """The pruned model in a folder, on the CPU, in eval mode.
+
+    Args:
+        base: the dense model, where the file cannot say how to build it (a model of your own); it is
+            not changed, and only its architecture counts.
+
+    Raises ArtifactError: missing, truncated, foreign or newer files, tensors that do not fit the plan or
+    the base, NaN weights.
+    """
+    folder = Path(directory)
+    document = read_plan(folder)
+    tensors = read_tensors(folder / MODEL_FILE)
+    where = str(folder / MODEL_FILE)
+    _check_tensors(tensors, document, where)
+    _refuse_nan(tensors, where)
+    if base is None:
+        model = rebuild(document["base"])
+    else:
+        model = copy.deepcopy(base)
+    found = fingerprint(model)
+    if found != document["fingerprint"]:
+        raise ArtifactError(
+            f"{folder}: was made from another architecture than {type(model).__name__} as given "
+            f"(fingerprint {document['fingerprint']}, here {found})"
+        )
+    _put_tensors(model, tensors, where)
+    _set_attributes(model, document["attributes"], str(folder / PLAN_FILE))
+    return model.cpu().eval()
+
+
+def read_plan(directory: str | Path) -> dict[str, Any]:
+    """The checked content of a pruned model's plan.json; raises ArtifactError."""
+    folder = Path(directory)
+    path = folder / PLAN_FILE
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: no such folder of a pruned model")
+    document = _read_document(path, "rlprune pruned model", VERSION)
+    fields: dict[str, type] = {
+        "base": dict, "fingerprint": str, "groups": list, "widths": list, "budget": dict, "cost": dict,
+        "dense_cost": dict, "attributes": dict, "roots": dict, "tensors": dict, "libraries": dict,
+    }  # fmt: skip
+    _check_fields(document, fields, path)
+    if len(document["groups"]) != len(document["widths"]):
+        raise ArtifactError(
+            f"{path}: has {len(document['groups'])} groups but {len(document['widths'])} widths"
+        )
+    for group, width in zip(document["groups"], document["widths"], strict=True):
+        _check_group(group, width, path)
+    return document
+
+
+def save_policy(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], directory: str | Path) -> Path:
+    """Write a policy's shared weights and its JSON-able description into a folder, replaced as a whole."""
+    _refuse_nan(tensors, "the policy")
+    document = {
+        "format": "rlprune policy",
+        "version": POLICY_VERSION,
+        "meta": dict(meta),
+        "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
+        "libraries": library_versions(),
+    }
+    with replacing_folder(directory, POLICY_FILE) as folder:
+        write_tensors_atomic(folder / POLICY_TENSORS, tensors)
+        write_json_atomic(folder / POLICY_FILE, document)
+    return Path(directory)
+
+
+def read_policy_files(directory: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and description of a saved policy; raises ArtifactError for anything that is not one."""
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: no such folder of a policy")
+    document = _read_document(folder / POLICY_FILE, "rlprune policy", POLICY_VERSION)
+    _check_fields(document, {"meta": dict, "tensors": dict}, folder / POLICY_FILE)
+    tensors = read_tensors(folder / POLICY_TENSORS)
+    where = str(folder / POLICY_TENSORS)
+    _check_tensors(tensors, document, where)
+    _refuse_nan(tensors, where)
+    return tensors, document["meta"]
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that a result depends on."""
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _read_document(path: Path, kind: str, newest: int) -> dict[str, Any]:
+    """A JSON object of the given kind whose version this code can read."""
+    document = read_json(path)
+    if not isinstance(document, dict) or document.get("format") != kind:
+        raise ArtifactError(f"{path}: not a file of a {kind}")
+    version = document.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ArtifactError(f"{path}: version: must be a whole number of 1 and more, got {version!r}")
+    if version > newest:
+        raise ArtifactError(
+            f"{path}: format version {version} is newer than this rlprune reads (up to {newest}); update rlprune"
+        )
+    return document
+
+
+def _check_fields(document: Mapping[str, Any], fields: Mapping[str, type], path: Path) -> None:
+    for field, kind in fields.items():
+        if not isinstance(document.get(field), kind):
+            state = "is missing" if field not in document else f"is not a {kind.__name__}"
+            raise ArtifactError(f"{path}: damaged: the field {field!r} {state}")
+
+
+def _check_group(group: Any, width: Any, path: Path) -> None:
+    if not isinstance(group, dict) or not isinstance(group.get("name"), str):
+        raise ArtifactError(f"{path}: damaged: a group has no name")
+    dense, kept = group.get("width"), group.get("kept")
+    problem = f"{path}: damaged: group {group['name']!r}: "
+    if not _is_count(dense) or not _is_count(width) or not isinstance(kept, list):
+        raise ArtifactError(problem + "needs whole-number widths and a list of kept units")
+    if len(kept) != width:
+        raise ArtifactError(problem + f"keeps {len(kept)} units but its width is {width}")
+    inside = all(_is_count(unit) and unit < dense for unit in kept)
+    if not inside or any(a >= b for a, b in itertools.pairwise(kept)):
+        raise ArtifactError(problem + f"kept units must be ascending numbers below {dense}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _roots(plan: Plan) -> dict[str, dict[str, Any]]:
+    """For each group a tensor whose size follows from its width alone: size = per_unit * width.
+
+    It ties the kept indices to the tensors, so that a mismatch shows when the folder is loaded.
+    """
+    space = plan.space
+    roots: dict[str, dict[str, Any]] = {}
+    for group, first in zip(space.groups, space.offsets, strict=True):
+        for cut in space.cuts:
+            slots = space.axes[cut.axis].slots
+            inside = (slots >= first) & (slots < first + group.width)
+            if inside.all() and len(slots) % group.width == 0:
+                roots[group.name] = {
+                    "tensor": cut.tensor, "dim": int(cut.dim), "per_unit": len(slots) // group.width
+                }  # fmt: skip
+                break
+    return roots
+
+
+def _check_against_plan(tensors: Mapping[str, Tensor], plan: Plan) -> None:
+    """Every tensor that the plan cuts has the size that the plan gives it."""
+    indices = axis_indices(plan.space, plan.kept)
+    for cut in plan.space.cuts:
+        index = indices[cut.axis]
+        size = len(plan.space.axes[cut.axis].slots) if index is None else len(index)
+        tensor = tensors.get(cut.tensor)
+        if tensor is None or cut.dim >= tensor.ndim or tensor.shape[cut.dim] != size:
+            shape = None if tensor is None else tuple(tensor.shape)
+            raise ArtifactError(
+                f"save: {cut.tensor!r} has shape {shape}, the plan needs {size} in dimension {cut.dim}: "
+                "the model was not made with this plan"
+            )
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], document: Mapping[str, Any], where: str) -> None:
+    """The file holds exactly the tensors that the JSON lists, and the groups' sizes agree with them."""
+    listed = document["tensors"]
+    missing, foreign = sorted(set(listed) - set(tensors)), sorted(set(tensors) - set(listed))
+    if missing:
+        raise ArtifactError(f"{where}: the tensor {missing[0]!r} is missing{near_miss(missing[0], foreign)}")
+    if foreign:
+        raise ArtifactError(
+            f"{where}: holds the tensor {foreign[0]!r}, which the JSON beside it does not list"
+        )
+    for name, tensor in tensors.items():
+        if list(tensor.shape) != listed[name]:
+            raise ArtifactError(
+                f"{where}: {name!r} has shape {list(tensor.shape)}, the JSON says {listed[name]}"
+            )
+    widths = {group["name"]: len(group["kept"]) for group in document.get("groups", [])}
+    for name, root in document.get("roots", {}).items():
+        try:
+            size, wanted = tensors[root["tensor"]].shape[root["dim"]], root["per_unit"] * widths[name]
+        except (KeyError, IndexError, TypeError) as error:
+            raise ArtifactError(f"{where}: the JSON beside it is damaged (root of group {name!r})") from error
+        if size != wanted:
+            raise ArtifactError(
+                f"{where}: {root['tensor']!r} has size {size}, but group {name!r} keeps {widths[name]} units"
+            )
+
+
+def _refuse_nan(tensors: Mapping[str, Tensor], where: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ArtifactError(f"{where}: the tensor {name!r} holds NaN or infinite values")
+
+
+def _put_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Replace all parameters and buffers by the tensors of the file, whatever their sizes; ties stay tied."""
+    own = model.state_dict()
+    missing, foreign = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    if missing or foreign:
+        name = (missing or foreign)[0]
+        state = "lacks" if missing else "holds the unknown"
+        raise ArtifactError(f"{where}: {state} tensor {name!r}{near_miss(name, foreign if missing else own)}")
+    shared: dict[int, nn.Parameter] = {}
+    for name, tensor in tensors.items():
+        old = own[name]
+        if tensor.ndim != old.ndim or any(
+            new > was for new, was in zip(tensor.shape, old.shape, strict=True)
+        ):
+            raise ArtifactError(
+                f"{where}: {name!r} has shape {list(tensor.shape)}, which does not fit {list(old.shape)} of the base"
+            )
+        path, _, last = name.rpartition(".")
+        module = model.get_submodule(path)
+        parameter = module._parameters.get(last)
+        if parameter is None:
+            module._buffers[last] = tensor
+        else:
+            new = nn.Parameter(tensor, parameter.requires_grad)
+            module._parameters[last] = shared.setdefault(id(parameter), new)
+
+
+def _set_attributes(model: nn.Module, wanted: Mapping[str, Any], where: str) -> None:
+    """Set integer attributes of modules, and only ones that are there and are integers already."""
+    modules = dict(model.named_modules())
+    for name, values in wanted.items():
+        if name not in modules or not isinstance(values, dict):
+            raise ArtifactError(
+                f"{where}: attributes: the base has no module {name!r}{near_miss(name, modules)}"
+            )
+        for attribute, value in values.items():
+            old = vars(modules[name]).get(attribute)
+            if attribute.startswith("_") or not _is_count(old) or not _is_count(value):
+                raise ArtifactError(
+                    f"{where}: attributes: {name}.{attribute} = {value!r} is not a size that may be set"
+                )
+            setattr(modules[name], attribute, value)

@@ -1,0 +1,71 @@
+"""What there is, by name: the registries as `rlprune list` prints them, and the names a config may use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .config import Config, settings_reference, shipped_configs
+from .errors import ConfigError, near_miss
+
+KINDS = ("models", "rules", "agents", "importances", "recoveries", "data", "configs", "settings")
+
+
+def rows(kind: str) -> list[tuple[str, str]]:
+    """(name, one line) of everything of a kind, from the registries themselves."""
+    if kind == "configs":
+        return [(name, _first_comment(path)) for name, path in shipped_configs().items()]
+    if kind == "settings":
+        return [(s.path, f"{s.doc} ({s.type}; default: {s.default!r})") for s in settings_reference()]
+    if kind == "models":
+        from .workloads import list_models
+
+        return list_models()
+    if kind == "data":
+        from .workloads import list_data
+
+        return list_data()
+    if kind == "rules":
+        from .rules import RULES
+
+        return [(name, rule.summary) for name, rule in RULES.items()]
+    if kind == "agents":
+        from .agents import AGENTS
+
+        return [(name, agent.summary) for name, agent in AGENTS.items()]
+    if kind == "importances":
+        from .pruning.importance import IMPORTANCES
+
+        return [(name, _first_line(function)) for name, function in IMPORTANCES.items()]
+    from .pruning.recovery import RECOVERIES
+
+    return list(RECOVERIES.items())
+
+
+def check_names(config: Config) -> None:
+    """Refuse unknown names at once, not after minutes of training; raises ConfigError with the near miss."""
+    from .agents import AGENTS
+    from .pruning.importance import IMPORTANCES
+    from .rules import RULES
+
+    wanted = [
+        ("prune.importance", config.prune.importance, list(IMPORTANCES)),
+        ("search.agent", config.search.agent, list(AGENTS)),
+        ("search.base_rule", config.search.base_rule, ["auto", *RULES]),
+        *((f"search.baselines[{i}]", name, list(AGENTS)) for i, name in enumerate(config.search.baselines)),
+    ]
+    if config.workload is None:
+        wanted.append(("data.name", config.data.name, [name for name, _ in rows("data")]))
+    for field, name, allowed in wanted:
+        if name not in allowed:
+            hint = near_miss(name, allowed)
+            raise ConfigError(f"{field}: unknown name {name!r}{hint}; allowed: {', '.join(allowed)}")
+
+
+def _first_line(function: Callable[..., Any]) -> str:
+    return (function.__doc__ or "").strip().partition("\n")[0]
+
+
+def _first_comment(path: Path) -> str:
+    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")

@@ -1,0 +1,158 @@
+"""What a policy sees of a group: numbers that do not depend on the size of the model.
+
+Shape legend: G groups, F features. Column 0 is the mask: 1 for a group, 0 for padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..pruning.space import PruningSpace
+
+Floats = NDArray[np.float64]
+
+FEATURE_VERSION = 1
+KINDS = ("conv", "linear", "depthwise", "grouped", "residual")
+FEATURES = (
+    "mask",
+    "depth",
+    *(f"kind_{kind}" for kind in KINDS),
+    "kind_other",
+    "log_width",
+    "cost_share",
+    "log_unit_cost",
+    "kernel",
+    "stride",
+    "log_members",
+    "minimum",
+    "importance_q10",
+    "importance_q50",
+    "importance_q90",
+    "importance_lowest_quarter",
+    "importance_lowest_half",
+    "log_importance",
+    "log_importance_per_cost",
+    "sensitivity_1",
+    "sensitivity_2",
+    "base",
+    "base_kept",
+    "budget",
+    "spent",
+    "kept",
+)
+# Every feature is clipped to this, which also makes the observation space finite.
+BOUND = 5.0
+_STATIC = FEATURES.index("base")
+_TINY = 1e-12
+
+
+def static_features(
+    space: PruningSpace, importance: Sequence[Floats], metric: str, sensitivity: Floats | None = None
+) -> NDArray[np.float32]:
+    """The columns that depend neither on the budget nor on what has been cut yet.
+
+    Args:
+        importance: one array per group with the importance of each unit.
+        sensitivity: (G, 2), loss of score when one group alone is cut at two ratios; None leaves zeros.
+
+    Returns:
+        float32 (G, F); the columns of :func:`fill_dynamic` are zero.
+    """
+    dense = space.widths
+    unit_costs = np.maximum(space.unit_costs(dense, metric), _TINY)
+    total = max(space.dense_cost(metric), _TINY)
+    share = unit_costs * dense / total
+    log_unit = np.log(unit_costs) - np.log(unit_costs).mean()
+    columns: dict[str, Floats] = {
+        "mask": np.ones(len(dense)),
+        "depth": np.array([g.depth for g in space.groups]),
+        "log_width": np.log2(dense) / 8.0,
+        "cost_share": share * len(dense) / 2.0,
+        "log_unit_cost": log_unit / 2.0,
+        "kernel": np.array([g.kernel for g in space.groups]) / 7.0,
+        "stride": np.array([g.stride for g in space.groups]) / 4.0,
+        "log_members": np.log2([1 + len(g.members) for g in space.groups]) / 4.0,
+        "minimum": space.minimums / dense,
+        **_importance_columns(importance, share),
+    }
+    kinds = [g.kind if g.kind in KINDS else "other" for g in space.groups]
+    for kind in (*KINDS, "other"):
+        columns[f"kind_{kind}"] = np.array([float(k == kind) for k in kinds])
+    if sensitivity is not None:
+        scaled = _log_ratio(np.maximum(sensitivity, 0.0))
+        columns["sensitivity_1"], columns["sensitivity_2"] = scaled[:, 0], scaled[:, 1]
+    table = np.zeros((len(dense), len(FEATURES)), dtype=np.float32)
+    for name, column in columns.items():
+        table[:, FEATURES.index(name)] = np.clip(column, -BOUND, BOUND)
+    return table
+
+
+def _importance_columns(importance: Sequence[Floats], share: Floats) -> dict[str, Floats]:
+    """Shape of each group's importances, and its mean beside the other groups'; nothing has a unit."""
+    quantiles, lowest, means, sums = [], [], [], []
+    for scores in importance:
+        ordered = np.sort(np.abs(np.nan_to_num(np.asarray(scores, dtype=np.float64))))
+        mean = max(float(ordered.mean()), _TINY)
+        quantiles.append(np.quantile(ordered, (0.1, 0.5, 0.9)) / mean)
+        running = np.cumsum(ordered) / max(float(ordered.sum()), _TINY)
+        positions = np.linspace(1.0 / len(ordered), 1.0, len(ordered))
+        lowest.append(np.interp((0.25, 0.5), positions, running))
+        means.append(mean)
+        sums.append(mean * len(ordered))
+    q, low, mean_array, sum_array = np.array(quantiles), np.array(lowest), np.array(means), np.array(sums)
+    per_cost = np.log(sum_array / sum_array.sum() + _TINY) - np.log(share + _TINY)
+    return {
+        "importance_q10": q[:, 0],
+        "importance_q50": q[:, 1],
+        "importance_q90": q[:, 2] / 2.0,
+        "importance_lowest_quarter": low[:, 0] * 2.0,
+        "importance_lowest_half": low[:, 1] * 2.0,
+        "log_importance": (np.log(mean_array) - np.log(mean_array).mean()) / 2.0,
+        "log_importance_per_cost": (per_cost - per_cost.mean()) / 2.0,
+    }
+
+
+def _log_ratio(values: Floats) -> Floats:
+    """Logarithm beside the column's mean: scale-free, and small values keep their order."""
+    mean = np.maximum(values.mean(axis=0, keepdims=True), _TINY)
+    return np.log(values / mean + 0.05)
+
+
+def fill_dynamic(
+    table: NDArray[np.float32],
+    space: PruningSpace,
+    base: Floats,
+    base_widths: NDArray[np.int64],
+    widths: NDArray[np.int64],
+    target: float,
+    metric: str,
+) -> NDArray[np.float32]:
+    """A copy of the static table (G, F) with the columns of one moment of an episode.
+
+    Args:
+        base: (G,) base distribution; base_widths: (G,) its projection on the budget.
+        widths: (G,) what is kept now (the dense widths at the start).
+        target: absolute cost of the final budget.
+    """
+    dense_cost = space.dense_cost(metric)
+    over = max(dense_cost - target, _TINY)
+    table = table.copy()
+    table[:, _STATIC:] = np.stack(
+        [
+            np.clip(base / max(float(base.mean()), _TINY) / 2.0, 0.0, BOUND),
+            base_widths / space.widths,
+            np.full(len(base), target / dense_cost),
+            np.full(len(base), np.clip((dense_cost - space.cost(widths, metric)) / over, 0.0, BOUND)),
+            widths / space.widths,
+        ],
+        axis=1,
+    )
+    return table
+
+
+def pad(table: NDArray[np.float32], groups: int) -> NDArray[np.float32]:
+    """(G, F) -> (groups, F): rows of zeros, whose mask says that they are no groups."""
+    return np.pad(table, ((0, groups - len(table)), (0, 0)))

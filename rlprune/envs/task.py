@@ -1,0 +1,247 @@
+"""A task: one model under one budget (or a range of them), and who scores its candidates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BudgetError, ConfigError, near_miss
+from ..pruning.budget import Limits, project
+from ..pruning.cost import formula
+from ..pruning.space import PruningSpace
+from .observation import fill_dynamic, static_features
+from .reward import RewardScale, reward_scale
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+# d = base * exp(ACTION_SCALE * (a - mean a)): two groups can differ by a factor of e^3 from the base rule.
+ACTION_SCALE = 1.5
+# Share of the mean that a group keeps in the base distribution, so that an action can reach every group.
+BASE_FLOOR = 0.05
+
+
+class Scored(Protocol):
+    """A scored candidate; the part of it that environments and agents read."""
+
+    @property
+    def widths(self) -> tuple[int, ...]: ...
+    @property
+    def cost(self) -> float: ...
+    @property
+    def score(self) -> float: ...
+    @property
+    def loss(self) -> float: ...
+    @property
+    def metric(self) -> float: ...
+    @property
+    def seconds(self) -> float: ...
+
+
+class Scorer(Protocol):
+    """Whoever scores plans: an evaluator, or an account that charges for each of them."""
+
+    def evaluate(self, widths: Any) -> Scored: ...
+    def evaluate_staged(self, history: Any) -> Scored: ...
+
+
+class Judge(Scorer, Protocol):
+    """What a task needs of an evaluator (see :class:`rlprune.evaluation.Evaluator`)."""
+
+    @property
+    def space(self) -> PruningSpace: ...
+    @property
+    def importance(self) -> Sequence[Floats]: ...
+    @property
+    def dense(self) -> Scored: ...
+    def standard_error(self, candidate: Any) -> float: ...
+    def context(self, budget: Any, metric: str | None = None, probe: Any = None) -> Any: ...
+
+
+def deviate(base: Floats, action: Any) -> Floats:
+    """The distribution of an action: ``max(d, 0.05 mean d) * exp(c (a - mean a))`` with c = 1.5.
+
+    Args:
+        base: (G,) base distribution, non-negative.
+        action: (G,) or (N, G), each in [-1, 1]; 0 gives the base, and a shift of all changes nothing.
+    """
+    a = np.asarray(action, dtype=np.float64)
+    floor = np.maximum(base, BASE_FLOOR * base.mean())
+    return floor * np.exp(ACTION_SCALE * (a - a.mean(axis=-1, keepdims=True)))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One model under one budget, with the base rule that actions deviate from.
+
+    Args:
+        evaluator: gives space, importances and the dense candidate.
+        budget: 0.5, "50%", "150M", or a (low, high) pair from which a ratio is drawn at every reset.
+        metric: the cost that the budget limits.
+        base_rule: name of a rule (``rlprune list rules``), recomputed on every checkpoint.
+        scorer: who scores candidates and charges for them; the evaluator itself by default.
+        sensitivity: two ratios; each group alone is cut by them and scored (charged) for the observation.
+        name: shown in messages.
+    """
+
+    evaluator: Judge
+    budget: Any = 0.5
+    metric: str = "macs"
+    base_rule: str = "uniform"
+    scorer: Scorer | None = None
+    sensitivity: tuple[float, ...] = ()
+    name: str = ""
+    _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.sensitivity) not in (0, 2):
+            raise ConfigError(f"sensitivity: {self.sensitivity!r} must be two ratios, or empty")
+        low, high = self.budget_range
+        if low > high:
+            raise BudgetError(f"budget: the range {self.budget!r} must name the lower one first")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Task:
+        # A copy would score everything again and charge a copied account: environments share the task.
+        return self
+
+    @property
+    def space(self) -> PruningSpace:
+        return self.evaluator.space
+
+    @property
+    def is_range(self) -> bool:
+        return isinstance(self.budget, (tuple, list))
+
+    @property
+    def budget_range(self) -> tuple[float, float]:
+        """Lowest and highest budget as ratios of the dense cost; BudgetError where one is not feasible."""
+        if not self.is_range:
+            ratio = self.ratio(self.budget)
+            return ratio, ratio
+        if len(self.budget) != 2:
+            raise BudgetError(f"budget: {self.budget!r} must be one budget or a (low, high) pair")
+        return self.ratio(self.budget[0]), self.ratio(self.budget[1])
+
+    def ratio(self, budget: Any) -> float:
+        """A budget as a ratio of the dense cost."""
+        return self.space.target(budget, self.metric) / self.space.dense_cost(self.metric)
+
+    def draw_budget(self, generator: np.random.Generator) -> Any:
+        """The budget itself, or a ratio drawn uniformly from the range."""
+        return float(generator.uniform(*self.budget_range)) if self.is_range else self.budget
+
+    def with_scorer(self, scorer: Scorer) -> Task:
+        """The same task, charged to another account."""
+        return replace(self, scorer=scorer)
+
+    def evaluate(self, history: Sequence[Ints]) -> Scored:
+        """Score the last widths of a history of stages (one stage: a plain candidate)."""
+        scorer = self.scorer or self.evaluator
+        if len(history) == 1:
+            return scorer.evaluate(history[0])
+        return scorer.evaluate_staged(tuple(tuple(int(w) for w in widths) for widths in history))
+
+    def base(self, budget: Any) -> Floats:
+        """Base distribution (G,) of the named rule at a budget."""
+        return self._cached(("base", budget), lambda: self._rule(self.base_rule, budget))
+
+    def uniform_widths(self, budget: Any) -> Ints:
+        return self.space.project(np.ones(len(self.space.groups)), budget, self.metric)
+
+    def scale(self, budget: Any) -> RewardScale:
+        """The reward's scale at a budget; costs one evaluation, of uniform pruning."""
+        return self._cached(("scale", budget), lambda: self._scale(budget))
+
+    def widths(self, action: Any, budget: Any) -> Ints:
+        """Widths of one action (G,) or of many (N, G)."""
+        return self.space.project(deviate(self.base(budget), action), budget, self.metric)
+
+    def stage_widths(self, action: Any, budget: Any, stage: int, stages: int, before: Ints) -> Ints:
+        """Widths (G,) after stage 1..stages; nothing that an earlier stage cut comes back.
+
+        Stage t projects to ``dense - (t / T) (dense - budget)`` and shares out what is left by then.
+        """
+        dense = self.space.dense_cost(self.metric)
+        target = dense - stage / stages * (dense - self.space.target(budget, self.metric))
+        limits = Limits(before, self.space.minimums, self.space.steps)
+        cost = formula(self.space.costs, self.metric)
+        return project(deviate(self.base(budget), action), target, cost, limits, metric=self.metric)
+
+    def observe(self, budget: Any, widths: Ints | None = None) -> NDArray[np.float32]:
+        """Feature table (G, F) at a budget, with what is kept now (nothing cut by default)."""
+        space = self.space
+        base = self.base(budget)
+        base_widths = self._cached(
+            ("base widths", budget), lambda: self.widths(np.zeros(len(space.groups)), budget)
+        )
+        static = self._cached("static", self._static)
+        now = space.widths if widths is None else widths
+        target = space.target(budget, self.metric)
+        return fill_dynamic(static, space, base, base_widths, now, target, self.metric)
+
+    def _cached(self, key: Any, make: Any) -> Any:
+        key = str(key)
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+    def _rule(self, name: str, budget: Any) -> Floats:
+        if name == "uniform":
+            return np.ones(len(self.space.groups))
+        from ..rules import RULES  # here, because the rules bring torch code that a synthetic task can do without
+
+        if name not in RULES:
+            allowed = ", ".join(RULES)
+            raise ConfigError(f"base_rule: unknown rule {name!r}{near_miss(name, RULES)}; allowed: {allowed}")
+        # A rule that probes (sensitivity) is charged for it like everybody else.
+        context = self.evaluator.context(budget, self.metric, lambda widths: self.evaluate([widths]).loss)
+        distribution = RULES[name].function(context)
+        return np.asarray(distribution, dtype=np.float64)
+
+    def _scale(self, budget: Any) -> RewardScale:
+        uniform = self.evaluate([self.uniform_widths(budget)])
+        error = self.evaluator.standard_error(uniform)
+        return reward_scale(uniform.score, self.evaluator.dense.score, error, lambda: self._rule_scores(budget))
+
+    def _rule_scores(self, budget: Any) -> list[float]:
+        """Scores of the rules that cost nothing to compute; charged like everything else."""
+        from ..rules import RULES
+
+        names = [name for name in RULES if name not in ("uniform", "sensitivity")]
+        plans = [self.space.project(self._rule(n, budget), budget, self.metric) for n in names]
+        return [self.evaluate([plan]).score for plan in plans]
+
+    def _static(self) -> NDArray[np.float32]:
+        space = self.space
+        losses = self._sensitivities() if self.sensitivity else None
+        return static_features(space, self.evaluator.importance, self.metric, losses)
+
+    def _sensitivities(self) -> Floats:
+        """Loss of score (G, 2) when one group alone is cut."""
+        space = self.space
+        dense = self.evaluator.dense.score
+        losses = np.zeros((len(space.groups), 2))
+        for column, share in enumerate(self.sensitivity):
+            wanted = space.limits.floor(space.widths * (1.0 - share))
+            for g in range(len(space.groups)):
+                widths = space.widths.copy()
+                widths[g] = wanted[g]
+                losses[g, column] = dense - self.evaluate([widths]).score
+        return losses if math.isfinite(losses.sum()) else np.nan_to_num(losses)
+
+
+def make_task(
+    workload: Any, budget: Any = 0.5, *, metric: str = "macs", base_rule: str = "uniform", name: str = ""
+) -> Task:
+    """A task for a workload (which is traced now), or for an evaluator that exists already."""
+    if hasattr(workload, "evaluate_staged"):
+        return Task(workload, budget, metric, base_rule, name=name)
+    from ..evaluation import Evaluator
+
+    evaluator = Evaluator(workload)
+    return Task(evaluator, budget, metric, base_rule, name=name or str(getattr(workload, "name", "")))

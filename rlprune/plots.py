@@ -1,0 +1,244 @@
+"""The pictures of a run, drawn with matplotlib's object interface (no pyplot: no global state, no display).
+
+Every function takes plain numbers and returns a `Figure`; `to_svg` and `to_png` turn one into bytes.
+The colours are those of Okabe and Ito ("Color Universal Design", 2008), which stay apart for colour-blind
+readers; methods differ by marker or line style as well.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+GREY = "#9A9A9A"
+_FIXED = {"ppo": 0, "random": 1, "uniform": 4}  # the methods of every run keep their colour from plot to plot
+_STYLE: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "svg.hashsalt": "rlprune",
+}
+
+
+def colours(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Return {method: (colour, marker)}; `ppo`, `random` and `uniform` always get the same ones."""
+    taken = {method: _FIXED[method] for method in methods if method in _FIXED}
+    free = [index for index in range(len(PALETTE)) if index not in taken.values()]
+    for position, method in enumerate(m for m in methods if m not in taken):
+        taken[method] = free[position % len(free)]
+    return {method: (PALETTE[index], MARKERS[index]) for method, index in taken.items()}
+
+
+def widths(groups: Sequence[Mapping[str, Any]], series: Mapping[str, Sequence[int]]) -> Figure:
+    """Share of each group's units that is kept, one line a group, the widths themselves at the right.
+
+    Args:
+        groups: {"name", "width", "kind"} of every group, in the model's order; width is dense, in units.
+        series: label -> widths in units, one a group (the best rule and the learned plan, say).
+    """
+    figure, axes = _figure(9.0, 1.5 + 0.21 * len(groups))
+    positions = range(len(groups))
+    dense = [max(1, int(group["width"])) for group in groups]
+    axes.barh(positions, [100] * len(groups), height=0.62, color="#ECECEC", label="dense")
+    styles = colours(list(series))
+    shares = {
+        label: [100 * value / width for value, width in zip(values, dense, strict=True)]
+        for label, values in series.items()
+    }
+    for position, ends in enumerate(zip(*shares.values(), strict=True)):
+        axes.plot([min(ends), max(ends)], [position, position], color=GREY, linewidth=1.2)
+    for size, (label, values) in zip((7.5, 4.8, 3.0, 2.0), shares.items(), strict=False):
+        colour, marker = styles[label]  # later ones are smaller, so that equal widths stay visible
+        axes.plot(values, positions, linestyle="none", marker=marker, markersize=size, color=colour,
+                  label=_plain(label), clip_on=False, zorder=3)  # fmt: skip
+    for position, width in enumerate(dense):
+        kept = " / ".join(str(values[position]) for values in series.values())
+        axes.text(101.5, position, f"{width} → {kept}" if series else str(width), va="center", fontsize=7.5)
+    axes.set_yticks(list(positions), [_plain(_short(str(group["name"]))) for group in groups], fontsize=8)
+    axes.set_ylim(len(groups) - 0.4, -0.6)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("units kept (% of the dense width); at the right: dense → " + _plain(" / ".join(series)))
+    axes.grid(axis="x", color="#FFFFFF", linewidth=0.8)
+    axes.set_axisbelow(False)
+    _head(axes, "Width of every group", legend_rows=1)
+    return figure
+
+
+def learning(
+    curves: Mapping[str, Sequence[Sequence[float]]], references: Mapping[str, float], unit: str = "score"
+) -> Figure:
+    """Best score so far against evaluations spent: mean over the seeds as a line, their range as a band.
+
+    Args:
+        curves: method -> one list of scores per seed, in the order in which they were charged.
+        references: label -> score of a plan that needed no search, drawn as a horizontal line.
+        unit: what the score is, for the axis.
+    """
+    figure, axes = _figure(8.0, 4.3)
+    styles = colours(list(curves))
+    floor = list(references.values())
+    for method, seeds in curves.items():
+        best = [_best_so_far(scores) for scores in seeds if scores]
+        if not best:
+            continue
+        length = max(len(scores) for scores in best)
+        best = [scores + [scores[-1]] * (length - len(scores)) for scores in best]
+        columns = list(zip(*best, strict=True))
+        mean = [sum(column) / len(column) for column in columns]
+        steps = list(range(1, length + 1))
+        label = f"{method} (mean and range of {len(best)} seeds)" if len(best) > 1 else method
+        axes.plot(steps, mean, color=styles[method][0], linewidth=2, label=_plain(label))
+        if len(best) > 1:
+            axes.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns],
+                              color=styles[method][0], alpha=0.18, linewidth=0)  # fmt: skip
+        floor.append(mean[min(length - 1, length // 20)])
+    for (label, value), dashes in zip(references.items(), ("--", ":", "-.") * 8, strict=False):
+        text = f"{label} ({value:.4g})".replace("-", "−")
+        axes.axhline(value, color="#444444", linestyle=dashes, linewidth=1.2, label=_plain(text))
+    _zoom(axes, floor)
+    axes.set_xlabel("evaluations (distinct plans scored)")
+    axes.set_ylabel(f"best so far: {unit}", fontsize=9)
+    axes.grid(color="#E3E3E3", linewidth=0.6)
+    _head(axes, "Learning curve", legend_rows=-(-(len(curves) + len(references)) // 2))
+    return figure
+
+
+def quality(points: Sequence[Mapping[str, Any]], metric: str = "macs", unit: str = "score") -> Figure:
+    """Quality against budget, one line a method.
+
+    Args:
+        points: {"budget": share of the dense cost, "method", "score"}; the seeds of a method are averaged.
+        metric: what the budget counts, for the axis.
+        unit: what the score is, for the axis.
+    """
+    figure, axes = _figure(8.0, 4.0)
+    methods = list(dict.fromkeys(str(point["method"]) for point in points))
+    styles = colours(methods)
+    for method in methods:
+        found: dict[float, list[float]] = {}
+        for point in points:
+            if str(point["method"]) == method and _finite(point.get("score")):
+                found.setdefault(float(point["budget"]), []).append(float(point["score"]))
+        budgets = sorted(found)
+        if not budgets:
+            continue
+        means = [sum(found[budget]) / len(found[budget]) for budget in budgets]
+        colour, marker = styles[method]
+        shares = [100 * budget for budget in budgets]
+        axes.plot(shares, means, color=colour, marker=marker, label=_plain(method))
+    axes.set_xlabel(f"budget (% of the dense {metric})")
+    axes.set_ylabel(unit)
+    axes.grid(color="#E3E3E3", linewidth=0.6)
+    _head(axes, "Quality against budget", legend_rows=-(-len(methods) // 4))
+    return figure
+
+
+def comparison(summary: Sequence[Mapping[str, Any]], unit: str) -> Figure:
+    """One line a method: every seed as a small mark, the mean and its 95% interval.
+
+    Args:
+        summary: {"method", "values": [...], "mean", "low", "high"}, best first.
+        unit: what the values are, for the axis.
+    """
+    figure, axes = _figure(8.0, 1.4 + 0.36 * len(summary))
+    for position, row in enumerate(summary):
+        axes.plot([row["low"], row["high"]], [position, position], color=PALETTE[0], linewidth=2.2, zorder=2)
+        axes.plot(row["values"], [position] * len(row["values"]), "|", color=GREY, markersize=11, zorder=1)
+        axes.plot([row["mean"]], [position], "o", color=PALETTE[0], markersize=6, zorder=3)
+    axes.set_yticks(range(len(summary)), [_plain(str(row["method"])) for row in summary])
+    axes.set_ylim(len(summary) - 0.5, -0.5)
+    axes.set_xlabel(f"{unit} (dot: mean, bar: 95% bootstrap interval, ticks: seeds)")
+    _head(axes, "Methods compared")
+    axes.grid(axis="x", color="#E3E3E3", linewidth=0.6)
+    return figure
+
+
+def scatter(x: Sequence[float], y: Sequence[float], labels: tuple[str, str], title: str) -> Figure:
+    """One point a candidate: `x` against `y`; `labels` name the two axes with their units."""
+    figure, axes = _figure(6.0, 4.6)
+    axes.plot(x, y, "o", color=PALETTE[0], markersize=6, alpha=0.8, markeredgecolor="white")
+    axes.set_xlabel(_plain(labels[0]))
+    axes.set_ylabel(_plain(labels[1]))
+    _head(axes, _plain(title))
+    axes.grid(color="#E3E3E3", linewidth=0.6)
+    return figure
+
+
+def to_svg(figure: Figure) -> bytes:
+    """SVG of the figure, without a date, so that the same numbers give the same bytes."""
+    return _render(figure, "svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+
+
+def to_png(figure: Figure, path: str | Path | None = None) -> bytes:
+    """PNG of the figure at 110 dots an inch; also written to `path` when one is given."""
+    data = _render(figure, "png", dpi=110)
+    if path is not None:
+        Path(path).write_bytes(data)
+    return data
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+        return figure, figure.add_subplot()
+
+
+def _head(axes: Axes, title: str, legend_rows: int = 0) -> None:
+    """Title at the left, and between it and the plot the legend, where no line can run through it."""
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=8 + 16 * legend_rows)
+    if legend_rows:
+        entries = len(axes.get_legend_handles_labels()[0])
+        columns = max(1, -(-entries // legend_rows))
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, frameon=False, fontsize=9,
+                    borderaxespad=0.1)  # fmt: skip
+
+
+def _render(figure: Figure, kind: str, **options: Any) -> bytes:
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def _best_so_far(scores: Sequence[float]) -> list[float]:
+    best, result = -math.inf, []
+    for score in scores:
+        best = max(best, score) if _finite(score) else best
+        result.append(best)
+    first = next((value for value in result if math.isfinite(value)), 0.0)
+    return [value if math.isfinite(value) else first for value in result]
+
+
+def _zoom(axes: Axes, floor: Sequence[float]) -> None:
+    """Keep the first, collapsed candidates from squeezing the part of the curve that matters."""
+    finite = [value for value in floor if math.isfinite(value)]
+    _, top = axes.get_ylim()
+    if finite and top > min(finite):
+        axes.set_ylim(min(finite) - 0.06 * (top - min(finite)), top)
+
+
+def _short(name: str, limit: int = 34) -> str:
+    return name if len(name) <= limit else "…" + name[1 - limit :]
+
+
+def _plain(text: str) -> str:
+    return text.replace("$", r"\$")  # matplotlib reads $...$ as mathematics
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,224 @@
+"""One workload under one budget, ready to be searched: every method comes in through here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .agents import StateDir, make_agent
+from .config import Config
+from .envs.task import Task
+from .errors import ConfigError, near_miss
+from .evaluation import Account, Candidate, Evaluator, History, Ledger
+from .progress import Console
+from .pruning.space import Ints
+from .pruning.tracing import trace
+from .rules import RULES
+from .workloads.base import Workload
+from .workloads.build import build_workload, train_dense
+from .workloads.vision import VisionWorkload
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A dense model, its space, the evaluator of its candidates, and the budget they have to meet."""
+
+    config: Config
+    workload: Workload
+    evaluator: Evaluator
+    name: str = ""
+
+    @property
+    def space(self) -> Any:
+        return self.evaluator.space
+
+    @property
+    def budget(self) -> str | float:
+        return self.config.budget.target
+
+    @property
+    def metric(self) -> str:
+        return self.config.budget.metric
+
+    @property
+    def target(self) -> float:
+        """Absolute cost that the budget allows."""
+        return float(self.space.target(self.budget, self.metric))
+
+    def account(self, ledger: Ledger, method: str, seed: int, limit: int) -> Account:
+        return Account(self.evaluator, ledger, method=method, seed=seed, limit=limit, task=self.name)
+
+    def rule_widths(self, rule: str, probe: Callable[[Ints], float] | None = None) -> Ints:
+        """Widths that a rule gives at the budget."""
+        context = self.evaluator.context(self.budget, self.metric, probe)
+        widths: Ints = self.space.project(find_rule(rule).function(context), self.budget, self.metric)
+        return widths
+
+    def starts(self) -> list[Ints]:
+        """Plans that every search starts from and pays for: uniform and the other rules, probes included."""
+        plans: list[Ints] = []
+
+        def probe(widths: Ints) -> float:
+            plans.append(widths)
+            return self.evaluator.evaluate(widths).loss
+
+        for name in ["uniform", *(n for n in RULES if n != "uniform")]:
+            plans.append(self.rule_widths(name, probe))
+        return plans
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one method found: its plan as a history of widths, its account, its policy if it has one."""
+
+    method: str
+    kind: str
+    seed: int
+    account: Account
+    history: History
+    seconds: float
+    policy: Any = None
+
+    @property
+    def best(self) -> Candidate:
+        return self.account.plans[self.history]
+
+
+def find_rule(name: str) -> Any:
+    """A rule by name; ConfigError with the near miss for an unknown one."""
+    if name not in RULES:
+        raise ConfigError(f"rule: unknown rule {name!r}{near_miss(name, RULES)}; allowed: {', '.join(RULES)}")
+    return RULES[name]
+
+
+def prepare(
+    config: Config,
+    *,
+    model_seed: int | None = None,
+    checkpoint: str | Path | None = None,
+    console: Console | None = None,
+    name: str = "",
+) -> Problem:
+    """Build (and train) the workload, trace it, compute importances and the recovery's statistics."""
+    import torch
+
+    if config.budget.metric == "latency":
+        raise ConfigError("budget.metric: latency tables are not there yet; allowed: macs, params")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    console = console or Console(False)
+    if model_seed is not None:
+        config = replace(config, model=replace(config.model, seed=model_seed))
+    workload = build_workload(config, checkpoint=checkpoint, train=False)
+    settings = config.prune
+    space = trace(
+        workload.model,
+        workload.example_inputs,
+        ignore=settings.ignore,
+        round_to=settings.round_to,
+        minimum=settings.minimum,
+    )
+    space.target(
+        config.budget.target, config.budget.metric
+    )  # an infeasible budget is refused before training
+    if isinstance(workload, VisionWorkload) and checkpoint is None and config.model.train.epochs > 0:
+        train_dense(workload, config.model, console.training)
+        console.close()
+    evaluator = Evaluator(
+        workload,
+        space,
+        importance=settings.importance,
+        recovery=config.recovery,
+        score=config.score,
+        metric=config.budget.metric,
+        seed=config.seed,
+    )
+    return Problem(config, workload, evaluator, name)
+
+
+def score_rule(problem: Problem, rule: str, ledger: Ledger, seed: int = 0) -> Found:
+    """Score what a rule gives; its probes, where it needs any, are charged to it."""
+    started = time.perf_counter()
+    account = problem.account(ledger, rule, seed, limit=10 * len(problem.space.groups) + 10)
+    widths = problem.rule_widths(rule, lambda w: account.evaluate(w).loss)
+    account.evaluate(widths)
+    return Found(rule, "rule", seed, account, (_plain(widths),), time.perf_counter() - started)
+
+
+def best_start_rule(problems: Sequence[Problem]) -> str:
+    """The rule with the best mean score over the problems; all of them are among the starts, and charged."""
+    scores = {
+        n: float(np.mean([p.evaluator.evaluate(p.rule_widths(n)).score for p in problems])) for n in RULES
+    }
+    return max(scores, key=scores.__getitem__)
+
+
+def search(
+    method: str,
+    problems: Sequence[Problem],
+    ledger: Ledger,
+    *,
+    seed: int,
+    evaluations: int | None = None,
+    state: Path | None = None,
+    progress: Callable[[Any], None] | None = None,
+    tensorboard: Path | None = None,
+) -> Found:
+    """Let an agent search; the first problem is the one whose plan is wanted, the others train the policy.
+
+    The starts are scored first and charged; the base rule of the actions is the best of them, or the
+    configured one.
+    """
+    started = time.perf_counter()
+    settings = problems[0].config.search
+    agent = make_agent(method, settings)
+    limit = evaluations or settings.evaluations
+    accounts = [p.account(ledger, method, seed, limit) for p in problems]
+    base = settings.base_rule if settings.base_rule != "auto" else best_start_rule(problems)
+    tasks = [
+        Task(
+            p.evaluator,
+            settings.budget_range or p.budget,
+            p.metric,
+            base_rule=find_rule(base).name,
+            name=p.name,
+        )
+        for p in problems
+    ]
+    result = agent.search(
+        tasks,
+        accounts,
+        starts=[p.starts() for p in problems],
+        seed=seed,
+        state=StateDir(state, f"{method}-{seed}") if state is not None else None,
+        progress=progress,
+        tensorboard=tensorboard,
+    )
+    kind = "agent" if method == settings.agent else "baseline"
+    history = best_within(problems[0], accounts[0])
+    return Found(method, kind, seed, accounts[0], history, time.perf_counter() - started, result.policy)
+
+
+def best_within(problem: Problem, account: Account) -> History:
+    """The best-scoring plan of an account that meets the budget (a search over a range scores others too)."""
+    target = problem.target * (1 + 1e-12)
+    fits = {history: c for history, c in account.plans.items() if c.cost <= target}
+    if not fits:
+        raise ConfigError("search.evaluations: too few to score a plan within the budget")
+    return max(fits, key=lambda history: fits[history].score)
+
+
+def finalists(problem: Problem, account: Account, count: int) -> list[History]:
+    """The best plans of an account within the budget, by score."""
+    target = problem.target * (1 + 1e-12)
+    fits = [h for h, c in account.plans.items() if c.cost <= target]
+    return sorted(fits, key=lambda h: account.plans[h].score, reverse=True)[:count]
+
+
+def _plain(widths: Any) -> tuple[int, ...]:
+    return tuple(int(w) for w in widths)

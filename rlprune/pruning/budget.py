@@ -1,0 +1,199 @@
+"""Budgets, and the exact projection of a distribution onto one (DESIGN: contract 3)."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BudgetError
+from .cost import CostFormula, Floats
+
+Ints = NDArray[np.int64]
+
+_SUFFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_NUMBER = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(%|[kmgt]?)\s*$", re.IGNORECASE)
+_FORMS = 'a ratio above 0 and up to 1 (0.5, "50%") or an absolute number ("150M")'
+# Two floats closer than this, in units, are the same width: the root of the quadratic carries rounding.
+_TOLERANCE = 1e-7
+# A group that is asked for less than this share of the largest is treated as asked for this share.
+_SMALLEST_SHARE = 1e-12
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A target on a cost: ``ratio`` of the dense cost, or an ``absolute`` cost."""
+
+    kind: str
+    value: float
+
+    def target(self, dense: float) -> float:
+        """The absolute cost allowed, given the dense cost."""
+        return self.value * dense if self.kind == "ratio" else self.value
+
+
+def parse_budget(value: Any) -> Budget:
+    """Read ``0.5``, ``"50%"`` or ``"150M"``; raises :class:`BudgetError` for anything else.
+
+    A number up to 1 is a ratio. A number of 1,000 and more, or one with a suffix K, M, G or T, is
+    absolute; what lies between (1.5, 80) is refused because it could be a mistyped ratio.
+    """
+    if isinstance(value, Budget):
+        return value
+    problem = BudgetError(f"budget: {value!r} is not a budget; allowed: {_FORMS}")
+    if isinstance(value, bool) or not isinstance(value, (int, float, str, np.integer, np.floating)):
+        raise problem
+    match = _NUMBER.match(str(value))
+    if match is None:
+        raise problem
+    number, suffix = float(match.group(1)), match.group(2).lower()
+    if suffix == "%":
+        number, suffix = number / 100.0, ""
+        if number > 1.0:
+            raise problem
+    number *= _SUFFIX[suffix]
+    if not math.isfinite(number) or number <= 0.0:
+        raise problem
+    if number <= 1.0 and not suffix:
+        return Budget("ratio", number)
+    if number < 1000.0:
+        raise problem
+    return Budget("absolute", number)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be cut: dense widths, minimum widths and steps, all in units, each of shape (G,)."""
+
+    dense: Ints
+    minimum: Ints
+    step: Ints
+
+    def floor(self, widths: Floats, tolerance: float = _TOLERANCE) -> Ints:
+        """The nearest allowed widths below: multiples of the step, the minimum, or the dense width."""
+        kept = np.floor((widths + tolerance) / self.step).astype(np.int64) * self.step
+        kept = np.where(widths >= self.dense - tolerance, self.dense, kept)
+        return np.maximum(kept, self.minimum)
+
+    def above(self, widths: Ints) -> Ints:
+        """The next allowed widths above (the dense width at most)."""
+        return np.minimum((widths // self.step + 1) * self.step, self.dense)
+
+
+def project(
+    distribution: Any, target: float, cost: CostFormula, limits: Limits, *, metric: str = "macs"
+) -> Ints:
+    """Widths whose cost is at most ``target`` and to which no step can be added.
+
+    Args:
+        distribution: shape (G,) or (N, G); non-negative, finite, not all zero. Group g gives up the
+            share ``min(s_max_g, lambda * distribution_g)`` of its units.
+        target: absolute cost allowed.
+
+    Returns:
+        int64 widths of the shape of ``distribution``.
+
+    Raises:
+        BudgetError: malformed distribution, or a target outside of the feasible range (which is named).
+    """
+    shares = _checked(distribution, len(limits.dense))
+    dense_cost, lowest = float(cost(limits.dense)), float(cost(limits.minimum))
+    if target < lowest or target > dense_cost:
+        side = "below the feasible minimum" if target < lowest else "above the dense model"
+        raise BudgetError(
+            f"budget: {target:.6g} {metric} is {side}; feasible: {lowest:.6g} to {dense_cost:.6g} {metric} "
+            f"(ratio {lowest / dense_cost:.4f} to 1)"
+        )
+    rows = np.atleast_2d(shares)
+    wanted = _spread(rows, target, cost, limits)
+    widths = limits.floor(wanted)
+    over = cost(widths) > target
+    if over.any():
+        widths[over] = limits.floor(wanted[over], tolerance=0.0)
+    _give_back(widths, wanted, target, cost, limits)
+    return widths.reshape(shares.shape)
+
+
+def _checked(distribution: Any, groups: int) -> Floats:
+    try:
+        shares = np.array(distribution, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise BudgetError("distribution: not an array of numbers") from None
+    if shares.ndim not in (1, 2) or shares.shape[-1] != groups:
+        raise BudgetError(f"distribution: shape {shares.shape} does not fit; allowed: ({groups},) or (N, {groups})")
+    if not np.isfinite(shares).all():
+        raise BudgetError("distribution: holds NaN or infinity; allowed: finite numbers of 0 and more")
+    if (shares < 0).any():
+        raise BudgetError("distribution: holds a negative number; allowed: finite numbers of 0 and more")
+    peak = shares.max(axis=-1, keepdims=True)
+    if shares.size and (peak == 0).any():
+        raise BudgetError("distribution: all zero; at least one group must be above 0")
+    # Only the proportions count; scaled so that no product overflows.
+    shares = shares / np.where(peak > 0, peak, 1.0)
+    return np.where(shares > 0, np.maximum(shares, _SMALLEST_SHARE), 0.0)
+
+
+def _spread(shares: Floats, target: float, cost: CostFormula, limits: Limits) -> Floats:
+    """Real-valued widths (N, G) that meet the target: bisection over the kinks of cost(lambda), then its root.
+
+    Between two neighbouring kinks (a group reaching its limit) the widths are linear in lambda and
+    the cost is quadratic, so the last step of the bisection is solved in closed form.
+    """
+    dense = limits.dense.astype(np.float64)
+    most = 1.0 - limits.minimum / dense
+    with np.errstate(divide="ignore"):
+        kinks = np.where(shares > 0, most / np.where(shares > 0, shares, 1.0), 0.0)
+    kinks = np.concatenate([np.zeros((len(shares), 1)), np.sort(kinks, axis=1)], axis=1)
+
+    def widths_at(scale: Floats) -> Floats:
+        return dense * (1.0 - np.minimum(most, scale[:, None] * shares))
+
+    rows = np.arange(len(shares))
+    low = np.zeros(len(shares), dtype=np.int64)  # cost above the target here, or the dense start
+    high = np.full(len(shares), kinks.shape[1] - 1)
+    while (high - low > 1).any():
+        middle = (low + high) // 2
+        above = cost(widths_at(kinks[rows, middle])) > target
+        low, high = np.where(above, middle, low), np.where(above, high, middle)
+    start, end = widths_at(kinks[rows, low]), widths_at(kinks[rows, high])
+    # Every asked group at its limit and still above the target: the others give in proportion to what they can.
+    rest = cost(end) > target
+    start = np.where(rest[:, None], end, start)
+    end = np.where(rest[:, None], limits.minimum.astype(np.float64), end)
+    return start + _root(start, end, target, cost)[:, None] * (end - start)
+
+
+def _root(start: Floats, end: Floats, target: float, cost: CostFormula) -> Floats:
+    """The t in [0, 1] with cost(start + t (end - start)) = target, for each row."""
+    change = end - start
+    excess = np.maximum(cost(start) - target, 0.0)
+    slope = change @ cost.linear + 2.0 * ((start @ cost.quadratic) * change).sum(axis=-1)
+    curve = ((change @ cost.quadratic) * change).sum(axis=-1)
+    root = np.sqrt(np.maximum(slope**2 - 4.0 * curve * excess, 0.0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = 2.0 * excess / (root - slope)  # the form of the quadratic's root that does not cancel
+    return np.clip(np.nan_to_num(t, nan=0.0, posinf=1.0), 0.0, 1.0)
+
+
+def _give_back(widths: Ints, wanted: Floats, target: float, cost: CostFormula, limits: Limits) -> None:
+    """Add single steps, largest remainder first, ties by index, until no step fits; in place, all rows at once."""
+    open_rows = np.arange(len(widths))
+    # Rounded, so that equal remainders are equal in floats too and the tie goes to the lower index.
+    remainder = np.round((wanted - widths) / limits.step, 9)
+    spent = cost(widths)
+    while len(open_rows):
+        w = widths[open_rows]
+        add = limits.above(w) - w
+        increase = cost.increase(w.astype(np.float64), add.astype(np.float64))
+        fits = (add > 0) & (increase <= (target - spent[open_rows])[:, None])
+        alive = fits.any(axis=1)
+        open_rows, fits, add, increase = open_rows[alive], fits[alive], add[alive], increase[alive]
+        chosen = np.where(fits, remainder[open_rows], -np.inf).argmax(axis=1)
+        pick = np.arange(len(open_rows)), chosen
+        widths[open_rows, chosen] += add[pick]
+        remainder[open_rows, chosen] -= 1.0
+        spent[open_rows] = cost(widths[open_rows])

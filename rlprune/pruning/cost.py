@@ -1,0 +1,88 @@
+"""Costs of a model as a closed formula of its widths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BudgetError, near_miss
+
+Floats = NDArray[np.float64]
+METRICS = ("macs", "params")
+
+
+@dataclass(frozen=True)
+class AxisSize:
+    """Number of slots of one tensor dimension: ``constant + slope @ widths``; ``slope`` has shape (G,)."""
+
+    constant: float
+    slope: Floats
+
+
+@dataclass(frozen=True)
+class CostFormula:
+    """``constant + linear @ w + w @ quadratic @ w`` for widths ``w`` of shape (G,) or (N, G).
+
+    Every cost term of a network is a coefficient times the sizes of at most two axes (the output and
+    the input of one layer), and an axis is linear in the widths, so the sum is a quadratic form. All
+    coefficients are integers below 2**53, so float64 gives the exact count.
+    """
+
+    constant: float
+    linear: Floats
+    quadratic: Floats
+
+    def __call__(self, widths: Any) -> Floats:
+        w = np.asarray(widths, dtype=np.float64)
+        return self.constant + w @ self.linear + ((w @ self.quadratic) * w).sum(axis=-1)
+
+    def increase(self, widths: Floats, steps: Floats) -> Floats:
+        """Cost added by widening one group at a time; shapes (..., G), (..., G) -> (..., G)."""
+        slope = self.linear + 2.0 * (widths @ self.quadratic)
+        return steps * slope + steps**2 * np.diagonal(self.quadratic)
+
+
+class FormulaBuilder:
+    """Adds up ``coefficient * size(a) * size(b)`` terms into one :class:`CostFormula`."""
+
+    def __init__(self, groups: int) -> None:
+        self._constant = 0.0
+        self._linear = np.zeros(groups)
+        self._quadratic = np.zeros((groups, groups))
+
+    def add(self, coefficient: float, *axes: AxisSize) -> None:
+        """Add one term; no axis is a constant, one is linear, two are quadratic."""
+        if len(axes) > 2:
+            raise ValueError("a tensor has at most two prunable dimensions")
+        if not axes:
+            self._constant += coefficient
+            return
+        a = axes[0]
+        if len(axes) == 1:
+            self._constant += coefficient * a.constant
+            self._linear += coefficient * a.slope
+            return
+        b = axes[1]
+        self._constant += coefficient * a.constant * b.constant
+        self._linear += coefficient * (a.constant * b.slope + b.constant * a.slope)
+        where_a, where_b = np.nonzero(a.slope)[0], np.nonzero(b.slope)[0]
+        if len(where_a) and len(where_b):
+            outer = coefficient * np.outer(a.slope[where_a], b.slope[where_b]) / 2.0
+            self._quadratic[np.ix_(where_a, where_b)] += outer
+            self._quadratic[np.ix_(where_b, where_a)] += outer.T
+
+    def build(self) -> CostFormula:
+        return CostFormula(self._constant, self._linear, self._quadratic)
+
+
+def formula(costs: Mapping[str, CostFormula], metric: str) -> CostFormula:
+    """The formula of a metric; raises :class:`BudgetError` with the near miss for an unknown one."""
+    if metric not in costs:
+        raise BudgetError(
+            f"budget.metric: unknown metric {metric!r}{near_miss(metric, costs)}; allowed: {', '.join(costs)}"
+        )
+    return costs[metric]

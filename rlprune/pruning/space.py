@@ -1,0 +1,194 @@
+"""The pruning space of one model: its groups, their limits and their costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BudgetError
+from .budget import Limits, parse_budget, project
+from .cost import CostFormula, Floats, formula
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A layer that a group touches: ``count`` slots of the layer's ``role`` belong to each unit.
+
+    ``role`` is "out" (produces the channels), "in" (consumes them), or the kind of a layer that they
+    pass through: "depthwise", "norm", "activation", "parameter", "pad".
+    """
+
+    module: str
+    role: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensor slices that must be cut together; ``width``, ``minimum`` and ``step`` are counted in units.
+
+    ``unit`` is the number of channels of the first producing layer in a unit, ``depth`` that layer's
+    relative position in the forward pass (0 first, 1 last), ``kernel`` and ``stride`` its geometry.
+    """
+
+    name: str
+    kind: str
+    width: int
+    unit: int
+    minimum: int
+    step: int
+    members: tuple[Member, ...]
+    depth: float
+    kernel: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One tensor dimension with cut slots: ``slots[i]`` is the unit (numbered over all groups) or -1 (always kept)."""
+
+    slots: Ints
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A tensor dimension of the model and the axis that rules it; ``consumer`` marks input columns of weights."""
+
+    tensor: str
+    dim: int
+    axis: int
+    consumer: bool
+
+
+@dataclass(frozen=True)
+class AttributeRule:
+    """An integer attribute of a module that follows the widths: ``factor * size of the axis``."""
+
+    module: str
+    attribute: str
+    axis: int
+    factor: int
+
+
+@dataclass(frozen=True)
+class PruningSpace:
+    """The ordered groups of one model with everything that cutting and costing need; made by ``rlprune.trace``."""
+
+    groups: tuple[Group, ...]
+    protected: Mapping[str, str]
+    fingerprint: str
+    axes: tuple[Axis, ...] = field(repr=False)
+    cuts: tuple[Cut, ...] = field(repr=False)
+    attribute_rules: tuple[AttributeRule, ...] = field(repr=False)
+    costs: Mapping[str, CostFormula] = field(repr=False)
+    unused: tuple[str, ...] = ()
+
+    @cached_property
+    def widths(self) -> Ints:
+        """Dense widths in units, shape (G,)."""
+        return np.array([g.width for g in self.groups], dtype=np.int64)
+
+    @cached_property
+    def minimums(self) -> Ints:
+        """Smallest allowed widths in units, shape (G,)."""
+        return np.array([g.minimum for g in self.groups], dtype=np.int64)
+
+    @cached_property
+    def steps(self) -> Ints:
+        """What is cut at once from each group, in units, shape (G,)."""
+        return np.array([g.step for g in self.groups], dtype=np.int64)
+
+    @cached_property
+    def offsets(self) -> Ints:
+        """Number of the first unit of each group when all units are numbered in a row, shape (G,)."""
+        return np.concatenate([[0], np.cumsum(self.widths)[:-1]]).astype(np.int64)
+
+    @cached_property
+    def limits(self) -> Limits:
+        return Limits(self.widths, self.minimums, self.steps)
+
+    def cost(self, widths: Any, metric: str = "macs") -> Any:
+        """Cost of the whole model at these widths: a float for shape (G,), an array (N,) for (N, G).
+
+        ``macs`` are half of the FLOPs that torch's counter finds for one sample, ``params`` counts
+        every parameter once; both include what is protected.
+        """
+        w = self._checked(widths)
+        value = formula(self.costs, metric)(w)
+        return float(value) if w.ndim == 1 else value
+
+    def dense_cost(self, metric: str = "macs") -> float:
+        return self.cost(self.widths, metric)
+
+    def feasible(self, metric: str = "macs") -> tuple[float, float]:
+        """Lowest and highest absolute cost that widths of this space can have."""
+        return self.cost(self.minimums, metric), self.dense_cost(metric)
+
+    def target(self, budget: Any, metric: str = "macs") -> float:
+        """Absolute cost that a budget (0.5, "50%", "150M") allows; BudgetError where it is not feasible."""
+        dense = self.dense_cost(metric)
+        target = parse_budget(budget).target(dense)
+        lowest = self.feasible(metric)[0]
+        if not lowest <= target <= dense:
+            side = "below the feasible minimum" if target < lowest else "above the dense model"
+            raise BudgetError(
+                f"budget: {budget!r} ({target:.6g} {metric}) is {side}; "
+                f"feasible: {lowest:.6g} to {dense:.6g} {metric} (ratio {lowest / dense:.4f} to 1)"
+            )
+        return target
+
+    def project(self, distribution: Any, budget: Any, metric: str = "macs") -> Ints:
+        """Widths for a distribution of shape (G,) or (N, G) under a budget; see :func:`rlprune.pruning.budget.project`."""
+        target = self.target(budget, metric)
+        return project(distribution, target, formula(self.costs, metric), self.limits, metric=metric)
+
+    def unit_costs(self, widths: Any, metric: str = "macs") -> Floats:
+        """Cost saved by taking one unit from each group at these widths; shape (G,) -> (G,)."""
+        w = self._checked(widths).astype(np.float64)
+        return -formula(self.costs, metric).increase(w, -np.ones_like(w))
+
+    def with_rounding(self, round_to: int = 1, minimum: int = 1) -> PruningSpace:
+        """The same space whose kept channels are multiples of ``round_to`` and at least ``minimum``."""
+        return replace(self, groups=tuple(rounded(g, round_to, minimum) for g in self.groups))
+
+    def after(self, kept: tuple[Ints, ...]) -> PruningSpace:
+        """The space of the model that is left when only the units in ``kept`` (G index arrays) stay.
+
+        Its costs are the same formulas, because these count kept units; its units are numbered anew.
+        """
+        offsets = np.concatenate([[0], np.cumsum([len(k) for k in kept])]).astype(np.int64)
+        renumbered = np.full(int(self.widths.sum()) + 1, -2, dtype=np.int64)
+        renumbered[-1] = -1  # never cut
+        for g, units in enumerate(kept):
+            renumbered[self.offsets[g] + units] = offsets[g] + np.arange(len(units))
+        slots = [renumbered[axis.slots] for axis in self.axes]
+        groups = [replace(g, width=len(k)) for g, k in zip(self.groups, kept, strict=True)]
+        return replace(self, groups=tuple(groups), axes=tuple(Axis(s[s > -2]) for s in slots))
+
+    def _checked(self, widths: Any) -> NDArray[Any]:
+        w = np.asarray(widths)
+        if w.ndim not in (1, 2) or w.shape[-1] != len(self.groups):
+            raise BudgetError(
+                f"widths: shape {w.shape} does not fit; allowed: ({len(self.groups)},) or (N, {len(self.groups)})"
+            )
+        return w
+
+
+def rounded(group: Group, round_to: int, minimum: int) -> Group:
+    """The group with the step and minimum width for a rounding multiple, both given in channels."""
+    if round_to < 1 or minimum < 1:
+        name = "round_to" if round_to < 1 else "minimum"
+        raise BudgetError(f"prune.{name}: must be a whole number of 1 and more")
+    # A unit of several channels is cut whole: the step is the fewest units that make a multiple.
+    step = math.lcm(round_to, group.unit) // group.unit
+    lowest = max(1, math.ceil(minimum / group.unit))
+    lowest = min(math.ceil(lowest / step) * step, group.width)
+    return replace(group, step=step, minimum=lowest)

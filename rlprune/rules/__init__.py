@@ -1,0 +1,29 @@
+"""Closed-form distributions, one small file each: the yardstick of every search.
+
+``rules.NAME(context)`` calls one; ``RULES`` holds all of them. A new rule is one new file here with a
+function under ``@rule("what it does")``; it is found by itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+from ..errors import near_miss
+from .context import RULES, Context, Rule, rule
+
+_HELPERS = ("context", "threshold")
+
+for _module in sorted(m.name for m in pkgutil.iter_modules(__path__)):
+    if _module not in _HELPERS:
+        importlib.import_module(f".{_module}", __name__)
+
+# A rule's file and its function share their name; the function is what people want.
+globals().update({name: found.function for name, found in RULES.items()})
+
+__all__ = ["RULES", "Context", "Rule", "rule"]
+
+
+def __getattr__(name: str) -> Any:
+    raise AttributeError(f"no rule {name!r}{near_miss(name, RULES)}; there are {', '.join(RULES)}")

@@ -1,0 +1,25 @@
+"""One global threshold over first-order Taylor scores."""
+
+from __future__ import annotations
+
+from ..errors import DataError
+from ..pruning import importance
+from .context import Context, Floats, rule
+from .global_magnitude import normalised
+from .threshold import threshold_distribution
+
+
+@rule("one global threshold over the groups' normalised Taylor scores", needs_workload=True)
+def global_taylor(context: Context) -> Floats:
+    """Global pruning by first-order Taylor scores (Molchanov et al. 2019, arXiv 1906.10771).
+
+    The scores come from the calibration split; each group's are divided by their mean, as Torch-Pruning's
+    ``global_pruning`` does, and the pooled scores get one threshold.
+    """
+    if context.workload is None:
+        raise DataError(
+            "the rule 'global_taylor' needs a workload: it reads data; give Context(workload=...)"
+        )
+    batches = context.workload.batches("calibration")
+    scores = importance.taylor(context.model, context.space, batches, context.workload.loss)
+    return threshold_distribution(context, normalised(scores))

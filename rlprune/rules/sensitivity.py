@@ -1,0 +1,79 @@
+"""Cut each group alone, measure, and let every group cost the same loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import DataError
+from ..pruning.plan import make_plan
+from ..pruning.surgery import prune
+from .context import Context, Floats, rule
+from .threshold import scaled_distribution
+
+RATIOS = (0.25, 0.5)
+"""Shares of a group that are cut in its probes: two candidates a group, and one for the dense model."""
+
+
+@rule(
+    "equal loss: every group is cut until it alone would cost the same loss", needs_workload=True, probes=True
+)
+def sensitivity(context: Context) -> Floats:
+    """Equal-loss pruning from single-group probes, in the manner of NetAdapt (Yang et al. 2018, arXiv
+    1804.03230) and of NVIDIA ModelOpt's FastNAS.
+
+    Every group is cut alone at the shares RATIOS; the loss that this adds, made monotone, is a line
+    through the probes that goes on beyond the last one in proportion to share / (1 - share), which has no end
+    before the group is empty. One threshold on the added loss, found by bisection, gives every group its
+    share. Groups are the coupled ones, so a residual stream is cut in all its layers at once.
+    """
+    probe = context.probe or _validation_loss(context)
+    space = context.space
+    dense = probe(space.widths)
+    full = space.widths.astype(np.float64)
+    added = np.zeros((len(space.groups), len(RATIOS)))
+    shares = np.zeros_like(added)
+    for g in range(len(space.groups)):
+        for i, ratio in enumerate(RATIOS):
+            widths = space.widths.copy()
+            widths[g] = space.limits.floor(full * (1.0 - ratio))[g]
+            shares[g, i] = 1.0 - widths[g] / space.widths[g]
+            added[g, i] = probe(widths) - dense if shares[g, i] > 0 else 0.0
+    added = np.nan_to_num(added, nan=np.inf, posinf=np.inf)
+    worst = added[np.isfinite(added)].max(initial=0.0)
+    added = np.minimum(added, 100.0 * max(worst, 1e-6))  # a collapsed probe is very bad, but comparable
+    # Groups whose probes cost nothing, or less, are told apart by a small slope.
+    added = np.maximum(np.maximum.accumulate(added, axis=1), 1e-3 * max(worst, 1e-6) * shares)
+    return scaled_distribution(context, lambda t: 1.0 - _shares(t, added, shares))
+
+
+def _shares(t: float, added: Floats, shares: Floats) -> Floats:
+    """The share (G,) at which each group adds the loss threshold; t = 1 is none, t = 0 any loss."""
+    if t >= 1.0:
+        return np.zeros(len(added))
+    threshold = added.max() * (1.0 - t) / max(t, 1e-12)
+    cut = np.empty(len(added))
+    for g, (losses, points) in enumerate(zip(added, shares, strict=True)):
+        if threshold <= losses[-1]:
+            cut[g] = np.interp(threshold, [0.0, *losses], [0.0, *points])
+        elif points[-1] == 0:  # nothing of this group can be cut
+            cut[g] = 0.0
+        else:
+            odds = points[-1] / (1.0 - points[-1]) * threshold / max(losses[-1], 1e-300)
+            cut[g] = odds / (1.0 + odds)
+    return cut
+
+
+def _validation_loss(context: Context) -> Callable[[NDArray[np.int64]], float]:
+    """Loss of the cut model on the validation split, without recovery."""
+    workload = context.workload
+    if workload is None:
+        raise DataError("the rule 'sensitivity' needs a workload: it reads data; give Context(workload=...)")
+
+    def loss(widths: NDArray[np.int64]) -> float:
+        plan = make_plan(context.space, importance=context.importance, widths=widths)
+        return workload.evaluate(prune(context.model, plan), "validation").loss
+
+    return loss

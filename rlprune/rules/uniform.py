@@ -1,0 +1,13 @@
+"""The same share from every group."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .context import Context, Floats, rule
+
+
+@rule("the same share from every group")
+def uniform(context: Context) -> Floats:
+    """All ones: every group gives up the same share of its units."""
+    return np.ones(len(context.space.groups))

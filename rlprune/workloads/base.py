@@ -1,0 +1,190 @@
+"""What every workload gives: a dense model, its data splits, a loss and a metric."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import DataError, near_miss
+
+SPLITS = ("train", "calibration", "validation", "test")
+"""The four disjoint parts of the data. A search reads the first three; "test" is read once, at the end."""
+
+Batch = tuple[Tensor, Tensor]
+"""Inputs (N, ...) and targets (N, ...), both on the workload's device."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good a model is on one split: mean loss, mean metric (0..1 for accuracy), samples seen."""
+
+    loss: float
+    metric: float
+    count: int
+
+
+def check_split(split: str) -> None:
+    """Raise DataError when ``split`` is not one of SPLITS."""
+    if split not in SPLITS:
+        raise DataError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}{near_miss(split, SPLITS)}")
+
+
+class Workload(abc.ABC):
+    """A model to prune, the data that judge it, and its loss and metric.
+
+    A subclass sets ``model`` and ``example_inputs`` and implements ``batches``; the rest has defaults
+    for classification. To implement for an own model::
+
+        class Mine(rlprune.Workload):
+            def __init__(self):
+                self.model = ...            # dense, in eval mode, never modified by rlprune
+                self.example_inputs = ...   # (1, C, H, W)
+            def batches(self, split, limit=None):
+                yield inputs, targets       # fixed order, no augmentation, on self.device
+
+    ``batches("test")`` raises DataError unless ``test_opened()`` is active, whatever the subclass does:
+    a search cannot read the test split by mistake.
+    """
+
+    model: nn.Module
+    example_inputs: Tensor
+    metric_name: str = "accuracy"
+    name: str = ""
+    base: dict[str, Any] = {"source": "given"}
+    """How to rebuild the architecture; {"source": "given"} means that the user has to pass the model in."""
+
+    _test_open: bool = False
+    _sizes: dict[str, int] | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "batches" in cls.__dict__:
+            setattr(cls, "batches", _guarded(cls.__dict__["batches"]))  # noqa: B010
+        if not cls.name:
+            cls.name = cls.__name__
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model's first parameter."""
+        parameter = next(self.model.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    @abc.abstractmethod
+    def batches(self, split: str, limit: int | None = None) -> Iterator[Batch]:
+        """Batches of one split in a fixed order, without augmentation; only its first ``limit`` samples."""
+
+    def size(self, split: str) -> int:
+        """Number of samples of a split; by default counted once by reading it."""
+        check_split(split)
+        if self._sizes is None:
+            self._sizes = {}
+        if split not in self._sizes:
+            with self.test_opened():
+                self._sizes[split] = sum(len(targets) for _, targets in self.batches(split))
+        return self._sizes[split]
+
+    def train_batches(self, generator: torch.Generator, batch_size: int | None = None) -> Iterator[Batch]:
+        """One shuffled epoch of the train split; by default its batches in random order, unaugmented."""
+        del batch_size  # the default keeps the batches that the subclass makes
+        ready = list(self.batches("train"))
+        order = torch.randperm(len(ready), generator=generator, device=generator.device)
+        for i in order.tolist():
+            yield ready[i]
+
+    def train_steps(self, batch_size: int | None = None) -> int:
+        """Number of batches that ``train_batches`` gives; by default counted by reading the split."""
+        del batch_size
+        return sum(1 for _ in self.batches("train"))
+
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Mean loss of a batch, a scalar tensor; by default the cross-entropy of class scores (N, classes)."""
+        return F.cross_entropy(outputs, targets)
+
+    def metric(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Sum of the metric over a batch, a scalar tensor; by default the number of right classes."""
+        return (outputs.argmax(1) == targets).sum().float()
+
+    @contextlib.contextmanager
+    def test_opened(self) -> Iterator[None]:
+        """While active, ``batches("test")`` and ``evaluate(model, "test")`` are allowed."""
+        before = self._test_open
+        self._test_open = True
+        try:
+            yield
+        finally:
+            self._test_open = before
+
+    def evaluate(self, model: nn.Module, split: str, limit: int | None = None) -> Quality:
+        """Mean loss and metric of ``model`` on the first ``limit`` samples of a split.
+
+        The model is put into eval mode for the time and gets its mode back. Raises DataError when the
+        split has no sample.
+        """
+        was_training = model.training
+        model.eval()
+        losses: list[Tensor] = []
+        metrics: list[Tensor] = []
+        counts: list[int] = []
+        try:
+            with torch.no_grad():
+                for inputs, targets in self.batches(split, limit):
+                    outputs = model(inputs)
+                    losses.append(self.loss(outputs, targets))
+                    metrics.append(self.metric(outputs, targets))
+                    counts.append(len(targets))
+        finally:
+            model.train(was_training)
+        count = sum(counts)
+        if count == 0:
+            raise DataError(f"workload {self.name!r}: the split {split!r} is empty")
+        weights = torch.tensor(counts, dtype=torch.float64)
+        loss = torch.stack(losses).cpu().double()
+        metric = torch.stack(metrics).cpu().double()
+        return Quality(float((loss * weights).sum() / count), float(metric.sum() / count), count)
+
+
+def _guarded(batches: Callable[..., Iterator[Batch]]) -> Callable[..., Iterator[Batch]]:
+    """Wrap a subclass's ``batches``: unknown splits, bad limits and a closed test split raise at the call."""
+
+    @functools.wraps(batches)
+    def guard(self: Workload, split: str, limit: int | None = None) -> Iterator[Batch]:
+        check_split(split)
+        if limit is not None and limit < 1:
+            raise DataError(f"limit must be at least 1 or None, not {limit}")
+        if split == "test" and not self._test_open:
+            raise DataError(
+                "the test split is closed during a search; read it inside 'with workload.test_opened():'"
+            )
+        return batches(self, split, limit)
+
+    return guard
+
+
+def check_workload(workload: object) -> Workload:
+    """Return ``workload`` when it is usable, else raise DataError naming what is missing.
+
+    Checks: it is a Workload with a model and example inputs, its forward runs, and the train,
+    calibration and validation splits are not empty.
+    """
+    if not isinstance(workload, Workload):
+        raise DataError(f"expected a rlprune.Workload, got {type(workload).__name__}")
+    for field, kind in (("model", nn.Module), ("example_inputs", Tensor)):
+        if not isinstance(getattr(workload, field, None), kind):
+            raise DataError(f"workload {workload.name!r} must set .{field} to a {kind.__name__}")
+    for split in SPLITS[:3]:
+        first = next(iter(workload.batches(split, 1)), None)
+        if first is None or len(first[1]) == 0:
+            raise DataError(f"workload {workload.name!r}: the split {split!r} is empty")
+    quality = workload.evaluate(workload.model, "validation", 1)
+    if math.isnan(quality.loss):
+        raise DataError(f"workload {workload.name!r}: the dense model's loss is not a number")
+    return workload
