@@ -70,7 +70,6 @@ def save(
     directory: str | Path,
     *,
     base: Mapping[str, Any] | None = None,
-    example_inputs: Tensor | None = None,
 ) -> Path:
     """Write a pruned model into a folder, which is replaced as a whole or not at all.
 
@@ -81,7 +80,6 @@ def save(
         base: how to build the dense architecture, ``{"source", "name", "arguments"}`` (a workload's
             `.base`). Without it, models of torchvision, timm and our zoo are recognised; for others the
             folder says that `load` needs ``base=model``.
-        example_inputs: its shape is recorded, for export and for measuring.
 
     Raises ArtifactError: tensors that do not fit the plan, NaN weights, or a folder that cannot be written.
     """
@@ -97,7 +95,6 @@ def save(
         "base": dict(base) if base is not None else {"source": "given"},
         **plan.to_dict(),
         "budget": {"target": plan.origin.get("budget"), "metric": plan.origin.get("metric", "macs")},
-        "input": None if example_inputs is None else list(example_inputs.shape),
         "attributes": attributes(plan.space, plan),
         "roots": _roots(plan),
         "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},

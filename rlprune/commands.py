@@ -49,9 +49,9 @@ def _add_inspect(commands: Any) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     config = _config(args)
-    from . import run
+    from . import inspection
 
-    print(run.inspect(config))
+    print(inspection.inspect(config))
 
 
 def _add_train(commands: Any) -> None:
@@ -106,11 +106,11 @@ def _apply(args: argparse.Namespace) -> None:
     _existing_folder(args.source, "RUN_OR_POLICY")
     if args.checkpoint is not None and not args.checkpoint.is_file():
         raise ConfigError(f"--checkpoint: {args.checkpoint}: no such file")
-    from . import run
+    from . import deploy
 
     out = args.out or _free_folder(config.name, "pruned")
     target = config.budget.target
-    result = run.apply(
+    result = deploy.apply(
         args.source, config, checkpoint=args.checkpoint, budget=target, refine=args.refine, out=out
     )
     _show(result, out)
@@ -133,14 +133,14 @@ def _add_prune(commands: Any) -> None:
 
 def _prune(args: argparse.Namespace) -> None:
     config = _config(args)
-    from . import run
+    from . import deploy
     from .rules import RULES
 
     if args.rule not in RULES:
         hint = near_miss(args.rule, RULES)
         raise ConfigError(f"--rule: unknown rule {args.rule!r}{hint}; allowed: {', '.join(RULES)}")
     out = args.out or _free_folder(config.name, "pruned")
-    _show(run.prune_rule(config, args.rule, config.budget.target, out), out)
+    _show(deploy.prune_rule(config, args.rule, config.budget.target, out), out)
 
 
 def _add_benchmark(commands: Any) -> None:
@@ -206,9 +206,9 @@ def _add_evaluate(commands: Any) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     _existing_folder(args.directory, "DIR")
     config = _config(args) if args.config is not None else None
-    from . import run
+    from . import inspection
 
-    print(run.evaluate(args.directory, config))
+    print(inspection.evaluate(args.directory, config))
 
 
 def _add_export(commands: Any) -> None:

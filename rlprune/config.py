@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import yaml
-
 from .errors import ConfigError, near_miss
-from .settings import Section, Setting, apply_override, build, plain, read_yaml, setting, show
+from .settings import Section, Setting, apply_override, build, dump_yaml, plain, read_yaml, setting, show
 from .settings import settings_reference as _reference
 
 METRICS = ("macs", "params", "latency")
@@ -296,7 +294,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """All settings as YAML text, defaults included."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.to_dict())
 
     def override(self, overrides: Sequence[str]) -> Self:
         """A copy with ``a.b=c`` overrides applied; values are read as YAML. Raises ConfigError."""

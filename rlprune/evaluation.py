@@ -21,8 +21,8 @@ from .config import RecoveryConfig, ScoreConfig
 from .errors import ArtifactError, BudgetError, DataError
 from .pruning.importance import Scores, compute
 from .pruning.plan import Plan, make_plan
-from .pruning.recovery import Recovery
 from .pruning.reconstruct import evaluating
+from .pruning.recovery import Recovery
 from .pruning.space import PruningSpace
 from .pruning.surgery import prune
 from .pruning.tracing import trace
@@ -86,7 +86,9 @@ class Evaluator:
         self.seed = seed
         self._recovery_settings = recovery or RecoveryConfig()
         self._importance_name = importance if isinstance(importance, str) else None
-        scores = compute(importance, workload, self.space, seed) if isinstance(importance, str) else importance
+        scores = (
+            compute(importance, workload, self.space, seed) if isinstance(importance, str) else importance
+        )
         self.importance: Scores = [np.asarray(s, dtype=np.float64) for s in scores]
         recover = Recovery(workload, self.space, self._recovery_settings)
         self._dense_stage = _Stage(workload.model, None, self.space, self.importance, recover)
@@ -179,7 +181,9 @@ class Evaluator:
         stage = self._dense_stage if len(history) == 1 else self._after(history[:-1])
         widths = np.array(history[-1], dtype=np.int64)
         if widths.shape != stage.space.widths.shape or (widths > stage.space.widths).any():
-            raise BudgetError(f"widths {list(history[-1])} do not fit the model; allowed: up to {stage.space.widths}")
+            raise BudgetError(
+                f"widths {list(history[-1])} do not fit the model; allowed: up to {stage.space.widths}"
+            )
         cut = make_plan(stage.space, importance=stage.importance, widths=widths)
         slim = prune(stage.model, cut)
         stage.recovery(slim, cut)
@@ -246,7 +250,7 @@ def _divergence(dense_log: Tensor, outputs: Tensor) -> Tensor:
     return each.flatten(1).mean(dim=1) if each.ndim > 1 else each
 
 
-class SearchSpent(Exception):  # noqa: N818 - not an error: the search has used its evaluations
+class SearchSpent(Exception):
     """Raised by an account that has nothing left."""
 
 
@@ -385,7 +389,13 @@ class Account:
         row = dataclasses.asdict(candidate)
         widths: Any = [list(stage) for stage in key]
         row["widths"] = widths[0] if len(key) == 1 else widths
-        return {"seconds": row.pop("seconds"), "method": self.method, "seed": self.seed, "task": self.task, **row}
+        return {
+            "seconds": row.pop("seconds"),
+            "method": self.method,
+            "seed": self.seed,
+            "task": self.task,
+            **row,
+        }
 
 
 def best_of(candidates: Iterable[Candidate]) -> Candidate:

@@ -123,6 +123,10 @@ def replacing_folder(folder: str | Path, marker: str) -> Iterator[Path]:
                     _sync_file(path)
             _sync_folder(fresh)
             _swap(fresh, target)
+        except ArtifactError as error:
+            shutil.rmtree(fresh, ignore_errors=True)
+            # The person knows the folder that was asked for, not the one beside it.
+            raise ArtifactError(str(error).replace(str(fresh), str(target))) from error
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise

@@ -68,7 +68,11 @@ def finish(
     model, plan = _built(problem, found.history if found else None)
     keep = _Kept(state, label)
     # Only the same plan under the same settings may be taken from an earlier try.
-    mark = {"widths": list(plan.widths.tolist()) if plan else [], "finish": repr(problem.config.finish), "seed": seed}
+    mark = {
+        "widths": list(plan.widths.tolist()) if plan else [],
+        "finish": repr(problem.config.finish),
+        "seed": seed,
+    }
     facts = keep.load(mark, model)
     if facts is None:
         facts = _measured(problem, model, seed, keep.training, f"fine-tune {method}", console)
@@ -143,13 +147,24 @@ def _measured(
 
 
 def _row(
-    problem: Problem, found: Found | None, model: nn.Module, plan: Plan | None, seed: int, facts: dict[str, Any]
+    problem: Problem,
+    found: Found | None,
+    model: nn.Module,
+    plan: Plan | None,
+    seed: int,
+    facts: dict[str, Any],
 ) -> dict[str, Any]:
     space = problem.space
     widths = space.widths if plan is None else plan.widths
     if found is None:
         quality = problem.workload.evaluate(problem.workload.model, "validation")
-        head: dict[str, Any] = {"method": "dense", "kind": "dense", "seed": seed, "evaluations": 0, "seconds": 0.0}
+        head: dict[str, Any] = {
+            "method": "dense",
+            "kind": "dense",
+            "seed": seed,
+            "evaluations": 0,
+            "seconds": 0.0,
+        }
         score, validation, validation_loss = 0.0, quality.metric, quality.loss
         if problem.evaluator.score_settings.kind != "kl":  # KL of the dense model to itself is 0
             score = validation if problem.evaluator.score_settings.kind == "accuracy" else -validation_loss

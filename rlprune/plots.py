@@ -32,7 +32,11 @@ _STYLE: Any = {
 
 def colours(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Return {method: (colour, marker)}; `ppo`, `random` and `uniform` always get the same ones."""
-    taken = {method: _FIXED[method] for method in methods if method in _FIXED}
+    fixed = {method: _FIXED.get(method.split(" ")[0]) for method in methods}  # "ppo policy" is ppo's
+    taken: dict[str, int] = {}
+    for method, index in fixed.items():
+        if index is not None and index not in taken.values():
+            taken[method] = index
     free = [index for index in range(len(PALETTE)) if index not in taken.values()]
     for position, method in enumerate(m for m in methods if m not in taken):
         taken[method] = free[position % len(free)]
@@ -124,6 +128,8 @@ def quality(points: Sequence[Mapping[str, Any]], metric: str = "macs", unit: str
     figure, axes = _figure(8.0, 4.0)
     methods = list(dict.fromkeys(str(point["method"]) for point in points))
     styles = colours(methods)
+    # Small budgets lose tens of times more than large ones: a negative score is drawn on a log scale.
+    falling = all(point["score"] < 0 for point in points if _finite(point.get("score")))
     for method in methods:
         found: dict[float, list[float]] = {}
         for point in points:
@@ -134,10 +140,12 @@ def quality(points: Sequence[Mapping[str, Any]], metric: str = "macs", unit: str
             continue
         means = [sum(found[budget]) / len(found[budget]) for budget in budgets]
         colour, marker = styles[method]
-        shares = [100 * budget for budget in budgets]
-        axes.plot(shares, means, color=colour, marker=marker, label=_plain(method))
+        drawn = [-mean for mean in means] if falling else means
+        axes.plot([100 * b for b in budgets], drawn, color=colour, marker=marker, label=_plain(method))
+    if falling:
+        _negative_log(axes)
     axes.set_xlabel(f"budget (% of the dense {metric})")
-    axes.set_ylabel(unit)
+    axes.set_ylabel(f"{unit}{', log scale' if falling else ''}", fontsize=9)
     axes.grid(color="#E3E3E3", linewidth=0.6)
     _head(axes, "Quality against budget", legend_rows=-(-len(methods) // 4))
     return figure
@@ -230,6 +238,17 @@ def _zoom(axes: Axes, floor: Sequence[float]) -> None:
     _, top = axes.get_ylim()
     if finite and top > min(finite):
         axes.set_ylim(min(finite) - 0.06 * (top - min(finite)), top)
+
+
+def _negative_log(axes: Axes) -> None:
+    """A log scale for values that were drawn with their sign turned: up is better, ticks show the sign."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.invert_yaxis()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"−{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _short(name: str, limit: int = 34) -> str:

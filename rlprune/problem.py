@@ -168,10 +168,12 @@ def search(
     state: Path | None = None,
     progress: Callable[[Any], None] | None = None,
     tensorboard: Path | None = None,
+    initial: Any = None,
 ) -> Found:
     """Let an agent search; the first problem is the one whose plan is wanted, the others train the policy.
 
-    The starts are scored first and charged; the base rule of the actions is the best of them, or the
+    The starts are scored first and charged; with ``initial``, a portable policy, the search starts from its
+    weights and its plan instead, and its base rule stays; the base rule of the actions is the best of them, or the
     configured one.
     """
     started = time.perf_counter()
@@ -179,7 +181,11 @@ def search(
     agent = make_agent(method, settings)
     limit = evaluations or settings.evaluations
     accounts = [p.account(ledger, method, seed, limit) for p in problems]
+    starts = [p.starts() for p in problems]
     base = settings.base_rule if settings.base_rule != "auto" else best_start_rule(problems)
+    if initial is not None:
+        base = str(initial.meta["base_rule"])
+        starts = [[initial.plan(p.evaluator, p.budget, p.metric).widths] for p in problems]
     tasks = [
         Task(
             p.evaluator,
@@ -193,11 +199,12 @@ def search(
     result = agent.search(
         tasks,
         accounts,
-        starts=[p.starts() for p in problems],
+        starts=starts,
         seed=seed,
         state=StateDir(state, f"{method}-{seed}") if state is not None else None,
         progress=progress,
         tensorboard=tensorboard,
+        **({} if initial is None else {"initial": initial}),
     )
     kind = "agent" if method == settings.agent else "baseline"
     history = best_within(problems[0], accounts[0])

@@ -131,14 +131,22 @@ def figures(results: Mapping[str, Any], folder: Path) -> list[tuple[Figure, str]
 def learning_curves(
     results: Mapping[str, Any], ledger: Iterable[Mapping[str, Any]]
 ) -> dict[str, list[list[float]]]:
-    """{search method: one list of scores per seed, in the order charged}; no rules, no dense model."""
+    """{search method: one list of scores per seed, in the order charged}; no rules, no dense model.
+
+    A charged plan that is over the budget (a probe of the sensitivity rule, say) is NaN: it takes its place
+    on the axis and cannot be the best.
+    """
     rows = _list(results.get("rows"))
+    target: Any = _mapping(results.get("budget")).get("target")
+    limit = float(target) * (1 + 1e-9) if _finite(target) else math.inf
     searchers = [str(row["method"]) for row in rows if _kind(row) not in ("rule", "dense")]
     runs: dict[str, dict[tuple[str, str], list[float]]] = {method: {} for method in dict.fromkeys(searchers)}
     for row in ledger:
         method, score = str(row.get("method")), row.get("score")
         if method in runs and isinstance(score, int | float):
-            runs[method].setdefault((str(row.get("seed")), str(row.get("task", ""))), []).append(float(score))
+            fits = not _finite(row.get("cost")) or row["cost"] <= limit
+            place = (str(row.get("seed")), str(row.get("task", "")))
+            runs[method].setdefault(place, []).append(float(score) if fits else math.nan)
     return {method: list(seeds.values()) for method, seeds in runs.items() if seeds}
 
 

@@ -119,9 +119,24 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what `_Loader` would read as a number."""
+
+    yaml_implicit_resolvers = copy.deepcopy(yaml.SafeDumper.yaml_implicit_resolvers)
+
+
+for _user in (_Loader, _Dumper):
+    _user.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """YAML text that `read_yaml` reads back as the same values."""
+    # Not allow_unicode: PyYAML then writes some line breaks of Unicode as they are and reads them as spaces.
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False)
 
 
 def _parse_yaml(text: str, where: str) -> Any:
@@ -278,9 +293,13 @@ def _scalars(value: Any, path: str, depth: int = 0) -> Any:
         return {str(key): _scalars(item, f"{path}.{key}", depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_scalars(item, path, depth + 1) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if (
+        value is None
+        or isinstance(value, (bool, int, str))
+        or (isinstance(value, float) and math.isfinite(value))
+    ):
         return value
-    raise ConfigError(f"{path}: must be text, a number, true, false or null, got {show(value)}")
+    raise ConfigError(f"{path}: must be text, a finite number, true, false or null, got {show(value)}")
 
 
 def _check_limits(value: Any, limits: Mapping[str, Any], path: str) -> None:

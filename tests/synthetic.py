@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,9 @@ class FakeEvaluator:
         self.space = make_space(groups)
         rng = np.random.default_rng(1000 + seed)
         self.weights = np.exp(rng.normal(size=groups)) * 0.1
-        self.importance = [np.exp(rng.normal(size=g.width)) * w for g, w in zip(self.space.groups, self.weights)]
+        self.importance = [
+            np.exp(rng.normal(size=g.width)) * w for g, w in zip(self.space.groups, self.weights)
+        ]
         self.flat = flat
         self.calls = 0
         self.memo: dict[Any, FakeCandidate] = {}
@@ -85,7 +88,7 @@ class FakeEvaluator:
         """A history's last plan, with a small loss for what each stage cut (so that the path matters)."""
         last = self.evaluate(history[-1])
         before = [self.space.widths, *[np.array(h) for h in history]]
-        cuts = [float(((a - b) / self.space.widths).max()) for a, b in zip(before, before[1:])]
+        cuts = [float(((a - b) / self.space.widths).max()) for a, b in itertools.pairwise(before)]
         loss = last.loss + 0.05 * sum(c**2 for c in cuts)
         return FakeCandidate(last.widths, last.cost, -loss, loss, last.metric)
 

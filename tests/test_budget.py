@@ -78,7 +78,7 @@ def reference(distribution, target, cost, limits):
     if float(cost(dense * (1 - shares(high)))) > target:
         base, low, high = shares(high), 0.0, 1.0
 
-        def shares(scale):  # noqa: F811 - the second phase: the groups that were not asked
+        def shares(scale):
             return np.where(d > 0, base, scale * most)
 
     for _ in range(200):
@@ -164,7 +164,24 @@ def test_budgets_are_read(text, kind, value):
 
 
 @pytest.mark.parametrize(
-    "text", [0, -1, 1.5, 80, "abc", "", "150X", "0%", "101%", True, None, [0.5], float("nan"), float("inf"), "0.0001k"]
+    "text",
+    [
+        0,
+        -1,
+        1.5,
+        80,
+        "abc",
+        "",
+        "150X",
+        "0%",
+        "101%",
+        True,
+        None,
+        [0.5],
+        float("nan"),
+        float("inf"),
+        "0.0001k",
+    ],
 )
 def test_what_is_no_budget_is_refused(text):
     with pytest.raises(BudgetError, match="not a budget"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,15 @@ def test_reference_documents_every_field() -> None:
     name=st.text(min_size=1, max_size=20).filter(lambda text: text.isprintable()),
     steps=st.lists(st.sampled_from(["reconstruct", "bn"]), unique=True, min_size=1),
     ignore=st.lists(st.text(alphabet="abc.*?0", max_size=8), max_size=4),
-    arguments=st.dictionaries(st.text(max_size=5), st.integers() | st.booleans() | st.none(), max_size=3),
+    arguments=st.dictionaries(
+        st.text(max_size=5),
+        st.integers()
+        | st.booleans()
+        | st.none()
+        | st.text(max_size=5)
+        | st.sampled_from(["1e5", "no", "1:30"]),
+        max_size=3,
+    ),
 )
 def test_round_trip_of_any_values(
     evaluations: int, lr: float, name: str, steps: list[str], ignore: list[str], arguments: dict[str, object]
@@ -86,7 +95,10 @@ def test_round_trip_of_any_values(
         "finish": {"lr": lr},
     }
     config = Config.from_dict(values)
-    assert Config.from_dict(yaml.safe_load(config.to_yaml())) == config
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(config.to_yaml(), encoding="utf-8")
+        assert load_config(path) == config
     assert config.search.evaluations == evaluations
     assert config.finish.lr == lr
     assert set(config.recovery.steps) == set(steps)

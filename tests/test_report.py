@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -94,6 +95,19 @@ def test_learning_curves_hold_the_searches_by_seed_and_survive_a_torn_line(tmp_p
     curves = report.learning_curves(results, report.read_ledger(tmp_path / "ledger.jsonl"))
     assert set(curves) == {"random", "ppo"}
     assert [len(seed) for seed in curves["ppo"]] == [10, 10]
+
+
+def test_plans_over_the_budget_count_but_are_never_the_best(tmp_path: Path) -> None:
+    results = write_run(tmp_path, seeds=1, evaluations=4)
+    rows = report.read_ledger(tmp_path / "ledger.jsonl")
+    for row in rows:
+        row["cost"] = results["budget"]["target"]
+    over = next(row for row in rows if row["method"] == "ppo")
+    over |= {"cost": 1.01 * results["budget"]["target"], "score": 0.0}
+    (scores,) = report.learning_curves(results, rows)["ppo"]
+    assert math.isnan(scores[0]) and not any(math.isnan(score) for score in scores[1:])
+    line = plots.learning({"ppo": [scores]}, {}).axes[0].lines[0]
+    assert max(line.get_ydata()) == max(scores[1:])
 
 
 def test_best_rule_and_learned_are_told_apart_by_kind_and_score(tmp_path: Path) -> None:

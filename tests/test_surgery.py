@@ -74,7 +74,12 @@ class TestArchitecture:
 
     def test_full_width_is_the_dense_model(self, name):
         net, space = traced(name)
-        slim = rlprune.prune(net, rlprune.make_plan(space, importance=[np.ones(g.width) for g in space.groups], widths=space.widths))
+        slim = rlprune.prune(
+            net,
+            rlprune.make_plan(
+                space, importance=[np.ones(g.width) for g in space.groups], widths=space.widths
+            ),
+        )
         assert attributes(space, random_plan(space, 3))
         with torch.no_grad():
             torch.testing.assert_close(slim(example()), net(example()), rtol=0, atol=0)

@@ -202,6 +202,9 @@ class Empty(rlprune.Workload):
 
 def empty(config):
     return Empty()
+
+def no_workload(config):
+    return 3
 '''
 
 
@@ -216,7 +219,7 @@ def test_own_models_and_workloads(
     assert "did you mean 'raises'" in train(refused, "model.name=own_wrong:raise", own)
     assert "cannot import" in train(refused, "model.name=own_missing:raises", own)
     assert "'validation' is empty" in train(refused, "workload=own_wrong:empty")
-    assert "Workload" in train(refused, "workload=own_wrong:nothing", own)
+    assert "must return a rlprune.Workload" in train(refused, "workload=own_wrong:no_workload")
 
 
 def test_folders_in_the_way(place: Path, refused: Callable[..., str]) -> None:

@@ -140,7 +140,7 @@ def row(name: str, facts: dict[str, Any]) -> list[str]:
     """One line of the table."""
     if "difference" not in facts:
         kind = "refused" if "refused" in facts else "failed"
-        return [name, str(ARCHITECTURES[name]), f"{kind}: {facts[kind]}", *["–"] * 9]
+        return [name, str(ARCHITECTURES[name]), kind, *["–"] * 9]
     marks = [("yes" if facts[key] else "NO") for key in ("macs_equal", "params_equal")]
     return [
         name, str(facts["input"]), "works" if works(facts) else "WRONG", f"{facts['seconds']:.1f}",
@@ -161,16 +161,17 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.one:
         return one(arguments.one)
-    lines, good = [], 0
+    lines, good, reasons = [], 0, []
     for name in arguments.names or ARCHITECTURES:
         facts = in_own_process(name)
         good += "difference" in facts and works(facts)
         lines.append(row(name, facts))
-        print("  ".join(lines[-1]), flush=True)
+        reasons += [f"- {name}: {facts[kind]}" for kind in ("refused", "failed") if kind in facts]
+        print("  ".join([*lines[-1], facts.get("refused", facts.get("failed", ""))]), flush=True)
     if not arguments.names:
         text = PAGE.format(
-            table=markdown_table(HEADER, lines), good=good, all=len(lines), torch=torch.__version__,
-            python=platform.python_version(), exact=EXACT,
+            table=markdown_table(HEADER, lines), good=good, all=len(lines), exact=EXACT,
+            reasons="\n".join(reasons), torch=torch.__version__, python=platform.python_version(),
         )  # fmt: skip
         (DOCS / "architectures.md").write_text(text, encoding="utf-8")
     return 0
@@ -189,6 +190,10 @@ model loads to the same output. Biases and normalisation statistics are random t
 refused in one line; nothing hangs: each model runs in a process of its own under a limit of time and memory.
 
 {table}
+
+Why, in the words of the error:
+
+{reasons}
 """
 
 if __name__ == "__main__":

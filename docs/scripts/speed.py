@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -172,7 +173,7 @@ def main() -> int:
     text = PAGE.format(
         table=markdown_table(["what", "median", "ratio"], lines), threads=arguments.threads,
         rounds=arguments.rounds, torch=torch.__version__, python=platform.python_version(),
-        machine=f"{platform.machine()}, {processor()}", tp=torch_pruning.__version__,
+        machine=f"{platform.machine()}, {processor()}", tp=version("torch-pruning"),
     )  # fmt: skip
     (DOCS / "speed.md").write_text(text, encoding="utf-8")
     return 0

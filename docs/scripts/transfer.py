@@ -94,7 +94,10 @@ def table(result: dict[int, dict[str, float]]) -> str:
     for way in ways:
         shares = [share(scores, way) for scores in result.values()]
         mean = f"{100 * np.mean(shares):.0f}%" if np.isfinite(shares).all() else "–"
-        cells = [f"{s[way]:.4f} ({100 * x:.0f}%)" for s, x in zip(result.values(), shares, strict=True)]
+        cells = [
+            f"{scores[way]:.4f}" + (f" ({100 * x:.0f}%)" if np.isfinite(x) else "")
+            for scores, x in zip(result.values(), shares, strict=True)
+        ]
         lines.append([way, *cells, mean])
     return markdown_table(["", *[f"model seed {seed}" for seed in result], "mean share"], lines)
 

@@ -30,8 +30,16 @@ class Entry:
 AGENTS: dict[str, Entry] = {
     entry.name: entry
     for entry in (
-        Entry("ppo", "stable-baselines3 PPO with weights shared over groups (surrogate or direct)", "ppo:PPOAgent"),
-        Entry("random", "random distributions projected onto the budget (EagleEye)", "random_search:RandomSearch"),
+        Entry(
+            "ppo",
+            "stable-baselines3 PPO with weights shared over groups (surrogate or direct)",
+            "ppo:PPOAgent",
+        ),
+        Entry(
+            "random",
+            "random distributions projected onto the budget (EagleEye)",
+            "random_search:RandomSearch",
+        ),
     )
 }
 
@@ -40,7 +48,9 @@ def make_agent(name: str, settings: SearchConfig | None = None) -> Agent:
     """An agent by name; ConfigError with the near miss for an unknown one."""
     if name not in AGENTS:
         allowed = ", ".join(AGENTS)
-        raise ConfigError(f"search.agent: unknown agent {name!r}{near_miss(name, AGENTS)}; allowed: {allowed}")
+        raise ConfigError(
+            f"search.agent: unknown agent {name!r}{near_miss(name, AGENTS)}; allowed: {allowed}"
+        )
     return AGENTS[name].load()(settings or SearchConfig())
 
 

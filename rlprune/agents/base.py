@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from ..envs.randomness import isolated_randomness
 from ..envs.task import Scored, Task
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from .callbacks import Progress
-    from .policy import GroupPolicy
+    from .policy import GroupPolicy, PortablePolicy
     from .state import StateDir
 
 Ints = NDArray[np.int64]
@@ -63,7 +61,8 @@ class Agent(Protocol):
 
     Args of ``search``: ``starts`` holds for each task plans that are scored first (uniform, the rules);
     ``seed`` decides everything random; ``state`` is where the search saves itself and continues from;
-    ``progress`` is called after every evaluation; ``tensorboard`` is a folder for curves.
+    ``progress`` is called after every evaluation; ``tensorboard`` is a folder for curves; ``policy`` is a
+    trained one whose plan is scored before the starts, and that training continues from.
     """
 
     def search(
@@ -76,23 +75,8 @@ class Agent(Protocol):
         state: StateDir | None = None,
         progress: Callable[[Progress], None] | None = None,
         tensorboard: Path | None = None,
+        policy: PortablePolicy | None = None,
     ) -> SearchResult: ...
-
-
-@contextlib.contextmanager
-def isolated_randomness() -> Iterator[None]:
-    """Leave the global generators (torch's on the CPU, numpy's, Python's) as they were found.
-
-    An evaluation may use them; one that is replayed from the ledger does not. Without this a resumed
-    search would not be the uninterrupted one.
-    """
-    kept = torch.random.get_rng_state(), np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.random.set_rng_state(kept[0])
-        np.random.set_state(kept[1])
-        random.setstate(kept[2])
 
 
 def as_history(plan: Any) -> History:
@@ -124,6 +108,17 @@ class Recorder:
         """Ask for all of a saved record again."""
         for call in calls:
             self._score(as_history(call))
+
+    def score_starts(self, task: Task, starts: Sequence[Any], policy: PortablePolicy | None = None) -> None:
+        """Score the plan of a trained policy, then the starts, as far as the account allows."""
+        plans = list(starts)
+        if policy is not None:
+            budget = task.budget_range[1] if task.is_range else task.budget
+            distribution = policy.distribution(task, budget, task.metric)
+            plans.insert(0, task.space.project(distribution, budget, task.metric))
+        for plan in plans:
+            if self.account.left > 0:
+                self.evaluate(plan)
 
     def within(self, task: Task, budget: Any) -> list[History]:
         """Scored plans that keep a budget, the best first (probes of a rule, for one, keep none)."""

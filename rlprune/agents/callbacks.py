@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ..envs.task import Task
 from ..errors import ConfigError
 from .base import Purse
 
 
 @dataclass(frozen=True)
 class Progress:
-    """State of a search: evaluations ``spent`` of ``limit``, the ``best_score`` so far, and seconds.
+    """State of a search: evaluations ``spent`` of ``limit``, the ``best_score`` within the budget
+    so far (-inf before there is one), and seconds.
 
     ``left`` estimates the seconds that remain from the pace of this process (None before there is one);
     ``improved`` says whether the last evaluation found a new best plan of the first task.
@@ -33,17 +37,19 @@ class Watcher:
 
     def __init__(
         self,
+        tasks: Sequence[Task],
         accounts: Sequence[Purse],
         progress: Callable[[Progress], None] | None = None,
         tensorboard: Path | None = None,
     ) -> None:
-        self._accounts = accounts
+        self._tasks, self._accounts = tasks, accounts
         self._progress = progress
         self.logger = sb3_logger(tensorboard)
         self._log = tensorboard is not None
         self._started = time.monotonic()
         self._at_start: int | None = None
         self._best: float | None = None
+        self._costs: list[float] = []
 
     def resumed(self) -> None:
         """The evaluations so far were repeated from a ledger: they say nothing about the pace."""
@@ -55,7 +61,7 @@ class Watcher:
             return
         spent = sum(a.spent for a in self._accounts)
         limit = sum(a.limit for a in self._accounts)
-        scores = [c.score for c in self._accounts[0].history]
+        scores = self._scores()
         best = max(scores, default=float("-inf"))
         seconds = time.monotonic() - self._started
         here = spent - (self._at_start or 0)
@@ -69,6 +75,14 @@ class Watcher:
             self.logger.record("search/score", scores[-1] if scores else best)
             self.logger.dump(spent)
 
+    def _scores(self) -> list[float]:
+        """Scores of the first task's plans that keep its budget: a rule's probes are no results."""
+        task, account = self._tasks[0], self._accounts[0]
+        new = account.history[len(self._costs) :]
+        self._costs += [task.space.cost(np.array(c.widths), task.metric) for c in new]
+        limit = task.space.target(task.budget_range[1] if task.is_range else task.budget, task.metric)
+        return [c.score for c, cost in zip(account.history, self._costs, strict=True) if cost <= limit]
+
 
 def sb3_logger(tensorboard: Path | None) -> Any:
     """stable-baselines3's logger: silent, or writing TensorBoard files into a folder."""
@@ -79,4 +93,4 @@ def sb3_logger(tensorboard: Path | None) -> Any:
     try:
         return configure(str(tensorboard), ["tensorboard"])
     except (ImportError, AssertionError):
-        raise ConfigError("search.tensorboard: needs the extra `tensorboard` (pip install rlprune[tensorboard])") from None
+        raise ConfigError("search.tensorboard: needs `pip install rlprune[tensorboard]`") from None

@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from ..evaluation import SearchSpent
 from .base import SearchResult
 from .policy import GroupPolicy
-from .ppo import Search, derived_seed, make_ppo, restore_training, seed_everything, training_state
+from .training import Search, derived_seed, make_ppo, restore_training, seed_everything, training_state
 
 MODE = "direct"
 # More than any account allows: the account ends the training, not PPO.
@@ -28,7 +28,8 @@ class RolloutStart(BaseCallback):
         self._search, self.rollout = search, rollout
 
     def _on_step(self) -> bool:
-        return True
+        # What is kept back pays for the policy's own mode at the end.
+        return all(recorder.account.left > self._search.env.stages for recorder in self._search.recorders)
 
     def _on_rollout_start(self) -> None:
         ppo = self.model
@@ -49,9 +50,11 @@ class RolloutStart(BaseCallback):
 
 
 def direct_search(search: Search) -> SearchResult:
-    """Train until an account is spent, then spend what the other accounts have left on policy samples."""
+    """Train until an account is all but spent; then score the policy's mode, and samples with what is left."""
     settings = search.settings.ppo
-    batch = max(d for d in range(1, settings.n_steps + 1) if settings.n_steps % d == 0 and d <= settings.batch_size)
+    batch = max(
+        d for d in range(1, settings.n_steps + 1) if settings.n_steps % d == 0 and d <= settings.batch_size
+    )
     env = DummyVecEnv([lambda: search.env])
     saved = search.load(MODE)
     ppo = make_ppo(search, env, n_steps=settings.n_steps, batch_size=batch, n_epochs=settings.n_epochs)
@@ -66,7 +69,9 @@ def direct_search(search: Search) -> SearchResult:
         pass
     policy = ppo.policy
     assert isinstance(policy, GroupPolicy)
-    _spend_rest(search, policy)
+    generator = torch.Generator().manual_seed(derived_seed(search.seed, 2))
+    for index in range(len(search.tasks)):
+        _spend_rest(search, policy, index, generator)
     return search.result(policy)
 
 
@@ -79,22 +84,18 @@ def _restore(search: Search, ppo: PPO, saved: dict[str, Any]) -> int:
     return int(saved["rollout"])
 
 
-def _spend_rest(search: Search, policy: GroupPolicy) -> None:
-    """Several tasks share the steps at random, so one account empties first: sample for the others."""
-    if search.env.stages > 1:
-        return
-    generator = torch.Generator().manual_seed(derived_seed(search.seed, 2))
+def _spend_rest(search: Search, policy: GroupPolicy, index: int, generator: torch.Generator) -> None:
+    """One episode of the mode, then episodes of samples: of several tasks, one empties its account first."""
+    task, account = search.tasks[index], search.recorders[index].account
+    budget = task.budget_range[1] if task.is_range else task.budget
     std = float(policy.log_std.detach().exp())
-    for index, (task, recorder) in enumerate(zip(search.tasks, search.recorders, strict=True)):
-        budget = task.budget_range[1] if task.is_range else task.budget
+    for episode in range(1 + 2 * account.left):
         obs, _ = search.env.reset(options={"task": index, "budget": budget})
-        mode, _ = policy.predict(obs, deterministic=True)
-        groups = len(task.space.groups)
-        for _ in range(2 * recorder.account.left):
-            if recorder.account.left == 0:
-                break
-            noise = std * torch.randn(groups, generator=generator).numpy()
-            try:
-                recorder.evaluate(task.widths(np.clip(mode[:groups] + noise, -1, 1), budget))
-            except SearchSpent:
-                break
+        done = False
+        try:
+            while not done and account.left > 0:
+                action, _ = policy.predict(obs, deterministic=True)
+                noise = torch.randn(len(action), generator=generator).numpy() if episode else 0.0
+                obs, _, done, _, _ = search.env.step(np.clip(action + std * noise, -1.0, 1.0))
+        except SearchSpent:
+            return

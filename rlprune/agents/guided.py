@@ -17,9 +17,9 @@ from ..envs.task import Floats, Ints, Task
 from ..evaluation import SearchSpent
 from .base import Recorder, SearchResult
 from .policy import GroupPolicy
-from .ppo import Search, derived_seed, make_ppo, restore_training, seed_everything, training_state
 from .proposals import choose_batch, climb, fresh, neighbours, random_plans
 from .surrogate import ScoreModel, SurrogateVecEnv
+from .training import Search, derived_seed, make_ppo, restore_training, seed_everything, training_state
 
 MODE = "surrogate"
 # PPO on the surrogate: steps are cheap and an update is not, so its rollouts are long and its epochs few.
@@ -33,7 +33,6 @@ _SAMPLES = 128
 _NEIGHBOURS = 192
 _PARENTS = 5
 # A batch asks for the sure and for the unknown: the confidence bound's weight goes through these in turn.
-_END = 0.5
 _KAPPAS = (0.0, 0.5, 1.0, 2.0)
 
 
@@ -45,7 +44,9 @@ class Guided:
         self.models = [ScoreModel(t.space.widths, t.evaluator.dense.score) for t in search.tasks]
         settings = search.settings.ppo
         envs = max(2, settings.surrogate_envs, len(search.tasks))
-        self.venv = SurrogateVecEnv(search.env, self.models, envs, settings.kappa, derived_seed(search.seed, 3))
+        self.venv = SurrogateVecEnv(
+            search.env, self.models, envs, settings.kappa, derived_seed(search.seed, 3)
+        )
         n_steps = max(1, _ROLLOUT // envs)
         rollout = n_steps * envs
         batch = max(d for d in range(1, rollout + 1) if rollout % d == 0 and d <= _MINIBATCH)
@@ -79,8 +80,6 @@ class Guided:
     def train(self, batch: int) -> None:
         """PPO's steps on the freshly fitted surrogate."""
         seed_everything(self.search.seed, 1, batch)
-        spent = sum(r.account.spent for r in self.search.recorders) / sum(r.account.limit for r in self.search.recorders)
-        self.venv.kappa = self.search.settings.ppo.kappa+(_END-self.search.settings.ppo.kappa)*spent
         self.venv.reseed(derived_seed(self.search.seed, 4, batch))
         self.ppo._last_obs = None  # start from a reset, so that nothing of the last batch has to be saved
         self.ppo.learn(self.search.settings.ppo.surrogate_steps, reset_num_timesteps=False)
@@ -125,21 +124,18 @@ def _run_batch(guided: Guided, batch: int) -> None:
         count = min(per_task, recorder.account.left)
         budget = guided.budget(task, batch + index)
         if batch == 0:
-            plans = first_plans(task, budget, recorder, count, search.settings.ppo.log_std_init, generator)
+            plans = first_plans(guided, index, budget, count, generator)
         else:
             plans = next_plans(guided, index, budget, count, generator)
         for plan in plans[:count]:
             recorder.evaluate(plan)
 
 
-def first_plans(
-    task: Task, budget: Any, recorder: Recorder, count: int, log_std: float, generator: np.random.Generator
-) -> Ints:
-    """The base plan, samples of the untrained policy around it, and as many random plans."""
-    groups = len(task.space.groups)
-    actions = np.exp(log_std) * generator.normal(size=(4 * count, groups))
-    actions[0] = 0.0
-    around = fresh(task.widths(np.clip(actions, -1.0, 1.0), budget), recorder.scores)[: -(-count // 2)]
+def first_plans(guided: Guided, index: int, budget: Any, count: int, generator: np.random.Generator) -> Ints:
+    """The policy's mode (untrained: the base plan), samples around it, and as many random plans."""
+    task, recorder = guided.search.tasks[index], guided.search.recorders[index]
+    seed_everything(guided.search.seed, 6, index)
+    around = fresh(_policy_plans(guided, index, budget), recorder.scores)[: -(-count // 2)]
     anywhere = random_plans(task, budget, 4 * count, generator)
     return fresh(np.vstack([around, anywhere]), recorder.scores)
 
@@ -181,4 +177,3 @@ def _policy_plans(guided: Guided, index: int, budget: Any) -> Ints:
         actions: NDArray[Any] = distribution.sample().numpy()
         actions[0] = distribution.mode().numpy()[0]
     return task.widths(np.clip(actions[:, : len(task.space.groups)], -1.0, 1.0), budget)
-

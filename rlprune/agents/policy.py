@@ -53,8 +53,8 @@ class GroupNetwork(nn.Module):
         self.critic = nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 1))
         # One number for all groups: stable-baselines3 has one for each action, which would not travel.
         self.log_std = nn.Parameter(torch.tensor(float(log_std_init)))
-        nn.init.zeros_(self.actor[-1].weight)
-        nn.init.zeros_(self.actor[-1].bias)
+        for parameter in self.actor[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def encode(self, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, G, F) -> encoded groups (B, G, H), context (B, H), mask (B, G)."""
@@ -82,7 +82,7 @@ class MaskedGaussian(Distribution):
     def proba_distribution_net(self, *args: Any, **kwargs: Any) -> nn.Module:
         raise NotImplementedError("the policy builds its own network")
 
-    def proba_distribution(self, mean: Tensor, log_std: Tensor, mask: Tensor) -> MaskedGaussian:  # type: ignore[override]
+    def proba_distribution(self, mean: Tensor, log_std: Tensor, mask: Tensor) -> MaskedGaussian:
         """mean, mask: (B, G); log_std: scalar."""
         self._mean, self._mask = mean * mask, mask
         self._std = log_std.clamp(*_LOG_STD).exp().expand_as(mean)
@@ -138,12 +138,10 @@ class GroupPolicy(ActorCriticPolicy):
         features = int(np.prod(self.observation_space.shape or ())) // groups
         self.network = GroupNetwork(features, self.hidden, self.log_std_init)
         self.bias = nn.Parameter(torch.zeros(groups)) if self.group_bias else None
+        self.log_std = self.network.log_std  # the very same parameter, where stable-baselines3 logs it from
         self.action_dist = MaskedGaussian()  # type: ignore[assignment]
-        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
-
-    @property
-    def log_std(self) -> Tensor:
-        return self.network.log_std
+        arguments = {"lr": lr_schedule(1), **self.optimizer_kwargs}
+        self.optimizer = self.optimizer_class(self.parameters(), **arguments)
 
     def _both(self, obs: Any) -> tuple[Distribution, Tensor]:
         table = obs.float().reshape(len(obs), self.action_space.shape[0], -1)

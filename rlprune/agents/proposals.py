@@ -30,7 +30,9 @@ def neighbours(task: Task, parents: Ints, budget: Any, count: int, generator: np
     chosen = parents[generator.integers(len(parents), size=count)]
     shares = 1.0 - chosen / task.space.widths
     scale = np.exp(generator.uniform(np.log(0.01), np.log(0.2), size=(count, 1)))
-    touched = generator.random((count, groups)) < generator.choice([1.5, 3.0, groups], size=(count, 1)) / groups
+    touched = (
+        generator.random((count, groups)) < generator.choice([1.5, 3.0, groups], size=(count, 1)) / groups
+    )
     shares = shares + scale * touched * generator.normal(size=(count, groups))
     shares = np.clip(shares, 1e-4, None)
     return task.space.project(shares, budget, task.metric)

@@ -12,6 +12,7 @@ from ..config import SearchConfig
 from ..envs.task import Task
 from .base import Recorder, SearchResult, Starts, check_arguments
 from .callbacks import Progress, Watcher
+from .policy import PortablePolicy
 from .proposals import fresh, random_plans
 from .state import StateDir
 
@@ -35,16 +36,18 @@ class RandomSearch:
         state: StateDir | None = None,
         progress: Callable[[Progress], None] | None = None,
         tensorboard: Path | None = None,
+        policy: PortablePolicy | None = None,
     ) -> SearchResult:
-        """See :class:`rlprune.agents.base.Agent`. Everything follows from the seed, so ``state`` stays empty."""
+        """See :class:`rlprune.agents.base.Agent`; a ``policy`` only adds its plan to the starts.
+
+        Everything follows from the seed and the ledger, so ``state`` stays empty.
+        """
         check_arguments(tasks, accounts, starts)
-        watcher = Watcher(accounts, progress, tensorboard)
+        watcher = Watcher(tasks, accounts, progress, tensorboard)
         recorders = [Recorder(account, watcher) for account in accounts]
         for index, (task, recorder) in enumerate(zip(tasks, recorders, strict=True)):
             generator = np.random.default_rng([seed, index])
-            for start in starts[index] if starts else ():
-                if recorder.account.left > 0:
-                    recorder.evaluate(start)
+            recorder.score_starts(task, starts[index] if starts else (), policy)
             _spend(task, recorder, generator)
         return SearchResult(tuple(r.best(task) for task, r in zip(tasks, recorders, strict=True)))
 

@@ -31,7 +31,7 @@ class StateDir:
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(temporary, self.file)
-        except (OSError, RuntimeError):  # torch's writer turns a full disk into a RuntimeError
+        except BaseException:
             temporary.unlink(missing_ok=True)
             raise
 
@@ -42,7 +42,9 @@ class StateDir:
         try:
             payload = torch.load(self.file, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            raise ArtifactError(f"{self.file}: not a readable search state ({type(error).__name__})") from None
+            raise ArtifactError(
+                f"{self.file}: not a readable search state ({type(error).__name__})"
+            ) from None
         version = payload.get("version") if isinstance(payload, dict) else None
         if version != STATE_VERSION:
             raise ArtifactError(f"{self.file}: state version {version!r}; this program reads {STATE_VERSION}")

@@ -140,8 +140,7 @@ class SurrogateVecEnv(VecEnv):
         self, env: DistributionEnv, models: Sequence[ScoreModel], count: int, kappa: float, seed: int
     ) -> None:
         super().__init__(count, env.observation_space, env.action_space)
-        self._env, self._models = env, models
-        self.kappa = kappa
+        self._env, self._models, self._kappa = env, models, kappa
         self._random = np.random.default_rng(seed)
         self.render_mode = None
         self._chunks = _chunks(count, env.tasks)
@@ -167,7 +166,7 @@ class SurrogateVecEnv(VecEnv):
             groups = len(task.space.groups)
             plans = task.widths(np.vstack([np.zeros(groups), self._actions[rows, :groups]]), budget)
             mean, std = model.predict(plans)
-            rewards[rows] = (mean[1:] + self.kappa * std[1:]) - mean[0]
+            rewards[rows] = (mean[1:] + self._kappa * std[1:]) - mean[0]
         self._draw()
         done = np.ones(self.num_envs, dtype=bool)
         return self._observations(), rewards, done, [{} for _ in range(self.num_envs)]

@@ -10,7 +10,10 @@ SEQUENTIAL = "rlprune/Sequential-v0"
 
 def register() -> None:
     """Register both environments with Gymnasium by string entry points; safe to call again."""
-    for name, entry in ((DISTRIBUTION, "distribution:DistributionEnv"), (SEQUENTIAL, "sequential:SequentialEnv")):
+    for name, entry in (
+        (DISTRIBUTION, "distribution:DistributionEnv"),
+        (SEQUENTIAL, "sequential:SequentialEnv"),
+    ):
         if name not in gymnasium.registry:
             gymnasium.register(name, entry_point=f"rlprune.envs.{entry}")
 

@@ -33,7 +33,7 @@ def resolve_tasks(
 class PruningEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
     """Base class: at every reset one of the tasks and a budget from its range are drawn by the env's seed."""
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 4}  # noqa: RUF012 (Gymnasium's)
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 4}
 
     def __init__(self, tasks: tuple[Task, ...], render_mode: str | None) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
@@ -78,7 +78,7 @@ class PruningEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         """Widths kept at this moment."""
         return self._history[-1] if self._history else self.task.space.widths
 
-    def render(self) -> NDArray[np.uint8] | None:  # type: ignore[override]
+    def render(self) -> NDArray[np.uint8] | None:
         """An RGB image of the widths and the distribution, or None without a render mode."""
         if self.render_mode is None:
             return None

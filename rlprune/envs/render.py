@@ -29,7 +29,14 @@ def draw(
     axes.bar(places, kept, color="#2a6f97", label="kept")
     if distribution is not None:
         peak = max(float(np.max(distribution)), 1e-12)
-        axes.plot(places, distribution / peak, "o-", color="#d1495b", markersize=4, label="distribution (of its peak)")
+        axes.plot(
+            places,
+            distribution / peak,
+            "o-",
+            color="#d1495b",
+            markersize=4,
+            label="distribution (of its peak)",
+        )
     axes.set_ylim(0.0, 1.05)
     axes.set_xlim(-0.7, len(names) - 0.3)
     axes.set_ylabel("share of the group's units")

@@ -11,10 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BudgetError, ConfigError, near_miss
+from ..evaluation import Evaluator
 from ..pruning.budget import Limits, project
 from ..pruning.cost import formula
 from ..pruning.space import PruningSpace
+from ..rules import RULES
 from .observation import fill_dynamic, static_features
+from .randomness import isolated_randomness
 from .reward import RewardScale, reward_scale
 
 Floats = NDArray[np.float64]
@@ -187,14 +190,13 @@ class Task:
     def _cached(self, key: Any, make: Any) -> Any:
         key = str(key)
         if key not in self._cache:
-            self._cache[key] = make()
+            with isolated_randomness():  # made once a process: a resumed search makes it at another moment
+                self._cache[key] = make()
         return self._cache[key]
 
     def _rule(self, name: str, budget: Any) -> Floats:
         if name == "uniform":
             return np.ones(len(self.space.groups))
-        from ..rules import RULES  # here, because the rules bring torch code that a synthetic task can do without
-
         if name not in RULES:
             allowed = ", ".join(RULES)
             raise ConfigError(f"base_rule: unknown rule {name!r}{near_miss(name, RULES)}; allowed: {allowed}")
@@ -206,12 +208,12 @@ class Task:
     def _scale(self, budget: Any) -> RewardScale:
         uniform = self.evaluate([self.uniform_widths(budget)])
         error = self.evaluator.standard_error(uniform)
-        return reward_scale(uniform.score, self.evaluator.dense.score, error, lambda: self._rule_scores(budget))
+        return reward_scale(
+            uniform.score, self.evaluator.dense.score, error, lambda: self._rule_scores(budget)
+        )
 
     def _rule_scores(self, budget: Any) -> list[float]:
         """Scores of the rules that cost nothing to compute; charged like everything else."""
-        from ..rules import RULES
-
         names = [name for name in RULES if name not in ("uniform", "sensitivity")]
         plans = [self.space.project(self._rule(n, budget), budget, self.metric) for n in names]
         return [self.evaluate([plan]).score for plan in plans]
@@ -227,7 +229,7 @@ class Task:
         dense = self.evaluator.dense.score
         losses = np.zeros((len(space.groups), 2))
         for column, share in enumerate(self.sensitivity):
-            wanted = space.limits.floor(space.widths * (1.0 - share))
+            wanted = space.limits.floor(space.widths.astype(np.float64) * (1.0 - share))
             for g in range(len(space.groups)):
                 widths = space.widths.copy()
                 widths[g] = wanted[g]
@@ -241,7 +243,5 @@ def make_task(
     """A task for a workload (which is traced now), or for an evaluator that exists already."""
     if hasattr(workload, "evaluate_staged"):
         return Task(workload, budget, metric, base_rule, name=name)
-    from ..evaluation import Evaluator
-
-    evaluator = Evaluator(workload)
+    evaluator = Evaluator(workload, metric=metric)
     return Task(evaluator, budget, metric, base_rule, name=name or str(getattr(workload, "name", "")))

@@ -124,7 +124,9 @@ def _checked(distribution: Any, groups: int) -> Floats:
     except (TypeError, ValueError):
         raise BudgetError("distribution: not an array of numbers") from None
     if shares.ndim not in (1, 2) or shares.shape[-1] != groups:
-        raise BudgetError(f"distribution: shape {shares.shape} does not fit; allowed: ({groups},) or (N, {groups})")
+        raise BudgetError(
+            f"distribution: shape {shares.shape} does not fit; allowed: ({groups},) or (N, {groups})"
+        )
     if not np.isfinite(shares).all():
         raise BudgetError("distribution: holds NaN or infinity; allowed: finite numbers of 0 and more")
     if (shares < 0).any():

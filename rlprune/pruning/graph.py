@@ -28,7 +28,13 @@ CONV = nn.modules.conv._ConvNd
 MIXERS = (CONV, nn.Linear)
 _BATCHNORM = nn.modules.batchnorm._BatchNorm
 # Their statistics run over the channels, so no cut of them equals a masked dense model (DESIGN: contract 2).
-_CROSSING = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
+_CROSSING = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    nn.RMSNorm,
+    nn.modules.instancenorm._InstanceNorm,
+)
 
 
 @dataclass(frozen=True)
@@ -272,7 +278,8 @@ class _Joiner:
         def number(element: int) -> int:
             return numbers.setdefault(self.sets.find(element), len(numbers))
 
-        sides, fixed = [], {}
+        sides: list[Side] = []
+        fixed: dict[int, str] = {}
         for node in self.nodes.values():
             layer = node.module
             reason = self._reason(layer)
@@ -288,7 +295,9 @@ class _Joiner:
                 text = f"the dependency graph does not fit {self.names[id(layer)]!r}"
                 fixed |= {number(slots[c]): text for c in beyond}
                 classes = np.array([number(slots[c]) for c in range(known[side])], dtype=np.int64)
-                sides.append(Side(layer, self.names[id(layer)], _role(layer, side), classes, max(node.pruning_dim, 0)))
+                sides.append(
+                    Side(layer, self.names[id(layer)], _role(layer, side), classes, max(node.pruning_dim, 0))
+                )
         return ChannelGraph(tuple(sides), fixed, len(numbers))
 
     def _reason(self, layer: Any) -> str:
@@ -335,7 +344,9 @@ def unused_modules(model: nn.Module, called: Iterable[nn.Module], example_inputs
         return ()
     # A module that is never called may still lend its parameters (the output layer of an attention does).
     with torch.enable_grad():
-        total = sum((t.float().sum() for t in tensors(run(model, example_inputs)) if t.requires_grad), torch.zeros(()))
+        total = sum(
+            (t.float().sum() for t in tensors(run(model, example_inputs)) if t.requires_grad), torch.zeros(())
+        )
     flat = [p for parameters in idle.values() for p in parameters]
     gradients = dict(zip(map(id, flat), torch.autograd.grad(total, flat, allow_unused=True), strict=True))
     return tuple(n for n, parameters in idle.items() if all(gradients[id(p)] is None for p in parameters))

@@ -64,7 +64,9 @@ def bn_scale(model: nn.Module, space: PruningSpace) -> Scores:
     A group without a batch norm falls back to its L2 norm; groups are never compared by these scores.
     """
     gammas = {
-        f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        f"{name}.weight"
+        for name, m in model.named_modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm)
     }
     with torch.no_grad():
         scores = _per_unit(model, space, lambda c, t: t.detach().abs() if c.tensor in gammas else None)
@@ -106,9 +108,7 @@ def taylor(
         for module, mode in modes.items():
             module.training = mode
     with torch.no_grad():
-        return _per_unit(
-            model, space, lambda c, t: (sums[c.tensor] * t).abs() if c.tensor in sums else None
-        )
+        return _per_unit(model, space, lambda c, t: (sums[c.tensor] * t).abs() if c.tensor in sums else None)
 
 
 def random(model: nn.Module, space: PruningSpace, seed: int = 0) -> Scores:
@@ -126,18 +126,20 @@ IMPORTANCES: dict[str, Callable[..., Scores]] = {
 }
 
 
-def compute(name: str, workload: Any, space: PruningSpace, seed: int = 0, model: nn.Module | None = None) -> Scores:
+def compute(
+    name: str, workload: Any, space: PruningSpace, seed: int = 0, model: nn.Module | None = None
+) -> Scores:
     """Scores by name for a workload's dense model (or ``model``); Taylor reads the calibration split.
 
     Raises:
         ConfigError: unknown name.
     """
+    if name not in IMPORTANCES:
+        hint = near_miss(name, IMPORTANCES)
+        raise ConfigError(f"prune.importance: unknown {name!r}{hint}; allowed: {', '.join(IMPORTANCES)}")
     subject = workload.model if model is None else model
     if name == "taylor":
         return taylor(subject, space, workload.batches("calibration"), workload.loss)
     if name == "random":
         return random(subject, space, seed)
-    if name not in IMPORTANCES:
-        hint = near_miss(name, IMPORTANCES)
-        raise ConfigError(f"prune.importance: unknown {name!r}{hint}; allowed: {', '.join(IMPORTANCES)}")
     return IMPORTANCES[name](subject, space)

@@ -48,7 +48,14 @@ class Layout:
         self.axes: list[Axis] = []
         self._axis_numbers: dict[bytes, int] = {}
 
-    def space(self, fingerprint: str, unused: tuple[str, ...], round_to: int, minimum: int) -> PruningSpace:
+    def space(
+        self,
+        fingerprint: str,
+        unused: tuple[str, ...],
+        round_to: int,
+        minimum: int,
+        input_shape: tuple[int, ...] | None,
+    ) -> PruningSpace:
         cuts, rules = self._cuts()
         return PruningSpace(
             groups=tuple(rounded(self._group(units), round_to, minimum) for units in self.class_groups),
@@ -59,6 +66,7 @@ class Layout:
             costs=self._costs(cuts),
             axes=tuple(self.axes),
             unused=unused,
+            input_shape=input_shape,
         )
 
     # Which channels may be cut, and together with which
@@ -135,9 +143,8 @@ class Layout:
         root = self.sides[root_index].module
         assert isinstance(root, nn.Module)
         roles = {self.sides[i].role for i, _ in members}
-        grouped = any(
-            isinstance(self.sides[i].module, CONV) and self.sides[i].module.groups > 1 for i, _ in members
-        )
+        layers = [self.sides[i].module for i, _ in members]
+        grouped = any(isinstance(layer, CONV) and layer.groups > 1 for layer in layers)
         if len({s.name for s in producers}) > 1:
             kind = "residual"
         elif "depthwise" in roles:
@@ -219,7 +226,8 @@ class Layout:
         for cut in cuts:
             by_tensor[cut.tensor].append(cut)
         macs, params = FormulaBuilder(len(groups)), FormulaBuilder(len(groups))
-        reuse = {f"{s.name}.weight": self.calls[s.module].reuse for s in self.sides if s.module in self.calls}
+        modules = dict(self.model.named_modules())
+        reuse = {f"{n}.weight": self.calls[m].reuse for n, m in modules.items() if m in self.calls}
         known = 0.0
         for name, parameter in self.model.named_parameters():
             cut_dims = by_tensor.get(name, [])
@@ -238,7 +246,9 @@ def _tensor_dims(side: Side) -> list[tuple[str, int, np.ndarray, bool]]:
     if isinstance(module, nn.Parameter):
         return [(name, side.dim, classes, False)]
     if side.role in ("norm", "activation"):
-        tensors = [n for n, t in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]]
+        tensors = [
+            n for n, t in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        ]
         return [
             (f"{name}.{n}", 0, classes, False)
             for n in tensors
@@ -250,8 +260,16 @@ def _tensor_dims(side: Side) -> list[tuple[str, int, np.ndarray, bool]]:
     groups = module.groups if isinstance(module, CONV) else 1
     if side.role == "in":
         # The weight of a grouped convolution holds the input channels of one group only.
-        return [(f"{name}.weight", 0, classes, True) if transposed else (f"{name}.weight", 1, classes[: len(classes) // groups], True)]
-    dims = [(f"{name}.weight", 1, classes[: len(classes) // groups], False) if transposed and side.role == "out" else (f"{name}.weight", 0, classes, False)]
+        return [
+            (f"{name}.weight", 0, classes, True)
+            if transposed
+            else (f"{name}.weight", 1, classes[: len(classes) // groups], True)
+        ]
+    dims = [
+        (f"{name}.weight", 1, classes[: len(classes) // groups], False)
+        if transposed and side.role == "out"
+        else (f"{name}.weight", 0, classes, False)
+    ]
     if module.bias is not None:
         dims.append((f"{name}.bias", 0, classes, False))
     return dims

@@ -30,6 +30,7 @@ class Plan:
         """JSON-able content: groups with kept indices, widths, achieved costs and the origin."""
         return {
             "fingerprint": self.space.fingerprint,
+            "input": list(self.space.input_shape) if self.space.input_shape else None,
             "groups": [
                 {"name": g.name, "kind": g.kind, "width": g.width, "kept": k.tolist()}
                 for g, k in zip(self.space.groups, self.kept, strict=True)
@@ -62,7 +63,9 @@ def _check(plan: Plan) -> None:
     for group, width, kept in zip(groups, plan.widths, plan.kept, strict=True):
         fits = len(kept) == width and width >= 1 and len(np.unique(kept)) == width
         if not fits or kept.min() < 0 or kept.max() >= group.width or (np.diff(kept) <= 0).any():
-            raise ArtifactError(f"plan: group {group.name!r}: the kept units do not fit its {group.width} units")
+            raise ArtifactError(
+                f"plan: group {group.name!r}: the kept units do not fit its {group.width} units"
+            )
 
 
 def make_plan(
@@ -102,7 +105,9 @@ def make_plan(
     chosen = chosen.astype(np.int64)
     for group, width in zip(space.groups, chosen, strict=True):
         if not 1 <= width <= group.width:
-            raise BudgetError(f"make_plan: width {width} of group {group.name!r}; allowed: 1 to {group.width}")
+            raise BudgetError(
+                f"make_plan: width {width} of group {group.name!r}; allowed: 1 to {group.width}"
+            )
     return Plan(space, chosen, best_units(space, importance, chosen), facts)
 
 

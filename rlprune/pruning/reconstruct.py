@@ -143,7 +143,8 @@ def _inputs(layer: nn.Module, x: Tensor) -> Tensor:
         return x.reshape(-1, 1, x.shape[-1])
     groups = 1 if layer.transposed else layer.groups
     if all(n == 1 for n in layer.kernel_size) and any(n > 1 for n in layer.stride):
-        x = x[(..., *(slice(None, None, n) for n in layer.stride))]  # the pixels that a 1x1 kernel reads
+        seen: Any = (..., *(slice(None, None, n) for n in layer.stride))
+        x = x[seen]  # the pixels that a 1x1 kernel reads
     flat = x.flatten(2).transpose(1, 2)
     return flat.reshape(-1, groups, x.shape[1] // groups)
 

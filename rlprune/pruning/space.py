@@ -80,7 +80,10 @@ class AttributeRule:
 
 @dataclass(frozen=True)
 class PruningSpace:
-    """The ordered groups of one model with everything that cutting and costing need; made by ``rlprune.trace``."""
+    """The ordered groups of one model with everything that cutting and costing need; made by ``rlprune.trace``.
+
+    ``input_shape`` is that of the example input, where this was a single tensor.
+    """
 
     groups: tuple[Group, ...]
     protected: Mapping[str, str]
@@ -90,6 +93,7 @@ class PruningSpace:
     attribute_rules: tuple[AttributeRule, ...] = field(repr=False)
     costs: Mapping[str, CostFormula] = field(repr=False)
     unused: tuple[str, ...] = ()
+    input_shape: tuple[int, ...] | None = None
 
     @cached_property
     def widths(self) -> Ints:
@@ -146,7 +150,7 @@ class PruningSpace:
         return target
 
     def project(self, distribution: Any, budget: Any, metric: str = "macs") -> Ints:
-        """Widths for a distribution of shape (G,) or (N, G) under a budget; see :func:`rlprune.pruning.budget.project`."""
+        """Widths for a distribution of shape (G,) or (N, G) under a budget (see ``budget.project``)."""
         target = self.target(budget, metric)
         return project(distribution, target, formula(self.costs, metric), self.limits, metric=metric)
 

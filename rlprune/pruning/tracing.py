@@ -78,9 +78,10 @@ def trace(
             stacklevel=2,
         )
     mark = fingerprint(model)
+    shape = tuple(example_inputs.shape) if isinstance(example_inputs, Tensor) else None
     while True:
         layout = Layout(twin, graph, calls, total_macs, fixed)
-        space = layout.space(mark, unused, round_to, minimum)
+        space = layout.space(mark, unused, round_to, minimum, shape)
         if not space.groups:
             reasons = [f"{name!r}: {why}" for name, why in space.protected.items()]
             raise GraphError(f"no layer of {type(model).__name__} can be pruned; " + "; ".join(reasons[:3]))
@@ -90,7 +91,7 @@ def trace(
         if not wrong:
             return space
         for index, reason in wrong.items():
-            fixed |= {number: reason for number in layout.class_groups[index]}
+            fixed |= dict.fromkeys(layout.class_groups[index], reason)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -170,7 +171,11 @@ def _scrambled(twin: nn.Module) -> nn.Module:
     twin = twin.double()
     with torch.no_grad():
         for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
-            if not tensor.is_floating_point() or tensor.numel() != max([*tensor.shape, 1]) or tensor.numel() < 2:
+            if (
+                not tensor.is_floating_point()
+                or tensor.numel() != max([*tensor.shape, 1])
+                or tensor.numel() < 2
+            ):
                 continue
             noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
             centred = name.endswith(("bias", "running_mean"))
@@ -242,5 +247,3 @@ def _double(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_double(v) for v in value)
     return value
-
-

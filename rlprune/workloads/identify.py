@@ -53,10 +53,10 @@ def _candidates(model: nn.Module, dense_params: float) -> Iterator[dict[str, Any
             yield {"source": "torchvision", "name": name, "arguments": arguments}
     elif home.startswith("timm."):
         settings = getattr(model, "pretrained_cfg", None) or {}
-        name = settings.get("architecture")
-        if isinstance(name, str):
+        known = settings.get("architecture")
+        if isinstance(known, str):
             arguments = {"num_classes": classes, "in_chans": channels}
-            yield {"source": "timm", "name": name, "arguments": arguments}
+            yield {"source": "timm", "name": known, "arguments": arguments}
 
 
 def _torchvision_names(home: str, dense_params: float) -> list[str]:

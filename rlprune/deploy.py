@@ -1,0 +1,89 @@
+"""Pruning without a search: a learned policy or a rule, on a checkpoint of the user's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .agents.policy import PortablePolicy, load_policy
+from .artifacts import save
+from .config import Config
+from .evaluation import Ledger
+from .problem import Problem, find_rule, prepare, search
+from .progress import Console
+from .rules import RULES
+
+
+def apply(
+    source: Path, config: Config, *, checkpoint: Path | None, budget: Any, refine: int, out: Path
+) -> str:
+    """A learned policy prunes another checkpoint: one forward of the policy, no search.
+
+    ``source`` is a run's folder or a policy's. With ``refine`` a search that starts from the policy spends
+    that many evaluations. Writes the pruned model (recovered, not fine-tuned) into ``out`` and returns a
+    table of validation scores beside the rules.
+    """
+    console = Console(True)
+    folder = Path(source)
+    policy = load_policy(folder / "policy" if (folder / "policy").is_dir() else folder)
+    problem = prepare(_with_budget(config, budget), checkpoint=checkpoint, console=console)
+    widths = policy.plan(problem.evaluator, budget, problem.metric).widths
+    plans = [(name, problem.rule_widths(name)) for name in RULES]
+    plans.append(("policy", widths))
+    if refine:
+        found = refined(problem, policy, refine, Ledger(), console)
+        widths = found.history[-1]
+        plans.append((f"policy + {refine} evaluations", widths))
+    origin = {"method": "policy", "budget": str(budget), "metric": problem.metric, "refine": refine}
+    _save(problem, widths, origin, out)
+    return _score_table(problem, plans)
+
+
+def refined(
+    problem: Problem, policy: PortablePolicy, evaluations: int, ledger: Ledger, console: Console
+) -> Any:
+    """A search of a few evaluations that starts from a policy's plan and weights."""
+    return search(
+        problem.config.search.agent,
+        [problem],
+        ledger,
+        seed=problem.config.seed,
+        evaluations=evaluations,
+        progress=console.search("refine"),
+        initial=policy,
+    )
+
+
+def prune_rule(config: Config, rule: str, budget: Any, out: Path) -> str:
+    """A heuristic rule prunes the model, the recovery follows; writes it into ``out``, returns a table."""
+    find_rule(rule)
+    problem = prepare(_with_budget(config, budget), console=Console(True))
+    widths = problem.rule_widths(rule)
+    _save(problem, widths, {"method": rule, "budget": str(budget), "metric": problem.metric}, out)
+    return _score_table(problem, [("uniform", problem.rule_widths("uniform")), (rule, widths)])
+
+
+def _with_budget(config: Config, budget: Any) -> Config:
+    return replace(config, budget=replace(config.budget, target=budget))
+
+
+def _save(problem: Problem, widths: Any, origin: dict[str, Any], out: Path) -> None:
+    plan = problem.evaluator.plan(widths, origin)
+    save(problem.evaluator.build(widths), plan, out, base=problem.workload.base)
+
+
+def _score_table(problem: Problem, plans: Sequence[tuple[str, Any]]) -> str:
+    """Validation score, loss and metric of plans, after the recovery."""
+    dense = problem.workload.evaluate(problem.workload.model, "validation")
+    name = problem.workload.metric_name
+    total = problem.space.dense_cost(problem.metric)
+    lines = [f"{'method':<28} {problem.metric + ' kept':>12} {'score':>9} {'loss':>8} {name:>9}"]
+    lines.append(f"{'dense':<28} {1:>12.1%} {'':>9} {dense.loss:>8.4f} {dense.metric:>9.4f}")
+    for label, widths in plans:
+        c = problem.evaluator.evaluate_full(widths)
+        score = c.score if math.isfinite(c.score) else float("nan")
+        lines.append(f"{label:<28} {c.cost / total:>12.1%} {score:>9.4f} {c.loss:>8.4f} {c.metric:>9.4f}")
+    return "\n".join(lines)
