@@ -39,21 +39,38 @@ def apply(
         plans.append((f"policy + {refine} evaluations", widths))
     origin = {"method": "policy", "budget": str(budget), "metric": problem.metric, "refine": refine}
     _save(problem, widths, origin, out)
-    return _score_table(problem, plans)
+    return _score_table(problem, plans) + _probes_note(problem, str(policy.meta["base_rule"]))
+
+
+def _probes_note(problem: Problem, rule: str) -> str:
+    """What the policy's base rule cost, where that is more than nothing."""
+    if not RULES[rule].probes:
+        return ""
+    probes: list[Any] = []
+
+    def probe(widths: Any) -> float:
+        probes.append(widths)
+        return problem.evaluator.evaluate(widths).loss
+
+    problem.rule_widths(rule, probe)
+    return f"\nthe policy's base rule, {rule}, took {len(probes)} evaluations for its probes"
 
 
 def refined(
     problem: Problem, policy: PortablePolicy, evaluations: int, ledger: Ledger, console: Console
 ) -> Any:
     """A search of a few evaluations that starts from a policy's plan and weights."""
+    # Few evaluations are spent in small batches: the surrogate is fitted again after each.
+    batch = max(4, min(problem.config.search.batch, evaluations // 4))
+    settings = replace(problem.config.search, batch=batch)
     return search(
-        problem.config.search.agent,
-        [problem],
+        settings.agent,
+        [replace(problem, config=replace(problem.config, search=settings))],
         ledger,
         seed=problem.config.seed,
         evaluations=evaluations,
         progress=console.search("refine"),
-        initial=policy,
+        policy=policy,
     )
 
 

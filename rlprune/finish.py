@@ -45,7 +45,7 @@ def choose(problem: Problem, found: Found, fallback: Sequence[Found] = ()) -> Fo
     for other in fallback:
         score = problem.evaluator.evaluate_full(other.history).score
         if score > scores[best]:
-            chosen, scores[best] = replace(found, history=other.history, account=other.account), score
+            chosen, scores[best] = replace(found, history=other.history), score
     return chosen
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .agents import StateDir, make_agent
+from .agents.policy import PortablePolicy
 from .config import Config
 from .envs.task import Task
 from .errors import ConfigError, near_miss
@@ -86,7 +87,8 @@ class Found:
 
     @property
     def best(self) -> Candidate:
-        return self.account.plans[self.history]
+        """The candidate of the plan; a fallback's plan need not be in the method's own account."""
+        return self.account.evaluator.evaluate_staged(self.history)
 
 
 def find_rule(name: str) -> Any:
@@ -168,11 +170,11 @@ def search(
     state: Path | None = None,
     progress: Callable[[Any], None] | None = None,
     tensorboard: Path | None = None,
-    initial: Any = None,
+    policy: PortablePolicy | None = None,
 ) -> Found:
     """Let an agent search; the first problem is the one whose plan is wanted, the others train the policy.
 
-    The starts are scored first and charged; with ``initial``, a portable policy, the search starts from its
+    The starts are scored first and charged; with a ``policy`` the search starts from its
     weights and its plan instead, and its base rule stays; the base rule of the actions is the best of them, or the
     configured one.
     """
@@ -183,9 +185,8 @@ def search(
     accounts = [p.account(ledger, method, seed, limit) for p in problems]
     starts = [p.starts() for p in problems]
     base = settings.base_rule if settings.base_rule != "auto" else best_start_rule(problems)
-    if initial is not None:
-        base = str(initial.meta["base_rule"])
-        starts = [[initial.plan(p.evaluator, p.budget, p.metric).widths] for p in problems]
+    if policy is not None:
+        base, starts = str(policy.meta["base_rule"]), [[] for _ in problems]
     tasks = [
         Task(
             p.evaluator,
@@ -204,7 +205,7 @@ def search(
         state=StateDir(state, f"{method}-{seed}") if state is not None else None,
         progress=progress,
         tensorboard=tensorboard,
-        **({} if initial is None else {"initial": initial}),
+        policy=policy,
     )
     kind = "agent" if method == settings.agent else "baseline"
     history = best_within(problems[0], accounts[0])

@@ -51,11 +51,11 @@ def one_line(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return err
 
 
-def replace_work(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
-    """Stand in for rlprune.run."""
+def replace_work(monkeypatch: pytest.MonkeyPatch, module: str = "run", **functions: Any) -> None:
+    """Stand in for the module that does a command's work."""
     fake = SimpleNamespace(**functions)
-    monkeypatch.setitem(sys.modules, "rlprune.run", fake)
-    monkeypatch.setattr(rlprune, "run", fake, raising=False)
+    monkeypatch.setitem(sys.modules, f"rlprune.{module}", fake)
+    monkeypatch.setattr(rlprune, module, fake, raising=False)
 
 
 def test_the_commands_are_those_of_the_api() -> None:
@@ -228,7 +228,7 @@ def test_our_warnings_are_one_line_and_those_of_libraries_are_quiet(
         warnings.warn("theirs", FutureWarning, stacklevel=1)
         return "groups"
 
-    replace_work(monkeypatch, inspect=inspect)
+    replace_work(monkeypatch, "inspection", inspect=inspect)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         result = run(capsys, "inspect", "digits")

@@ -141,7 +141,10 @@ def channel_graph(
             raise
         except Exception as error:
             where = _culprit(error, {id(m): name for name, m in model.named_modules() if name})
-            raise GraphError(f"{what} failed{where}: {type(error).__name__}: {first_line(error)}") from error
+            raise GraphError(
+                f"{what} failed{where}: it cannot follow what the model does there "
+                f"({type(error).__name__}: {first_line(error)})"
+            ) from error
 
 
 def _pad_channels(model: nn.Module, example_inputs: Any) -> dict[nn.Module, tuple[int, int]]:
