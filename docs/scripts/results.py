@@ -17,8 +17,11 @@ import torch
 
 from rlprune import benchmark
 from rlprune.config import load_config
+from rlprune.report import markdown_table
 
 DOCS = Path(__file__).resolve().parents[1]
+README = DOCS.parent / "README.md"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def verdict(summary: list[dict[str, Any]], agent: str = "ppo") -> str:
@@ -57,6 +60,31 @@ def section(name: str, budget: str, results: dict[str, Any], settings: list[str]
     )
 
 
+def headline(results: dict[str, Any]) -> list[str]:
+    """One line of the README's table: the methods that people ask about, score and test loss after the fine-tune."""
+    summary = {entry["method"]: entry for entry in results["summary"]}
+    rule = next(name for name, entry in summary.items() if entry["best_rule"])
+    share = results["budget"]["target"] / results["budget"]["dense"]
+    cells = [f"{results['workload']['name']}, {100 * share:.0f}%"]
+    for name in ("uniform", rule, "random", "ppo"):
+        score, loss = summary[name]["score"]["mean"], summary[name]["test_loss_finetuned"]["mean"]
+        cells.append(f"{score:.3f} / {loss:.3f}" + (f" ({name})" if name == rule else ""))
+    return cells
+
+
+def write_readme(lines: list[list[str]], command: str, seeds: int, evaluations: int, processor: str) -> None:
+    """Put the table between the marks of the README."""
+    header = ["workload, MACs kept", "uniform", "best rule", "random search", "PPO"]
+    text = (
+        f"Score (−KL to the dense model on validation, 0 is the dense model) / test loss after the same fine-tune; "
+        f"mean of {seeds} seeds, {evaluations} evaluations for each search, on {processor}. Written by "
+        f"`{command}`; ranges, accuracies and all rules are in [docs/results.md](docs/results.md).\n\n"
+        f"{markdown_table(header, lines)}"
+    )
+    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--configs", nargs="+", default=["digits", "fashion_mnist_resnet20"])
@@ -65,21 +93,28 @@ def main() -> int:
     parser.add_argument("--evaluations", type=int, default=300)
     parser.add_argument("--methods", nargs="+", help="all by default; ppo, random and the rules are needed")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="settings")
+    parser.add_argument("--doc", default="results.md", help="file in docs/; results.md goes into the README too")
     parser.add_argument("--out", type=Path, default=Path("runs/results"))
     arguments = parser.parse_args()
-    parts = []
+    command = " ".join(["python docs/scripts/results.py", *sys.argv[1:]])
+    parts: list[str] = []
+    lines: list[list[str]] = []
     for name in arguments.configs:
         for budget in arguments.budgets:
             config = load_config(name, [*arguments.settings, f"budget.target={budget}"])
             out = arguments.out / f"{name}-{budget}"
             results = benchmark.run(config, arguments.methods, arguments.seeds, arguments.evaluations, out)
             parts.append(section(name, budget, results, arguments.settings))
+            lines.append(headline(results))
             print(parts[-1], flush=True)
             text = PAGE.format(
-                command=" ".join(["python docs/scripts/results.py", *sys.argv[1:]]), torch=torch.__version__,
+                command=command, torch=torch.__version__,
                 seeds=arguments.seeds, evaluations=arguments.evaluations, parts="\n".join(parts),
             )  # fmt: skip
-            (DOCS / "results.md").write_text(text, encoding="utf-8")
+            (DOCS / arguments.doc).write_text(text, encoding="utf-8")
+            if arguments.doc == "results.md":
+                processor = results["hardware"]["processor"]
+                write_readme(lines, command, arguments.seeds, arguments.evaluations, processor)
     return 0
 
 

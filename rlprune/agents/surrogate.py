@@ -24,6 +24,8 @@ from ..envs.task import Floats, Ints, Task
 
 # Scores below this quantile (and below the first start) are told apart no further.
 _TAIL = 0.2
+# The prior mean is this quantile of the targets.
+_PRIOR = 0.1
 # Prior of the length scales (in logarithms of the keep ratio): centre, and spread of its logarithm.
 _LENGTH = 2.0
 _LENGTH_SPREAD = 0.8
@@ -105,7 +107,9 @@ class ScoreModel:
         y = -np.log(distance + offset)
         y = np.maximum(y, np.quantile(y, _TAIL) - 1.0)
         spread = float(y.std())
-        return (y - y.mean()) / (spread if spread > 1e-9 else 1.0)
+        # Zero, where the process returns to away from all data, is a bad plan: with the mean there, a
+        # policy that starts below average would be paid for running off to where nothing is known.
+        return (y - np.quantile(y, _PRIOR)) / (spread if spread > 1e-9 else 1.0)
 
 
 def _optimise(objective: Callable[..., Any], start: Floats, bounds: Floats) -> tuple[Floats, float]:

@@ -53,8 +53,7 @@ class Reconstruction:
         self._consumers: dict[str, Cut] = {}
         for cut in space.cuts:
             name = cut.tensor.removesuffix(".weight")
-            wide = len(space.axes[cut.axis].slots) > MAX_INPUTS
-            if cut.consumer and isinstance(modules.get(name), MIXERS) and not wide:
+            if cut.consumer and _mendable(modules.get(name), len(space.axes[cut.axis].slots)):
                 self._consumers[name] = cut
         self._rows = {c.tensor: c for c in space.cuts if not c.consumer and c.tensor.endswith(".weight")}
         self._grams = _collect(model, {n: modules[n] for n in self._consumers}, batches)
@@ -96,6 +95,14 @@ class Reconstruction:
             left = gram.mean[:, r] - torch.einsum("gkr,gk->gr", b, gram.mean[:, k])
             offset = torch.einsum("gr,gorp->go", left.to(parts.dtype), parts)
             layer.bias += offset.reshape(-1)
+
+
+def _mendable(layer: nn.Module | None, inputs: int) -> bool:
+    """Whether a layer's weights can take up what its removed inputs gave."""
+    if not isinstance(layer, MIXERS) or inputs > MAX_INPUTS:
+        return False
+    # A grouped transposed convolution keeps its inputs in one dimension and its groups in another.
+    return not (isinstance(layer, CONV) and layer.transposed and layer.groups > 1)
 
 
 def _regress(product: Tensor, k: Tensor, r: Tensor, ridge: float) -> Tensor:
