@@ -24,10 +24,10 @@ from .agents import AGENTS
 from .artifacts import library_versions
 from .config import Config
 from .errors import ArtifactError, ConfigError, near_miss
-from .evaluation import Ledger
 from .files import lock_run, read_json, write_bytes_atomic, write_json_atomic, write_text_atomic
 from .finish import choose, finish
 from .latency import measure
+from .ledger import Ledger
 from .problem import Found, Problem, prepare, score_rule, search
 from .progress import Console
 from .pruning.surgery import prune

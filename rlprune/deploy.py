@@ -11,7 +11,7 @@ from typing import Any
 from .agents.policy import PortablePolicy, load_policy
 from .artifacts import save
 from .config import Config
-from .evaluation import Ledger
+from .ledger import Ledger
 from .problem import Problem, find_rule, prepare, search
 from .progress import Console
 from .rules import RULES

@@ -15,7 +15,8 @@ from .agents.policy import PortablePolicy
 from .config import Config
 from .envs.task import Task
 from .errors import ConfigError, near_miss
-from .evaluation import Account, Candidate, Evaluator, History, Ledger
+from .evaluation import Candidate, Evaluator, History
+from .ledger import Account, Ledger
 from .progress import Console
 from .pruning.space import Ints
 from .pruning.tracing import trace

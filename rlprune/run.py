@@ -20,9 +20,9 @@ from .artifacts import (
 from .config import Config, load_config
 from .deploy import apply
 from .errors import ConfigError
-from .evaluation import Ledger
 from .finish import Finished, add_latency, choose, finish
 from .inspection import hardware
+from .ledger import Ledger
 from .problem import Found, Problem, prepare, score_rule, search
 from .progress import Console, log_to, logger
 from .rules import RULES

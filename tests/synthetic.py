@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rlprune.envs.task import Task
-from rlprune.evaluation import SearchSpent
+from rlprune.ledger import SearchSpent
 from rlprune.pruning.cost import AxisSize, FormulaBuilder
 from rlprune.pruning.space import Group, PruningSpace
 

@@ -15,7 +15,7 @@ from rlprune.config import PPOConfig, SearchConfig
 from rlprune.envs.distribution import DistributionEnv
 from rlprune.envs.task import Task
 from rlprune.errors import ArtifactError, ConfigError
-from rlprune.evaluation import SearchSpent
+from rlprune.ledger import SearchSpent
 
 SMALL = PPOConfig(hidden=8, n_steps=8, batch_size=8, n_epochs=2, surrogate_steps=256, surrogate_envs=32)
 CONFIGS = {
@@ -229,6 +229,8 @@ def test_score_model_predicts_and_its_batches_do_not_repeat():
     ranks = [np.argsort(np.argsort(v)) for v in (mean, scores[80:])]
     assert np.corrcoef(*ranks)[0, 1] > 0.8
     assert (std > 0).all()
+    nowhere = model.predict(np.maximum(task.space.minimums, 1)[None])[0]
+    assert nowhere < np.median(mean), "far from all data a plan must not look better than most known ones"
     joint_mean, covariance = model.covariance(plans[80:])
     np.testing.assert_allclose(joint_mean, mean, atol=1e-8)
     np.testing.assert_allclose(np.sqrt(np.diagonal(covariance)), std, atol=1e-5)

@@ -14,7 +14,8 @@ from test_recovery import Images
 import rlprune
 from rlprune.config import RecoveryConfig, ScoreConfig
 from rlprune.errors import ArtifactError, BudgetError, DataError
-from rlprune.evaluation import Account, Evaluator, Ledger, SearchSpent, candidate_of
+from rlprune.evaluation import Evaluator
+from rlprune.ledger import Account, Ledger, SearchSpent, candidate_of
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ FLOORS = {
     "latency": 1,
     "rules": 2,
     "evaluation": 2.5,
+    "ledger": 2.5,
     "artifacts": 2,
     "envs": 3,
     "agents": 4,

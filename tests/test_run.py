@@ -18,7 +18,7 @@ import rlprune
 from rlprune import cli, deploy, inspection, run
 from rlprune.artifacts import read_plan
 from rlprune.errors import ArtifactError, ConfigError
-from rlprune.evaluation import Ledger
+from rlprune.ledger import Ledger
 from rlprune.report import read_results
 from rlprune.rules import RULES
 

@@ -93,7 +93,9 @@ def main() -> int:
     parser.add_argument("--evaluations", type=int, default=300)
     parser.add_argument("--methods", nargs="+", help="all by default; ppo, random and the rules are needed")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="settings")
-    parser.add_argument("--doc", default="results.md", help="file in docs/; results.md goes into the README too")
+    parser.add_argument(
+        "--doc", default="results.md", help="file in docs/; results.md goes into the README too"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/results"))
     arguments = parser.parse_args()
     command = " ".join(["python docs/scripts/results.py", *sys.argv[1:]])

@@ -24,7 +24,7 @@ import torch
 import rlprune
 from rlprune.agents.policy import save_policy
 from rlprune.config import Config, load_config
-from rlprune.evaluation import Ledger
+from rlprune.ledger import Ledger
 from rlprune.problem import Problem, prepare, search
 from rlprune.report import markdown_table
 from rlprune.rules import RULES

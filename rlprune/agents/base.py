@@ -26,7 +26,7 @@ Starts = Sequence[Sequence[Any]]
 
 
 class Purse(Protocol):
-    """An account as the agents see it (:class:`rlprune.evaluation.Account`)."""
+    """An account as the agents see it (:class:`rlprune.ledger.Account`)."""
 
     @property
     def limit(self) -> int: ...

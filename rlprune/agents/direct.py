@@ -10,7 +10,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from ..evaluation import SearchSpent
+from ..ledger import SearchSpent
 from .base import SearchResult
 from .policy import GroupPolicy
 from .training import Search, derived_seed, make_ppo, restore_training, seed_everything, training_state

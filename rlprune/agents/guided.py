@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..envs.task import Floats, Ints, Task
-from ..evaluation import SearchSpent
+from ..ledger import SearchSpent
 from .base import Recorder, SearchResult
 from .policy import GroupPolicy
 from .proposals import choose_batch, climb, fresh, neighbours, random_plans
