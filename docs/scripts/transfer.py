@@ -2,11 +2,12 @@
 
     python docs/scripts/transfer.py [--config digits] [--budgets 0.5 0.3] [--evaluations 300]
 
-Two policies are trained, one on a single checkpoint and one on several (other training seeds of the same
-model). Each is applied without any search to checkpoints of yet other seeds, beside uniform, the best rule,
-the first checkpoint's best widths simply copied, and a full search on the checkpoint itself. Every score is
--KL to the checkpoint's own dense model on its validation split, under the same recovery. Finished parts are
-kept in --out, so that a stopped run goes on where it was.
+Policies are trained on a single checkpoint, on several (other training seeds of the same model), and on
+several with the rule `sensitivity` as the base of their actions (it probes each checkpoint: 2 G + 1
+evaluations, G groups). Each is applied without any search to checkpoints of yet other seeds, beside uniform,
+the best rule, the first checkpoint's best widths simply copied, and a full search on the checkpoint itself.
+Every score is -KL to the checkpoint's own dense model on its validation split, under the same recovery.
+Finished parts are kept in --out, so that a stopped run goes on where it was.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,7 @@ def scores_on(target: Problem, policies: dict[str, Any], copied: list[int], full
     best = max(rules, key=rules.__getitem__)
     rows = {
         "uniform": rules["uniform"],
+        "sensitivity": rules["sensitivity"],
         "best rule": rules[best],
         "widths copied": judge.evaluate(copied).score,
     }
@@ -72,10 +75,16 @@ def study(config: Config, out: Path) -> dict[int, dict[str, float]]:
     problems = [problem(config, seed) for seed in TRAINED]
     single = trained(config, problems[:1], out / "trained-1")
     trained(config, problems, out / f"trained-{len(TRAINED)}")
+    probing = config.override(["search.base_rule=sensitivity"])
+    probed = [replace(p, config=probing) for p in problems]
+    trained(probing, probed, out / f"trained-{len(TRAINED)}-sensitivity")
     policies = {
         "policy, 1 checkpoint": rlprune.load_policy(out / "trained-1" / "policy"),
         f"policy, {len(TRAINED)} checkpoints": rlprune.load_policy(
             out / f"trained-{len(TRAINED)}" / "policy"
+        ),
+        f"policy, {len(TRAINED)} checkpoints, base sensitivity": rlprune.load_policy(
+            out / f"trained-{len(TRAINED)}-sensitivity" / "policy"
         ),
     }
     result = {}
@@ -142,7 +151,8 @@ Written by `python docs/scripts/transfer.py --config {config} --budgets {budgets
 Policies trained on model seeds {trained} (the first of them alone, and all of them, with {evaluations}
 evaluations on each) and applied to model seeds {unseen}: dense models of the same settings, trained with other
 seeds. Scores are −KL to the checkpoint's own dense model (nats, higher is better); in brackets the share of the
-full search's gain over the best rule. Only "full search" spent evaluations on the checkpoint ({evaluations});
+full search's gain over the best rule. Only "full search" searched on the checkpoint ({evaluations} evaluations);
+"sensitivity" and the policy on top of it spent 2 G + 1 = 25 probes there, the others nothing;
 "best rule" is the best of all rules there, with hindsight; "widths copied" are those that the search found on
 model seed 0.
 
