@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from .agents import StateDir, make_agent
 from .agents.policy import PortablePolicy
@@ -108,8 +109,6 @@ def prepare(
     name: str = "",
 ) -> Problem:
     """Build (and train) the workload, trace it, compute importances and the recovery's statistics."""
-    import torch
-
     if config.budget.metric == "latency":
         raise ConfigError("budget.metric: latency tables are not there yet; allowed: macs, params")
     if config.threads is not None:
@@ -126,9 +125,8 @@ def prepare(
         round_to=settings.round_to,
         minimum=settings.minimum,
     )
-    space.target(
-        config.budget.target, config.budget.metric
-    )  # an infeasible budget is refused before training
+    # An infeasible budget is refused before anything is trained.
+    space.target(config.budget.target, config.budget.metric)
     if isinstance(workload, VisionWorkload) and checkpoint is None and config.model.train.epochs > 0:
         train_dense(workload, config.model, console.training)
         console.close()
