@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -168,40 +167,46 @@ def test_interrupted_and_resumed_is_uninterrupted(finished, tmp_path, monkeypatc
     assert_same_outcome(out, finished)
 
 
+def progress_of(out):
+    """How far a run has come: rows of its ledger and finished fine-tunes."""
+    ledger = out / "ledger.jsonl"
+    rows = ledger.read_bytes().count(b"\n") if ledger.exists() else 0
+    return rows + len(list(out.glob("state/finish-*.json")))
+
+
+def kill_at(process, out, target, while_saving):
+    """SIGKILL once ``target`` is passed, if wanted at the next moment when a state file is being written."""
+    state = str(out / "state")
+    while process.poll() is None:
+        now, saving = progress_of(out), False
+        for _ in range(200 if while_saving and now >= target and os.path.isdir(state) else 0):
+            saving = any(name.startswith(".") for name in os.listdir(state))
+            if saving:
+                break
+        # In this run nothing new may be saved for a while: at the latest 10 steps later it is killed anyway.
+        if saving or (now > target and not while_saving) or now > target + 10:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return f"{'while saving' if saving else 'not while saving'}, progress {now}"
+    pytest.fail(f"finished before progress {target}: {process.stdout.read()}")
+
+
 @pytest.mark.slow
 def test_kill_9_at_ten_moments(finished, tmp_path):
     """kill -9 at ten random moments, half of them while a state file is being written, each resumed."""
-    out, moments = tmp_path / "run", random.Random(int(os.environ.get("KILL_SEED", "0")))
+    out, draw = tmp_path / "run", random.Random(int(os.environ.get("KILL_SEED", "0")))
     sets = [part for text in TINY for part in ("--set", text)]
     command = [sys.executable, "-m", "rlprune", "train", "digits", *sets, "--out", str(out)]
-    kills: list[str] = []
-    resume: list[str] = []
-    while True:
-        process = subprocess.Popen(
-            command + resume, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        if len(kills) == 10:
-            assert process.communicate(timeout=600) and process.returncode == 0
-            break
-        during = len(kills) % 2 == 1
-        deadline = time.monotonic() + moments.uniform(5.0, 14.0)
-        while process.poll() is None:
-            saving = during and any((out / "state").glob(".*")) if (out / "state").exists() else False
-            if saving or time.monotonic() > deadline + (6.0 if during else 0.0):
-                process.send_signal(signal.SIGKILL)
-                rows = (
-                    len((out / "ledger.jsonl").read_text().splitlines())
-                    if (out / "ledger.jsonl").exists()
-                    else 0
-                )
-                kills.append(f"{'while saving' if saving else 'at a moment'}, {rows} rows")
-                break
-            time.sleep(0.0005)
-        else:
-            pytest.fail(f"finished before the tenth kill: {process.stdout.read() if process.stdout else ''}")
-        process.wait()
+    total = len(ledger_of(finished)) + len(read_results(finished)["rows"])
+    for number in range(10):
+        # A little further each time, so that ten kills fit in and every part of the run is hit.
+        here = progress_of(out)
+        target = here + draw.randrange(max(1, (total - 20 - here) // (10 - number)))
         resume = ["--resume"] if (out / "config.yaml").exists() else []
-    print("\n".join(kills))
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(command + resume, **pipes) as process:
+            print(f"kill {number + 1}:", kill_at(process, out, target, while_saving=number % 2 == 1))
+    assert subprocess.run([*command, "--resume"], capture_output=True, check=False).returncode == 0
     assert_same_outcome(out, finished)
 
 
