@@ -180,7 +180,7 @@ def kill_at(process, out, target, while_saving):
     while process.poll() is None:
         now, saving = progress_of(out), False
         for _ in range(200 if while_saving and now >= target and os.path.isdir(state) else 0):
-            saving = any(name.startswith(".") for name in os.listdir(state))
+            saving = any(n.startswith(".") or n.endswith(".tmp") for n in os.listdir(state))
             if saving:
                 break
         # In this run nothing new may be saved for a while: at the latest 10 steps later it is killed anyway.
