@@ -24,14 +24,14 @@ def apply(
 
     ``source`` is a run's folder or a policy's. With ``refine`` a search that starts from the policy spends
     that many evaluations. Writes the pruned model (recovered, not fine-tuned) into ``out`` and returns a
-    table of validation scores beside the rules.
+    table of validation scores beside the rules that need no probes.
     """
     console = Console(True)
     folder = Path(source)
     policy = load_policy(folder / "policy" if (folder / "policy").is_dir() else folder)
     problem = prepare(_with_budget(config, budget), checkpoint=checkpoint, console=console)
     widths = policy.plan(problem.evaluator, budget, problem.metric).widths
-    plans = [(name, problem.rule_widths(name)) for name in RULES]
+    plans = [(name, problem.rule_widths(name)) for name, rule in RULES.items() if not rule.probes]
     plans.append(("policy", widths))
     if refine:
         found = refined(problem, policy, refine, Ledger(), console)

@@ -182,10 +182,12 @@ def search(
     agent = make_agent(method, settings)
     limit = evaluations or settings.evaluations
     accounts = [p.account(ledger, method, seed, limit) for p in problems]
-    starts = [p.starts() for p in problems]
-    base = settings.base_rule if settings.base_rule != "auto" else best_start_rule(problems)
+    starts: list[list[Ints]] = [[] for _ in problems]
     if policy is not None:
-        base, starts = str(policy.meta["base_rule"]), [[] for _ in problems]
+        base = str(policy.meta["base_rule"])
+    else:
+        starts = [p.starts() for p in problems]
+        base = settings.base_rule if settings.base_rule != "auto" else best_start_rule(problems)
     tasks = [
         Task(
             p.evaluator,

@@ -80,7 +80,7 @@ _PLAIN = (int, float, str, bool, bytes, complex, type(None), type)
 
 
 def _twin(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """``copy.deepcopy(module, memo)``, ten times faster for the modules that do not define their own copy.
+    """``copy.deepcopy(module, memo)``, several times faster for modules that do not define their own copy.
 
     deepcopy goes through pickle's protocol for every module; most of what it finds there are numbers
     and empty hook tables.
