@@ -2,21 +2,23 @@
 
 A pruned model's folder holds `model.safetensors` and `plan.json`. Loading builds the dense
 architecture (from an allow-list, or the model passed in), puts the small tensors in by name and sets the
-integer attributes that surgery changed: nothing is traced and no code is named by the files.
+integer attributes that surgery changed: nothing is traced and no code is named by the files. The folder of
+a language model also holds what transformers needs to load it alone (`pretrained`).
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.metadata
-import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import pretrained
+from .documents import PLAN_FILE, VERSION, check_fields, is_count, read_document, read_plan
 from .errors import ArtifactError, near_miss
 from .files import (
     lock_run,
@@ -30,10 +32,12 @@ from .files import (
 from .pruning.plan import Plan
 from .pruning.surgery import attributes, axis_indices
 from .pruning.tracing import fingerprint
+from .tensorfiles import MAX_SHARD_SIZE, Entry, parse_size, write_checkpoint
 from .workloads.identify import identify
 from .workloads.zoo import rebuild
 
 __all__ = [
+    "PLAN_FILE",
     "POLICY_VERSION",
     "VERSION",
     "load",
@@ -49,9 +53,8 @@ __all__ = [
     "write_text_atomic",
 ]
 
-VERSION = 1
 POLICY_VERSION = 1
-MODEL_FILE, PLAN_FILE = "model.safetensors", "plan.json"
+MODEL_FILE = "model.safetensors"
 POLICY_TENSORS, POLICY_FILE = "policy.safetensors", "policy.json"
 _LIBRARIES = (
     "rlprune",
@@ -61,6 +64,7 @@ _LIBRARIES = (
     "stable-baselines3",
     "gymnasium",
     "safetensors",
+    "transformers",
 )
 
 
@@ -70,8 +74,13 @@ def save(
     directory: str | Path,
     *,
     base: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
 ) -> Path:
     """Write a pruned model into a folder, which is replaced as a whole or not at all.
+
+    A causal language model of transformers also gets config.json with the sizes of each layer, the code that
+    ``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`` needs, and its generation config.
 
     Args:
         slim: what `rlprune.prune(model, plan)` made, fine-tuned or not.
@@ -79,31 +88,93 @@ def save(
         directory: new, empty, or an earlier pruned model of ours.
         base: how to build the dense architecture, ``{"source", "name", "arguments"}`` (a workload's
             `.base`). Without it, models of torchvision, timm and our zoo are recognised; for others the
-            folder says that `load` needs ``base=model``.
+            folder says that `load` needs ``base=model``. For language models only its "name" is used.
+        tokenizer: the language model's tokenizer, or a folder that has one; its files are written beside it.
+        max_shard_size: language models above it ("5GB", "500MB") are written as several files.
 
     Raises ArtifactError: tensors that do not fit the plan, NaN weights, or a folder that cannot be written.
     """
+    if pretrained.is_language_model(slim):
+        return _save_language_model(slim, plan, directory, base, tokenizer, max_shard_size)
+    if tokenizer is not None:
+        raise ArtifactError(f"save: a tokenizer was given, but {type(slim).__name__} is no language model")
     tensors = {name: tensor.detach() for name, tensor in slim.state_dict().items()}
     _refuse_nan(tensors, "the model")
     _check_against_plan(tensors, plan)
     if base is None:
         params = plan.space.dense_cost("params")
         base = identify(slim, plan.space.fingerprint, params, attributes(plan.space, plan))
-    document = {
-        "format": "rlprune pruned model",
-        "version": VERSION,
-        "base": dict(base) if base is not None else {"source": "given"},
-        **plan.to_dict(),
-        "budget": {"target": plan.origin.get("budget"), "metric": plan.origin.get("metric", "macs")},
-        "attributes": attributes(plan.space, plan),
-        "roots": _roots(plan),
-        "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
-        "libraries": library_versions(),
-    }
+    source = dict(base) if base is not None else {"source": "given"}
+    document = plan_document(plan, source, {name: tensor.shape for name, tensor in tensors.items()})
     with replacing_folder(directory, PLAN_FILE) as folder:
         write_tensors_atomic(folder / MODEL_FILE, tensors, {"format": "pt", "rlprune": str(VERSION)})
         write_json_atomic(folder / PLAN_FILE, document)
     return Path(directory)
+
+
+def _save_language_model(
+    slim: nn.Module,
+    plan: Plan,
+    directory: str | Path,
+    base: Mapping[str, Any] | None,
+    tokenizer: Any,
+    max_shard_size: str | int,
+) -> Path:
+    tensors = slim.state_dict()
+    stored = pretrained.stored_entries(slim)
+
+    def stream(names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            pretrained.refuse_nan(name, tensors[name], "the model")
+            yield name, tensors[name]
+
+    return write_language_model(slim, plan, directory, stored, stream, base, tokenizer, max_shard_size)
+
+
+def write_language_model(
+    slim: nn.Module,
+    plan: Plan,
+    directory: str | Path,
+    stored: Mapping[str, Entry],
+    stream: Callable[[Sequence[str]], Iterator[tuple[str, Tensor]]],
+    base: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
+) -> Path:
+    """The folder of a language model whose tensors come from a stream; ``slim`` may be on ``meta``.
+
+    Args:
+        stored: the tensors to write, in order; of tied ones the first.
+        stream: gives (name, tensor) for a list of these names.
+    """
+    parse_size(max_shard_size)
+    _check_against_plan(slim.state_dict(), plan)
+    dense = pretrained.dense_config(slim, plan.space.fingerprint)
+    config = pretrained.pruned_config(slim, dense)
+    source = {"source": pretrained.SOURCE, "name": (base or {}).get("name"), "config": dense}
+    document = plan_document(plan, source, {name: entry.shape for name, entry in stored.items()})
+    document |= pretrained.plan_fields(slim, config)
+    with replacing_folder(directory, PLAN_FILE) as folder:
+        metadata = {"format": "pt", "rlprune": str(VERSION)}
+        write_checkpoint(folder, stored, stream, max_shard_size, metadata)
+        pretrained.write_side_files(folder, config, slim, tokenizer)
+        write_json_atomic(folder / PLAN_FILE, document)
+    return Path(directory)
+
+
+def plan_document(plan: Plan, base: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """The content of plan.json for a model of these tensors."""
+    return {
+        "format": "rlprune pruned model",
+        "version": VERSION,
+        "base": dict(base),
+        **plan.to_dict(),
+        "budget": {"target": plan.origin.get("budget"), "metric": plan.origin.get("metric", "macs")},
+        "attributes": attributes(plan.space, plan),
+        "roots": _roots(plan),
+        "tensors": {name: list(shape) for name, shape in shapes.items()},
+        "libraries": library_versions(),
+    }
 
 
 def load(directory: str | Path, base: nn.Module | None = None) -> nn.Module:
@@ -118,6 +189,10 @@ def load(directory: str | Path, base: nn.Module | None = None) -> nn.Module:
     """
     folder = Path(directory)
     document = read_plan(folder)
+    if document["base"].get("source") == pretrained.SOURCE:
+        _check_base(base, document, folder)
+        _check_roots(document["tensors"], document, str(folder / PLAN_FILE))
+        return pretrained.load_folder(folder, document).cpu().eval()  # type: ignore[no-any-return]
     tensors = read_tensors(folder / MODEL_FILE)
     where = str(folder / MODEL_FILE)
     _check_tensors(tensors, document, where)
@@ -126,36 +201,21 @@ def load(directory: str | Path, base: nn.Module | None = None) -> nn.Module:
         model = rebuild(document["base"])
     else:
         model = copy.deepcopy(base)
+    _check_base(model, document, folder)
+    _put_tensors(model, tensors, where)
+    _set_attributes(model, document["attributes"], str(folder / PLAN_FILE))
+    return model.cpu().eval()
+
+
+def _check_base(model: nn.Module | None, document: Mapping[str, Any], folder: Path) -> None:
+    if model is None:
+        return
     found = fingerprint(model)
     if found != document["fingerprint"]:
         raise ArtifactError(
             f"{folder}: was made from another architecture than {type(model).__name__} as given "
             f"(fingerprint {document['fingerprint']}, here {found})"
         )
-    _put_tensors(model, tensors, where)
-    _set_attributes(model, document["attributes"], str(folder / PLAN_FILE))
-    return model.cpu().eval()
-
-
-def read_plan(directory: str | Path) -> dict[str, Any]:
-    """The checked content of a pruned model's plan.json; raises ArtifactError."""
-    folder = Path(directory)
-    path = folder / PLAN_FILE
-    if not folder.is_dir():
-        raise ArtifactError(f"{folder}: no such folder of a pruned model")
-    document = _read_document(path, "rlprune pruned model", VERSION)
-    fields: dict[str, type] = {
-        "base": dict, "fingerprint": str, "groups": list, "widths": list, "budget": dict, "cost": dict,
-        "dense_cost": dict, "attributes": dict, "roots": dict, "tensors": dict, "libraries": dict,
-    }  # fmt: skip
-    _check_fields(document, fields, path)
-    if len(document["groups"]) != len(document["widths"]):
-        raise ArtifactError(
-            f"{path}: has {len(document['groups'])} groups but {len(document['widths'])} widths"
-        )
-    for group, width in zip(document["groups"], document["widths"], strict=True):
-        _check_group(group, width, path)
-    return document
 
 
 def save_policy(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], directory: str | Path) -> Path:
@@ -179,8 +239,8 @@ def read_policy_files(directory: str | Path) -> tuple[dict[str, Tensor], dict[st
     folder = Path(directory)
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: no such folder of a policy")
-    document = _read_document(folder / POLICY_FILE, "rlprune policy", POLICY_VERSION)
-    _check_fields(document, {"meta": dict, "tensors": dict}, folder / POLICY_FILE)
+    document = read_document(folder / POLICY_FILE, "rlprune policy", POLICY_VERSION)
+    check_fields(document, {"meta": dict, "tensors": dict}, folder / POLICY_FILE)
     tensors = read_tensors(folder / POLICY_TENSORS)
     where = str(folder / POLICY_TENSORS)
     _check_tensors(tensors, document, where)
@@ -197,46 +257,6 @@ def library_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _read_document(path: Path, kind: str, newest: int) -> dict[str, Any]:
-    """A JSON object of the given kind whose version this code can read."""
-    document = read_json(path)
-    if not isinstance(document, dict) or document.get("format") != kind:
-        raise ArtifactError(f"{path}: not a file of a {kind}")
-    version = document.get("version")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ArtifactError(f"{path}: version: must be a whole number of 1 and more, got {version!r}")
-    if version > newest:
-        raise ArtifactError(
-            f"{path}: format version {version} is newer than this rlprune reads (up to {newest}); update rlprune"
-        )
-    return document
-
-
-def _check_fields(document: Mapping[str, Any], fields: Mapping[str, type], path: Path) -> None:
-    for field, kind in fields.items():
-        if not isinstance(document.get(field), kind):
-            state = "is missing" if field not in document else f"is not a {kind.__name__}"
-            raise ArtifactError(f"{path}: damaged: the field {field!r} {state}")
-
-
-def _check_group(group: Any, width: Any, path: Path) -> None:
-    if not isinstance(group, dict) or not isinstance(group.get("name"), str):
-        raise ArtifactError(f"{path}: damaged: a group has no name")
-    dense, kept = group.get("width"), group.get("kept")
-    problem = f"{path}: damaged: group {group['name']!r}: "
-    if not _is_count(dense) or not _is_count(width) or not isinstance(kept, list):
-        raise ArtifactError(problem + "needs whole-number widths and a list of kept units")
-    if len(kept) != width:
-        raise ArtifactError(problem + f"keeps {len(kept)} units but its width is {width}")
-    inside = all(_is_count(unit) and unit < dense for unit in kept)
-    if not inside or any(a >= b for a, b in itertools.pairwise(kept)):
-        raise ArtifactError(problem + f"kept units must be ascending numbers below {dense}")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _roots(plan: Plan) -> dict[str, dict[str, Any]]:
@@ -288,10 +308,15 @@ def _check_tensors(tensors: Mapping[str, Tensor], document: Mapping[str, Any], w
             raise ArtifactError(
                 f"{where}: {name!r} has shape {list(tensor.shape)}, the JSON says {listed[name]}"
             )
+    _check_roots({name: tensor.shape for name, tensor in tensors.items()}, document, where)
+
+
+def _check_roots(shapes: Mapping[str, Sequence[int]], document: Mapping[str, Any], where: str) -> None:
+    """The tensors' sizes are those that the groups' kept units give them."""
     widths = {group["name"]: len(group["kept"]) for group in document.get("groups", [])}
     for name, root in document.get("roots", {}).items():
         try:
-            size, wanted = tensors[root["tensor"]].shape[root["dim"]], root["per_unit"] * widths[name]
+            size, wanted = shapes[root["tensor"]][root["dim"]], root["per_unit"] * widths[name]
         except (KeyError, IndexError, TypeError) as error:
             raise ArtifactError(f"{where}: the JSON beside it is damaged (root of group {name!r})") from error
         if size != wanted:
@@ -343,7 +368,7 @@ def _set_attributes(model: nn.Module, wanted: Mapping[str, Any], where: str) -> 
             )
         for attribute, value in values.items():
             old = vars(modules[name]).get(attribute)
-            if attribute.startswith("_") or not _is_count(old) or not _is_count(value):
+            if attribute.startswith("_") or not is_count(old) or not is_count(value):
                 raise ArtifactError(
                     f"{where}: attributes: {name}.{attribute} = {value!r} is not a size that may be set"
                 )

@@ -31,7 +31,7 @@ from .ledger import Ledger
 from .problem import Found, Problem, prepare, score_rule, search
 from .progress import Console
 from .pruning.surgery import prune
-from .rules import RULES
+from .rules import RULES, rules_for
 from .run import results_of
 
 DENSE = "dense"
@@ -57,7 +57,7 @@ def run(
     Raises:
         ConfigError: an unknown method, or no seed or evaluation.
     """
-    names = _checked(methods)
+    _checked(methods, [*RULES, *AGENTS])  # a wrong name is said before anything is trained
     if seeds < 1 or evaluations < 1:
         raise ConfigError(f"--seeds {seeds}, --evaluations {evaluations}: must be at least 1")
     console = Console(True)
@@ -67,6 +67,7 @@ def run(
         cells = folder / "cells"
         cells.mkdir(exist_ok=True)
         problem = prepare(config, console=console)
+        names = _checked(methods, [*rules_for(problem.space), *AGENTS])
         jobs = [(DENSE, config.seed), *((n, config.seed + i) for n in names for i in range(seeds))]
         done = []
         for name, seed in jobs:
@@ -145,8 +146,7 @@ def cell_key(config: Config, method: str, seed: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _checked(methods: Sequence[str] | None) -> list[str]:
-    known = [*RULES, *AGENTS]
+def _checked(methods: Sequence[str] | None, known: Sequence[str]) -> list[str]:
     for name in methods or ():
         if name not in known:
             hint = near_miss(name, known)

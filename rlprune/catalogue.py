@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,10 @@ def rows(kind: str) -> list[tuple[str, str]]:
 
         return [(name, agent.summary) for name, agent in AGENTS.items()]
     if kind == "importances":
-        from .pruning.importance import IMPORTANCES
+        from .pruning.importance import IMPORTANCES, LANGUAGE_IMPORTANCES
 
-        return [(name, _first_line(function)) for name, function in IMPORTANCES.items()]
+        found = {**IMPORTANCES, **LANGUAGE_IMPORTANCES}
+        return [(name, _first_line(function)) for name, function in found.items()]
     from .pruning.recovery import RECOVERIES
 
     return list(RECOVERIES.items())
@@ -46,21 +47,41 @@ def rows(kind: str) -> list[tuple[str, str]]:
 def check_names(config: Config) -> None:
     """Refuse unknown names at once, not after minutes of training; raises ConfigError with the near miss."""
     from .agents import AGENTS
-    from .pruning.importance import IMPORTANCES
+    from .pruning.importance import IMPORTANCES, LANGUAGE_IMPORTANCES
     from .rules import RULES
 
     wanted = [
-        ("prune.importance", config.prune.importance, list(IMPORTANCES)),
+        ("prune.importance", config.prune.importance, [*IMPORTANCES, *LANGUAGE_IMPORTANCES]),
         ("search.agent", config.search.agent, list(AGENTS)),
         ("search.base_rule", config.search.base_rule, ["auto", *RULES]),
         *((f"search.baselines[{i}]", name, list(AGENTS)) for i, name in enumerate(config.search.baselines)),
     ]
-    if config.workload is None:
+    if config.workload is None and not config.data.name.startswith("hub:"):
         wanted.append(("data.name", config.data.name, [name for name, _ in rows("data")]))
     for field, name, allowed in wanted:
         if name not in allowed:
             hint = near_miss(name, allowed)
             raise ConfigError(f"{field}: unknown name {name!r}{hint}; allowed: {', '.join(allowed)}")
+
+
+def check_side(config: Config, rules: Sequence[str] = ()) -> None:
+    """Refuse, before a classifier is trained, what only language models have; raises ConfigError."""
+    from .pruning.importance import IMPORTANCES
+    from .rules import RULES
+    from .workloads.causal import is_causal
+
+    if config.workload is not None or is_causal(config.model.name):
+        return
+    common = [name for name, rule in RULES.items() if not rule.language]
+    steps = ["none", "reconstruct", "bn", "finetune"]
+    wanted = [("prune.importance", config.prune.importance, list(IMPORTANCES))]
+    wanted += [("recovery.steps", step, steps) for step in config.recovery.steps]
+    wanted += [("rule", rule, common) for rule in (config.search.base_rule, *rules) if rule in RULES]
+    for field, name, allowed in wanted:
+        if name not in allowed:
+            raise ConfigError(
+                f"{field}: {name!r} is for language models only; allowed here: {', '.join(allowed)}"
+            )
 
 
 def _first_line(function: Callable[..., Any]) -> str:

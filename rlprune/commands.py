@@ -6,11 +6,13 @@ The code that works is imported when a command runs, so that `--help` and wrong 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .catalogue import KINDS, check_names, rows
+from .catalogue import KINDS, check_names, check_side, rows
 from .config import Config, load_config
 from .errors import ConfigError, near_miss
 
@@ -44,14 +46,18 @@ def _add_inspect(commands: Any) -> None:
         "rlprune inspect digits",
     )
     _add_config(parser)
+    parser.add_argument("--resources", action="store_true", help="also print seconds and peak memory")
     parser.set_defaults(action=_inspect)
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    started = time.perf_counter()
     config = _config(args)
     from . import inspection
 
     print(inspection.inspect(config))
+    if args.resources:
+        print(inspection.resources(time.perf_counter() - started))
 
 
 def _add_train(commands: Any) -> None:
@@ -75,6 +81,7 @@ def _train(args: argparse.Namespace) -> None:
     out = args.out or (Path("runs") / config.name if args.resume else _free_folder(config.name))
     if args.resume and not out.is_dir():
         raise ConfigError(f"--resume: no run in {out}; give its folder with --out")
+    _check_packages(config, config.finish.steps)
     from . import run
 
     args.resumable.append(out)
@@ -90,7 +97,10 @@ def _add_apply(commands: Any) -> None:
         "rlprune apply runs/digits digits --set model.seed=7 --budget 30% --out pruned/",
     )
     parser.add_argument(
-        "source", metavar="RUN_OR_POLICY", type=Path, help="folder of a run, or of its policy"
+        "source",
+        metavar="RUN_OR_POLICY",
+        type=Path,
+        help="folder of a run, or of its policy; or a pruned model's folder or plan.json, whose units are kept",
     )
     _add_config(parser)
     parser.add_argument("--checkpoint", metavar="FILE", type=Path, help="weights of the model to prune")
@@ -103,12 +113,21 @@ def _add_apply(commands: Any) -> None:
 
 def _apply(args: argparse.Namespace) -> None:
     config = _config(args)
-    _existing_folder(args.source, "RUN_OR_POLICY")
+    if not args.source.is_file():
+        _existing_folder(args.source, "RUN_OR_POLICY")
     if args.checkpoint is not None and not args.checkpoint.is_file():
         raise ConfigError(f"--checkpoint: {args.checkpoint}: no such file")
+    out = args.out or _free_folder(config.name, "pruned")
+    from . import replay
+
+    if replay.is_plan(args.source):
+        for option, given in (("--budget", args.budget is not None), ("--refine", args.refine > 0)):
+            if given:
+                raise ConfigError(f"{option}: not for a plan, which fixes the units; {args.source} is one")
+        _show(replay.apply_plan(args.source, config, checkpoint=args.checkpoint, out=out), out)
+        return
     from . import deploy
 
-    out = args.out or _free_folder(config.name, "pruned")
     target = config.budget.target
     result = deploy.apply(
         args.source, config, checkpoint=args.checkpoint, budget=target, refine=args.refine, out=out
@@ -125,6 +144,12 @@ def _add_prune(commands: Any) -> None:
     )
     _add_config(parser)
     parser.add_argument("--rule", metavar="NAME", required=True, help="see `rlprune list rules`")
+    parser.add_argument(
+        "--stages", metavar="N", type=_whole(1), default=1, help="cut in N rounds, the rule asked in each (1)"
+    )
+    parser.add_argument(
+        "--steps", metavar="N", type=_whole(0), help="optimizer steps after each round (finish.steps / N)"
+    )
     _add_budget(parser)
     _add_out(parser, "pruned/NAME of the config")
     _add_seed(parser)
@@ -139,8 +164,14 @@ def _prune(args: argparse.Namespace) -> None:
     if args.rule not in RULES:
         hint = near_miss(args.rule, RULES)
         raise ConfigError(f"--rule: unknown rule {args.rule!r}{hint}; allowed: {', '.join(RULES)}")
+    check_side(config, [args.rule])
     out = args.out or _free_folder(config.name, "pruned")
-    _show(deploy.prune_rule(config, args.rule, config.budget.target, out), out)
+    if args.stages == 1 and args.steps is None:
+        _show(deploy.prune_rule(config, args.rule, config.budget.target, out), out)
+        return
+    steps = config.finish.steps // args.stages if args.steps is None else args.steps
+    _check_packages(config, steps)
+    _show(deploy.prune_stages(config, args.rule, config.budget.target, args.stages, steps, out), out)
 
 
 def _add_benchmark(commands: Any) -> None:
@@ -161,6 +192,8 @@ def _add_benchmark(commands: Any) -> None:
 
 def _benchmark(args: argparse.Namespace) -> None:
     config = _config(args)
+    _check_packages(config, config.finish.steps)
+    check_side(config, args.methods or ())
     from . import benchmark
 
     out = args.out or _free_folder(f"{config.name}-benchmark")
@@ -185,6 +218,7 @@ def _add_fidelity(commands: Any) -> None:
 
 def _fidelity(args: argparse.Namespace) -> None:
     config = _config(args)
+    _check_packages(config, config.finish.steps)
     from . import fidelity
 
     out = args.out or _free_folder(f"{config.name}-fidelity")
@@ -200,15 +234,25 @@ def _add_evaluate(commands: Any) -> None:
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="folder of a pruned model")
     _add_config(parser, required=False)
+    parser.add_argument(
+        "--tasks",
+        metavar="FILE,FILE",
+        type=_names,
+        default=[],
+        help="zero-shot accuracy of a language model on these multiple-choice files (extra `zeroshot`)",
+    )
+    parser.add_argument("--limit", metavar="N", type=_whole(1), help="first N questions of each file only")
     parser.set_defaults(action=_evaluate)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     _existing_folder(args.directory, "DIR")
+    if args.limit is not None and not args.tasks:
+        raise ConfigError("--limit: limits the questions of --tasks, which is not given")
     config = _config(args) if args.config is not None else None
     from . import inspection
 
-    print(inspection.evaluate(args.directory, config))
+    print(inspection.evaluate(args.directory, config, [Path(t) for t in args.tasks], args.limit))
 
 
 def _add_export(commands: Any) -> None:
@@ -219,7 +263,9 @@ def _add_export(commands: Any) -> None:
         "rlprune export runs/demo/pruned --to onnx --out model.onnx",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="folder of a pruned model")
-    parser.add_argument("--to", metavar="FORMAT", required=True, help="onnx or torch-export")
+    parser.add_argument(
+        "--to", metavar="FORMAT", required=True, help="onnx or torch-export; hf for a language model"
+    )
     parser.add_argument("--out", metavar="PATH", type=Path, help="file to write (in DIR by default)")
     parser.set_defaults(action=_export)
 
@@ -319,7 +365,17 @@ def _config(args: argparse.Namespace) -> Config:
             overrides.append(f"{field}={value}")
     config = load_config(args.config, overrides)
     check_names(config)
+    check_side(config)
     return config
+
+
+def _check_packages(config: Config, steps: int) -> None:
+    """A package that only the final fine-tune needs is missed before the search, not after it."""
+    if steps and config.finish.method == "lora" and importlib.util.find_spec("peft") is None:
+        from .workloads.causal import is_causal
+
+        if is_causal(config.model.name):
+            raise ConfigError("finish.method: 'lora' needs peft; pip install 'rlprune[language]'")
 
 
 def _whole(low: int) -> Callable[[str], int]:

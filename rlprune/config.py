@@ -18,8 +18,9 @@ from .errors import ConfigError, near_miss
 from .settings import Section, Setting, apply_override, build, dump_yaml, plain, read_yaml, setting, show
 from .settings import settings_reference as _reference
 
-METRICS = ("macs", "params", "latency")
-RECOVERY_STEPS = ("none", "reconstruct", "bn", "finetune")
+METRICS = ("macs", "params", "block_params", "kv_cache", "latency")
+RECOVERY_STEPS = ("none", "bias", "reconstruct", "bn", "finetune")
+DTYPES = ("auto", "float32", "bfloat16")
 _BUDGET_TEXT = re.compile(r"\s*(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*(%|[kKmMgGtT]?)\s*")
 
 
@@ -48,6 +49,9 @@ class ModelConfig(Section):
     name: str = setting(
         "", "A name from `rlprune list models`, or `module:function` that returns a torch.nn.Module."
     )
+    dtype: str = setting(
+        "auto", "Number format of a language model's weights; `auto` takes float32.", choices=DTYPES
+    )
     arguments: dict[str, Any] = setting(dict, "Keyword arguments of the model's constructor.")
     weights: str | None = setting(None, "Name of published weights (torchvision, timm); null for none.")
     checkpoint: str | None = setting(
@@ -65,11 +69,27 @@ class DataConfig(Section):
 
     name: str = setting("", "A name from `rlprune list data`.")
     root: str | None = setting(None, "Folder of the files; null for the data set's usual place.")
+    files: dict[str, Any] = setting(
+        dict,
+        "Text: {split: path of a .txt or .jsonl file}; splits that share a file get disjoint parts of it.",
+    )
+    column: str = setting(
+        "text", "Text: the field of a .jsonl line or of a hub data set that holds the text."
+    )
+    sequence_length: int = setting(128, "Text: tokens in a sequence.", low=8)
+    test_length: int | None = setting(
+        None, "Text: tokens in a sequence of the test split; null for data.sequence_length.", low=8
+    )
+    stride: int | None = setting(
+        None, "Text: tokens between the starts of two test sequences; null for no overlap.", low=1
+    )
     download: bool = setting(False, "Whether a missing data set may be fetched from the internet.")
     image_size: int | None = setting(
         None, "Side in pixels that images are scaled to; null keeps theirs.", low=1
     )
-    train: int | None = setting(None, "Images of the train split; null for all that are left.", low=1)
+    train: int | None = setting(
+        None, "Images (or sequences) of the train split; null for all that are left.", low=1
+    )
     calibration: int | None = setting(None, "Images for importance and recovery; null for a default.", low=1)
     validation: int | None = setting(None, "Images that score candidates; null for a default.", low=1)
     test: int | None = setting(None, "Images of the test split, read once at the end; null for all.", low=1)
@@ -117,6 +137,12 @@ class PruneConfig(Section):
     ignore: tuple[str, ...] = setting((), "Name patterns (shell style) of layers that stay whole.")
     round_to: int = setting(1, "Kept channels are a multiple of this number.", low=1)
     minimum: int = setting(1, "Channels that every group keeps at least.", low=1)
+    drop: bool = setting(
+        False, "Language models: whether an attention or a feed-forward part may be removed whole."
+    )
+    hidden: bool = setting(
+        False, "Language models: whether the hidden size is a group too (no exact cut: norms cross it)."
+    )
 
 
 @dataclass(frozen=True)
@@ -129,9 +155,21 @@ class RecoveryConfig(Section):
         ("reconstruct", "bn"), "Steps, always run in this order.", choices=RECOVERY_STEPS
     )
     ridge: float = setting(1e-3, "Relative ridge penalty of the closed-form reconstruction.", above=0)
+    shrink: float = setting(
+        0.0,
+        "Language models: further penalty on each input of the reconstruction, as a share of its own second moment.",
+        low=0,
+        high=10,
+    )
     images: int | None = setting(None, "Calibration images used; null for all of the split.", low=1)
     finetune_steps: int = setting(0, "Gradient steps of the step `finetune`.", low=0)
-    finetune_lr: float = setting(0.01, "Learning rate of the step `finetune`.", above=0, high=10)
+    finetune_lr: float | None = setting(
+        None,
+        "Learning rate of the step `finetune`; null for 0.01 (SGD on images) or 2e-5 (AdamW on a language "
+        "model).",
+        above=0,
+        high=10,
+    )
     distill: bool = setting(True, "Whether `finetune` learns from the dense model's cached logits.")
 
     def check(self) -> None:
@@ -159,7 +197,22 @@ class ScoreConfig(Section):
         "`kl`: -KL(dense || pruned); `loss`: -validation loss; `accuracy`: the workload's metric.",
         choices=("kl", "loss", "accuracy"),
     )
-    images: int | None = setting(None, "Validation images used; null for all of the split.", low=1)
+    images: int | None = setting(
+        None, "Validation images (or sequences) used; null for all of the split.", low=1
+    )
+    top_k: int = setting(
+        256,
+        "Language models: largest dense probabilities kept for each token; the rest is one bucket.",
+        low=1,
+    )
+    dtype: str = setting(
+        "auto",
+        "Language models: number format of scored candidates; `auto` takes the faster one.",
+        choices=DTYPES,
+    )
+    rungs: tuple[int, ...] = setting(
+        (), "Successive halving: sequences after which the worse half of a batch is dropped.", low=1
+    )
 
 
 @dataclass(frozen=True)
@@ -243,8 +296,26 @@ class FinishConfig(Section):
         5, "Best candidates that are scored again on the whole validation split.", low=1
     )
     epochs: int = setting(0, "Epochs of the final fine-tune; 0 leaves it out.", low=0)
-    lr: float = setting(0.02, "Peak learning rate of SGD; it falls to zero by a cosine.", above=0, high=10)
-    batch_size: int = setting(128, "Images in a batch.", low=1)
+    method: str = setting(
+        "lora",
+        "Language models: `lora`, `full`, `group` (SAAP: scaled column groups and low rank) or `spp` (row and "
+        "column factors).",
+        choices=("lora", "full", "group", "spp"),
+    )
+    steps: int = setting(
+        0, "Language models: optimizer steps of the final fine-tune; 0 leaves it out.", low=0
+    )
+    rank: int = setting(8, "Rank of the low-rank adapters.", low=1)
+    alpha: float = setting(16.0, "Scale of the low-rank adapters is alpha / rank.", above=0)
+    dropout: float = setting(0.05, "Dropout before the low-rank adapters.", low=0, high=0.9)
+    lr: float | None = setting(
+        None,
+        "Peak learning rate, falling to zero by a cosine; null for 0.02 (SGD on images), 1e-4 (AdamW on "
+        "adapters) or 2e-5 (AdamW on a whole language model).",
+        above=0,
+        high=10,
+    )
+    batch_size: int = setting(128, "Images (or sequences, over all processes) in a batch.", low=1)
     weight_decay: float = setting(5e-4, "L2 penalty on every weight.", low=0, high=1)
     momentum: float = setting(0.9, "Nesterov momentum of SGD.", low=0, high=0.999)
     distill: bool = setting(True, "Whether the dense model's outputs are learned beside the labels.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,8 @@ from .config import Config
 from .ledger import Ledger
 from .problem import Problem, find_rule, prepare, search
 from .progress import Console
-from .rules import RULES
+from .rules import RULES, rules_for
+from .tuning_stages import incremental
 
 
 def apply(
@@ -31,7 +33,11 @@ def apply(
     policy = load_policy(folder / "policy" if (folder / "policy").is_dir() else folder)
     problem = prepare(_with_budget(config, budget), checkpoint=checkpoint, console=console)
     widths = policy.plan(problem.evaluator, budget, problem.metric).widths
-    plans = [(name, problem.rule_widths(name)) for name, rule in RULES.items() if not rule.probes]
+    plans = [
+        (name, problem.rule_widths(name))
+        for name, rule in rules_for(problem.space).items()
+        if not rule.probes
+    ]
     plans.append(("policy", widths))
     if refine:
         found = refined(problem, policy, refine, Ledger(), console)
@@ -83,13 +89,40 @@ def prune_rule(config: Config, rule: str, budget: Any, out: Path) -> str:
     return _score_table(problem, [("uniform", problem.rule_widths("uniform")), (rule, widths)])
 
 
+def prune_stages(config: Config, rule: str, budget: Any, stages: int, steps: int, out: Path) -> str:
+    """`prune_rule` in rounds: cut a part, recover, train ``steps`` steps, look again (`tuning_stages.incremental`).
+
+    A killed run leaves its finished rounds in ``OUT.state`` and the same command goes on from there.
+    """
+    find_rule(rule)
+    console = Console(True)
+    problem = prepare(_with_budget(config, budget), console=console)
+    state = out.with_name(f"{out.name}.state")
+    found = incremental(
+        problem, rule, stages=stages, steps=steps, seed=config.seed, out=state, console=console
+    )
+    console.close()
+    tokenizer = getattr(problem.workload, "tokenizer", None)
+    save(found.model, found.plan, out, base=problem.workload.base, tokenizer=tokenizer)
+    shutil.rmtree(state, ignore_errors=True)
+    total, name = problem.space.dense_cost(problem.metric), problem.workload.metric_name
+    lines = [f"{'stage':<8} {problem.metric + ' kept':>18} {'loss':>8} {name:>10}"]
+    dense = problem.workload.evaluate(problem.workload.model, "validation")
+    lines.append(f"{'dense':<8} {1:>18.1%} {dense.loss:>8.4f} {dense.metric:>10.4f}")
+    for number, facts in enumerate(found.rounds, 1):
+        share = facts["cost"] / total
+        lines.append(f"{number:<8} {share:>18.1%} {facts['loss']:>8.4f} {facts['metric']:>10.4f}")
+    return "\n".join(lines)
+
+
 def _with_budget(config: Config, budget: Any) -> Config:
     return replace(config, budget=replace(config.budget, target=budget))
 
 
 def _save(problem: Problem, widths: Any, origin: dict[str, Any], out: Path) -> None:
     plan = problem.evaluator.plan(widths, origin)
-    save(problem.evaluator.build(widths), plan, out, base=problem.workload.base)
+    tokenizer = getattr(problem.workload, "tokenizer", None)
+    save(problem.evaluator.build(widths), plan, out, base=problem.workload.base, tokenizer=tokenizer)
 
 
 def _score_table(problem: Problem, plans: Sequence[tuple[str, Any]]) -> str:

@@ -5,25 +5,27 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .config import RecoveryConfig, ScoreConfig
-from .errors import BudgetError, DataError
-from .pruning.importance import Scores, compute
+from .errors import BudgetError, ConfigError
+from .pruning import grams as gram_matrices
+from .pruning import statistics
+from .pruning.importance import ELIMINATIONS, Scores, compute
 from .pruning.plan import Plan, make_plan
-from .pruning.reconstruct import evaluating
 from .pruning.recovery import Recovery
 from .pruning.space import PruningSpace
 from .pruning.surgery import prune
 from .pruning.tracing import trace
 from .rules.context import Context
+from .workloads.judge import Judge, Judgement
+from .workloads.language import scoring_dtype
 
 History = tuple[tuple[int, ...], ...]
 
@@ -33,7 +35,9 @@ class Candidate:
     """A plan that has been built, recovered and scored on the validation split.
 
     ``cost`` is absolute, in the metric of the evaluator; ``score`` higher is better; ``error`` the
-    standard error of the score over the images; ``loss`` and ``metric`` are means per image.
+    standard error of the score over the images (sequences of a text); ``loss`` is the mean over images or
+    tokens, ``metric`` accuracy or perplexity. ``samples`` is how many images or sequences were read, 0
+    where that is not known (ledgers of older versions).
     """
 
     widths: tuple[int, ...]
@@ -43,21 +47,26 @@ class Candidate:
     metric: float
     error: float
     seconds: float
+    samples: int = 0
 
 
 @dataclass
 class _Stage:
-    """A model after some stages of incremental pruning."""
+    """A model after some stages of incremental pruning, and the matrices that its candidates share."""
 
     model: nn.Module
     plan: Plan | None
     space: PruningSpace
     importance: Scores
     recovery: Recovery
+    shared: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Evaluator:
     """Builds, recovers and scores candidates of one workload; every distinct plan once.
+
+    Candidates of a language model are scored in ``score.dtype`` and share what no plan cuts with one
+    another; what is built for keeps is a full copy in the dense model's format.
 
     Args:
         space: traced from the workload's model when not given.
@@ -83,16 +92,54 @@ class Evaluator:
         self.seed = seed
         self._recovery_settings = recovery or RecoveryConfig()
         self._importance_name = importance if isinstance(importance, str) else None
-        scores = (
-            compute(importance, workload, self.space, seed) if isinstance(importance, str) else importance
-        )
-        self.importance: Scores = [np.asarray(s, dtype=np.float64) for s in scores]
-        recover = Recovery(workload, self.space, self._recovery_settings)
+        self._dtype = scoring_dtype(workload, self.score_settings.dtype)
+        self._judges = {False: self._new_judge(self.score_settings.images)}
+        # What the rules measure once, for all contexts.
+        self._measured: dict[str, Any] = {}
+        given = None if isinstance(importance, str) else [np.asarray(s, dtype=np.float64) for s in importance]
+        self.importance, recover = self._prepared(workload.model, self.space, given, self._measured)
         self._dense_stage = _Stage(workload.model, None, self.space, self.importance, recover)
         self._memo: dict[History, Candidate] = {}
         self._full: dict[History, Candidate] = {}
+        self._partial: dict[tuple[History, int], Candidate] = {}
+        self._begun: dict[History, list[Judgement]] = {}
         self._last: dict[History, _Stage] = {}
-        self._dense_logs: dict[bool, list[Tensor]] = {}
+
+    def _new_judge(self, limit: int | None) -> Judge:
+        settings = self.score_settings
+        judge: Judge = self.workload.judge(settings.kind, limit, top_k=settings.top_k)
+        return judge
+
+    def _prepared(
+        self, model: nn.Module, space: PruningSpace, given: Scores | None, measured: dict[str, Any]
+    ) -> tuple[Scores, Recovery]:
+        """Unit scores (computed unless ``given``) and the recovery of a model; Gram matrices serve both once."""
+        settings, name, workload = self._recovery_settings, self._importance_name, self.workload
+        grams = None
+        if workload.language and (
+            "reconstruct" in settings.steps or (given is None and name in ELIMINATIONS)
+        ):
+            batches = workload.batches("calibration", settings.images)
+            grams = gram_matrices.collect(model, space, batches)
+        if given is None:
+            assert name is not None
+            if name in ("wanda_sp", "flap") and workload.language:
+                batches = workload.batches("calibration")
+                measured["statistics"] = statistics.collect(model, space, batches)
+            found = compute(
+                name,
+                workload,
+                space,
+                self.seed,
+                model,
+                grams=grams,
+                statistics=measured.get("statistics"),
+                ridge=settings.ridge,
+                measured=measured,
+            )
+            given = [np.asarray(s, dtype=np.float64) for s in found]
+        # Frees each Gram matrix as soon as it is factorised; nobody else holds them from here on.
+        return given, Recovery(workload, space, settings, model, importance=given, grams=grams)
 
     @property
     def dense(self) -> Candidate:
@@ -113,10 +160,38 @@ class Evaluator:
             self._memo[key] = self._scored(key, full=False)
         return self._memo[key]
 
+    def evaluate_partial(self, widths: Any, samples: int) -> Candidate:
+        """Score widths (G,), or a history of stages, on the first ``samples`` validation samples only.
+
+        ``samples`` is one of ``score.rungs`` (successive halving). What was scored is kept: a later
+        ``evaluate`` or a larger rung reads only the samples that are left, with the same result as at once.
+        """
+        key = _history(widths)
+        rungs = self.score_settings.rungs
+        if samples >= self.samples:
+            return self.evaluate_staged(key)
+        if samples not in rungs:
+            allowed = ", ".join(str(r) for r in rungs) or "none"
+            raise ConfigError(f"score.rungs: no rung of {samples} samples; there are: {allowed}")
+        if (key, samples) not in self._partial:
+            self._partial[key, samples] = self._scored(key, full=False, samples=samples)
+        return self._partial[key, samples]
+
+    @property
+    def samples(self) -> int:
+        """Validation samples (images, sequences) that a whole score in the search reads."""
+        size = int(self.workload.size("validation"))
+        return size if self.score_settings.images is None else min(self.score_settings.images, size)
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """Sample counts at which successive halving may drop a candidate, rising, all below ``samples``."""
+        rungs = self.score_settings.rungs
+        return tuple(r for r in sorted(set(rungs)) if r < self.samples) if rungs else ()
+
     def evaluate_full(self, widths: Any) -> Candidate:
         """Score on the whole validation split (the search may look at its first images only)."""
-        history = widths if len(widths) and np.ndim(widths[0]) else (widths,)
-        key: History = tuple(tuple(int(w) for w in stage) for stage in history)
+        key = _history(widths)
         images = self.score_settings.images
         if images is None or images >= self.workload.size("validation"):
             return self.evaluate_staged(key)
@@ -125,8 +200,11 @@ class Evaluator:
         return self._full[key]
 
     def remember(self, history: History, candidate: Candidate) -> None:
-        """Put a candidate that was scored earlier into the memo."""
-        self._memo.setdefault(history, candidate)
+        """Put a candidate that was scored earlier, on all samples or on a rung's, into the memo."""
+        if self.rungs and 0 < candidate.samples < self.samples:
+            self._partial.setdefault((history, candidate.samples), candidate)
+        else:
+            self._memo.setdefault(history, candidate)
 
     def plan(self, widths: Any, origin: dict[str, Any] | None = None) -> Plan:
         """The plan of widths (G,): the most important units of each group."""
@@ -134,12 +212,11 @@ class Evaluator:
 
     def build(self, widths: Any) -> nn.Module:
         """The cut and recovered model of widths (G,) or of a history of stages; new at every call."""
-        history = widths if len(widths) and np.ndim(widths[0]) else (widths,)
-        return self._built(tuple(tuple(int(w) for w in stage) for stage in history))[0]
+        return self._built(_history(widths))[0]
 
     def staged_plan(self, history: Any, origin: dict[str, Any] | None = None) -> Plan:
         """The plan, in units of the dense model, that a history of stages ends in."""
-        plan = self._built(tuple(tuple(int(w) for w in stage) for stage in history))[1]
+        plan = self._built(_history(history))[1]
         return dataclasses.replace(plan, origin=dict(origin or {}))
 
     def context(self, budget: Any, metric: str | None = None, probe: Any = None) -> Context:
@@ -153,28 +230,70 @@ class Evaluator:
             workload=self.workload,
             probe=probe or (lambda widths: self.evaluate(widths).loss),
             seed=self.seed,
+            shared=self._measured,
         )
+
+    @property
+    def measured(self) -> Mapping[str, Any]:
+        """What importances and rules have measured of the dense model so far, by name."""
+        return self._measured
+
+    def expected(self, widths: Any) -> NDArray[np.float64] | None:
+        """Divergence (N, G) that each group's cut is expected to cost at widths (N, G), before any evaluation.
+
+        Known where the importance `obs_fisher` has measured it (or the rule `fisher`); None elsewhere, and 0
+        for groups without such a curve.
+        """
+        curves = self._measured.get("fisher")
+        if curves is None:
+            return None
+        cut = self.space.widths - np.asarray(widths, dtype=np.int64)
+        costs = np.zeros(cut.shape)
+        for group, curve in curves.items():
+            costs[:, group] = curve[cut[:, group]]
+        return costs
 
     def standard_error(self, candidate: Candidate) -> float:
         """Standard error of a candidate's score over the validation images."""
         return candidate.error
 
-    def _scored(self, history: History, *, full: bool) -> Candidate:
+    def _scored(self, history: History, *, full: bool, samples: int | None = None) -> Candidate:
         started = time.perf_counter()
-        slim, plan = self._built(history)
-        score, error, loss, metric = self._judge(slim, full)
+        slim, plan = self._built(history, scoring=True)
+        parts = [] if full else self._begun.pop(history, [])
+        joint = self._judge(slim, parts, full, samples)
+        if samples is not None:
+            self._begun[history] = parts
+        values = joint.scores
+        score = float(values.mean())
         return Candidate(
             widths=history[-1],
             cost=self.space.cost(plan.widths, self.metric),
-            score=score,
-            loss=loss,
-            metric=metric,
-            error=error,
+            # A diverged candidate is the worst there is, not a hole in the ledger.
+            score=score if math.isfinite(score) else -1e9,
+            loss=joint.loss,
+            metric=joint.metric,
+            error=float(values.std(unbiased=False)) / math.sqrt(len(values)),
             seconds=time.perf_counter() - started,
+            samples=len(values),
         )
 
-    def _built(self, history: History) -> tuple[nn.Module, Plan]:
-        """Cut and recovered model, and its plan in units of the dense model."""
+    def _judge(self, model: nn.Module, parts: list[Judgement], full: bool, samples: int | None) -> Judgement:
+        """Judge on what ``parts`` have not read, up to ``samples``, and add to them; always cut at the rungs,
+        so that the result does not depend on where a candidate paused."""
+        if full not in self._judges:
+            self._judges[full] = self._new_judge(None)
+        judge = self._judges[full]
+        rungs = () if full else self.rungs
+        spans: list[tuple[int, int | None]] = list(zip((0, *rungs), (*rungs, None), strict=True))
+        for start, stop in spans[len(parts) :]:
+            if samples is not None and start >= samples:
+                break
+            parts.append(judge(model, start, stop))
+        return judge.merge(parts)
+
+    def _built(self, history: History, *, scoring: bool = False) -> tuple[nn.Module, Plan]:
+        """Cut and recovered model, and its plan in units of the dense model; ``scoring``: cheap, not for keeps."""
         stage = self._dense_stage if len(history) == 1 else self._after(history[:-1])
         widths = np.array(history[-1], dtype=np.int64)
         if widths.shape != stage.space.widths.shape or (widths > stage.space.widths).any():
@@ -182,66 +301,38 @@ class Evaluator:
                 f"widths {list(history[-1])} do not fit the model; allowed: up to {stage.space.widths}"
             )
         cut = make_plan(stage.space, importance=stage.importance, widths=widths)
-        slim = prune(stage.model, cut)
+        slim = self._for_scoring(stage, cut) if scoring and self._dtype else prune(stage.model, cut)
         stage.recovery(slim, cut)
         if stage.plan is None:
             return slim, cut
         kept = tuple(before[now] for before, now in zip(stage.plan.kept, cut.kept, strict=True))
         return slim, Plan(self.space, widths, kept)
 
+    def _for_scoring(self, stage: _Stage, cut: Plan) -> nn.Module:
+        """A candidate of a language model in the scoring format, without copies of what is never cut."""
+        if "finetune" in self._recovery_settings.steps:  # which would train what is shared
+            return prune(stage.model, cut, dtype=self._dtype)
+        slim = prune(stage.model, cut, dtype=self._dtype, shared=stage.shared)
+        # Matrices that other plans cut would add up to a second model.
+        for name in {c.tensor for c in stage.space.cuts}:
+            stage.shared.pop(name, None)
+        return slim
+
     def _after(self, history: History) -> _Stage:
         """The stage that a history leaves; the latest one is kept, as an episode asks for it again."""
         if history not in self._last:
             model, plan = self._built(history)
             space = self.space.after(plan.kept)
-            name = self._importance_name
-            if name is None:
-                importance = [s[k] for s, k in zip(self.importance, plan.kept, strict=True)]
-            else:
-                importance = compute(name, self.workload, space, self.seed, model)
-            recovery = Recovery(self.workload, space, self._recovery_settings, model)
+            given = None
+            if self._importance_name is None:
+                given = [s[k] for s, k in zip(self.importance, plan.kept, strict=True)]
+            importance, recovery = self._prepared(model, space, given, {})
             self._last = {h: s for h, s in self._last.items() if h == history[:-1]}
             self._last[history] = _Stage(model, plan, space, importance, recovery)
         return self._last[history]
 
-    def _judge(self, model: nn.Module, full: bool) -> tuple[float, float, float, float]:
-        """(score, its standard error, mean loss, mean metric) on the validation split."""
-        limit = None if full else self.score_settings.images
-        kind = self.score_settings.kind
-        scores, loss, metric, count = [], 0.0, 0.0, 0
-        dense = self._dense_outputs(full) if kind == "kl" else []
-        with torch.no_grad(), evaluating(model):
-            for i, (inputs, targets) in enumerate(self.workload.batches("validation", limit)):
-                outputs = model(inputs)
-                batch_loss = self.workload.loss(outputs, targets)
-                batch_metric = self.workload.metric(outputs, targets)
-                if kind == "kl":
-                    scores.append(-_divergence(dense[i], outputs))
-                else:
-                    value = -batch_loss if kind == "loss" else batch_metric / len(targets)
-                    scores.append(value.reshape(1).expand(len(targets)))
-                loss += float(batch_loss) * len(targets)
-                metric += float(batch_metric)
-                count += len(targets)
-        if not count:
-            raise DataError(f"workload {self.workload.name!r}: the split 'validation' is empty")
-        values = torch.cat(scores).double()
-        error = float(values.std(unbiased=False)) / math.sqrt(count)
-        score = float(values.mean())
-        # A diverged candidate is the worst there is, not a hole in the ledger.
-        return (score if math.isfinite(score) else -1e9), error, loss / count, metric / count
 
-    def _dense_outputs(self, full: bool) -> list[Tensor]:
-        if full not in self._dense_logs:
-            limit = None if full else self.score_settings.images
-            with torch.no_grad(), evaluating(self.workload.model):
-                batches = self.workload.batches("validation", limit)
-                logs = [F.log_softmax(self.workload.model(x).float(), dim=-1) for x, _ in batches]
-            self._dense_logs[full] = logs
-        return self._dense_logs[full]
-
-
-def _divergence(dense_log: Tensor, outputs: Tensor) -> Tensor:
-    """KL(dense || pruned) of each sample, (N,); further dimensions (the tokens of a text) are averaged."""
-    each = (dense_log.exp() * (dense_log - F.log_softmax(outputs.float(), dim=-1))).sum(dim=-1)
-    return each.flatten(1).mean(dim=1) if each.ndim > 1 else each
+def _history(widths: Any) -> History:
+    """Widths (G,), or one such for each stage, as a history of plain numbers."""
+    stages = widths if len(widths) and np.ndim(widths[0]) else (widths,)
+    return tuple(tuple(int(w) for w in stage) for stage in stages)

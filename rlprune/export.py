@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from .artifacts import load, read_plan
 from .errors import ArtifactError, ConfigError, near_miss
+from .pretrained import SOURCE
 from .pruning.tracing import count_macs
+from .uniform import export_folder
 
 CHECKED_BATCHES = (1, 2, 5)
 TOLERANCE = 1e-4  # of the largest output; other runtimes sum in another order, in float32
@@ -37,10 +39,13 @@ def export(
     The batch size stays free. The file is written beside its place, run on batches of 1, 2 and 5
     random inputs, compared with PyTorch, and only then moved to its place.
 
+    Language models are written as a folder (``hf``, see `uniform.export_folder`), with stock transformers'
+    own logits as the check.
+
     Args:
         directory: a folder written by `rlprune.save`.
-        to: a name in `FORMATS`.
-        out: the file; by default `model.<suffix>` in the folder.
+        to: a name in `FORMATS`, or "hf".
+        out: the file or folder; by default `model.<suffix>` or `hf` in the folder.
         example_inputs: one sample, (1, ...). Without it the plan's record is used, or a square image
             whose MACs equal the recorded ones.
         base: the dense model, where the folder cannot say how to build it.
@@ -49,9 +54,15 @@ def export(
         ConfigError: an unknown format, or a package that it needs is not installed.
         ArtifactError: the folder is unusable, the model cannot be exported, or the outputs differ.
     """
-    if to not in FORMATS:
-        raise ConfigError(
-            f"--to: unknown format {to!r}; use one of {', '.join(FORMATS)}{near_miss(to, FORMATS)}"
+    known = (*FORMATS, "hf")
+    if to not in known:
+        raise ConfigError(f"--to: unknown format {to!r}; use one of {', '.join(known)}{near_miss(to, known)}")
+    if to == "hf":
+        return export_folder(directory, out)[0]
+    if read_plan(directory)["base"].get("source") == SOURCE:
+        # Caches, masks and positions of a language model are Python state that these formats would freeze.
+        raise ArtifactError(
+            f"--to {to}: not for language models; use --to hf, a folder that other tools load"
         )
     suffix, packages, write, read = FORMATS[to]
     _need(packages, to)

@@ -126,7 +126,7 @@ def replacing_folder(folder: str | Path, marker: str) -> Iterator[Path]:
         except ArtifactError as error:
             shutil.rmtree(fresh, ignore_errors=True)
             # The person knows the folder that was asked for, not the one beside it.
-            raise ArtifactError(str(error).replace(str(fresh), str(target))) from error
+            raise type(error)(str(error).replace(str(fresh), str(target))) from error
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,20 +15,28 @@ from torch import nn
 from .artifacts import read_json, read_tensors, write_json_atomic, write_tensors_atomic
 from .errors import ArtifactError
 from .evaluation import History
-from .latency import measure
+from .latency import DEFAULT_BATCH_SIZES, measure
 from .problem import Found, Problem, finalists
 from .progress import Console
 from .pruning.finetune import DistillTargets, fit
 from .pruning.plan import Plan
 from .pruning.surgery import prune
+from .tuning import tune
+
+SGD_LR = 0.02
+"""Peak learning rate of the fine-tune on images where the settings leave it open."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A method's model after the final fine-tune, its plan in units of the dense model, and its table row."""
+    """A method's model after the final fine-tune, its plan in units of the dense model, and its table row.
+
+    ``model`` is None for the rules and baselines of a language model: with all of them in memory a table of
+    twenty methods would need the weights twenty times.
+    """
 
     row: dict[str, Any]
-    model: nn.Module
+    model: Any
     plan: Plan | None
 
 
@@ -78,7 +87,9 @@ def finish(
         facts = _measured(problem, model, seed, keep.training, f"fine-tune {method}", console)
         keep.save(mark, facts, model)
     console.close()
-    return Finished(_row(problem, found, model, plan, seed, facts), model, plan)
+    row = _row(problem, found, model, plan, seed, facts)
+    kept = not problem.workload.language or row["kind"] in ("dense", "agent")
+    return Finished(row, model if kept else None, plan)
 
 
 def fine_tune(
@@ -89,35 +100,56 @@ def fine_tune(
     training: Path | None = None,
     label: str = "fine-tune",
     console: Console | None = None,
+    steps: int | None = None,
 ) -> None:
-    """The final fine-tune that every method's model gets, in place; nothing where the settings leave it out."""
+    """The final fine-tune that every method's model gets, in place; nothing where the settings leave it out.
+
+    ``finish.epochs`` of SGD, or for a language model ``finish.steps`` of `tuning.tune`. ``training`` is where the
+    state of a killed one lies: a file, for a language model a folder. ``steps``, where given, is the length.
+    """
     workload, settings = problem.workload, problem.config.finish
-    if not settings.epochs:
+    show = (console or Console(False)).training
+    if workload.language:
+        tune(workload, model, settings, seed=seed, steps=steps, out=training, progress=show, phase=label)
+        return
+    if not (settings.epochs if steps is None else steps):
         return
     fit(
         model,
         lambda generator: workload.train_batches(generator, settings.batch_size),
         workload.loss,
+        steps=steps,
         epochs=settings.epochs,
         steps_per_epoch=workload.train_steps(settings.batch_size),
-        lr=settings.lr,
+        lr=SGD_LR if settings.lr is None else settings.lr,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
         distill=DistillTargets(workload.model, settings.temperature) if settings.distill else None,
         mixed_precision=settings.mixed_precision,
         generator=torch.Generator().manual_seed(seed),
-        progress=(console or Console(False)).training,
+        progress=show,
         phase=label,
         checkpoint=training,
     )
 
 
 def add_latency(finished: Sequence[Finished], problem: Problem, budget_seconds: float = 15.0) -> None:
-    """Measure all models in turns and put the medians, in milliseconds, into their rows."""
-    models = {str(i): f.model for i, f in enumerate(finished)}
-    times = measure(models, problem.workload.example_inputs, budget_seconds=budget_seconds)
-    for i, f in enumerate(finished):
-        f.row["latency_ms"] = {str(batch): round(ms, 4) for batch, ms in times[str(i)].items()}
+    """Measure all models in turns and put the medians, in milliseconds, into their rows.
+
+    Of a language model the dense one and the agent's are timed, on one sequence at a time (``example_inputs``,
+    the whole of it at once): a batch of 64 takes a CPU minutes.
+    """
+    models = {str(i): f.model for i, f in enumerate(finished) if f.model is not None}
+    language = problem.workload.language
+    times = measure(
+        models,
+        problem.workload.example_inputs,
+        batch_sizes=(1,) if language else DEFAULT_BATCH_SIZES,
+        budget_seconds=budget_seconds,
+        warmup=1 if language else 3,
+    )
+    for i, found in times.items():
+        finished[int(i)].row["latency_ms"] = {str(batch): round(ms, 4) for batch, ms in found.items()}
 
 
 def _built(problem: Problem, history: History | None) -> tuple[nn.Module, Plan | None]:
@@ -139,11 +171,22 @@ def _measured(
     with workload.test_opened():
         before = workload.evaluate(model, "test")
     facts: dict[str, Any] = {"test": before.metric, "test_loss": before.loss}
-    fine_tune(problem, model, seed=seed, training=training, label=label, console=console)
-    with workload.test_opened():
-        after = workload.evaluate(model, "test")
+    if workload.language:
+        facts["tokens"] = _tokens(workload, before.count)
+        facts["finish"] = {"method": problem.config.finish.method, "steps": problem.config.finish.steps}
+    after = before
+    if problem.config.finish.steps if workload.language else problem.config.finish.epochs:
+        fine_tune(problem, model, seed=seed, training=training, label=label, console=console)
+        with workload.test_opened():
+            after = workload.evaluate(model, "test")
     facts |= {"test_finetuned": after.metric, "test_loss_finetuned": after.loss}
     return facts | {"finish_seconds": time.perf_counter() - started}
+
+
+def _tokens(workload: Any, count: int) -> dict[str, int]:
+    """What a perplexity on the test split means: its windows' length, their stride, the tokens scored."""
+    length = int(workload.length("test"))
+    return {"length": length, "stride": int(workload.stride or length), "count": int(count)}
 
 
 def _row(
@@ -176,9 +219,19 @@ def _row(
     costs = {metric: space.cost(widths, metric) for metric in space.costs}
     row = head | {"cost": costs[problem.metric], **costs, "score": score, "validation": validation}
     row |= {"validation_loss": validation_loss, **facts, "widths": [int(w) for w in widths]}
-    if sum(p.numel() for p in model.parameters()) != costs["params"]:
+    dense = {name for name, _ in problem.workload.model.named_parameters()}
+    # The recovery step `bias` gives some layers a bias that the dense model has not.
+    if sum(p.numel() for name, p in model.named_parameters() if name in dense) != costs["params"]:
         raise AssertionError("the built model does not have the parameters that its widths say")
     return row
+
+
+def forget_training(state: Path | None) -> None:
+    """Remove the state of a fine-tune that is done: a file, for a language model a folder."""
+    if state is not None and state.is_dir():
+        shutil.rmtree(state)
+    elif state is not None:
+        state.unlink(missing_ok=True)
 
 
 class _Kept:
@@ -200,6 +253,7 @@ class _Kept:
             model.load_state_dict(read_tensors(self._weights))
         except (ArtifactError, KeyError, RuntimeError):
             return None  # a private file of this run that is not whole: the fine-tune is done again
+        forget_training(self.training)
         facts: dict[str, Any] = kept["facts"]
         return facts
 
@@ -209,4 +263,4 @@ class _Kept:
         self._facts.unlink(missing_ok=True)
         write_tensors_atomic(self._weights, {k: v.detach().cpu() for k, v in model.state_dict().items()})
         write_json_atomic(self._facts, {"mark": mark, "facts": facts})
-        self.training.unlink(missing_ok=True)
+        forget_training(self.training)

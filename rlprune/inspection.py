@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from . import language_figures as figures
+from . import pretrained, zeroshot
 from .artifacts import library_versions, load, read_plan
 from .config import Config
-from .errors import ArtifactError
+from .errors import ArtifactError, ConfigError
 from .latency import measure
 from .progress import Console
-from .pruning.tracing import count_macs, trace
+from .pruning.space import PruningSpace
+from .pruning.tracing import count_macs, fingerprint, trace
+from .workloads.base import Workload
 from .workloads.build import build_workload
+from .workloads.causal import PREFIX, read_config
 from .workloads.zoo import rebuild
 
 
 def inspect(config: Config) -> str:
     """Groups, widths, costs, protected parts and feasible budgets as text; nothing is trained or searched."""
+    if config.workload is None and config.model.name.startswith(PREFIX):
+        return _inspect_language(config, *_skeleton(config))
     workload = build_workload(config, train=False)
+    if workload.language:
+        return _inspect_language(config, workload.model, workload.example_inputs)
     cut = config.prune
     space = trace(workload.model, workload.example_inputs, cut.ignore, cut.round_to, cut.minimum)
     macs, params = space.unit_costs(space.widths, "macs"), space.unit_costs(space.widths, "params")
@@ -37,14 +49,36 @@ def inspect(config: Config) -> str:
         low, dense = space.feasible(metric)
         budgets = f"feasible budgets {low / dense:.4f} to 1 ({low:,.0f} to {dense:,.0f})"
         lines.append(f"{metric}: dense {dense:,.0f}; {budgets}")
-    target = space.target(config.budget.target, config.budget.metric)
-    lines.append(f"budget: {config.budget.target} of {config.budget.metric} = {target:,.0f}")
+    lines.append(_budget_line(space, config))
     return "\n".join(lines)
 
 
-def evaluate(directory: Path, config: Config | None) -> str:
-    """A saved pruned model beside its dense base: costs, latency and, with a config, its quality on test."""
+def resources(seconds: float) -> str:
+    """What a command took: seconds, and the largest memory of this process where the system tells it."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return f"took {seconds:.1f} s"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"took {seconds:.1f} s, peak memory {peak / 1e6:,.0f} MB"
+
+
+def evaluate(
+    directory: Path, config: Config | None, tasks: Sequence[Path] = (), limit: int | None = None
+) -> str:
+    """A saved pruned model beside its dense base: costs, latency and, with a config, its quality on test.
+
+    Args:
+        tasks: multiple-choice files for a language model's zero-shot accuracy (see `zeroshot`).
+        limit: only the first ``limit`` questions of each.
+    """
     plan = read_plan(directory)
+    if plan["base"].get("source") == "transformers":
+        return _evaluate_language(directory, plan, config, tasks, limit)
+    if tasks:
+        raise ConfigError(
+            f"--tasks: needs a language model, but {directory} holds {plan['base'].get('name')!r}"
+        )
     workload = None
     if config is not None:
         workload = build_workload(config, progress=Console(True).training)
@@ -64,6 +98,136 @@ def evaluate(directory: Path, config: Config | None) -> str:
         costs = f"{count_macs(model, example):>16,.0f} {sum(p.numel() for p in model.parameters()):>14,}"
         lines.append(f"{name:<8} {costs} {times[name][1]:>11.3f} {times[name][64]:>12.3f}  {quality}")
     return "\n".join(lines)
+
+
+def _skeleton(config: Config) -> tuple[nn.Module, Tensor]:
+    """A named language model without its weights, however large, and token ids of the stated length."""
+    found = read_config(config.model.name)
+    length, longest = config.data.sequence_length, figures.context_length(found)
+    if longest is not None and length > longest:
+        raise ConfigError(f"data.sequence_length: {length} is longer than the model's {longest} positions")
+    return pretrained.skeleton(found), torch.zeros(1, length, dtype=torch.long)
+
+
+def _inspect_language(config: Config, model: nn.Module, example: Tensor) -> str:
+    """The same for a language model: blocks that are alike in one line, costs with what they count."""
+    cut = config.prune
+    space = trace(model, example, cut.ignore, cut.round_to, cut.minimum, drop=cut.drop, hidden=cut.hidden)
+    lines = [*figures.group_lines(space), "", *figures.protected_lines(space.protected)]
+    lines += [f"unused in eval mode: {name}" for name in space.unused]
+    lines += figures.cost_lines(space, model)
+    return "\n".join([*lines, _budget_line(space, config)])
+
+
+def _budget_line(space: PruningSpace, config: Config) -> str:
+    target = space.target(config.budget.target, config.budget.metric)
+    return f"budget: {config.budget.target} of {config.budget.metric} = {target:,.0f}"
+
+
+def _evaluate_language(
+    directory: Path, plan: dict[str, Any], config: Config | None, tasks: Sequence[Path], limit: int | None
+) -> str:
+    """Perplexity, costs, speeds and zero-shot accuracy of a pruned language model beside its dense base."""
+    for path in tasks:
+        zeroshot.read_questions(path)  # a malformed file is refused before minutes of measuring
+    if tasks:
+        zeroshot.require_harness()
+    workload = build_workload(config, progress=Console(True).training) if config is not None else None
+    slim = load(directory)
+    if workload is None:
+        dense, example = _random_base(plan["base"], slim), _example_of(plan).long()
+    else:
+        dense, example = workload.model, workload.example_inputs
+        if fingerprint(dense) != plan["fingerprint"]:
+            raise ArtifactError(f"{directory}: was pruned from another architecture than {workload.name!r}")
+        slim = slim.to(workload.device)
+    models = {"dense": dense, "pruned": slim}
+    rows = [*_cost_rows(plan, example), *_speed_rows(models, example)]
+    notes = ["perplexity: give CONFIG to measure it"]
+    if workload is not None:
+        quality, notes = _quality_rows(workload, models)
+        rows += quality
+    lines = [*figures.comparison(rows), *notes]
+    if tasks:
+        tokenizer = getattr(workload, "tokenizer", None) or _tokenizer_of(directory, plan["base"])
+        # Without CONFIG the dense model has the right shape only, not its weights.
+        known = models if workload is not None else {"pruned": slim}
+        accuracies = {name: zeroshot.accuracy(m, tokenizer, tasks, limit) for name, m in known.items()}
+        lines += ["", *zeroshot.table(accuracies)]
+    return "\n".join(lines)
+
+
+def _cost_rows(plan: dict[str, Any], example: Tensor) -> list[figures.Row]:
+    """Costs as counted when the model was saved; macs are those of the example's length then."""
+    length = (plan.get("input") or example.shape)[-1]
+    names = {
+        "params": "params (all, tied once)",
+        "block_params": "params of the blocks",
+        "macs": f"macs of {length} tokens",
+        "kv_cache": "KV cache, bytes a token (bf16)",
+    }
+    costs, dense = plan["cost"], plan["dense_cost"]
+    rows = [(text, dense[m], costs[m], ",.0f") for m, text in names.items() if m in costs and m in dense]
+    context = figures.context_length(plan["base"].get("config", {}))
+    if context and "kv_cache" in costs:
+        mega = context / 1e6
+        rows.append(
+            (f"KV cache at {context} tokens, MB", dense["kv_cache"] * mega, costs["kv_cache"] * mega, ",.2f")
+        )
+    return rows
+
+
+def _speed_rows(models: dict[str, nn.Module], example: Tensor) -> list[figures.Row]:
+    """Measured medians; the models run in turns."""
+    length = example.shape[-1]
+    prefill = measure(models, example, batch_sizes=(1,), budget_seconds=10.0)
+    prompt, tokens, rounds = figures.decoding_plan(length, figures.context_length(models["dense"].config))
+    decode = figures.decoding_speed(models, example[:1, :prompt], tokens, rounds)
+    return [
+        (f"prefill of {length} tokens, ms", prefill["dense"][1], prefill["pruned"][1], ",.2f"),
+        (f"decoding after {prompt}, tokens/s", decode["dense"], decode["pruned"], ",.1f"),
+    ]
+
+
+def _quality_rows(workload: Workload, models: dict[str, nn.Module]) -> tuple[list[figures.Row], list[str]]:
+    with workload.test_opened():
+        dense, pruned = (workload.evaluate(models[name], "test") for name in ("dense", "pruned"))
+    facts = workload.protocol()["splits"]["test"]  # type: ignore[attr-defined]
+    note = (
+        f"test: {facts['text']}, {facts['sequences']} sequences of {facts['length']} tokens, stride "
+        f"{facts['stride']}, {facts['tokens']:,} tokens scored"
+    )
+    return [
+        (f"test {workload.metric_name}", dense.metric, pruned.metric, ",.4f"),
+        ("test loss", dense.loss, pruned.loss, ",.4f"),
+    ], [note]
+
+
+def _tokenizer_of(directory: Path, base: dict[str, Any]) -> Any:
+    """The tokenizer that was saved with a pruned model."""
+    from transformers import AutoTokenizer
+
+    # Stock classes refuse layers of unequal sizes, and a tokenizer needs none: the dense config will do.
+    config = pretrained.build_config(base["config"])
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), config=config, local_files_only=True)
+    except Exception as error:  # whatever the libraries raise for broken files
+        raise ArtifactError(
+            f"{directory}: holds no tokenizer that can be read; give CONFIG to take the dense model's"
+        ) from error
+
+
+def _random_base(base: dict[str, Any], slim: nn.Module) -> nn.Module:
+    """The dense architecture of a pruned language model, for its speed only: the weights are noise."""
+    model = pretrained.skeleton(pretrained.build_config(base["config"])).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point():
+                tensor.normal_(0.0, 0.02, generator=generator)
+            else:
+                tensor.zero_()
+    return model.to(next(slim.parameters()).dtype).eval()
 
 
 def hardware() -> dict[str, Any]:

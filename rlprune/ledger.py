@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 from .errors import ArtifactError
 from .evaluation import Candidate, History
@@ -20,7 +23,8 @@ class Ledger:
     """Every scored candidate, one JSON line each, on disk as soon as it is scored.
 
     Columns: index, seconds, method, seed, task, widths (a list of stages where there are several),
-    cost, score, metric, loss, error.
+    cost, score, metric, loss, error, samples (validation images or sequences read, counted from the first
+    one; a candidate that successive halving took further has a row for each rung).
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -64,7 +68,8 @@ class Ledger:
 def candidate_of(row: dict[str, Any]) -> Candidate:
     """The candidate that a ledger row records."""
     numbers = {name: float(row[name]) for name in ("cost", "score", "loss", "metric", "error", "seconds")}
-    return Candidate(widths=history_of(row)[-1], **numbers)
+    # Ledgers of version 0.1 do not say how many samples were read.
+    return Candidate(widths=history_of(row)[-1], samples=int(row.get("samples", 0)), **numbers)
 
 
 def history_of(row: dict[str, Any]) -> History:
@@ -74,10 +79,13 @@ def history_of(row: dict[str, Any]) -> History:
     return tuple(tuple(int(w) for w in stage) for stage in stages)
 
 
-class Judge(Protocol):
+class Scorer(Protocol):
     """The part of an evaluator that an account needs."""
 
+    @property
+    def rungs(self) -> tuple[int, ...]: ...
     def evaluate_staged(self, history: Any) -> Candidate: ...
+    def evaluate_partial(self, widths: Any, samples: int) -> Candidate: ...
     def remember(self, history: History, candidate: Candidate) -> None: ...
 
 
@@ -88,21 +96,28 @@ class Account:
     repeats are free, up to three times its limit of calls in all. Rows that the ledger already holds
     for this account are replayed in their order instead of being scored again.
 
+    ``plans`` and ``history`` hold what was scored on all samples, ``dropped`` what successive halving gave
+    up on fewer; both are charged. ``samples`` is the number of samples read for this account, each of
+    them by one candidate.
+
     Raises (from ``evaluate``):
         SearchSpent: nothing is left.
         ArtifactError: the ledger holds other plans than the ones asked for, so its run had other settings.
     """
 
     def __init__(
-        self, evaluator: Judge, ledger: Ledger, *, method: str, seed: int, limit: int, task: str = ""
+        self, evaluator: Scorer, ledger: Ledger, *, method: str, seed: int, limit: int, task: str = ""
     ) -> None:
         self.evaluator = evaluator
         self.ledger = ledger
         self.method, self.seed, self.task = method, seed, task
         self.limit = limit
         self.calls = 0
+        self.samples = 0
         self.history: list[Candidate] = []
         self.plans: dict[History, Candidate] = {}
+        self.dropped: dict[History, Candidate] = {}
+        self._rows = 0
         self._recorded = ledger.of(method, seed, task)
         for row in ledger.rows:
             if row["task"] == task:
@@ -110,7 +125,7 @@ class Account:
 
     @property
     def spent(self) -> int:
-        return len(self.plans)
+        return len(self.plans) + len(self.dropped)
 
     @property
     def left(self) -> int:
@@ -118,7 +133,7 @@ class Account:
 
     @property
     def best(self) -> Candidate | None:
-        """The highest score so far, the earliest of equals."""
+        """The highest score on all samples so far, the earliest of equals."""
         return max(self.history, key=lambda c: c.score, default=None)
 
     def evaluate(self, widths: Any) -> Candidate:
@@ -126,25 +141,80 @@ class Account:
 
     def evaluate_staged(self, history: Any) -> Candidate:
         key: History = tuple(tuple(int(w) for w in widths) for widths in history)
+        self._called()
+        if key in self.plans:
+            return self.plans[key]
+        if key not in self.dropped and self.spent >= self.limit:
+            raise SearchSpent
+        return self._finished(key)
+
+    def evaluate_many(self, plans: Sequence[Any]) -> list[Candidate]:
+        """Score a batch of widths (G,) or histories by successive halving (Jamieson and Talwalkar, arXiv 1502.07943).
+
+        All are scored on the first rung of samples (``score.rungs``), the better half of them on to the
+        next, and those that are left on all samples. Each distinct plan is charged once, however far it
+        gets. Without rungs this is `evaluate` for each. Returns the furthest candidate of each plan, in
+        order, for as many plans as the account can pay.
+
+        Raises SearchSpent when not one of them can be paid.
+        """
+        keys = [_history(plan) for plan in plans]
+        if not self.evaluator.rungs:
+            return [self.evaluate_staged(key) for key in keys[: self._payable(keys)]]
+        keys = keys[: self._payable(keys)]
+        alive = []
+        for key in dict.fromkeys(keys):
+            self._called()
+            if key not in self.plans and key not in self.dropped:
+                alive.append(key)
+        for rung in self.evaluator.rungs:
+            for key in alive:
+                self.dropped[key] = self._recorded_or_new(key, self.evaluator.evaluate_partial(key, rung))
+            # The first of equals stays, so that a resumed search halves as the first one did.
+            alive = sorted(alive, key=lambda k: -self.dropped[k].score)[: -(-len(alive) // 2)]
+        for key in alive:
+            self._finished(key)
+        return [self.plans.get(key) or self.dropped[key] for key in keys]
+
+    def _payable(self, keys: Sequence[History]) -> int:
+        """How many of these plans, from the first on, the account can still pay for."""
+        new: set[History] = set()
+        for count, key in enumerate(keys):
+            if key not in self.plans and key not in self.dropped:
+                new.add(key)
+            if self.spent + len(new) > self.limit:
+                if count == 0:
+                    raise SearchSpent
+                return count
+        return len(keys)
+
+    def _called(self) -> None:
         if self.calls >= 3 * self.limit:
             raise SearchSpent
         self.calls += 1
-        if key in self.plans:
-            return self.plans[key]
-        if self.spent >= self.limit:
-            raise SearchSpent
-        place = self.spent
-        candidate = self.evaluator.evaluate_staged(key)
-        if place < len(self._recorded):
-            if history_of(self._recorded[place]) != key:
+
+    def _finished(self, key: History) -> Candidate:
+        """Score a plan on all samples and enter it."""
+        candidate = self._recorded_or_new(key, self.evaluator.evaluate_staged(key))
+        self.dropped.pop(key, None)
+        self.plans[key] = candidate
+        self.history.append(candidate)
+        return candidate
+
+    def _recorded_or_new(self, key: History, candidate: Candidate) -> Candidate:
+        """Check the candidate against the ledger's next row of this account, or write that row."""
+        before = self.dropped[key].samples if key in self.dropped else 0
+        self.samples += candidate.samples - before
+        if self._rows < len(self._recorded):
+            row = self._recorded[self._rows]
+            if history_of(row) != key or row.get("samples", 0) not in (0, candidate.samples):
                 raise ArtifactError(
-                    f"{self.ledger.path or 'ledger'}: evaluation {place} of {self.method!r} is of another plan; "
-                    "the run was started with other settings"
+                    f"{self.ledger.path or 'ledger'}: evaluation {self._rows} of {self.method!r} is of another "
+                    "plan; the run was started with other settings"
                 )
         else:
             self.ledger.append(self._row(key, candidate))
-        self.plans[key] = candidate
-        self.history.append(candidate)
+        self._rows += 1
         return candidate
 
     def _row(self, key: History, candidate: Candidate) -> dict[str, Any]:
@@ -158,3 +228,8 @@ class Account:
             "task": self.task,
             **row,
         }
+
+
+def _history(plan: Any) -> History:
+    """Widths, or widths for each stage, as plain nested tuples."""
+    return tuple(tuple(int(w) for w in stage) for stage in np.atleast_2d(np.asarray(plan)))

@@ -21,10 +21,12 @@ from .ledger import Account, Ledger
 from .progress import Console
 from .pruning.space import Ints
 from .pruning.tracing import trace
-from .rules import RULES
+from .rules import RULES, rules_for
 from .workloads.base import Workload
 from .workloads.build import build_workload, train_dense
-from .workloads.vision import VisionWorkload
+
+# Share of a search's evaluations that a rule's probes may take for the rule to be among the starts.
+MOST_PROBES = 0.25
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,23 @@ class Problem:
             plans.append(widths)
             return self.evaluator.evaluate(widths).loss
 
-        for name in ["uniform", *(n for n in RULES if n != "uniform")]:
+        for name in self.start_rules():
             plans.append(self.rule_widths(name, probe))
         return plans
+
+    def start_rules(self) -> list[str]:
+        """The rules that apply here and are worth their probes as a start, uniform first.
+
+        A rule that probes every group is left out where that would eat most of the evaluations, and one that
+        runs backward passes over a language model, unless the importance has measured what it needs.
+        """
+        most = self.config.search.evaluations * MOST_PROBES
+        names = ["uniform"]
+        for name, rule in rules_for(self.space).items():
+            slow = rule.gradients and self.workload.language and name not in self.evaluator.measured
+            if name != "uniform" and rule.probe_count(self.space) <= most and not slow:
+                names.append(name)
+        return names
 
 
 @dataclass(frozen=True)
@@ -124,10 +140,12 @@ def prepare(
         ignore=settings.ignore,
         round_to=settings.round_to,
         minimum=settings.minimum,
+        drop=settings.drop,
+        hidden=settings.hidden,
     )
     # An infeasible budget is refused before anything is trained.
     space.target(config.budget.target, config.budget.metric)
-    if isinstance(workload, VisionWorkload) and checkpoint is None and config.model.train.epochs > 0:
+    if checkpoint is None and config.model.train.epochs > 0:
         train_dense(workload, config.model, console.training)
         console.close()
     evaluator = Evaluator(
@@ -145,7 +163,7 @@ def prepare(
 def score_rule(problem: Problem, rule: str, ledger: Ledger, seed: int = 0) -> Found:
     """Score what a rule gives; its probes, where it needs any, are charged to it."""
     started = time.perf_counter()
-    account = problem.account(ledger, rule, seed, limit=10 * len(problem.space.groups) + 10)
+    account = problem.account(ledger, rule, seed, limit=find_rule(rule).probe_count(problem.space) + 10)
     widths = problem.rule_widths(rule, lambda w: account.evaluate(w).loss)
     account.evaluate(widths)
     return Found(rule, "rule", seed, account, (_plain(widths),), time.perf_counter() - started)
@@ -154,7 +172,8 @@ def score_rule(problem: Problem, rule: str, ledger: Ledger, seed: int = 0) -> Fo
 def best_start_rule(problems: Sequence[Problem]) -> str:
     """The rule with the best mean score over the problems; all of them are among the starts, and charged."""
     scores = {
-        n: float(np.mean([p.evaluator.evaluate(p.rule_widths(n)).score for p in problems])) for n in RULES
+        n: float(np.mean([p.evaluator.evaluate(p.rule_widths(n)).score for p in problems]))
+        for n in problems[0].start_rules()
     }
     return max(scores, key=scores.__getitem__)
 

@@ -25,7 +25,8 @@ from .inspection import hardware
 from .ledger import Ledger
 from .problem import Found, Problem, prepare, score_rule, search
 from .progress import Console, log_to, logger
-from .rules import RULES
+from .rules import rules_for
+from .workloads.language import LanguageWorkload
 
 _CURVE = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
@@ -137,8 +138,9 @@ def _agents(config: Config) -> list[str]:
 
 
 def _scored_rules(problem: Problem, ledger: Ledger, seed: int, console: Console) -> list[Found]:
-    show, rules = console.counting("rules", len(RULES)), []
-    for name in RULES:
+    names = rules_for(problem.space)
+    show, rules = console.counting("rules", len(names)), []
+    for name in names:
         rules.append(score_rule(problem, name, ledger, seed))
         show(len(rules))
     return rules
@@ -182,7 +184,10 @@ def _save_outcome(
     for done in finished:
         if done.row["kind"] == "agent" and done.plan is not None:
             origin = dict(done.plan.origin) | {"method": done.row["method"], "seed": done.row["seed"]}
-            save(done.model, replace(done.plan, origin=origin), folder / "pruned", base=problem.workload.base)
+            workload = problem.workload
+            tokenizer = getattr(workload, "tokenizer", None)
+            plan = replace(done.plan, origin=origin)
+            save(done.model, plan, folder / "pruned", base=workload.base, tokenizer=tokenizer)
 
 
 def _curve(problem: Problem, rules: Sequence[Found], found: Sequence[Found]) -> list[dict[str, Any]]:
@@ -213,6 +218,7 @@ def _write_results(
 def results_of(problem: Problem, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The content of results.json (see the public surface in the docs)."""
     workload, space = problem.workload, problem.space
+    protocol = {"protocol": workload.protocol()} if isinstance(workload, LanguageWorkload) else {}
     sizes = {split: workload.size(split) for split in ("train", "calibration", "validation", "test")}
     return {
         "version": 1,
@@ -223,6 +229,7 @@ def results_of(problem: Problem, rows: Sequence[dict[str, Any]]) -> dict[str, An
             "metric": workload.metric_name,
             "sizes": sizes,
             "fingerprint": space.fingerprint,
+            **protocol,
         },
         "budget": {
             "metric": problem.metric,

@@ -159,7 +159,7 @@ def test_any_override_is_taken_or_refused(text: str) -> None:
         ("seed=true", "seed: expected whole number, got True"),
         ("seed=1.5", "seed: expected whole number, got 1.5"),
         ("seed=-1", "seed: must be at least 0, got -1"),
-        ("finish.lr=fast", "finish.lr: expected number, got 'fast'"),
+        ("finish.lr=fast", "finish.lr: expected number or null, got 'fast'"),
         ("finish.lr=.nan", "finish.lr: must be a finite number"),
         ("finish.lr=0", "finish.lr: must be above 0"),
         ("model.name=null", "model.name: expected text, got None"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlprune import rules
-from rlprune.errors import BudgetError, DataError
+from rlprune.errors import BudgetError, ConfigError, DataError
 from rlprune.pruning import importance
 from rlprune.pruning.space import PruningSpace
 from rlprune.pruning.tracing import trace
@@ -50,7 +50,7 @@ def widths_of(context: Context, name: str) -> np.ndarray:
 class TestContract:
     """What every rule promises; a new rule is tested by being registered."""
 
-    pytestmark = pytest.mark.parametrize("name", sorted(RULES))
+    pytestmark = pytest.mark.parametrize("name", sorted(n for n, r in RULES.items() if not r.language))
 
     @pytest.mark.parametrize(
         ("budget", "metric"), [(0.8, "macs"), (0.5, "params"), ("25%", "macs"), (1.0, "macs")]
@@ -110,6 +110,28 @@ def test_the_rules_of_the_yardstick_are_there() -> None:
     assert wanted <= set(RULES)
     with pytest.raises(AttributeError, match="did you mean 'uniform'"):
         rules.unifrom  # noqa: B018
+
+
+def test_rules_for_language_models_stay_out(context: Context) -> None:
+    allowed = rules.rules_for(context.space)
+    assert "uniform" in allowed
+    assert "flap" not in allowed
+    with pytest.raises(ConfigError, match="'flap' is for causal language models; allowed here: .*uniform"):
+        rules.flap(context)
+
+
+def test_probes_are_counted(context: Context) -> None:
+    probed: list[np.ndarray] = []
+
+    def probe(widths: np.ndarray) -> float:
+        probed.append(widths)
+        return 1.0
+
+    for name in rules.rules_for(context.space):
+        probed.clear()
+        RULES[name].function(replace(context, probe=probe))
+        assert len(probed) <= RULES[name].probe_count(context.space)
+        assert RULES[name].probes == bool(probed)
 
 
 def test_a_new_rule_is_one_function(context: Context) -> None:

@@ -21,6 +21,8 @@ from rlprune.ledger import Ledger
 from rlprune.report import read_results
 from rlprune.rules import RULES
 
+VISION_RULES = [name for name, rule in RULES.items() if not rule.language]
+
 TINY = [
     "model.arguments={width: 4}", "model.train.epochs=2", "data.train=256", "data.calibration=64",
     "data.validation=128", "data.test=100", "search.evaluations=60", "search.batch=10",
@@ -79,7 +81,7 @@ class TestTrain:
         assert rlprune.load_config(finished / "config.yaml") == tiny()
         results = read_results(finished)
         methods = [row["method"] for row in results["rows"]]
-        assert methods == ["dense", *RULES, "random", "ppo"]
+        assert methods == ["dense", *VISION_RULES, "random", "ppo"]
         for row in results["rows"]:
             fields = (
                 "evaluations",
@@ -106,12 +108,12 @@ class TestTrain:
 
     def test_both_searches_start_from_the_same_plans(self, finished):
         rows = Ledger(finished / "ledger.jsonl").rows
-        starts = {m: [r["widths"] for r in rows if r["method"] == m][:20] for m in ("random", "ppo")}
+        starts = {m: [r["widths"] for r in rows if r["method"] == m][:6] for m in ("random", "ppo")}
         assert starts["random"] == starts["ppo"]
 
     def test_the_learned_plan_is_not_worse_than_any_rule_on_validation(self, finished):
         rows = {row["method"]: row for row in read_results(finished)["rows"]}
-        assert rows["ppo"]["score"] >= max(rows[name]["score"] for name in RULES)
+        assert rows["ppo"]["score"] >= max(rows[name]["score"] for name in VISION_RULES)
 
     def test_pruned_model_is_the_one_of_the_table(self, finished):
         row = next(r for r in read_results(finished)["rows"] if r["method"] == "ppo")

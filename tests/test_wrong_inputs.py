@@ -116,8 +116,18 @@ def test_damaged_pruned_models(pruned: Path, refused: Callable[..., str]) -> Non
 
 def test_damaged_policies(place: Path, pruned: Path, refused: Callable[..., str]) -> None:
     assert "no such folder" in refused("apply", "nowhere", "digits", *SETS, "--out", "second")
-    # A pruned model is no policy.
-    assert "policy.json" in refused("apply", "pruned", "digits", *SETS, "--out", "second")
+    # A pruned model is no policy: its plan is applied, and a plan has a budget of its own.
+    assert "--budget: not for a plan" in refused(
+        "apply", "pruned", "digits", *SETS, "--budget", "0.4", "--out", "second"
+    )
+    assert "--refine: not for a plan" in refused("apply", "pruned", "digits", *SETS, "--refine", "3")
+    assert "cuts 'layer1.0.conv1', which prune.ignore protects" in refused(
+        "apply", "pruned/plan.json", "digits", *SETS, "--set", "prune.ignore=[layer1.0.conv1]"
+    )
+    other = ("--set", "model.arguments.width=8")
+    assert "another architecture" in refused("apply", "pruned", "digits", *SETS, *other, "--out", "second")
+    (place / "empty").mkdir()
+    assert "policy.json" in refused("apply", "empty", "digits", *SETS, "--out", "second")
     policy = place / "policy"
     policy.mkdir()
     (policy / "policy.json").write_text('{"format": "rlprune policy", "version": 99}')

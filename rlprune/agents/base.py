@@ -38,6 +38,9 @@ class Purse(Protocol):
     def history(self) -> Sequence[Scored]: ...
     def evaluate(self, widths: Any) -> Any: ...
     def evaluate_staged(self, history: Any) -> Any: ...
+    def evaluate_many(self, plans: Sequence[Any]) -> Any: ...
+    @property
+    def dropped(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Recorder:
 
     def __init__(self, account: Purse, after: Callable[[], None] | None = None) -> None:
         self.account = account
-        self.calls: list[History] = []
+        self.calls: list[Any] = []
         self.scores: dict[History, Scored] = {}
         self._after = after
 
@@ -104,10 +107,29 @@ class Recorder:
     def evaluate_staged(self, history: Any) -> Scored:
         return self._score(as_history(history))
 
+    def evaluate_batch(self, plans: Any) -> None:
+        """Score a batch of widths (N, G): one by one, or by successive halving where the account knows rungs.
+
+        What halving drops is charged and known, but has no score to be compared with the others'.
+        """
+        if not getattr(getattr(self.account, "evaluator", None), "rungs", ()):
+            for plan in plans:
+                self.evaluate(plan)
+        elif len(plans):
+            self._halve([as_history(plan) for plan in plans])
+
+    @property
+    def known(self) -> set[History]:
+        """Every plan that was asked for, dropped ones too."""
+        return {*self.scores, *getattr(self.account, "dropped", ())}
+
     def repeat(self, calls: Iterable[Any]) -> None:
         """Ask for all of a saved record again."""
         for call in calls:
-            self._score(as_history(call))
+            if isinstance(call, dict):
+                self._halve([as_history(plan) for plan in call["batch"]])
+            else:
+                self._score(as_history(call))
 
     def score_starts(self, task: Task, starts: Sequence[Any], policy: PortablePolicy | None = None) -> None:
         """Score the plan of a trained policy, then the starts, as far as the account allows."""
@@ -132,6 +154,16 @@ class Recorder:
         if not plans:
             raise ConfigError("search.evaluations: too few to score a single plan within the budget")
         return plans[0]
+
+    def _halve(self, plans: Sequence[History]) -> None:
+        with isolated_randomness():
+            found = self.account.evaluate_many(plans)
+        self.calls.append({"batch": list(plans)})
+        for plan, candidate in zip(plans, found):  # as many as could be paid
+            if plan not in self.account.dropped:
+                self.scores.setdefault(plan, candidate)
+        if self._after is not None:
+            self._after()
 
     def _score(self, plan: History) -> Scored:
         with isolated_randomness():

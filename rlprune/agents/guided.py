@@ -41,7 +41,10 @@ class Guided:
 
     def __init__(self, search: Search) -> None:
         self.search = search
-        self.models = [ScoreModel(t.space.widths, t.evaluator.dense.score) for t in search.tasks]
+        self.models = [
+            ScoreModel(t.space.widths, t.evaluator.dense.score, getattr(t.evaluator, "expected", None))
+            for t in search.tasks
+        ]
         settings = search.settings.ppo
         envs = max(2, settings.surrogate_envs, len(search.tasks))
         self.venv = SurrogateVecEnv(
@@ -127,17 +130,16 @@ def _run_batch(guided: Guided, batch: int) -> None:
             plans = first_plans(guided, index, budget, count, generator)
         else:
             plans = next_plans(guided, index, budget, count, generator)
-        for plan in plans[:count]:
-            recorder.evaluate(plan)
+        recorder.evaluate_batch(plans[:count])
 
 
 def first_plans(guided: Guided, index: int, budget: Any, count: int, generator: np.random.Generator) -> Ints:
     """The policy's mode (untrained: the base plan), samples around it, and as many random plans."""
     task, recorder = guided.search.tasks[index], guided.search.recorders[index]
     seed_everything(guided.search.seed, 6, index)
-    around = fresh(_policy_plans(guided, index, budget), recorder.scores)[: -(-count // 2)]
+    around = fresh(_policy_plans(guided, index, budget), recorder.known)[: -(-count // 2)]
     anywhere = random_plans(task, budget, 4 * count, generator)
-    return fresh(np.vstack([around, anywhere]), recorder.scores)
+    return fresh(np.vstack([around, anywhere]), recorder.known)
 
 
 def next_plans(guided: Guided, index: int, budget: Any, count: int, generator: np.random.Generator) -> Ints:
@@ -145,7 +147,7 @@ def next_plans(guided: Guided, index: int, budget: Any, count: int, generator: n
     task, recorder = guided.search.tasks[index], guided.search.recorders[index]
     model = guided.models[index]
     samples = _policy_plans(guided, index, budget)
-    mode = fresh(samples[:1], recorder.scores)
+    mode = fresh(samples[:1], recorder.known)
     parents = _parents(task, recorder, budget, samples)
 
     def acquisition(plans: Ints) -> Floats:
@@ -154,7 +156,7 @@ def next_plans(guided: Guided, index: int, budget: Any, count: int, generator: n
 
     climbed = climb(task, parents, budget, acquisition, generator)
     changed = neighbours(task, parents, budget, _NEIGHBOURS, generator)
-    pool = fresh(np.vstack([mode, climbed, samples, changed]), recorder.scores)
+    pool = fresh(np.vstack([mode, climbed, samples, changed]), recorder.known)
     chosen: list[int] = [0] if len(mode) else []
     picks = choose_batch(model, pool, count, _KAPPAS, chosen)
     return pool[picks]

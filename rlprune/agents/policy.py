@@ -252,7 +252,7 @@ class PortablePolicy:
         evaluator = source.evaluator if isinstance(source, Task) else None
         scorer = source.scorer if isinstance(source, Task) else None
         if evaluator is None:
-            evaluator = make_task(source, budget).evaluator
+            evaluator = make_task(source, budget, metric=metric).evaluator
         return Task(evaluator, budget, metric, base_rule, scorer, sensitivity)
 
     def distribution(self, source: Any, budget: Any = 0.5, metric: str | None = None) -> NDArray[np.float64]:

@@ -18,6 +18,8 @@ from .state import StateDir
 
 # A space so small that this many draws in a row bring nothing new is exhausted.
 _PATIENCE = 200
+# Plans of a batch where successive halving compares them.
+_HALVED = 16
 
 
 class RandomSearch:
@@ -54,9 +56,11 @@ class RandomSearch:
 
 def _spend(task: Task, recorder: Recorder, generator: np.random.Generator) -> None:
     idle = 0
+    halving = bool(getattr(getattr(recorder.account, "evaluator", None), "rungs", ()))
+    size = _HALVED if halving else 1
     while recorder.account.left > 0 and idle < _PATIENCE:
         budget = task.draw_budget(generator)
-        plans = fresh(random_plans(task, budget, 1, generator), recorder.scores)
+        count = min(size, recorder.account.left)
+        plans = fresh(random_plans(task, budget, count, generator), recorder.known)
         idle = 0 if len(plans) else idle + 1
-        for plan in plans:
-            recorder.evaluate(plan)
+        recorder.evaluate_batch(plans)

@@ -29,6 +29,8 @@ _PRIOR = 0.1
 # Prior of the length scales (in logarithms of the keep ratio): centre, and spread of its logarithm.
 _LENGTH = 2.0
 _LENGTH_SPREAD = 0.8
+# Spread of the logarithm of the factors by which the expected costs of groups are off, in targets' spreads.
+_FACTOR = 2.0
 # L-BFGS steps per fit; each fit starts from the hyperparameters of the last one.
 _FIT_STEPS = 25
 # Environments of one task that share a drawn budget: projecting is vectorised over one budget.
@@ -41,16 +43,36 @@ class ScoreModel:
     The target is the negative logarithm of the distance to the dense score, standardised: pruning
     losses spread over orders of magnitude, and the order among the good plans is what matters. The
     collapsed tail is clipped.
+
+    With ``expected``, a function from widths (N, G) to the cost (N, G) that each group's cut is expected to
+    have, the process models what is left of the target after the logarithm of their sum: its linear part says
+    by which factor each group's expectation is off, and the rest is as without. (To first order, a factor
+    exp(s_g) on the cost of each group moves the logarithm of the sum by the share of each group times s_g.)
     """
 
-    def __init__(self, space_widths: Ints, dense_score: float) -> None:
+    def __init__(
+        self,
+        space_widths: Ints,
+        dense_score: float,
+        expected: Callable[[Ints], Floats | None] | None = None,
+    ) -> None:
         self._dense = space_widths.astype(np.float64)
         self._dense_score = dense_score
+        self._expected = expected
         self._theta: Floats | None = None
+        self._trend = np.zeros(2)
 
     def fit(self, widths: Ints, scores: Floats) -> None:
         """Fit to N scored plans: widths (N, G), scores (N,)."""
         x, y = self.inputs(widths), self._targets(scores)
+        shares, expected = self._prior(widths)
+        if shares is not None:
+            # The line through the points, rising: a larger expected cost is never a better plan.
+            slope = float(np.polyfit(expected, y, 1)[0]) if np.ptp(expected) > 1e-9 else 0.0
+            self._trend = np.array([max(slope, 0.0), 0.0])
+            self._trend[1] = np.quantile(y - self._trend[0] * expected, _PRIOR)
+            y = y - self._trend[0] * expected - self._trend[1]
+        self._shares = shares
         groups = x.shape[1]
         kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(np.full(groups, _LENGTH), (0.1, 50.0), nu=2.5)
         kernel = kernel + WhiteKernel(1e-2, (1e-5, 0.5))
@@ -59,11 +81,11 @@ class ScoreModel:
         regressor = GaussianProcessRegressor(kernel, alpha=1e-8, optimizer=_optimise)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            regressor.fit(x, y)
+            regressor.fit(x, y - _explained(shares, y))
         self._theta = regressor.kernel_.theta.copy()
         self._kernel, self._noise = regressor.kernel_.k1, float(regressor.kernel_.k2.noise_level)
         self._x = x
-        gram = self._kernel(x) + (self._noise + 1e-8) * np.eye(len(x))
+        gram = self._kernel(x) + _linear(shares, shares) + (self._noise + 1e-8) * np.eye(len(x))
         self._lower = cholesky(gram, lower=True)
         self._weights = cho_solve((self._lower, True), y)
 
@@ -73,18 +95,31 @@ class ScoreModel:
 
     def predict(self, widths: Ints) -> tuple[Floats, Floats]:
         """Mean (N,) and standard deviation (N,) of the standardised target."""
-        cross = self._kernel(self._x, self.inputs(widths))
-        mean = cross.T @ self._weights
+        x = self.inputs(widths)
+        shares, expected = self._prior(widths)
+        cross = self._kernel(self._x, x) + _linear(self._shares, shares)
+        mean = cross.T @ self._weights + self._trend[0] * expected + self._trend[1]
         solved = solve_triangular(self._lower, cross, lower=True)
-        variance = self._kernel.diag(self.inputs(widths)) - (solved**2).sum(axis=0)
+        own = 0.0 if shares is None else _FACTOR**2 * (shares**2).sum(axis=1)
+        variance = self._kernel.diag(x) + own - (solved**2).sum(axis=0)
         return mean, np.sqrt(np.maximum(variance, 1e-12))
 
     def covariance(self, widths: Ints) -> tuple[Floats, Floats]:
         """Mean (N,) and joint covariance (N, N)."""
         x = self.inputs(widths)
-        cross = self._kernel(self._x, x)
+        shares, expected = self._prior(widths)
+        cross = self._kernel(self._x, x) + _linear(self._shares, shares)
         solved = solve_triangular(self._lower, cross, lower=True)
-        return cross.T @ self._weights, self._kernel(x) - solved.T @ solved
+        mean = cross.T @ self._weights + self._trend[0] * expected + self._trend[1]
+        return mean, self._kernel(x) + _linear(shares, shares) - solved.T @ solved
+
+    def _prior(self, widths: Ints) -> tuple[Floats | None, Any]:
+        """Shares (N, G) of the groups in the expected cost and minus its logarithm (N,); None and 0 without."""
+        costs = None if self._expected is None else self._expected(widths)
+        if costs is None:
+            return None, 0.0
+        total = costs.sum(axis=1, keepdims=True)
+        return costs / np.maximum(total, 1e-12), -np.log(np.maximum(total[:, 0], 1e-6))
 
     @property
     def noise(self) -> float:
@@ -110,6 +145,19 @@ class ScoreModel:
         # Zero, where the process returns to away from all data, is a bad plan: with the mean there, a
         # policy that starts below average would be paid for running off to where nothing is known.
         return (y - np.quantile(y, _PRIOR)) / (spread if spread > 1e-9 else 1.0)
+
+
+def _linear(a: Floats | None, b: Floats | None) -> Any:
+    """Covariance (N, M) of the factors by which expectations are off, 0 where nothing is expected."""
+    return 0.0 if a is None or b is None else _FACTOR**2 * (a @ b.T)
+
+
+def _explained(shares: Floats | None, target: Floats) -> Any:
+    """What the linear part alone makes of the target (N,), so that the length scales fit the rest."""
+    if shares is None:
+        return 0.0
+    gram = _linear(shares, shares)
+    return gram @ np.linalg.solve(gram + 0.1 * np.eye(len(gram)), target)
 
 
 def _optimise(objective: Callable[..., Any], start: Floats, bounds: Floats) -> tuple[Floats, float]:

@@ -15,7 +15,8 @@ from ..evaluation import Evaluator
 from ..pruning.budget import Limits, project
 from ..pruning.cost import formula
 from ..pruning.space import PruningSpace
-from ..rules import RULES
+from ..rules import RULES, rules_for
+from ..rules.context import is_language
 from .observation import fill_dynamic, static_features
 from .randomness import isolated_randomness
 from .reward import RewardScale, reward_scale
@@ -195,7 +196,7 @@ class Task:
         return self._cache[key]
 
     def _rule(self, name: str, budget: Any) -> Floats:
-        if name == "uniform":
+        if name == "uniform" and not is_language(self.space):
             return np.ones(len(self.space.groups))
         if name not in RULES:
             allowed = ", ".join(RULES)
@@ -214,7 +215,8 @@ class Task:
 
     def _rule_scores(self, budget: Any) -> list[float]:
         """Scores of the rules that cost nothing to compute; charged like everything else."""
-        names = [name for name in RULES if name not in ("uniform", "sensitivity")]
+        found = rules_for(self.space)
+        names = [n for n, rule in found.items() if n != "uniform" and not rule.probes]
         plans = [self.space.project(self._rule(n, budget), budget, self.metric) for n in names]
         return [self.evaluate([plan]).score for plan in plans]
 

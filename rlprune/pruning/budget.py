@@ -146,7 +146,8 @@ def _spread(shares: Floats, target: float, cost: CostFormula, limits: Limits) ->
     the cost is quadratic, so the last step of the bisection is solved in closed form.
     """
     dense = limits.dense.astype(np.float64)
-    most = 1.0 - limits.minimum / dense
+    # A part that an earlier stage dropped has no width left to share out.
+    most = 1.0 - limits.minimum / np.maximum(dense, 1.0)
     with np.errstate(divide="ignore"):
         kinks = np.where(shares > 0, most / np.where(shares > 0, shares, 1.0), 0.0)
     kinks = np.concatenate([np.zeros((len(shares), 1)), np.sort(kinks, axis=1)], axis=1)

@@ -61,8 +61,8 @@ def _check(plan: Plan) -> None:
     if plan.widths.shape != (len(groups),) or len(plan.kept) != len(groups):
         raise ArtifactError(f"plan: holds {len(plan.kept)} groups, the model has {len(groups)}")
     for group, width, kept in zip(groups, plan.widths, plan.kept, strict=True):
-        fits = len(kept) == width and width >= 1 and len(np.unique(kept)) == width
-        if not fits or kept.min() < 0 or kept.max() >= group.width or (np.diff(kept) <= 0).any():
+        fits = len(kept) == width and width >= min(1, group.minimum) and kept.ndim == 1
+        if not fits or ((kept < 0) | (kept >= group.width)).any() or (np.diff(kept) <= 0).any():
             raise ArtifactError(
                 f"plan: group {group.name!r}: the kept units do not fit its {group.width} units"
             )
@@ -104,9 +104,10 @@ def make_plan(
         raise BudgetError("make_plan: widths must be whole numbers")
     chosen = chosen.astype(np.int64)
     for group, width in zip(space.groups, chosen, strict=True):
-        if not 1 <= width <= group.width:
+        lowest = min(1, group.minimum)
+        if not lowest <= width <= group.width:
             raise BudgetError(
-                f"make_plan: width {width} of group {group.name!r}; allowed: 1 to {group.width}"
+                f"make_plan: width {width} of group {group.name!r}; allowed: {lowest} to {group.width}"
             )
     return Plan(space, chosen, best_units(space, importance, chosen), facts)
 

@@ -37,6 +37,7 @@ class Group:
 
     ``unit`` is the number of channels of the first producing layer in a unit, ``depth`` that layer's
     relative position in the forward pass (0 first, 1 last), ``kernel`` and ``stride`` its geometry.
+    ``block`` is the transformer block that the group lies in, -1 where there are none.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Group:
     depth: float
     kernel: int
     stride: int
+    block: int = -1
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,15 @@ class AttributeRule:
 
 
 @dataclass(frozen=True)
+class DropRule:
+    """A module that is replaced by a stub when nothing is left on the axis; ``kind`` is "attention" or "ffn"."""
+
+    module: str
+    axis: int
+    kind: str
+
+
+@dataclass(frozen=True)
 class PruningSpace:
     """The ordered groups of one model with everything that cutting and costing need; made by ``rlprune.trace``.
 
@@ -94,6 +105,7 @@ class PruningSpace:
     costs: Mapping[str, CostFormula] = field(repr=False)
     unused: tuple[str, ...] = ()
     input_shape: tuple[int, ...] | None = None
+    drops: tuple[DropRule, ...] = ()
 
     @cached_property
     def widths(self) -> Ints:
@@ -123,7 +135,8 @@ class PruningSpace:
         """Cost of the whole model at these widths: a float for shape (G,), an array (N,) for (N, G).
 
         ``macs`` are half of the FLOPs that torch's counter finds for one sample, ``params`` counts
-        every parameter once; both include what is protected.
+        every parameter once; both include what is protected. Language models also have ``block_params``
+        (inside the blocks only) and ``kv_cache`` (bytes for each token of context, in bfloat16).
         """
         w = self._checked(widths)
         value = formula(self.costs, metric)(w)
@@ -174,7 +187,10 @@ class PruningSpace:
         for g, units in enumerate(kept):
             renumbered[self.offsets[g] + units] = offsets[g] + np.arange(len(units))
         slots = [renumbered[axis.slots] for axis in self.axes]
-        groups = [replace(g, width=len(k)) for g, k in zip(self.groups, kept, strict=True)]
+        groups = [
+            replace(g, width=len(k), minimum=min(g.minimum, len(k)))
+            for g, k in zip(self.groups, kept, strict=True)
+        ]
         return replace(self, groups=tuple(groups), axes=tuple(Axis(s[s > -2]) for s in slots))
 
     def _checked(self, widths: Any) -> NDArray[Any]:
@@ -187,12 +203,17 @@ class PruningSpace:
 
 
 def rounded(group: Group, round_to: int, minimum: int) -> Group:
-    """The group with the step and minimum width for a rounding multiple, both given in channels."""
+    """The group with the step and minimum width for a rounding multiple, both given in channels.
+
+    Attention heads are not rounded; a group that may be dropped whole keeps its minimum of 0.
+    """
     if round_to < 1 or minimum < 1:
         name = "round_to" if round_to < 1 else "minimum"
         raise BudgetError(f"prune.{name}: must be a whole number of 1 and more")
+    if group.kind == "attention":
+        return replace(group, step=1, minimum=min(1, group.minimum))
     # A unit of several channels is cut whole: the step is the fewest units that make a multiple.
     step = math.lcm(round_to, group.unit) // group.unit
     lowest = max(1, math.ceil(minimum / group.unit))
-    lowest = min(math.ceil(lowest / step) * step, group.width)
+    lowest = min(math.ceil(lowest / step) * step, group.width) if group.minimum else 0
     return replace(group, step=step, minimum=lowest)

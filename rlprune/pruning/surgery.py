@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GraphError
+from . import families
 from .plan import Plan
 from .space import Ints, PruningSpace
 
@@ -40,11 +41,33 @@ def attributes(space: PruningSpace, plan: Plan) -> dict[str, dict[str, int]]:
     return dict(changed)
 
 
-def prune(model: nn.Module, plan: Plan) -> nn.Module:
+def dropped(space: PruningSpace, plan: Plan) -> list[str]:
+    """Names of the parts of which nothing is left."""
+    indices = axis_indices(space, plan.kept)
+    return [rule.module for rule in space.drops if _empty(indices[rule.axis])]
+
+
+def _empty(index: Ints | None) -> bool:
+    return index is not None and len(index) == 0
+
+
+def prune(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    dtype: torch.dtype | None = None,
+    shared: dict[str, Tensor] | None = None,
+) -> nn.Module:
     """A new model with the kept units of ``plan`` only; the dense model is neither changed nor copied whole.
 
     Only the kept slices of each tensor are copied; everything else of a module (its class, settings,
-    hooks) is copied as it stands.
+    hooks) is copied as it stands. Tied weights stay tied.
+
+    Args:
+        dtype: number format of the new model's floating-point parameters and saved buffers; None keeps theirs.
+        shared: a cache {name: tensor} of matrices that the plan does not cut; they are taken from it, and put
+            there the first time, instead of being copied for every model. The tensors are those of ``model``
+            itself where no cast is needed: models built with it are for scoring, not for training.
 
     Raises:
         GraphError: the plan was traced from a model with other tensors.
@@ -56,12 +79,15 @@ def prune(model: nn.Module, plan: Plan) -> nn.Module:
         index = indices[cut.axis]
         if index is not None:
             by_tensor[cut.tensor].append((cut.dim, index))
-    sliced = _Slicer()
+    sliced = _Slicer(dtype, shared)
+    unsaved = {
+        f"{n}.{b}".lstrip(".") for n, m in model.named_modules() for b in m._non_persistent_buffers_set
+    }
     # A copy takes what the memo holds instead of copying it: no dense tensor is ever copied.
     memo: dict[int, Any] = {}
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            new = sliced(name, tensor, by_tensor.pop(name, []))
+            new = sliced(name, tensor, by_tensor.pop(name, []), cast=name not in unsaved)
             if isinstance(tensor, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=tensor.requires_grad)
             memo[id(tensor)] = new
@@ -71,7 +97,10 @@ def prune(model: nn.Module, plan: Plan) -> nn.Module:
     modules = dict(slim.named_modules())
     for module, values in attributes(space, plan).items():
         for attribute, value in values.items():
-            setattr(modules[module], attribute, value)
+            families.set_attribute(modules[module], attribute, value)
+    for rule in space.drops:
+        if _empty(indices[rule.axis]):
+            families.drop(slim, rule.module, rule.kind)
     return slim
 
 
@@ -116,16 +145,29 @@ class _Slicer:
     Fresh memory for every intermediate result would cost more than the copying itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype | None = None, shared: dict[str, Tensor] | None = None) -> None:
+        self._dtype = dtype
+        self._shared = shared
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
-    def __call__(self, name: str, tensor: Tensor, cuts: list[tuple[int, Ints]]) -> Tensor:
+    def __call__(self, name: str, tensor: Tensor, cuts: list[tuple[int, Ints]], cast: bool = True) -> Tensor:
+        kept = self._kept(name, tensor, cuts, cast)
+        return kept.to(self._dtype) if cast and self._casts(kept) else kept
+
+    def _casts(self, tensor: Tensor) -> bool:
+        return self._dtype is not None and tensor.is_floating_point()
+
+    def _kept(self, name: str, tensor: Tensor, cuts: list[tuple[int, Ints]], cast: bool) -> Tensor:
         new = tensor.detach()
+        if not cuts and self._shared is not None and new.ndim > 1:
+            if name not in self._shared:
+                self._shared[name] = new.to(self._dtype) if cast and self._casts(new) else new
+            return self._shared[name].detach()  # a view: each model has its own gradient flags
         if not cuts:
             return new.clone()
         for dim, index in cuts:
-            if dim >= new.ndim or index[-1] >= new.shape[dim]:
+            if dim >= new.ndim or (len(index) and index[-1] >= new.shape[dim]):
                 raise GraphError(f"{name!r}: shape {tuple(tensor.shape)} does not fit the traced model")
         *before, (dim, index) = sorted(cuts, key=lambda cut: cut[0])
         for earlier, rows in before:

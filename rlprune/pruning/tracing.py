@@ -26,6 +26,7 @@ from .graph import (
     trainable_copy,
     unused_modules,
 )
+from .language import is_language_model, language_space
 from .layout import Call, Layout
 from .plan import Plan
 from .space import Ints, PruningSpace
@@ -48,8 +49,12 @@ def trace(
     verify: bool = True,
     max_seconds: float = 120.0,
     max_memory_gb: float = 8.0,
+    drop: bool = False,
+    hidden: bool = False,
 ) -> PruningSpace:
     """Find what can be pruned in ``model``; the model is not changed.
+
+    A transformers causal language model is read through its family's adapter (`language.language_space`).
 
     Args:
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, with a batch
@@ -60,11 +65,20 @@ def trace(
         verify: cut random units of all groups and compare with the masked dense model in float64; a
             group for which they differ is protected, with the reason, instead of being cut wrongly.
         max_seconds, max_memory_gb: limits on dependency tracing.
+        drop: language models: an attention or a feed-forward part may lose all of its units.
+        hidden: language models: the residual width is a group too, without an exact cut.
 
     Raises:
         GraphError: the model's forward fails, nothing can be pruned, or a limit is reached; the layer
             and the reason are named.
     """
+    if is_language_model(model):
+        return language_space(
+            model, example_inputs, fingerprint(model), ignore, round_to, minimum, verify, drop, hidden
+        )
+    if drop or hidden:
+        name = "prune.drop" if drop else "prune.hidden"
+        raise GraphError(f"{name}: only for language models; {type(model).__name__} is none")
     twin = trainable_copy(model)
     calls, total_macs = _measure(twin, example_inputs)
     graph = channel_graph(twin, example_inputs, max_seconds=max_seconds, max_memory_gb=max_memory_gb)

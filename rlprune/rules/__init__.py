@@ -1,7 +1,7 @@
 """Closed-form distributions, one small file each: the yardstick of every search.
 
-``rules.NAME(context)`` calls one; ``RULES`` holds all of them. A new rule is one new file here with a
-function under ``@rule("what it does")``; it is found by itself.
+``rules.NAME(context)`` calls one; ``RULES`` holds all of them, ``rules_for(space)`` those that apply. A new rule
+is one new file here with a function under ``@rule("what it does")``; it is found by itself.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import pkgutil
 from typing import Any
 
 from ..errors import near_miss
-from .context import RULES, Context, Rule, rule
+from .context import RULES, Context, Rule, rule, rules_for
 
-_HELPERS = ("context", "threshold")
+_HELPERS = ("context", "threshold", "blocks")
 
 for _module in sorted(m.name for m in pkgutil.iter_modules(__path__)):
     if _module not in _HELPERS:
@@ -22,7 +22,7 @@ for _module in sorted(m.name for m in pkgutil.iter_modules(__path__)):
 # A rule's file and its function share their name; the function is what people want.
 globals().update({name: found.function for name, found in RULES.items()})
 
-__all__ = ["RULES", "Context", "Rule", "rule"]
+__all__ = ["RULES", "Context", "Rule", "rule", "rules_for"]
 
 
 def __getattr__(name: str) -> Any:

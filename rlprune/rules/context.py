@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..pruning.space import PruningSpace
+from ..pruning.statistics import Statistics, collect
 from ..workloads.base import Workload
 
 Floats = NDArray[np.float64]
+
+LANGUAGE_KINDS = ("attention", "ffn", "hidden")
+"""The kinds of group that only causal language models have."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,8 @@ class Context:
     ``importance`` holds one array of unit scores a group (higher is kept). ``budget`` and ``metric`` are
     those of ``PruningSpace.project``. ``probe(widths)`` returns the loss of a built candidate (lower is
     better) and is charged to the rule; without it a rule that needs losses measures them on the
-    workload's validation split.
+    workload's validation split. ``shared`` remembers what is slow to measure and depends on the model, the
+    space's groups and the calibration data alone; give all contexts of one model the same dict.
     """
 
     space: PruningSpace
@@ -35,45 +41,138 @@ class Context:
     workload: Workload | None = None
     probe: Callable[[NDArray[np.int64]], float] | None = None
     seed: int = 0
+    shared: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def active(self) -> NDArray[np.bool_]:
+        """The groups, (G,), that the pruning is spread over: those whose units cost something in the metric.
+
+        Feed-forward neurons hold no KV cache, so cutting them for that budget would be loss without gain;
+        the hidden size is left to the searches, because its cut is not exact.
+        """
+        costs = self.space.unit_costs(self.space.widths, self.metric)
+        hidden = np.array([g.kind == "hidden" for g in self.space.groups], dtype=bool)
+        found: NDArray[np.bool_] = (costs > 0) & (self.space.widths > 0) & ~hidden
+        return found if found.any() else np.ones(len(hidden), dtype=bool)
+
+    def data(self, rule: str) -> Workload:
+        """The workload; DataError naming the rule where there is none."""
+        if self.workload is None:
+            raise DataError(f"the rule {rule!r} needs a workload: it reads data; give Context(workload=...)")
+        return self.workload
+
+    def cached(self, key: str, make: Callable[[], Any]) -> Any:
+        """``make()``, once for all the contexts that have the same ``shared``."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+    def statistics(self) -> Statistics:
+        """Input moments and cosines of a language model on the calibration split (``pruning.statistics``)."""
+
+        def make() -> Statistics:
+            batches = self.data("statistics").batches("calibration")
+            return collect(self.model, self.space, batches)
+
+        found: Statistics = self.cached("statistics", make)
+        return found
 
 
 RuleFunction = Callable[[Context], Floats]
+ProbeCount = Callable[[PruningSpace], int]
 
 
 @dataclass(frozen=True)
 class Rule:
     """A closed-form distribution: ``function(context)`` gives non-negative numbers of shape (G,).
 
-    ``probes`` marks a rule that scores candidates to find its distribution; they are charged to whoever asks.
+    ``counter`` belongs to a rule that scores candidates to find its distribution; they are charged to whoever
+    asks. ``language`` marks a rule for language models only, ``gradients`` one that runs a backward pass.
     """
 
     name: str
     summary: str
     function: RuleFunction
     needs_workload: bool = False
-    probes: bool = False
+    counter: ProbeCount | None = None
+    language: bool = False
+    gradients: bool = False
+
+    @property
+    def probes(self) -> bool:
+        """Whether the rule scores candidates."""
+        return self.counter is not None
+
+    def probe_count(self, space: PruningSpace) -> int:
+        """How many candidates the rule scores on a space before it has its distribution."""
+        return self.counter(space) if self.counter is not None else 0
 
 
 RULES: dict[str, Rule] = {}
 
 
+def is_language(space: PruningSpace) -> bool:
+    """Whether a space is that of a causal language model."""
+    return any(g.kind in LANGUAGE_KINDS for g in space.groups)
+
+
+def rules_for(space: PruningSpace) -> dict[str, Rule]:
+    """The rules that apply to a space, by name: those for language models stay out of other models."""
+    language = is_language(space)
+    return {name: found for name, found in RULES.items() if language or not found.language}
+
+
 def rule(
-    summary: str, *, needs_workload: bool = False, probes: bool = False
+    summary: str,
+    *,
+    needs_workload: bool = False,
+    probes: ProbeCount | None = None,
+    language: bool = False,
+    gradients: bool = False,
 ) -> Callable[[RuleFunction], RuleFunction]:
-    """Register a function under its own name; with ``needs_workload``, refuse contexts without one."""
+    """Register a function under its own name, and check what it is given.
+
+    Args:
+        needs_workload: refuse contexts without a workload (a probing rule is content with ``probe``).
+        probes: how many candidates the rule scores on a space; None for none.
+        language: refuse the spaces of other models than causal language models.
+        gradients: the rule runs backward passes over the model.
+    """
 
     def register(function: RuleFunction) -> RuleFunction:
         name = function.__name__
 
         def checked(context: Context) -> Floats:
-            if needs_workload and context.workload is None and context.probe is None:
-                raise DataError(
-                    f"the rule {name!r} needs a workload: it reads data; give Context(workload=...)"
+            if language and not is_language(context.space):
+                raise ConfigError(
+                    f"rule: {name!r} is for causal language models; allowed here: "
+                    f"{', '.join(rules_for(context.space))}"
                 )
-            return function(context)
+            if needs_workload and not (probes and context.probe):
+                context.data(name)
+            return _counted(context, function(context))
 
         checked.__name__, checked.__qualname__, checked.__doc__ = name, name, function.__doc__
-        RULES[name] = Rule(name, summary, checked, needs_workload, probes)
+        RULES[name] = Rule(name, summary, checked, needs_workload, probes, language, gradients)
         return checked
 
     return register
+
+
+def _counted(context: Context, distribution: Floats) -> Floats:
+    """The distribution with nothing on the groups that do not count.
+
+    Where the groups that it names cannot meet the budget by themselves, the other active ones get a trace, so
+    that the projection takes the rest from them and not from those that save nothing.
+    """
+    active = context.active
+    if active.all():
+        return distribution
+    share = np.where(active, distribution, 0.0)
+    if not share.any():
+        return active.astype(np.float64)
+    space = context.space
+    furthest = np.where(share > 0, space.minimums, space.widths)
+    if space.cost(furthest, context.metric) > space.target(context.budget, context.metric):
+        share = np.where(active & (share == 0), 1e-6 * share.max(), share)
+    return share

@@ -27,7 +27,8 @@ def erk(context: Context) -> Floats:
             and (weight := getattr(modules[member.module], "weight", None)) is not None
         ]
         shapes = shapes or [(group.width * group.unit, 1)]
-        ratios.append(sum(sum(s) for s in shapes) / sum(float(np.prod(s)) for s in shapes))
+        # A part that an earlier stage has dropped has no weights left.
+        ratios.append(sum(sum(s) for s in shapes) / max(sum(float(np.prod(s)) for s in shapes), 1.0))
     ratio = np.array(ratios)
     # At t = 1 even the largest layer keeps everything.
     return scaled_distribution(context, lambda t: t / ratio.min() * ratio)

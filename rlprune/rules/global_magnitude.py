@@ -21,5 +21,5 @@ def global_magnitude(context: Context) -> Floats:
 
 def normalised(scores: importance.Scores) -> importance.Scores:
     """Each group's scores divided by their mean; a group of zeros stays zero."""
-    means = [float(np.mean(s)) for s in scores]
+    means = [float(np.mean(s)) if len(s) else 0.0 for s in scores]
     return [s / m if m > 0 else s for s, m in zip(scores, means, strict=True)]

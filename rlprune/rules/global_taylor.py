@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from ..errors import DataError
 from ..pruning import importance
 from .context import Context, Floats, rule
 from .global_magnitude import normalised
 from .threshold import threshold_distribution
 
 
-@rule("one global threshold over the groups' normalised Taylor scores", needs_workload=True)
+@rule(
+    "one global threshold over the groups' normalised Taylor scores",
+    needs_workload=True,
+    gradients=True,
+)
 def global_taylor(context: Context) -> Floats:
     """Global pruning by first-order Taylor scores (Molchanov et al. 2019, arXiv 1906.10771).
 
     The scores come from the calibration split; each group's are divided by their mean, as Torch-Pruning's
     ``global_pruning`` does, and the pooled scores get one threshold.
     """
-    if context.workload is None:
-        raise DataError(
-            "the rule 'global_taylor' needs a workload: it reads data; give Context(workload=...)"
-        )
-    batches = context.workload.batches("calibration")
-    scores = importance.taylor(context.model, context.space, batches, context.workload.loss)
-    return threshold_distribution(context, normalised(scores))
+    workload = context.data("global_taylor")
+
+    def scores() -> importance.Scores:
+        batches = workload.batches("calibration")
+        return normalised(importance.taylor(context.model, context.space, batches, workload.loss))
+
+    return threshold_distribution(context, context.cached("global_taylor", scores))

@@ -7,36 +7,51 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DataError
 from ..pruning.plan import make_plan
+from ..pruning.space import PruningSpace
 from ..pruning.surgery import prune
-from .context import Context, Floats, rule
+from .context import Context, Floats, is_language, rule
 from .threshold import scaled_distribution
 
 RATIOS = (0.25, 0.5)
 """Shares of a group that are cut in its probes: two candidates a group, and one for the dense model."""
 
 
+def _ratios(space: PruningSpace) -> tuple[float, ...]:
+    """The shares that are probed: the first only in a language model, which has two groups in every block."""
+    return RATIOS[:1] if is_language(space) else RATIOS
+
+
+def _probe_count(space: PruningSpace) -> int:
+    """At most one candidate a group and share, and the dense model."""
+    hidden = sum(g.kind == "hidden" for g in space.groups)
+    return 1 + len(_ratios(space)) * (len(space.groups) - hidden)
+
+
 @rule(
-    "equal loss: every group is cut until it alone would cost the same loss", needs_workload=True, probes=True
+    "equal loss: every group is cut until it alone would cost the same loss",
+    needs_workload=True,
+    probes=_probe_count,
 )
 def sensitivity(context: Context) -> Floats:
     """Equal-loss pruning from single-group probes, in the manner of NetAdapt (Yang et al. 2018, arXiv
     1804.03230) and of NVIDIA ModelOpt's FastNAS.
 
-    Every group is cut alone at the shares RATIOS; the loss that this adds, made monotone, is a line
-    through the probes that goes on beyond the last one in proportion to share / (1 - share), which has no end
-    before the group is empty. One threshold on the added loss, found by bisection, gives every group its
-    share. Groups are the coupled ones, so a residual stream is cut in all its layers at once.
+    Every group is cut alone at the shares RATIOS (in a language model at the first of them); the loss that
+    this adds, made monotone, is a line through the probes that goes on beyond the last one in proportion to
+    share / (1 - share), which has no end before the group is empty. One threshold on the added loss, found
+    by bisection, gives every group its share. Groups are the coupled ones, so a residual stream is cut in
+    all its layers at once.
     """
     probe = context.probe or _validation_loss(context)
     space = context.space
     dense = probe(space.widths)
     full = space.widths.astype(np.float64)
-    added = np.zeros((len(space.groups), len(RATIOS)))
+    ratios = _ratios(space)
+    added = np.zeros((len(space.groups), len(ratios)))
     shares = np.zeros_like(added)
-    for g in range(len(space.groups)):
-        for i, ratio in enumerate(RATIOS):
+    for g in np.flatnonzero(context.active):
+        for i, ratio in enumerate(ratios):
             widths = space.widths.copy()
             widths[g] = space.limits.floor(full * (1.0 - ratio))[g]
             shares[g, i] = 1.0 - widths[g] / space.widths[g]
@@ -68,9 +83,7 @@ def _shares(t: float, added: Floats, shares: Floats) -> Floats:
 
 def _validation_loss(context: Context) -> Callable[[NDArray[np.int64]], float]:
     """Loss of the cut model on the validation split, without recovery."""
-    workload = context.workload
-    if workload is None:
-        raise DataError("the rule 'sensitivity' needs a workload: it reads data; give Context(workload=...)")
+    workload = context.data("sensitivity")
 
     def loss(widths: NDArray[np.int64]) -> float:
         plan = make_plan(context.space, importance=context.importance, widths=widths)

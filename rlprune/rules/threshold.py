@@ -8,25 +8,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..pruning.space import PruningSpace
 from .context import Context, Floats
 
 
 def threshold_distribution(context: Context, scores: Sequence[NDArray[Any]]) -> Floats:
     """Cut every unit whose score lies under one global threshold, the lowest that meets the budget.
 
-    ``scores`` holds one array a group. Groups keep their minimum and lose whole steps. Returns
-    1 - widths / dense, shape (G,).
+    ``scores`` holds one array a group; those of groups that are not active do not count. Groups keep their
+    minimum and lose whole steps. Returns 1 - widths / dense, shape (G,).
     """
-    space = context.space
+    space, active = context.space, context.active
     target = space.target(context.budget, context.metric)
     ordered = [np.sort(np.asarray(s, dtype=np.float64)) for s in scores]
-    pooled = np.unique(np.concatenate(ordered))
+    pooled = np.unique(np.concatenate([s for s, a in zip(ordered, active, strict=True) if a]))
 
     def widths(index: int) -> NDArray[np.int64]:
         """Widths when everything up to the ``index`` lowest values is cut."""
         limit = pooled[index - 1] if index else -np.inf
         kept = [len(s) - np.searchsorted(s, limit, side="right") for s in ordered]
-        return space.limits.floor(np.asarray(kept, dtype=np.float64))
+        return np.where(active, space.limits.floor(np.asarray(kept, dtype=np.float64)), space.widths)
 
     low, high = 0, len(pooled)  # all is kept; only the minimums are kept, which a feasible budget allows
     while low < high:
@@ -35,20 +36,21 @@ def threshold_distribution(context: Context, scores: Sequence[NDArray[Any]]) -> 
             high = middle
         else:
             low = middle + 1
-    return as_distribution(1.0 - widths(low) / space.widths)
+    return widths_distribution(space, widths(low))
 
 
 def scaled_distribution(context: Context, keep: Callable[[float], Floats]) -> Floats:
     """1 - keep(t) for the t in [0, 1] where the cost meets the budget.
 
-    ``keep(t)`` gives the kept shares (G,), rising with t; they are held between the minimum and 1.
+    ``keep(t)`` gives the kept shares (G,), rising with t; they are held between the minimum and 1, and groups
+    that are not active keep everything.
     """
     space = context.space
     target = space.target(context.budget, context.metric)
-    least = space.minimums / space.widths
+    least = space.minimums / np.maximum(space.widths, 1)
 
     def shares(t: float) -> Floats:
-        return np.clip(keep(t), least, 1.0)
+        return np.where(context.active, np.clip(keep(t), least, 1.0), 1.0)
 
     low, high = 0.0, 1.0
     for _ in range(60):
@@ -57,7 +59,27 @@ def scaled_distribution(context: Context, keep: Callable[[float], Floats]) -> Fl
             low = middle
         else:
             high = middle
-    return as_distribution(1.0 - shares(low))
+    return as_distribution(np.where(space.widths > 0, 1.0 - shares(low), 0.0))
+
+
+def mean_share(context: Context) -> float:
+    """The share p in [0, 1] that every active group would lose if all lost the same (minimums aside)."""
+    space = context.space
+    target = space.target(context.budget, context.metric)
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        kept = space.widths * (1.0 - middle * context.active)
+        if space.cost(kept, context.metric) <= target:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def widths_distribution(space: PruningSpace, widths: Any) -> Floats:
+    """1 - widths / dense, shape (G,); 0 for groups of which an earlier stage has left nothing."""
+    return as_distribution(np.where(space.widths > 0, 1.0 - widths / np.maximum(space.widths, 1), 0.0))
 
 
 def as_distribution(cut: Floats) -> Floats:

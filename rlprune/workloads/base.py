@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DataError, near_miss
+from .judge import ClassJudge, Judge
 
 SPLITS = ("train", "calibration", "validation", "test")
 """The four disjoint parts of the data. A search reads the first three; "test" is read once, at the end."""
@@ -59,6 +60,8 @@ class Workload(abc.ABC):
     example_inputs: Tensor
     metric_name: str = "accuracy"
     name: str = ""
+    language: bool = False
+    """Whether the model is a causal language model: inputs are token ids, outputs hold next-token logits."""
     base: dict[str, Any] = {"source": "given"}
     """How to rebuild the architecture; {"source": "given"} means that the user has to pass the model in."""
 
@@ -112,6 +115,15 @@ class Workload(abc.ABC):
     def metric(self, outputs: Any, targets: Tensor) -> Tensor:
         """Sum of the metric over a batch, a scalar tensor; by default the number of right classes."""
         return (outputs.argmax(1) == targets).sum().float()
+
+    def judge(self, kind: str = "kl", limit: int | None = None, *, top_k: int = 256) -> Judge:
+        """What scores candidates on the first ``limit`` validation samples by ``kind`` (see ScoreConfig).
+
+        ``top_k`` matters to language models only: how many of the dense model's largest probabilities of
+        a token are kept. The default judges by whole outputs of shape (N, classes).
+        """
+        del top_k
+        return ClassJudge(self, kind, limit)
 
     @contextlib.contextmanager
     def test_opened(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,10 +19,16 @@ from torch import Tensor, nn
 from ..config import Config, DataConfig, ModelConfig
 from ..errors import ArtifactError, ConfigError, GraphError, RlpruneError
 from ..files import write_tensors_atomic
-from ..pruning.finetune import Progress, fit
+from ..pruning.finetune import FitResult, Progress, fit
+from ..pruning.language_training import train_language
+from . import data as vision_data
+from . import zoo
 from .base import Workload, check_workload
+from .causal import PREFIX, is_causal, list_causal, load_causal
 from .checkpoint import load_checkpoint, put_weights
 from .data import Request, VisionData, cache_folder, load_data
+from .language import LanguageWorkload, base_of_model
+from .text import TextRequest, is_text, list_text, read_text, split_text
 from .vision import VisionWorkload
 from .zoo import base_of, build_model, model_function
 
@@ -55,6 +62,13 @@ def build_workload(
     device = resolve_device(config.device)
     if config.workload is not None:
         return _own_workload(config, checkpoint)
+    if is_causal(config.model.name) != is_text(config.data.name):
+        _refuse_mixture(config)
+    if is_causal(config.model.name):
+        language = _language_workload(config, device, checkpoint)
+        if train and checkpoint is None and config.model.train.epochs > 0:
+            train_dense(language, config.model, progress)
+        return language
     data = _load(config.data.name, _request(config.data))
     settings = config.model
     base = base_of(settings.name, len(data.classes), data.channels, settings.arguments, settings.weights)
@@ -83,12 +97,15 @@ def build_workload(
     return workload
 
 
-def train_dense(workload: VisionWorkload, settings: ModelConfig, progress: Progress | None = None) -> None:
+def train_dense(workload: Workload, settings: ModelConfig, progress: Progress | None = None) -> None:
     """Train the workload's own model in place by ``settings.train``, or take the cached result.
 
-    The model is seen as dense only afterwards; nobody else trains it. Raises RlpruneError when the
-    training diverges.
+    Classifiers are trained with SGD, language models with AdamW. The model is seen as dense only
+    afterwards; nobody else trains it; workloads of other kinds are left as they are. Raises RlpruneError
+    when the training diverges.
     """
+    if not isinstance(workload, VisionWorkload | LanguageWorkload):
+        return
     key = _dense_key(workload, settings)
     path = cache_folder() / "dense" / f"{key}.safetensors"
     if path.is_file():
@@ -97,7 +114,10 @@ def train_dense(workload: VisionWorkload, settings: ModelConfig, progress: Progr
             return
         except ArtifactError:
             path.unlink(missing_ok=True)  # a broken cache file is made again
-    _train(workload, settings, path.with_suffix(".state"), progress)
+    if isinstance(workload, VisionWorkload):
+        _train(workload, settings, path.with_suffix(".state"), progress)
+    else:
+        _train_language(workload, settings, progress)
     about = {"format": "rlprune-dense", "model": settings.name}
     try:
         write_tensors_atomic(path, workload.model.state_dict(), about)
@@ -135,10 +155,32 @@ def _train(workload: VisionWorkload, settings: ModelConfig, state: Path, progres
         result = run(generator=torch.Generator().manual_seed(settings.seed))
     if result.loss != result.loss or result.loss == float("inf"):
         state.unlink(missing_ok=True)
-        raise RlpruneError(
-            f"model.train: training diverged at step {result.steps} (the loss is {result.loss}); "
-            f"lower model.train.lr, now {options.lr}"
-        )
+        raise _diverged(result, options.lr)
+
+
+def _train_language(workload: LanguageWorkload, settings: ModelConfig, progress: Progress | None) -> None:
+    options = settings.train
+    generator = torch.Generator().manual_seed(settings.seed)
+    epochs = (workload.train_batches(generator, options.batch_size) for _ in range(options.epochs))
+    result = train_language(
+        workload.model,
+        [batch for epoch in epochs for batch in epoch],
+        steps=options.epochs * workload.train_steps(options.batch_size),
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        seed=settings.seed,
+        progress=progress,
+        phase="dense training",
+    )
+    if not math.isfinite(result.loss):
+        raise _diverged(result, options.lr)
+
+
+def _diverged(result: FitResult, lr: float) -> RlpruneError:
+    return RlpruneError(
+        f"model.train: training diverged at step {result.steps} (the loss is {result.loss}); "
+        f"lower model.train.lr, now {lr}"
+    )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -169,6 +211,89 @@ def _request(data: DataConfig) -> Request:
         image_size=data.image_size,
         sizes=(data.train, data.calibration, data.validation, data.test),
         seed=data.seed,
+    )
+
+
+def list_models() -> list[tuple[str, str]]:
+    """(name, one line) of every model that can be named."""
+    return [*zoo.list_models(), *list_causal()]
+
+
+def list_data() -> list[tuple[str, str]]:
+    """(name, one line) of every data set, images and text."""
+    return [*vision_data.list_data(), *list_text()]
+
+
+def _refuse_mixture(config: Config) -> None:
+    """A classifier over text, or a language model over images; an unknown name is said first."""
+    model, name = config.model.name, config.data.name
+    if is_causal(model) and name in [n for n, _ in vision_data.list_data()]:
+        texts = ", ".join(n for n, _ in list_text())
+        raise ConfigError(f"data.name {name!r}: holds images, but {model!r} is a language model; use {texts}")
+    if is_text(name) and base_of(model, 2):
+        raise ConfigError(f"data.name {name!r}: holds text, but {model!r} reads images")
+
+
+def _language_workload(
+    config: Config, device: torch.device, checkpoint: str | Path | None
+) -> LanguageWorkload:
+    """The language model and text of the settings, checked against each other; nothing is trained."""
+    settings, request = config.model, _text_request(config.data)
+    if settings.weights is not None:
+        raise ConfigError(
+            "model.weights: not for language models; name the files in model.name, as hf:FOLDER"
+        )
+    texts = read_text(config.data.name, request)  # first: a missing file is said before weights are read
+    source = str(checkpoint or settings.checkpoint or "")
+    folder = bool(source) and (Path(source).is_dir() or source.endswith(".gguf"))
+    name = f"{PREFIX}{source}" if folder else settings.name
+    causal = load_causal(
+        name, dtype=settings.dtype, arguments=None if folder else settings.arguments, seed=settings.seed
+    )
+    if source and not folder:
+        put_weights(causal.model, _with_tied(causal.model, load_checkpoint(source)), f"checkpoint {source!r}")
+    for field, length in (("sequence_length", request.length), ("test_length", request.test_length or 0)):
+        if causal.longest is not None and length > causal.longest:
+            raise ConfigError(f"data.{field}: {length} is longer than the model's {causal.longest} positions")
+    text = split_text(config.data.name, texts, request, causal.encode)
+    if text.largest_id() >= causal.vocabulary:
+        raise ArtifactError(
+            f"model {name!r}: the tokenizer does not fit: it gives the id {text.largest_id()}, but the model has "
+            f"{causal.vocabulary} tokens"
+        )
+    _check_finite(causal.model, name)
+    workload = LanguageWorkload(
+        causal.model,
+        causal.tokenizer,
+        text,
+        name=f"{Path(settings.name.removeprefix(PREFIX)).name} on {text.name}",
+        batch_size=config.data.batch_size,
+        device=device,
+        base=base_of_model(causal.model, settings.name),
+    )
+    _run_forward(workload, name)
+    return workload
+
+
+def _with_tied(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file stores tied tensors once; the model names them twice."""
+    own = model.state_dict()
+    given = {own[name].data_ptr(): tensor for name, tensor in tensors.items() if name in own}
+    absent = {n: given[t.data_ptr()] for n, t in own.items() if n not in tensors and t.data_ptr() in given}
+    return tensors | absent
+
+
+def _text_request(data: DataConfig) -> TextRequest:
+    return TextRequest(
+        files=data.files,
+        root=Path(data.root).expanduser() if data.root is not None else None,
+        column=data.column,
+        length=data.sequence_length,
+        test_length=data.test_length,
+        stride=data.stride,
+        sizes=(data.train, data.calibration, data.validation, data.test),
+        seed=data.seed,
+        download=data.download,
     )
 
 
@@ -228,7 +353,7 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:200] if lines else "no message"
 
 
-def _dense_key(workload: VisionWorkload, settings: ModelConfig) -> str:
+def _dense_key(workload: VisionWorkload | LanguageWorkload, settings: ModelConfig) -> str:
     """Hash of all that the trained weights depend on: settings, initial weights, data, the user's code."""
     about = {
         "version": _CACHE_VERSION,
@@ -236,13 +361,17 @@ def _dense_key(workload: VisionWorkload, settings: ModelConfig) -> str:
         "train": asdict(settings.train),
         "seed": settings.seed,
         "device": workload.device.type,
-        "mean": workload.data.mean,
-        "std": workload.data.std,
-        "augment": workload.augmentation,
     }
+    if isinstance(workload, VisionWorkload):
+        about |= {"mean": workload.data.mean, "std": workload.data.std, "augment": workload.augmentation}
+        train = workload.data.splits["train"]
+        tensors = {"images": train.images, "labels": train.labels}
+    else:
+        text = workload.data.splits["train"]
+        about["text"] = [text.length, list(text.starts)]
+        tensors = {"tokens": text.tokens}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=repr).encode())
-    train = workload.data.splits["train"]
-    _hash_tensors(digest.update, {"images": train.images, "labels": train.labels})
+    _hash_tensors(digest.update, tensors)
     _hash_tensors(digest.update, workload.model.state_dict())
     if workload.base["source"] == "function":
         module = importlib.import_module(settings.name.partition(":")[0])

@@ -1,0 +1,282 @@
+"""Pruning a language model without a gradient step: published methods, allocations and searches, by perplexity.
+
+    python docs/scripts/language.py --model FILE.gguf --valid wikitext2_valid.txt --test wikitext2_test.txt \
+        --out runs/language search --budget 0.8 --seeds 0 1
+    python docs/scripts/language.py ... table --budgets 0.9 0.8
+    python docs/scripts/language.py ... tune --budget 0.8 --steps 40
+    python docs/scripts/language.py ... write --doc docs/language.md
+
+Every figure is kept in the --out folder, one file each, and not measured again: a stopped run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlprune.config import Config, RecoveryConfig, load_config
+from rlprune.files import write_json_atomic
+from rlprune.finish import choose
+from rlprune.inspection import hardware
+from rlprune.ledger import Ledger
+from rlprune.problem import Problem, prepare, search
+from rlprune.progress import Console
+from rlprune.pruning.grams import Grams
+from rlprune.pruning.grams import collect as collect_grams
+from rlprune.pruning.importance import compute
+from rlprune.pruning.plan import make_plan
+from rlprune.pruning.recovery import Recovery
+from rlprune.pruning.surgery import prune
+from rlprune.pruning.tracing import trace
+from rlprune.rules import Context, rules_for
+
+# Method -> (importance, rule, its own compensation, whether whole parts may go).
+PUBLISHED: dict[str, tuple[str, str, tuple[str, ...], bool]] = {
+    "magnitude": ("l2", "uniform", ("none",), False),
+    "Wanda-sp": ("wanda_sp", "ffn_uniform", ("none",), False),
+    "FLAP": ("flap", "flap", ("bias",), False),
+    "LLM-Pruner, all layers": ("taylor_param_first", "llm_pruner", ("none",), False),
+    "LLM-Pruner, FFN": ("taylor_param_first", "llm_pruner_ffn", ("none",), False),
+    "Adapt-Pruner": ("taylor_param_first", "adapt_pruner", ("none",), False),
+    "SAAP-style": ("saap", "saap", ("none",), False),
+    "ShortGPT": ("l2", "shortgpt", ("none",), True),
+}
+
+
+def settings(args: argparse.Namespace, budget: float) -> Config:
+    overrides = [
+        f"model.name=hf:{args.model}",
+        f"data.files.calibration={args.valid}",
+        f"data.files.test={args.test}",
+        f"budget.target={budget}",
+        "threads=1",
+        *args.set,
+    ]
+    return load_config("smollm2_135m", overrides)
+
+
+class Kept:
+    """Results by key in one folder; what is there is not measured again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, key: str, make: Any) -> dict[str, Any]:
+        path = self.folder / f"{key.replace(' ', '_').replace(',', '')}.json"
+        if not path.exists():
+            started = time.perf_counter()
+            facts = make()
+            facts = {"key": key, **facts, "seconds": time.perf_counter() - started, "hardware": hardware()}
+            write_json_atomic(path, facts)
+            print(
+                f"{key}: { ({k: v for k, v in facts.items() if k not in ('hardware', 'widths')}) }",
+                flush=True,
+            )
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+
+def perplexity(problem: Problem, model: torch.nn.Module, split: str = "test") -> float:
+    """Perplexity in bfloat16 (dense: within 0.05% of float32, at half the time)."""
+    twin = model.to(torch.bfloat16)
+    if split != "test":
+        return problem.workload.evaluate(twin, split).metric
+    with problem.workload.test_opened():
+        return problem.workload.evaluate(twin, split).metric
+
+
+def run_search(args: argparse.Namespace) -> None:
+    kept = Kept(args.out)
+    console = Console(False)
+    problem = prepare(settings(args, args.budget), console=console)
+    ledger = Ledger(args.out / f"ledger-{args.budget}.jsonl")
+    for seed in args.seeds:
+        for method in args.methods:
+
+            def one(method: str = method, seed: int = seed) -> dict[str, Any]:
+                found = search(method, [problem], ledger, seed=seed, state=args.out / f"state-{args.budget}")
+                chosen = choose(problem, found)
+                history = chosen.history[-1]
+                curve = np.maximum.accumulate([c.score for c in found.account.history]).tolist()
+                return {
+                    "method": method,
+                    "seed": seed,
+                    "budget": args.budget,
+                    "widths": [int(w) for w in history],
+                    "evaluations": found.account.spent,
+                    "score": found.best.score,
+                    "curve": curve,
+                    "validation": problem.evaluator.evaluate_full(history).metric,
+                    "test": perplexity(problem, problem.evaluator.build(history)),
+                }
+
+            kept(f"search {args.budget} {method} {seed}", one)
+
+
+def run_table(args: argparse.Namespace) -> None:
+    kept = Kept(args.out)
+    config = settings(args, args.budgets[0])
+    problem = prepare(config, console=Console(False))
+
+    def dense(dtype: torch.dtype) -> dict[str, Any]:
+        copy = prune(problem.workload.model, problem.evaluator.plan(problem.space.widths)).to(dtype)
+        with problem.workload.test_opened():
+            return {"test": problem.workload.evaluate(copy, "test").metric}
+
+    kept("dense float32", lambda: dense(torch.float32))
+    kept("dense bfloat16", lambda: dense(torch.bfloat16))
+    for budget in args.budgets:
+        at = replace(problem, config=problem.config.override([f"budget.target={budget}"]))
+        for rule in rules_for(problem.space):
+            if rule in ("sensitivity", *args.skip):
+                continue
+            kept(f"allocation {budget} {rule}", lambda at=at, rule=rule: allocation(at, rule))
+    grams = collect_grams(problem.workload.model, problem.space, problem.workload.batches("calibration"))
+    shared: dict[str, Any] = {}
+    for method, how in PUBLISHED.items():
+        todo = [b for b in args.budgets if not (args.out / f"published_{b}_{_file(method)}.json").exists()]
+        if not todo:
+            continue
+        importance = compute(how[0], problem.workload, problem.space, statistics=None)
+        for budget in todo:
+            kept(
+                f"published {budget} {method}",
+                lambda b=budget, h=how, i=importance: published(problem, b, h, i, grams, shared),
+            )
+
+
+def _file(method: str) -> str:
+    return method.replace(" ", "_").replace(",", "")
+
+
+def allocation(problem: Problem, rule: str) -> dict[str, Any]:
+    """One rule's widths under our ranking and our closed form."""
+    widths = problem.rule_widths(rule)
+    candidate = problem.evaluator.evaluate(widths)
+    return {
+        "rule": rule,
+        "budget": problem.config.budget.target,
+        "widths": [int(w) for w in widths],
+        "score": candidate.score,
+        "test": perplexity(problem, problem.evaluator.build(widths)),
+    }
+
+
+def published(
+    problem: Problem,
+    budget: float,
+    how: tuple[str, str, tuple[str, ...], bool],
+    importance: Any,
+    grams: Grams,
+    shared: dict[str, Any],
+) -> dict[str, Any]:
+    """A method with its own ranking, allocation and compensation; then the same units with the closed form."""
+    _, rule, steps, drop = how
+    workload = problem.workload
+    space = trace(workload.model, workload.example_inputs, drop=True) if drop else problem.space
+    context = Context(
+        space, workload.model, importance, budget, "params", workload, shared=shared if not drop else {}
+    )
+    widths = space.project(rules_for(space)[rule].function(context), budget, "params")
+    plan = make_plan(space, importance=importance, widths=widths)
+    facts: dict[str, Any] = {"budget": budget, "rule": rule, "widths": [int(w) for w in widths]}
+    recovery = problem.config.recovery
+    for name, own in (
+        ("test", RecoveryConfig(steps=steps)),
+        ("ridge", RecoveryConfig(steps=("reconstruct",), ridge=1e-3)),
+        ("ours", recovery),
+    ):
+        slim = prune(workload.model, plan)
+        copies = Grams({n: grams[n] for n in grams.names})
+        Recovery(workload, space, own, importance=importance, grams=copies)(slim, plan)
+        facts[name] = perplexity(problem, slim)
+    return facts
+
+
+def run_tune(args: argparse.Namespace) -> None:
+    """An equal number of LoRA steps for dense, the best rule, random search and PPO; then zero-shot accuracy."""
+    from rlprune import zeroshot
+    from rlprune.finish import fine_tune
+
+    kept = Kept(args.out)
+    config = settings(args, args.budget).override(
+        [f"finish.steps={args.steps}", "finish.method=lora", f"finish.batch_size={args.batch}"]
+    )
+    problem = prepare(config, console=Console(False))
+    plans: dict[str, Any] = {"dense": problem.space.widths}
+    for rule in args.rules:
+        plans[rule] = problem.rule_widths(rule)
+    for path in sorted(args.out.glob(f"search_{args.budget}_*_0.json")):
+        found = json.loads(path.read_text())
+        plans[found["method"]] = np.array(found["widths"])
+    for name, widths in plans.items():
+
+        def one(name: str = name, widths: Any = widths) -> dict[str, Any]:
+            model = problem.evaluator.build(widths)
+            with problem.workload.test_opened():
+                before = problem.workload.evaluate(model, "test").metric
+            if name != "dense":
+                fine_tune(problem, model, seed=0)
+            with problem.workload.test_opened():
+                after = problem.workload.evaluate(model, "test").metric
+            rows = zeroshot.accuracy(
+                model.to(torch.bfloat16), problem.workload.tokenizer, args.tasks, limit=args.limit
+            )
+            return {
+                "method": name,
+                "budget": args.budget,
+                "steps": args.steps,
+                "batch": args.batch,
+                "limit": args.limit,
+                "before": before,
+                "after": after,
+                "tasks": [row if isinstance(row, dict) else vars(row) for row in rows],
+            }
+
+        kept(f"tuned {args.budget} {args.steps} {name}", one)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--model", default="", help="folder, GGUF file or hub id")
+    made.add_argument("--valid", default="", help="text for calibration and validation")
+    made.add_argument("--test", default="", help="text of the test split")
+    made.add_argument("--out", type=Path, required=True, help="folder of the results")
+    made.add_argument("--set", nargs="*", default=[], help="further settings, KEY=VALUE")
+    commands = made.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("search")
+    one.add_argument("--budget", type=float, default=0.8)
+    one.add_argument("--seeds", type=int, nargs="+", default=[0])
+    one.add_argument("--methods", nargs="+", default=["ppo", "random"])
+    one.set_defaults(action=run_search)
+    two = commands.add_parser("table")
+    two.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8])
+    two.add_argument("--skip", nargs="*", default=[])
+    two.set_defaults(action=run_table)
+    three = commands.add_parser("tune")
+    three.add_argument("--budget", type=float, default=0.8)
+    three.add_argument("--steps", type=int, default=40)
+    three.add_argument("--batch", type=int, default=4)
+    three.add_argument("--rules", nargs="*", default=["ffn_uniform", "fisher"])
+    three.add_argument("--tasks", type=Path, nargs="+", default=[])
+    three.add_argument("--limit", type=int)
+    three.set_defaults(action=run_tune)
+    return made
+
+
+def main(argv: list[str] | None = None) -> None:
+    torch.set_num_threads(1)
+    arguments = parser().parse_args(argv)
+    arguments.action(arguments)
+
+
+if __name__ == "__main__":
+    main()
