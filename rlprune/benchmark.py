@@ -26,7 +26,7 @@ from .config import Config
 from .errors import ArtifactError, ConfigError, near_miss
 from .files import lock_run, read_json, write_bytes_atomic, write_json_atomic, write_text_atomic
 from .finish import choose, finish
-from .latency import measure
+from .latency import DEFAULT_BATCH_SIZES, measure
 from .ledger import Ledger
 from .problem import Found, Problem, prepare, score_rule, search
 from .progress import Console
@@ -192,9 +192,18 @@ def _results(problem: Problem, rows: list[Row]) -> dict[str, Any]:
 def _add_latency(problem: Problem, rows: Sequence[Row], budget_seconds: float = 15.0) -> None:
     """Measured in turns at the end, once for all rows of the same widths; only the shapes matter."""
     widths = list(dict.fromkeys(tuple(row["widths"]) for row in rows))
-    evaluator = problem.evaluator
-    models = {str(i): prune(problem.workload.model, evaluator.plan(w)) for i, w in enumerate(widths)}
-    times = measure(models, problem.workload.example_inputs, budget_seconds=budget_seconds)
+    evaluator, language = problem.evaluator, problem.workload.language
+    shared: dict[str, Any] = {}  # twenty copies of a language model's embeddings would not fit
+    models = {
+        str(i): prune(problem.workload.model, evaluator.plan(w), shared=shared if language else None)
+        for i, w in enumerate(widths)
+    }
+    times = measure(
+        models,
+        problem.workload.example_inputs,
+        batch_sizes=(1,) if language else DEFAULT_BATCH_SIZES,  # as in `finish.add_latency`
+        budget_seconds=budget_seconds,
+    )
     for row in rows:
         found = times[str(widths.index(tuple(row["widths"])))]
         row["latency_ms"] = {str(batch): round(ms, 4) for batch, ms in found.items()}

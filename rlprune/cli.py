@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .commands import COMMANDS, add_common
+from .commands import COMMANDS
 from .errors import RlpruneError, near_miss
+from .options import add_common
 
 OK, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 # A disk without room or without permission is the user's to mend, like a wrong path.

@@ -9,14 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .agents.policy import PortablePolicy, load_policy
 from .artifacts import save
 from .config import Config
+from .errors import ConfigError
 from .ledger import Ledger
 from .problem import Problem, find_rule, prepare, search
 from .progress import Console
 from .rules import RULES, rules_for
+from .rules.blocks import block_cosines, block_count
 from .tuning_stages import incremental
+from .uniform import plain_obstacle, same_widths
 
 
 def apply(
@@ -89,6 +94,34 @@ def prune_rule(config: Config, rule: str, budget: Any, out: Path) -> str:
     return _score_table(problem, [("uniform", problem.rule_widths("uniform")), (rule, widths)])
 
 
+def prune_same_widths(config: Config, budget: Any, drop_blocks: int, out: Path) -> str:
+    """One number of neurons for all blocks, so that `rlprune export --to hf` gives a folder without code of ours.
+
+    Of the blocks the ``drop_blocks`` with the least influence go first, 1 - the mean cosine of their input and
+    output (ShortGPT, arXiv 2403.03853, equation 1). Writes the pruned model into ``out``, returns a table.
+    """
+    problem = prepare(_with_budget(config, budget), console=Console(True))
+    space, metric = problem.space, problem.metric
+    if drop_blocks and drop_blocks >= block_count(space):
+        allowed = f"allowed: 0 to {block_count(space) - 1}"
+        raise ConfigError(
+            f"--drop-blocks: the model has {block_count(space)} blocks, {drop_blocks} leave none; {allowed}"
+        )
+    dropped: list[int] = []
+    if drop_blocks:
+        influence = 1.0 - block_cosines(problem.evaluator.context(budget, metric))
+        dropped = sorted(int(b) for b in np.argsort(influence, kind="stable")[:drop_blocks])
+    widths = same_widths(space, budget, metric, dropped)
+    origin = {"method": "same_widths", "budget": str(budget), "metric": metric, "dropped_blocks": dropped}
+    why = plain_obstacle(_save(problem, widths, origin, out))
+    of = next(g for g in space.groups if g.kind == "ffn" and g.block not in dropped)
+    neurons = int(widths[space.groups.index(of)])
+    table = _score_table(problem, [("uniform", problem.rule_widths("uniform")), ("same_widths", widths)])
+    gone = ", ".join(map(str, dropped)) or "none"
+    table += f"\nsame_widths: {neurons} of {of.width} neurons in every block; blocks dropped: {gone}"
+    return table + (f"\nno plain transformers folder can be exported: {why}" if why else "")
+
+
 def prune_stages(config: Config, rule: str, budget: Any, stages: int, steps: int, out: Path) -> str:
     """`prune_rule` in rounds: cut a part, recover, train ``steps`` steps, look again (`tuning_stages.incremental`).
 
@@ -119,10 +152,13 @@ def _with_budget(config: Config, budget: Any) -> Config:
     return replace(config, budget=replace(config.budget, target=budget))
 
 
-def _save(problem: Problem, widths: Any, origin: dict[str, Any], out: Path) -> None:
+def _save(problem: Problem, widths: Any, origin: dict[str, Any], out: Path) -> Any:
+    """Write the pruned and recovered model of ``widths``, and return it."""
     plan = problem.evaluator.plan(widths, origin)
     tokenizer = getattr(problem.workload, "tokenizer", None)
-    save(problem.evaluator.build(widths), plan, out, base=problem.workload.base, tokenizer=tokenizer)
+    slim = problem.evaluator.build(widths)
+    save(slim, plan, out, base=problem.workload.base, tokenizer=tokenizer)
+    return slim
 
 
 def _score_table(problem: Problem, plans: Sequence[tuple[str, Any]]) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -139,7 +143,10 @@ class Evaluator:
             )
             given = [np.asarray(s, dtype=np.float64) for s in found]
         # Frees each Gram matrix as soon as it is factorised; nobody else holds them from here on.
-        return given, Recovery(workload, space, settings, model, importance=given, grams=grams)
+        recovery = Recovery(workload, space, settings, model, importance=given, grams=grams)
+        if grams is not None:
+            _return_freed_memory()
+        return given, recovery
 
     @property
     def dense(self) -> Candidate:
@@ -232,6 +239,16 @@ class Evaluator:
             seed=self.seed,
             shared=self._measured,
         )
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Number format in which a language model's candidates are scored; None elsewhere."""
+        return self._dtype
+
+    @property
+    def recovery(self) -> Recovery:
+        """What a candidate of one stage receives before it is scored."""
+        return self._dense_stage.recovery
 
     @property
     def measured(self) -> Mapping[str, Any]:
@@ -330,6 +347,13 @@ class Evaluator:
             self._last = {h: s for h, s in self._last.items() if h == history[:-1]}
             self._last[history] = _Stage(model, plan, space, importance, recovery)
         return self._last[history]
+
+
+def _return_freed_memory() -> None:
+    """Ask the C library to give freed blocks back: glibc keeps hundreds of MiB of Gram matrices otherwise."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library has no malloc_trim
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _history(widths: Any) -> History:

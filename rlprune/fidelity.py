@@ -28,8 +28,15 @@ from .finish import fine_tune
 from .problem import Problem, prepare
 from .progress import Console
 from .report import SCORE_UNITS, markdown_table
+from .workloads.causal import is_causal
 
 RECOVERIES: tuple[tuple[str, ...], ...] = (("none",), ("bn",), ("reconstruct",), ("reconstruct", "bn"))
+LANGUAGE_RECOVERIES: tuple[tuple[str, ...], ...] = (
+    ("none",),
+    ("bias",),
+    ("reconstruct",),
+    ("bias", "reconstruct"),
+)
 Floats = NDArray[np.float64]
 
 
@@ -46,17 +53,16 @@ def run(config: Config, candidates: int, out: str | Path) -> str:
     """
     if candidates < 4:
         raise ConfigError(f"--candidates: must be at least 4, got {candidates}")
-    if config.finish.epochs < 1:
-        raise ConfigError(
-            "finish.epochs: fidelity compares with the final fine-tune, so it must be at least 1"
-        )
+    if config.workload is None:  # before anything is trained
+        _length(config, is_causal(config.model.name))
     console = Console(True)
     with lock_run(out) as folder:
         problem = prepare(config, console=console)
+        length = _length(config, problem.workload.language)
         points = _points(problem, candidates, folder, console)
         own = " + ".join(config.recovery.steps)
         summary = summarise(points, own)
-        text = _text(summary, problem.workload.name, config, candidates)
+        text = _text(summary, problem.workload.name, config, candidates, length)
         write_json_atomic(folder / "fidelity.json", {"version": 1, "summary": summary, "points": points})
         write_text_atomic(folder / "fidelity.md", text + "\n")
         row = next(row for row in summary if row["recovery"] == own)
@@ -68,6 +74,17 @@ def run(config: Config, candidates: int, out: str | Path) -> str:
         )
         write_bytes_atomic(folder / "fidelity.png", plots.to_png(figure))
     return text
+
+
+def _length(config: Config, language: bool) -> str:
+    """How long the final fine-tune is, in words; ConfigError where the settings leave it out."""
+    field = "steps" if language else "epochs"
+    count = getattr(config.finish, field)
+    if count < 1:
+        raise ConfigError(
+            f"finish.{field}: fidelity compares with the final fine-tune, so it must be at least 1"
+        )
+    return f"{count} {field}"
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
@@ -121,7 +138,7 @@ def _points(problem: Problem, candidates: int, folder: Path, console: Console) -
 def _evaluators(problem: Problem) -> dict[str, Evaluator]:
     config = problem.config
     settings = {" + ".join(config.recovery.steps): config.recovery}
-    for steps in RECOVERIES:
+    for steps in LANGUAGE_RECOVERIES if problem.workload.language else RECOVERIES:
         plain = dataclasses.replace(config.recovery, steps=steps, finetune_steps=0)
         settings.setdefault(" + ".join(steps), plain)
     own = problem.evaluator
@@ -152,7 +169,9 @@ def _ranks(values: Sequence[float]) -> Floats:
     return ranks
 
 
-def _text(summary: Sequence[Mapping[str, Any]], name: str, config: Config, candidates: int) -> str:
+def _text(
+    summary: Sequence[Mapping[str, Any]], name: str, config: Config, candidates: int, length: str
+) -> str:
     rows = [
         [
             f"{row['recovery']}{' (in use)' if row['used'] else ''}",
@@ -165,5 +184,5 @@ def _text(summary: Sequence[Mapping[str, Any]], name: str, config: Config, candi
     return (
         f"Fidelity of the {config.score.kind} score on {name}: {candidates} random plans at "
         f"{config.budget.target} of the {config.budget.metric}, against the validation loss after "
-        f"{config.finish.epochs} epochs of the final fine-tune.\n\n{table}"
+        f"{length} of the final fine-tune.\n\n{table}"
     )

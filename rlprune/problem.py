@@ -80,12 +80,12 @@ class Problem:
         """The rules that apply here and are worth their probes as a start, uniform first.
 
         A rule that probes every group is left out where that would eat most of the evaluations, and one that
-        runs backward passes over a language model, unless the importance has measured what it needs.
+        runs many passes over a language model, unless the importance has measured what it needs.
         """
         most = self.config.search.evaluations * MOST_PROBES
         names = ["uniform"]
         for name, rule in rules_for(self.space).items():
-            slow = rule.gradients and self.workload.language and name not in self.evaluator.measured
+            slow = rule.costly and self.workload.language and name not in self.evaluator.measured
             if name != "uniform" and rule.probe_count(self.space) <= most and not slow:
                 names.append(name)
         return names
@@ -126,7 +126,7 @@ def prepare(
 ) -> Problem:
     """Build (and train) the workload, trace it, compute importances and the recovery's statistics."""
     if config.budget.metric == "latency":
-        raise ConfigError("budget.metric: latency tables are not there yet; allowed: macs, params")
+        raise ConfigError("budget.metric: latency tables are not there yet; allowed: macs, params, block_params, kv_cache")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     console = console or Console(False)

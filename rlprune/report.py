@@ -134,20 +134,36 @@ def learning_curves(
     """{search method: one list of scores per seed, in the order charged}; no rules, no dense model.
 
     A charged plan that is over the budget (a probe of the sensitivity rule, say) is NaN: it takes its place
-    on the axis and cannot be the best.
+    on the axis and cannot be the best. So is one that successive halving dropped: its score is over fewer
+    samples. A plan with a row for each rung takes one place.
     """
     rows = _list(results.get("rows"))
     target: Any = _mapping(results.get("budget")).get("target")
     limit = float(target) * (1 + 1e-9) if _finite(target) else math.inf
     searchers = [str(row["method"]) for row in rows if _kind(row) not in ("rule", "dense")]
-    runs: dict[str, dict[tuple[str, str], list[float]]] = {method: {} for method in dict.fromkeys(searchers)}
+    runs: dict[str, dict[tuple[str, str], dict[str, tuple[float, float]]]] = {
+        method: {} for method in dict.fromkeys(searchers)
+    }
     for row in ledger:
         method, score = str(row.get("method")), row.get("score")
         if method in runs and isinstance(score, int | float):
             fits = not _finite(row.get("cost")) or row["cost"] <= limit
-            place = (str(row.get("seed")), str(row.get("task", "")))
-            runs[method].setdefault(place, []).append(float(score) if fits else math.nan)
-    return {method: list(seeds.values()) for method, seeds in runs.items() if seeds}
+            plans = runs[method].setdefault((str(row.get("seed")), str(row.get("task", ""))), {})
+            samples = row.get("samples")
+            # Rows without samples (version 0.1) are one to a plan, all of them whole.
+            plan = str(row.get("widths")) if samples else str(len(plans))
+            plans[plan] = (float(samples or 0), float(score) if fits else math.nan)
+    return {
+        method: [_whole_scores(list(plans.values())) for plans in seeds.values()]
+        for method, seeds in runs.items()
+        if seeds
+    }
+
+
+def _whole_scores(plans: Sequence[tuple[float, float]]) -> list[float]:
+    """Scores of plans (samples, score) that have been scored on as many samples as any; NaN for the others."""
+    most = max(samples for samples, _ in plans)
+    return [score if samples == most else math.nan for samples, score in plans]
 
 
 def best_rule(results: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -8,25 +8,30 @@ others numbered anew.
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import pretrained
 from .artifacts import load
 from .documents import PLAN_FILE, read_plan
-from .errors import ArtifactError
+from .errors import ArtifactError, BudgetError
 from .files import replacing_folder, write_json_atomic
 from .pruning import families
+from .pruning.space import Ints, PruningSpace
 from .tensorfiles import MAX_SHARD_SIZE, Entry, write_checkpoint
 
 MARKER = "rlprune_export.json"
 _CHECKED_TOKENS = (2, 9)  # sequences and their length in the check of what was written
+_PART = re.compile(r"^.*?\.(\d+)\.(.+)$")  # a part's block and its name in there
 
 
 class NotUniform(ArtifactError):
@@ -40,6 +45,80 @@ class PlainForm:
     config: Mapping[str, Any]
     names: Mapping[str, str]
     entries: Mapping[str, Entry]
+
+
+def same_widths(
+    space: PruningSpace, budget: Any, metric: str = "macs", dropped_blocks: Sequence[int] = ()
+) -> Ints:
+    """Widths (G,) with one number of neurons for all blocks, within a budget; heads and hidden size stay.
+
+    The number is the largest that fits: a multiple of the step, or the dense one. The blocks with the indices
+    ``dropped_blocks`` go whole, which takes a space that was traced with ``drop``.
+
+    Raises BudgetError: the blocks cannot be made alike, or no number of neurons meets the budget.
+    """
+    dropped = set(dropped_blocks)
+    neurons = np.array([g.kind == "ffn" and g.block not in dropped for g in space.groups])
+    kept = [g for g, chosen in zip(space.groups, neurons, strict=True) if chosen]
+    if not kept:
+        raise BudgetError("same widths: no block with a feed-forward part that can be pruned is left")
+    _check_alike(space, dropped)
+    base = np.where([g.block in dropped for g in space.groups], 0, space.widths)
+    dense, step = kept[0].width, kept[0].step
+    # A feed-forward part without neurons has no plain form.
+    lowest = max(1, -(-kept[0].minimum // step)) * step
+    choices = [*range(lowest, dense, step), dense]
+
+    def cost(count: int) -> float:
+        return float(space.cost(np.where(neurons, count, base), metric))
+
+    target = space.target(budget, metric)
+    fitting = bisect_right(choices, target, key=cost)
+    if not fitting:
+        low, high, whole = cost(choices[0]), cost(dense), space.dense_cost(metric)
+        raise BudgetError(
+            f"budget: {budget!r} ({target:.6g} {metric}) is below what equal widths reach with {len(dropped)} "
+            f"blocks dropped; feasible: {low:.6g} to {high:.6g} {metric} (ratio {low / whole:.4f} to "
+            f"{high / whole:.4f}); more dropped blocks save more"
+        )
+    widths: Ints = np.where(neurons, choices[fitting - 1], base)
+    return widths
+
+
+def _check_alike(space: PruningSpace, dropped: set[int]) -> None:
+    """BudgetError unless the dropped blocks may go and all others can have the same neurons."""
+    for g in space.groups:
+        if g.block in dropped and g.minimum > 0:
+            raise BudgetError(f"same widths: {g.name!r} may not be dropped; set prune.drop=true")
+    missing = dropped - {g.block for g in space.groups if g.block >= 0}
+    if missing:
+        raise BudgetError(f"same widths: there is no block {min(missing)} that could be dropped")
+    kept = [g for g in space.groups if g.kind == "ffn" and g.block not in dropped]
+    for g in kept:
+        if g.width != kept[0].width:
+            raise BudgetError(
+                f"same widths: {g.name!r} has {g.width} neurons and {kept[0].name!r} has {kept[0].width}"
+            )
+    ffn = {match[2] for g in kept if (match := _PART.match(g.name))}
+    for name, reason in space.protected.items():
+        match = _PART.match(name)
+        if match and (int(match[1]) in dropped or match[2] in ffn):
+            raise BudgetError(f"same widths: {name!r} stays as it is ({reason}), the others cannot follow")
+
+
+def plain_obstacle(slim: Any) -> str:
+    """Why a pruned causal language model has no plain form; empty where it has one."""
+    try:
+        plain_form(slim)
+    except NotUniform as reason:
+        return str(reason)
+    for block, layer in zip(families.blocks_of(slim), families.layer_sizes(slim), strict=True):
+        if not any(layer[name] for name in _cut(slim)):
+            for name in (block.out, block.down):
+                bias = getattr(slim.get_submodule(name), "bias", None)
+                if bias is not None and bool(bias.any()):
+                    return f"the dropped block {block.index} leaves the bias of {name!r}"
+    return ""
 
 
 def plain_form(slim: Any) -> PlainForm:

@@ -92,7 +92,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("train digits --set search.evalutions=3", "did you mean 'evaluations'?"),
         ("train digits --set nonsense", "must look like"),
         ("train digits --resume --out nowhere", "no run in nowhere"),
-        ("prune digits", "required: --rule"),
+        ("prune digits", "required: --rule NAME, --same-widths"),
         ("prune digits --rule lamb", "did you mean 'lamp'?"),
         ("prune digits --rule lamp --budget 1.5", "budget.target: "),
         ("apply nowhere digits", "RUN_OR_POLICY: nowhere: no such folder"),

@@ -1,17 +1,29 @@
-"""The scripts that write the documents: they start, and their verdicts and shares are right."""
+"""The documents: their scripts start and judge rightly, and what the pages name (commands, settings, files) exists."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
 import re
+import shlex
 import sys
+import textwrap
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
-from rlprune import benchmark
+import rlprune
+from rlprune import benchmark, cli
+from rlprune.config import Config, settings_reference
+from rlprune.language_figures import COST_NOTES
+from rlprune.pretrained import CODE
+from rlprune.pruning.families import FAMILIES
+from rlprune.pruning.importance import IMPORTANCES, LANGUAGE_IMPORTANCES
+from rlprune.rules import RULES
+from rlprune.tuning import METHODS
 
 DOCS = Path(__file__).parent.parent / "docs"
 SCRIPTS = sorted((DOCS / "scripts").glob("*.py"))
@@ -68,3 +80,116 @@ def test_the_share_of_a_gain_is_relative_to_the_best_rule() -> None:
     assert [transfer.share(scores, way) for way in scores] == [-1.0, 0.0, 0.5, 1.0]
     assert math.isnan(transfer.share(scores | {"full search": -2.0}, "policy"))
     assert "-1.5000 (50%)" in transfer.table({7: scores}) and "model seed 7" in transfer.table({7: scores})
+
+
+# What the pages promise exists.
+
+PAGES = [DOCS.parent / "README.md", DOCS.parent / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
+GUIDE = DOCS / "language-models.md"
+EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language, without the indentation of a list item."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.M | re.S)
+    return [textwrap.dedent(body) for _, body in found]
+
+
+def command_lines(page: Path) -> list[list[str]]:
+    """The words of every shell line, continued lines joined, comments left out."""
+    lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def inline(page: Path) -> list[str]:
+    """The text of every inline code span outside of fenced blocks."""
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+def is_setting(path: str) -> bool:
+    known = {s.path: s.type for s in settings_reference()}
+    # The keys of a table (data.files, model.arguments) are free.
+    tables = ("data.files.", "model.arguments.")
+    return path in known or path.startswith(tables) or any(name.startswith(f"{path}.") for name in known)
+
+
+@EACH_PAGE
+def test_every_command_of_a_page_is_understood(page: Path) -> None:
+    for words in command_lines(page):
+        if words[0] == "rlprune":
+            args = cli.build_parser().parse_args(cli._separate_sets(words[1:]))
+            assert args.command
+        elif words[-1:] == ["--help"] or "rlprune.tuning" not in words:
+            continue
+        for word in words[words.index("--set") + 1 :] if "--set" in words else []:
+            if "=" in word and not word.startswith("-"):
+                assert is_setting(word.partition("=")[0]), word
+
+
+@EACH_PAGE
+def test_every_name_in_a_page_exists(page: Path) -> None:
+    commands = {word for action in cli.build_parser()._actions for word in action.choices or ()}
+    options = set(cli._all_options(cli.build_parser()))
+    sections = {s.path.partition(".")[0] for s in settings_reference() if "." in s.path}
+    for text in inline(page):
+        command = re.match(r"rlprune (\w+)", text)
+        assert command is None or command[1] in commands, text
+        # Scripts have options of their own; that they start is tested above.
+        for option in [] if "python" in text else re.findall(r"(?<!\S)--[a-z-]+", text):
+            assert option in options, text
+        path = re.match(r"(\w+(?:\.\w+)+)(?:=|: |$)", text)
+        # Files and modules of a model look like settings.
+        other = text.startswith("model.layers.") or text.endswith((".py", ".json", ".md", ".safetensors"))
+        if path and path[1].partition(".")[0] in sections and not other:
+            assert is_setting(path[1]), text
+
+
+@EACH_PAGE
+def test_every_settings_block_of_a_page_is_valid(page: Path) -> None:
+    for block in blocks(page, "yaml"):
+        Config.from_dict(yaml.safe_load(block))
+
+
+@EACH_PAGE
+def test_every_python_block_of_a_page_names_what_there_is(page: Path) -> None:
+    for block in blocks(page, "python"):
+        compile(block, str(page), "exec")
+        for path in re.findall(r"\brlprune((?:\.\w+)+)", block):
+            found: object = rlprune
+            for name in path[1:].split("."):
+                found = getattr(found, name)
+
+
+@EACH_PAGE
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_guide_to_language_models_is_complete() -> None:
+    code = inline(GUIDE)
+    assert {name for name, rule in RULES.items() if rule.language} <= set(code)
+    assert {*IMPORTANCES, *LANGUAGE_IMPORTANCES} - {"bn_scale"} <= set(code)
+    assert {*METHODS, *CODE} <= set(code)
+    assert set(COST_NOTES) <= set(code)
+
+
+def test_the_readme_names_every_extra() -> None:
+    project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.M)) == set(project["optional-dependencies"]) - {"dev"}
+
+
+def test_the_readme_keeps_a_place_for_the_results() -> None:
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    for start, end in (("results:begin", "results:end"), ("language-results:start", "language-results:end")):
+        marks = f"<!-- {start} -->", f"<!-- {end} -->"
+        assert [text.count(mark) for mark in marks] == [1, 1] and text.index(marks[0]) < text.index(marks[1])
+
+
+def test_the_changelog_counts_what_there_is() -> None:
+    text = (DOCS.parent / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"{len(FAMILIES)} model types" in text
+    assert "eleven rules for language models" in text
+    assert sum(rule.language for rule in RULES.values()) == 11

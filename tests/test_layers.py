@@ -50,6 +50,7 @@ FLOORS = {
     "replay": 5,
     "deploy": 5,
     "catalogue": 6,
+    "options": 6,
     "commands": 6,
     "cli": 6,
     "__main__": 6,

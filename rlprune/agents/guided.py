@@ -134,11 +134,19 @@ def _run_batch(guided: Guided, batch: int) -> None:
 
 
 def first_plans(guided: Guided, index: int, budget: Any, count: int, generator: np.random.Generator) -> Ints:
-    """The policy's mode (untrained: the base plan), samples around it, and as many random plans."""
+    """The policy's mode (untrained: the base plan), samples around it, and as many random plans.
+
+    Where costs are expected before any evaluation, plans far from the starts are known to be bad: small
+    changes of the best start take the random plans' place.
+    """
     task, recorder = guided.search.tasks[index], guided.search.recorders[index]
     seed_everything(guided.search.seed, 6, index)
     around = fresh(_policy_plans(guided, index, budget), recorder.known)[: -(-count // 2)]
-    anywhere = random_plans(task, budget, 4 * count, generator)
+    parents = _parents(task, recorder, budget, around)
+    if guided.models[index].informed(parents):
+        anywhere = neighbours(task, parents, budget, 4 * count, generator)
+    else:
+        anywhere = random_plans(task, budget, 4 * count, generator)
     return fresh(np.vstack([around, anywhere]), recorder.known)
 
 

@@ -90,8 +90,8 @@ class ScoreModel:
         self._weights = cho_solve((self._lower, True), y)
 
     def inputs(self, widths: Ints) -> Floats:
-        """(N, G) widths -> (N, G) logarithms of the keep ratios."""
-        return np.log(np.asarray(widths, dtype=np.float64) / self._dense)
+        """(N, G) widths -> (N, G) logarithms of the keep ratios; a dropped group counts as half a unit."""
+        return np.log(np.maximum(np.asarray(widths, dtype=np.float64), 0.5) / self._dense)
 
     def predict(self, widths: Ints) -> tuple[Floats, Floats]:
         """Mean (N,) and standard deviation (N,) of the standardised target."""
@@ -112,6 +112,10 @@ class ScoreModel:
         solved = solve_triangular(self._lower, cross, lower=True)
         mean = cross.T @ self._weights + self._trend[0] * expected + self._trend[1]
         return mean, self._kernel(x) + _linear(shares, shares) - solved.T @ solved
+
+    def informed(self, widths: Ints) -> bool:
+        """Whether something is expected of plans before any of them is scored."""
+        return self._prior(widths)[0] is not None
 
     def _prior(self, widths: Ints) -> tuple[Floats | None, Any]:
         """Shares (N, G) of the groups in the expected cost and minus its logarithm (N,); None and 0 without."""

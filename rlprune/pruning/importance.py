@@ -345,6 +345,8 @@ LANGUAGE_IMPORTANCES: dict[str, Callable[..., Scores]] = {
 }
 """Importances that read the inputs of o_proj and down_proj: for language models only."""
 
+# Calibration samples of the backward pass of `obs_fisher`: (O, O) moments need fewer than (I, I) ones.
+_FISHER_SAMPLES = 64
 ELIMINATIONS = ("obs", "obs_fisher")
 """Importances that read Gram matrices."""
 
@@ -394,7 +396,9 @@ def compute(
                 grams = collect_grams(subject, space, workload.batches("calibration", limit))
             if name == "obs":
                 return obs(subject, space, grams, ridge)
-            return obs_fisher(subject, space, grams, batches, ridge, seed, measured)
+            most = _FISHER_SAMPLES if limit is None else min(limit, _FISHER_SAMPLES)
+            few = workload.batches("calibration", most)
+            return obs_fisher(subject, space, grams, few, ridge, seed, measured)
         if statistics is None:
             statistics = collect_statistics(subject, space, batches)
         return function(subject, space, statistics)

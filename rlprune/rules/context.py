@@ -87,7 +87,8 @@ class Rule:
     """A closed-form distribution: ``function(context)`` gives non-negative numbers of shape (G,).
 
     ``counter`` belongs to a rule that scores candidates to find its distribution; they are charged to whoever
-    asks. ``language`` marks a rule for language models only, ``gradients`` one that runs a backward pass.
+    asks. ``language`` marks a rule for language models only, ``costly`` one that runs backward passes, or
+    dozens of forward passes, over the calibration split.
     """
 
     name: str
@@ -96,7 +97,7 @@ class Rule:
     needs_workload: bool = False
     counter: ProbeCount | None = None
     language: bool = False
-    gradients: bool = False
+    costly: bool = False
 
     @property
     def probes(self) -> bool:
@@ -128,7 +129,7 @@ def rule(
     needs_workload: bool = False,
     probes: ProbeCount | None = None,
     language: bool = False,
-    gradients: bool = False,
+    costly: bool = False,
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register a function under its own name, and check what it is given.
 
@@ -136,7 +137,7 @@ def rule(
         needs_workload: refuse contexts without a workload (a probing rule is content with ``probe``).
         probes: how many candidates the rule scores on a space; None for none.
         language: refuse the spaces of other models than causal language models.
-        gradients: the rule runs backward passes over the model.
+        costly: the rule runs backward passes, or dozens of forward passes over the calibration split.
     """
 
     def register(function: RuleFunction) -> RuleFunction:
@@ -153,7 +154,7 @@ def rule(
             return _counted(context, function(context))
 
         checked.__name__, checked.__qualname__, checked.__doc__ = name, name, function.__doc__
-        RULES[name] = Rule(name, summary, checked, needs_workload, probes, language, gradients)
+        RULES[name] = Rule(name, summary, checked, needs_workload, probes, language, costly)
         return checked
 
     return register

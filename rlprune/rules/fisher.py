@@ -19,7 +19,7 @@ RIDGE = 1e-3
     "least sum of expected KL divergences: closed-form errors weighted by the Fisher information",
     needs_workload=True,
     language=True,
-    gradients=True,
+    costly=True,
 )
 def fisher(context: Context) -> Floats:
     """Equal marginal divergence: what every cut is expected to cost, by K-FAC, without a single evaluation.

@@ -11,7 +11,7 @@ from .threshold import threshold_distribution
 @rule(
     "one global threshold over the groups' normalised Taylor scores",
     needs_workload=True,
-    gradients=True,
+    costly=True,
 )
 def global_taylor(context: Context) -> Floats:
     """Global pruning by first-order Taylor scores (Molchanov et al. 2019, arXiv 1906.10771).

@@ -20,7 +20,7 @@ CHUNKS = 8
     "SAAP-style: structures of all modules ranked by the stability of their importance",
     needs_workload=True,
     language=True,
-    gradients=True,
+    costly=True,
 )
 def saap(context: Context) -> Floats:
     """Structures ranked over all modules by a stability indicator, in the style of SAAP (arXiv 2412.15127).

@@ -24,6 +24,7 @@ TRIED = 8
     "2SSP: drop a few attentions greedily, the rest from all neurons alike",
     needs_workload=True,
     language=True,
+    costly=True,
 )
 def two_ssp(context: Context) -> Floats:
     """Two-stage structured pruning (Sandri et al. 2025, arXiv 2501.17771, equations 3 and 4).

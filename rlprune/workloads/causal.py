@@ -267,6 +267,8 @@ def _tiny(given: dict[str, Any], seed: int, dtype: torch.dtype) -> Causal:
         num_key_value_heads=sizes["kv_heads"],
         max_position_embeddings=sizes["context"],
         tie_word_embeddings=sizes["tied"],
+        # The usual 0.02 suits widths of thousands; here the blocks would add nothing for hundreds of steps.
+        initializer_range=sizes["hidden"] ** -0.5,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=None,
