@@ -126,7 +126,9 @@ def prepare(
 ) -> Problem:
     """Build (and train) the workload, trace it, compute importances and the recovery's statistics."""
     if config.budget.metric == "latency":
-        raise ConfigError("budget.metric: latency tables are not there yet; allowed: macs, params, block_params, kv_cache")
+        raise ConfigError(
+            "budget.metric: latency tables are not there yet; allowed: macs, params, block_params, kv_cache"
+        )
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     console = console or Console(False)

@@ -293,3 +293,35 @@ def test_tensorboard_on_request(tmp_path):
     task = make_synthetic_task(4)
     search("random", [task], [FakeAccount(task.evaluator, 5)], tensorboard=tmp_path)
     assert list(tmp_path.glob("events*"))
+
+
+def test_a_group_that_is_gone_has_a_finite_input() -> None:
+    """Width 0 (a part of a language model that was dropped) is told apart from width 1."""
+    model = ScoreModel(np.array([8, 3]), 0.0)
+    inputs = model.inputs(np.array([[8, 3], [4, 1], [4, 0]]))
+    assert np.isfinite(inputs).all()
+    assert inputs[2, 1] < inputs[1, 1] < inputs[0, 1]
+
+
+def test_expected_costs_lead_the_surrogate_and_their_factors_are_learned() -> None:
+    """Scores follow a sum of costs of which one group's expectation is ten times too small."""
+    random = np.random.default_rng(0)
+    dense = np.full(24, 40)
+
+    def expected(widths: np.ndarray) -> np.ndarray:
+        return ((dense - widths) / dense) ** 2
+
+    truth = np.array([10.0] + [1.0] * 23)
+    plans = random.integers(8, 36, size=(160, 24))
+    scores = -(expected(plans) * truth).sum(axis=1)
+    seen, unseen = plans[:40], plans[40:]
+
+    def error(model: ScoreModel) -> float:
+        model.fit(seen, scores[:40])
+        predicted, _ = model.predict(unseen)
+        order = np.corrcoef(np.argsort(np.argsort(predicted)), np.argsort(np.argsort(scores[40:])))[0, 1]
+        return 1.0 - float(order)
+
+    informed, plain = error(ScoreModel(dense, 0.0, expected)), error(ScoreModel(dense, 0.0))
+    assert informed < 0.05
+    assert informed < plain

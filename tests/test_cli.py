@@ -159,7 +159,7 @@ def test_train_passes_the_settings_on(
         seen.update(config=config, out=out, resume=resume)
 
     replace_work(monkeypatch, train=train)
-    monkeypatch.setattr(commands, "_show_run", lambda out: print(f"shown {out}"))
+    monkeypatch.setattr(commands, "show_run", lambda out: print(f"shown {out}"))
     monkeypatch.chdir(tmp_path)
     code, out, err = run(
         capsys, "train", "digits", "--seed", "3", "--set", "search.evaluations=7", "budget.target=30%"
