@@ -336,6 +336,12 @@ def _add_export(commands: Any) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     existing_folder(args.directory, "DIR")
+    if args.to == "hf":
+        from . import uniform
+
+        written, needs = uniform.export_folder(args.directory, args.out)
+        print(f"written: {written} ({needs})")
+        return
     from . import export
 
     print(f"written: {export.export(args.directory, args.to, args.out)}")

@@ -32,7 +32,8 @@ from rlprune.report import markdown_table
 
 def settings(args: argparse.Namespace, *more: str) -> Config:
     overrides = [f"model.name=hf:{args.model}", f"data.files.calibration={args.valid}"]
-    overrides += [f"data.files.test={args.test}", "threads=1", f"score.images={args.sequences}", *more]
+    overrides += [f"data.files.test={args.test}", "threads=1", f"score.images={args.sequences}"]
+    overrides += [f"data.calibration={args.calibration}", *more]
     return load_config("smollm2_135m", overrides)
 
 
@@ -140,6 +141,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--valid", required=True)
     parser.add_argument("--test", required=True)
     parser.add_argument("--sequences", type=int, default=32, help="sequences of 128 tokens in a score")
+    parser.add_argument(
+        "--calibration", type=int, default=16, help="calibration sequences (their number moves no peak)"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--evaluations", type=int, default=24)
     parser.add_argument("--doc", type=Path, help="file to write")
