@@ -12,6 +12,7 @@ Every figure is kept in the --out folder, one file each, and not measured again:
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Sequence
@@ -225,15 +226,11 @@ def run_tune(args: argparse.Namespace) -> None:
 
         def one(name: str = name, widths: Any = widths) -> dict[str, Any]:
             model = problem.evaluator.build(widths)
-            with problem.workload.test_opened():
-                before = problem.workload.evaluate(model, "test").metric
+            before = perplexity(problem, copy.deepcopy(model))
             if name != "dense":
                 fine_tune(problem, model, seed=0)
-            with problem.workload.test_opened():
-                after = problem.workload.evaluate(model, "test").metric
-            rows = zeroshot.accuracy(
-                model.to(torch.bfloat16), problem.workload.tokenizer, args.tasks, limit=args.limit
-            )
+            after = perplexity(problem, model)
+            rows = zeroshot.accuracy(model, problem.workload.tokenizer, args.tasks, limit=args.limit)
             return {
                 "method": name,
                 "budget": args.budget,
