@@ -110,7 +110,10 @@ def text(facts: dict[str, float], used: dict[str, float], args: argparse.Namespa
         if name.startswith("peak")
     ]
     machine = hardware()
-    command = "python docs/scripts/language_cost.py --model FILE.gguf --valid TEXT --test TEXT"
+    command = (
+        "python docs/scripts/language_cost.py --model FILE.gguf --valid TEXT --test TEXT "
+        f"--evaluations {args.evaluations} --calibration {args.calibration} --rounds {args.rounds}"
+    )
     return "\n".join(
         [
             "# What a score costs in a language model",
