@@ -379,7 +379,9 @@ def _allocation_lines(found: Rows, budgets: Sequence[float]) -> list[str]:
     note = (
         "Ranking `obs_fisher`, recovery `reconstruct` with shrink 0.2. Score: -KL(dense || pruned) on the "
         f"validation sequences of the search, in nats. random and ppo: {', '.join(map(str, spent))} evaluations each, "
-        "the rules that need no further passes over the model among their starts (fisher too); the score is that of the plan whose perplexity is shown, chosen among the best 5 on 64 sequences; mean [lowest, highest] over the seeds."
+        "the rules that need no further passes over the model among their starts (fisher too); the score is that "
+        "of the plan whose perplexity is shown, chosen among the best 5 on 64 sequences; mean [lowest, highest] over "
+        "the seeds."
     )
     return [markdown_table(header, lines), "", note, ""]
 
