@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
+import functools
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +17,10 @@ from torch import Tensor, nn
 
 from .config import RecoveryConfig, ScoreConfig
 from .errors import BudgetError, ConfigError
+from .memory import return_freed_memory
 from .pruning import grams as gram_matrices
 from .pruning import statistics
-from .pruning.importance import ELIMINATIONS, Scores, compute
+from .pruning.importance import Scores, compute
 from .pruning.plan import Plan, make_plan
 from .pruning.recovery import Recovery
 from .pruning.space import PruningSpace
@@ -119,12 +118,11 @@ class Evaluator:
     ) -> tuple[Scores, Recovery]:
         """Unit scores (computed unless ``given``) and the recovery of a model; Gram matrices serve both once."""
         settings, name, workload = self._recovery_settings, self._importance_name, self.workload
-        grams = None
-        if workload.language and (
-            "reconstruct" in settings.steps or (given is None and name in ELIMINATIONS)
-        ):
-            batches = workload.batches("calibration", settings.images)
-            grams = gram_matrices.collect(model, space, batches)
+
+        @functools.cache
+        def grams() -> gram_matrices.Grams:
+            return gram_matrices.collect(model, space, workload.batches("calibration", settings.images))
+
         if given is None:
             assert name is not None
             if name in ("wanda_sp", "flap") and workload.language:
@@ -136,16 +134,17 @@ class Evaluator:
                 space,
                 self.seed,
                 model,
-                grams=grams,
+                grams=grams if workload.language else None,
                 statistics=measured.get("statistics"),
                 ridge=settings.ridge,
                 measured=measured,
             )
             given = [np.asarray(s, dtype=np.float64) for s in found]
         # Frees each Gram matrix as soon as it is factorised; nobody else holds them from here on.
-        recovery = Recovery(workload, space, settings, model, importance=given, grams=grams)
-        if grams is not None:
-            _return_freed_memory()
+        shared = grams() if workload.language and "reconstruct" in settings.steps else None
+        recovery = Recovery(workload, space, settings, model, importance=given, grams=shared)
+        if workload.language:
+            return_freed_memory()
         return given, recovery
 
     @property
@@ -281,6 +280,9 @@ class Evaluator:
         joint = self._judge(slim, parts, full, samples)
         if samples is not None:
             self._begun[history] = parts
+        del slim
+        if self.workload.language:  # candidates of many sizes leave holes that add up to a second model
+            return_freed_memory()
         values = joint.scores
         score = float(values.mean())
         return Candidate(
@@ -347,13 +349,6 @@ class Evaluator:
             self._last = {h: s for h, s in self._last.items() if h == history[:-1]}
             self._last[history] = _Stage(model, plan, space, importance, recovery)
         return self._last[history]
-
-
-def _return_freed_memory() -> None:
-    """Ask the C library to give freed blocks back: glibc keeps hundreds of MiB of Gram matrices otherwise."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library has no malloc_trim
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _history(widths: Any) -> History:

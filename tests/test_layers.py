@@ -17,6 +17,7 @@ FLOORS = {
     "settings": 0,
     "config": 0,
     "files": 0,
+    "memory": 0,
     "tensorfiles": 0,
     "documents": 0,
     "pruning": 1,

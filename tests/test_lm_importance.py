@@ -116,7 +116,7 @@ class TestActivations:
         plain = {n: importance.compute(n, workload, space) for n in ("obs", "wanda_sp", "flap")}
         workload.batches = lambda split, limit=None: iter(())  # there is nothing to read any more
         for name, scores in plain.items():
-            again = importance.compute(name, workload, space, grams=collected, statistics=found)
+            again = importance.compute(name, workload, space, grams=lambda: collected, statistics=found)
             assert all(np.array_equal(a, b) for a, b in zip(scores, again, strict=True))
         assert len(collected) == 4 and collected.nbytes > 0
 

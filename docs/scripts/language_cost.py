@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     words = [sys.executable, __file__, "--memory", "--model", args.model, "--valid", args.valid]
     words += ["--test", args.test, "--evaluations", str(args.evaluations)]
-    words += ["--sequences", str(args.sequences)]
+    words += ["--sequences", str(args.sequences), "--calibration", str(args.calibration)]
     child = subprocess.run(words, capture_output=True, text=True, check=True)
     used = json.loads(child.stdout.strip().splitlines()[-1])
     found = text(times(prepare(settings(args)), args.rounds, args.sequences), used, args)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError, near_miss
+from ..memory import return_freed_memory
 from .elimination import eliminations
 from .fisher import divergence_curves, fisher_eliminations, output_moments
 from .grams import Consumer, Grams, group_consumers
@@ -304,7 +305,7 @@ def obs(model: nn.Module, space: PruningSpace, grams: Grams, ridge: float = 1e-3
 def obs_fisher(
     model: nn.Module,
     space: PruningSpace,
-    grams: Grams,
+    grams: Callable[[], Grams],
     batches: Batches,
     ridge: float = 1e-3,
     seed: int = 0,
@@ -314,10 +315,12 @@ def obs_fisher(
 
     K-FAC (arXiv 1503.05671) in structured Optimal Brain Surgeon (ZipLM, arXiv 2302.04089). Scores are the
     places in the order, 0 for the first unit to go. The expected divergence of every width is left in
-    ``measured["fisher"]``, where the rule `fisher` finds it.
+    ``measured["fisher"]``, where the rule `fisher` finds it. ``grams`` is called after the backward pass: the
+    matrices beside its activations would be the peak of a search's memory.
     """
     moments = output_moments(model, space, batches, seed)
-    found = fisher_eliminations(model, space, grams, moments, ridge)
+    return_freed_memory()
+    found = fisher_eliminations(model, space, grams(), moments, ridge)
     if measured is not None:
         measured["fisher"] = divergence_curves(found)
     return _by_column(model, space, "obs_fisher", lambda consumer, weights: found[consumer.group].ranks)
@@ -347,8 +350,7 @@ LANGUAGE_IMPORTANCES: dict[str, Callable[..., Scores]] = {
 
 # Calibration samples of the backward pass of `obs_fisher`: (O, O) moments need fewer than (I, I) ones.
 _FISHER_SAMPLES = 64
-ELIMINATIONS = ("obs", "obs_fisher")
-"""Importances that read Gram matrices."""
+_ELIMINATIONS = ("obs", "obs_fisher")  # those that read Gram matrices
 
 _GRADIENTS = (taylor, taylor_vector, taylor_param_first, taylor_param_second, taylor_param_mix, saap)
 
@@ -359,7 +361,7 @@ def compute(
     space: PruningSpace,
     seed: int = 0,
     model: nn.Module | None = None,
-    grams: Grams | None = None,
+    grams: Callable[[], Grams] | None = None,
     statistics: Statistics | None = None,
     *,
     limit: int | None = None,
@@ -369,7 +371,7 @@ def compute(
     """Scores by name for a workload's dense model (or ``model``), on its calibration split where data are read.
 
     Args:
-        grams: from ``grams.collect``, for `obs` and `obs_fisher`; collected here when not given.
+        grams: gives what ``grams.collect`` made, for `obs` and `obs_fisher`; collected here when not given.
         statistics: from ``statistics.collect``, for `wanda_sp` and `flap`; collected here when not given.
         limit: calibration samples that are read (LLM-Pruner's published setting is 10); None for all.
         ridge: penalty of `obs` and `obs_fisher`.
@@ -391,14 +393,15 @@ def compute(
     if name in LANGUAGE_IMPORTANCES:
         group_consumers(space, f"prune.importance: {name!r}")  # refuse before the data are read
         batches = workload.batches("calibration", limit)
-        if name in ELIMINATIONS:
-            if grams is None:
-                grams = collect_grams(subject, space, workload.batches("calibration", limit))
+        if name in _ELIMINATIONS:
+            collected = grams or (
+                lambda: collect_grams(subject, space, workload.batches("calibration", limit))
+            )
             if name == "obs":
-                return obs(subject, space, grams, ridge)
+                return obs(subject, space, collected(), ridge)
             most = _FISHER_SAMPLES if limit is None else min(limit, _FISHER_SAMPLES)
             few = workload.batches("calibration", most)
-            return obs_fisher(subject, space, grams, few, ridge, seed, measured)
+            return obs_fisher(subject, space, collected, few, ridge, seed, measured)
         if statistics is None:
             statistics = collect_statistics(subject, space, batches)
         return function(subject, space, statistics)

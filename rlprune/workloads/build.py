@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..config import Config, DataConfig, ModelConfig
 from ..errors import ArtifactError, ConfigError, GraphError, RlpruneError
 from ..files import write_tensors_atomic
+from ..memory import return_freed_memory
 from ..pruning.finetune import FitResult, Progress, fit
 from ..pruning.language_training import train_language
 from . import data as vision_data
@@ -262,6 +263,7 @@ def _language_workload(
             f"{causal.vocabulary} tokens"
         )
     _check_finite(causal.model, name)
+    return_freed_memory()  # of reading: a GGUF file's tensors, the parts of the text
     workload = LanguageWorkload(
         causal.model,
         causal.tokenizer,
