@@ -22,11 +22,10 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import rlprune
 from rlprune.pruning import families
-from rlprune.pruning.proof import random_plan
+from rlprune.pruning.proof import counted, random_plan
 from rlprune.pruning.surgery import masked
 from rlprune.report import markdown_table
 
@@ -64,9 +63,7 @@ def examine(name: str) -> dict[str, Any]:
         scale = float(wanted.abs().max())
         worst = max(worst, float((logits(slim, ids) - wanted).abs().max()) / scale)
         changed = min(changed, float((logits(model, ids) - wanted).abs().max()) / scale)
-        with FlopCounterMode(display=False) as counter:
-            slim(input_ids=ids[:1], use_cache=False)
-        costs &= counter.get_total_flops() / 2 == space.cost(plan.widths, "macs")
+        costs &= counted(slim, ids[:1])[1] == space.cost(plan.widths, "macs")
         costs &= sum(p.numel() for p in slim.parameters()) == space.cost(plan.widths, "params")
         with torch.no_grad():
             cache = slim(input_ids=ids[:1, :6], use_cache=True).past_key_values
