@@ -4,7 +4,9 @@
         --out runs/language search --budget 0.8 --seeds 0 1
     python docs/scripts/language.py ... table --budgets 0.9 0.8
     python docs/scripts/language.py ... tune --budget 0.8 --steps 40
-    python docs/scripts/language.py ... write --doc docs/language-results.md
+    python docs/scripts/language.py ... write --doc docs/language-results.md --more runs/language-256
+
+More calibration tokens, beside it: the same commands with `--out runs/language-256 --set data.calibration=256`.
 
 Every figure is kept in the --out folder, one file each, and not measured again: a stopped run goes on.
 """
@@ -15,16 +17,16 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import language_tables  # the script beside this one
 import numpy as np
 import torch
 
 from rlprune.config import Config, RecoveryConfig, load_config
-from rlprune.files import write_json_atomic, write_text_atomic
+from rlprune.files import write_json_atomic
 from rlprune.finish import choose
 from rlprune.inspection import hardware
 from rlprune.ledger import Ledger
@@ -37,7 +39,6 @@ from rlprune.pruning.plan import make_plan
 from rlprune.pruning.recovery import Recovery
 from rlprune.pruning.surgery import prune
 from rlprune.pruning.tracing import trace
-from rlprune.report import markdown_table
 from rlprune.rules import Context, rules_for
 
 Rows = list[dict[str, Any]]
@@ -115,6 +116,7 @@ def run_search(args: argparse.Namespace) -> None:
                     "method": method,
                     "seed": seed,
                     "budget": args.budget,
+                    "calibration": problem.config.data.calibration,
                     "widths": [int(w) for w in history],
                     "evaluations": found.account.spent,
                     "score": problem.evaluator.evaluate(history).score,
@@ -141,13 +143,14 @@ def run_table(args: argparse.Namespace) -> None:
     for budget in args.budgets:
         at = replace(problem, config=problem.config.override([f"budget.target={budget}"]))
         for rule in rules_for(problem.space):
-            if rule in ("sensitivity", *args.skip):
+            if rule == "sensitivity" or (args.rules and rule not in args.rules):
                 continue
             kept(f"allocation {budget} {rule}", lambda at=at, rule=rule: allocation(at, rule))
     grams = collect_grams(problem.workload.model, problem.space, problem.workload.batches("calibration"))
     shared: dict[str, Any] = problem.evaluator.context(args.budgets[0]).shared
     importances: dict[str, Any] = {}
-    for method, how in PUBLISHED.items():
+    for method in args.published:
+        how = PUBLISHED[method]
         todo = [b for b in args.budgets if not (args.out / f"published_{b}_{_file(method)}.json").exists()]
         if not todo:
             continue
@@ -173,6 +176,7 @@ def allocation(problem: Problem, rule: str) -> dict[str, Any]:
     return {
         "rule": rule,
         "budget": problem.config.budget.target,
+        "calibration": problem.config.data.calibration,
         "widths": [int(w) for w in widths],
         "score": candidate.score,
         "test": perplexity(problem, problem.evaluator.build(widths)),
@@ -197,6 +201,7 @@ def published(
     widths = space.project(rules_for(space)[rule].function(context), budget, "params")
     plan = make_plan(space, importance=importance, widths=widths)
     facts: dict[str, Any] = {"budget": budget, "rule": rule, "widths": [int(w) for w in widths]}
+    facts["calibration"] = problem.config.data.calibration
     recovery = problem.config.recovery
     for name, own in (("test", RecoveryConfig(steps=steps)), ("ours", recovery)):
         slim = prune(workload.model, plan)
@@ -245,191 +250,6 @@ def run_tune(args: argparse.Namespace) -> None:
         kept(f"tuned {args.budget} {args.steps} {name}", one)
 
 
-def run_write(args: argparse.Namespace) -> None:
-    """docs/language-results.md and .json from what the --out folder holds."""
-    found = [json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))]
-    rows = [{k: v for k, v in row.items() if k not in ("hardware", "curve")} for row in found]
-    machines = {row["hardware"]["processor"] for row in found}
-    versions = found[0]["hardware"]["libraries"]
-    lines = [
-        "# Language models: perplexity after pruning, without a gradient step",
-        "",
-        "Written by `docs/scripts/language.py` (commands at its top; every figure beside it in "
-        f"`{args.doc.with_suffix('.json').name}`). SmolLM2-135M-Instruct (Q4_1 GGUF, dequantised), WikiText-2. "
-        "Calibration: 64 sequences of 128 tokens of the valid text, for every method alike; the search scores on "
-        "16 other sequences of it, the final choice among 5 on 64; perplexity: the first 40 blocks of 256 tokens "
-        "of the test text (10,200 scored tokens), in bfloat16. 10% and 20% are shares of all parameters, "
-        "embeddings included. One calibration seed: gaps of a few percent are ties. "
-        f"{', '.join(sorted(machines))}, 1 thread, torch {versions['torch']}.",
-        "",
-        *_dense_lines(found),
-        "## Every method as published, and the same units with a closed form",
-        "",
-        *_published_lines(found, args.budgets),
-        "## Every allocation under our ranking and our closed form",
-        "",
-        *_allocation_lines(found, args.budgets),
-        *_tuned_lines(found),
-    ]
-    write_text_atomic(args.doc, "\n".join(lines) + "\n")
-    write_json_atomic(args.doc.with_suffix(".json"), rows)
-    print(f"written: {args.doc}")
-    if args.readme:
-        start, end = "<!-- language-results:start -->", "<!-- language-results:end -->"
-        before, _, rest = args.readme.read_text(encoding="utf-8").partition(start)
-        after = rest.partition(end)[2]
-        body = "\n".join(_summary(found, args.budgets))
-        write_text_atomic(args.readme, f"{before}{start}\n{body}\n{end}{after}")
-
-
-def _summary(found: Rows, budgets: Sequence[float]) -> list[str]:
-    """The README's table: the best of each kind, by test perplexity at each budget."""
-    kinds = {
-        "best method as published": ("published", lambda row: row["test"]),
-        "uniform FFN widths, our closed form": ("allocation", lambda row: row["test"]),
-        "best rule, our closed form": ("allocation", lambda row: row["test"]),
-        "random search, our closed form": ("search", lambda row: row["test"]),
-        "PPO, our closed form": ("search", lambda row: row["test"]),
-    }
-    lines = []
-    for label, (kind, value) in kinds.items():
-        cells = [label]
-        for budget in budgets:
-            own = [row for row in found if row["key"].startswith(f"{kind} {budget} ")]
-            if "uniform" in label:
-                own = [row for row in own if row["rule"] == "ffn_uniform"]
-            elif kind == "search":
-                own = [row for row in own if row["method"] == ("ppo" if "PPO" in label else "random")]
-            best = min(own, key=value, default=None)
-            name = "" if best is None or kind == "search" or "uniform" in label else f" ({_name(best)})"
-            cells.append("-" if best is None else f"{value(best):.2f}{name}")
-        lines.append(cells)
-    dense = next(row["test"] for row in found if row["key"] == "dense float32")
-    header = ["SmolLM2-135M, WikiText-2", *(f"{1 - b:.0%} of all parameters removed" for b in budgets)]
-    text = f"Test perplexity without any gradient step (dense {dense:.2f}; one calibration seed, 150 evaluations):"
-    return [
-        text,
-        "",
-        markdown_table(header, lines),
-        "",
-        "More in [docs/language-results.md](docs/language-results.md).",
-    ]
-
-
-def _name(row: dict[str, Any]) -> str:
-    return str(row["key"].split(" ", 2)[2])
-
-
-def _dense_lines(found: Rows) -> list[str]:
-    dense = {row["key"]: row["test"] for row in found if row["key"].startswith("dense")}
-    text = ", ".join(f"{value:.2f} in {key.split()[1]}" for key, value in dense.items())
-    return [f"Dense: {text}.", ""]
-
-
-def _published_lines(found: Rows, budgets: Sequence[float]) -> list[str]:
-    rows = {row["key"]: row for row in found if row["key"].startswith("published")}
-    header = ["method"]
-    for budget in budgets:
-        cut = f"{1 - budget:.0%}"
-        header += [f"{cut}: as published", f"{cut}: + our closed form"]
-    lines = []
-    for method in PUBLISHED:
-        cells = [method]
-        for budget in budgets:
-            row = rows.get(f"published {budget} {method}", {})
-            cells += [_number(row.get(field)) for field in ("test", "ours")]
-        lines.append(cells)
-    note = (
-        "As published: own ranking, own allocation, own compensation (FLAP: bias), one shot. Our closed form: ridge "
-        "1e-3 of the mean diagonal and 0.2 of each input's own second moment (`recovery.shrink`) on the same units."
-    )
-    return [markdown_table(header, lines), "", note, ""]
-
-
-def _allocation_lines(found: Rows, budgets: Sequence[float]) -> list[str]:
-    rules = sorted({row["rule"] for row in found if row["key"].startswith("allocation")})
-    methods = [m for m in ("random", "ppo") if any(row.get("method") == m for row in found)]
-    table: dict[str, dict[float, list[dict[str, Any]]]] = {}
-    for name in [*rules, *methods]:
-        table[name] = {
-            b: [
-                row
-                for row in found
-                if row["key"] == f"allocation {b} {name}" or row["key"].startswith(f"search {b} {name} ")
-            ]
-            for b in budgets
-        }
-    header = ["allocation"]
-    for budget in budgets:
-        header += [f"{1 - budget:.0%}: score", f"{1 - budget:.0%}: perplexity", "seeds"]
-    last = budgets[-1]
-    order = sorted(table, key=lambda n: -_mean([r["score"] for r in table[n][last]]))
-    lines = []
-    for name in order:
-        cells = [name]
-        for budget in budgets:
-            own = table[name][budget]
-            cells += [
-                _spread([r["score"] for r in own], 3),
-                _spread([r["test"] for r in own], 2),
-                str(len(own)),
-            ]
-        lines.append(cells)
-    spent = sorted({row["evaluations"] for row in found if row["key"].startswith("search")})
-    note = (
-        "Ranking `obs_fisher`, recovery `reconstruct` with shrink 0.2. Score: -KL(dense || pruned) on the "
-        f"validation sequences of the search, in nats. random and ppo: {', '.join(map(str, spent))} evaluations each, "
-        "the rules that need no further passes over the model among their starts (fisher too); the score is that "
-        "of the plan whose perplexity is shown, chosen among the best 5 on 64 sequences; mean [lowest, highest] over "
-        "the seeds."
-    )
-    return [markdown_table(header, lines), "", note, ""]
-
-
-def _tuned_lines(found: Rows) -> list[str]:
-    rows = [row for row in found if row["key"].startswith("tuned")]
-    if not rows:
-        return []
-    tasks = [task["task"] for task in rows[0]["tasks"]]
-    header = ["method", "perplexity before", f"after {rows[0]['steps']} LoRA steps"]
-    header += [f"{task} accuracy (chance)" for task in tasks]
-    lines = []
-    for row in sorted(rows, key=lambda r: r["after"]):
-        cells = [
-            row["method"],
-            _number(row["before"]),
-            _number(row["after"]) if row["method"] != "dense" else "-",
-        ]
-        cells += [f"{t['acc']:.3f} ± {t['acc_stderr']:.3f} ({t['chance']:.3f})" for t in row["tasks"]]
-        lines.append(cells)
-    first = rows[0]
-    limit = f"first {first['limit']} questions of each file" if first["limit"] else "all questions"
-    note = (
-        f"{1 - first['budget']:.0%} of the parameters removed; LoRA of rank 8 with distillation, "
-        f"{first['steps']} steps of {first['batch']} sequences of 128 tokens; zero-shot on {limit}: "
-        "mean and standard error."
-    )
-    return ["## After an equal number of LoRA steps", "", markdown_table(header, lines), "", note, ""]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else float("-inf")
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    if not values:
-        return "-"
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{_mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
-
-
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--model", default="", help="folder, GGUF file or hub id")
@@ -445,7 +265,8 @@ def parser() -> argparse.ArgumentParser:
     one.set_defaults(action=run_search)
     two = commands.add_parser("table")
     two.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8])
-    two.add_argument("--skip", nargs="*", default=[])
+    two.add_argument("--rules", nargs="*", default=[], help="only these")
+    two.add_argument("--published", nargs="*", default=list(PUBLISHED), help="only these")
     two.set_defaults(action=run_table)
     three = commands.add_parser("tune")
     three.add_argument("--budget", type=float, default=0.8)
@@ -459,7 +280,8 @@ def parser() -> argparse.ArgumentParser:
     four.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8])
     four.add_argument("--doc", type=Path, required=True)
     four.add_argument("--readme", type=Path, help="file whose language-results markers are filled")
-    four.set_defaults(action=run_write)
+    four.add_argument("--more", type=Path, help="folder of results with a larger calibration split")
+    four.set_defaults(action=language_tables.write)
     return made
 
 

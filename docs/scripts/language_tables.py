@@ -1,0 +1,245 @@
+"""Tables of docs/language-results.md and of the README, from what `language.py` has measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlprune.files import write_json_atomic, write_text_atomic
+from rlprune.report import markdown_table
+
+Rows = list[dict[str, Any]]
+
+
+def write(args: argparse.Namespace) -> None:
+    """docs/language-results.md and .json from what the --out folder (and the --more folder) holds."""
+    found, more = _read(args.out), _read(args.more) if args.more else []
+    rows = [
+        {k: v for k, v in row.items() if k not in ("hardware", "curve")}
+        for row in (*found, *({**row, "key": f"more {row['key']}"} for row in more))
+    ]
+    machines = {row["hardware"]["processor"] for row in found}
+    versions = found[0]["hardware"]["libraries"]
+    lines = [
+        "# Language models: perplexity after pruning, without a gradient step",
+        "",
+        "Written by `docs/scripts/language.py` (commands at its top; every figure beside it in "
+        f"`{args.doc.with_suffix('.json').name}`). SmolLM2-135M-Instruct (Q4_1 GGUF, dequantised), WikiText-2. "
+        "Calibration: 64 sequences of 128 tokens of the valid text, for every method alike; the search scores on "
+        "16 other sequences of it, the final choice among 5 on 64; perplexity: the first 40 blocks of 256 tokens "
+        "of the test text (10,200 scored tokens), in bfloat16. 10% and 20% are shares of all parameters, "
+        "embeddings included. One calibration seed: gaps of a few percent are ties. "
+        f"{', '.join(sorted(machines))}, 1 thread, torch {versions['torch']}.",
+        "",
+        *_dense_lines(found),
+        "## Every method as published, and the same units with a closed form",
+        "",
+        *_published_lines(found, args.budgets),
+        "## Every allocation under our ranking and our closed form",
+        "",
+        *_allocation_lines(found, args.budgets),
+        *_more_lines(found, more),
+        *_tuned_lines(found),
+    ]
+    write_text_atomic(args.doc, "\n".join(lines) + "\n")
+    write_json_atomic(args.doc.with_suffix(".json"), rows)
+    print(f"written: {args.doc}")
+    if args.readme:
+        start, end = "<!-- language-results:start -->", "<!-- language-results:end -->"
+        before, _, rest = args.readme.read_text(encoding="utf-8").partition(start)
+        after = rest.partition(end)[2]
+        body = "\n".join(_summary(found, args.budgets))
+        write_text_atomic(args.readme, f"{before}{start}\n{body}\n{end}{after}")
+
+
+def _read(folder: Path) -> Rows:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def _summary(found: Rows, budgets: Sequence[float]) -> list[str]:
+    """The README's table: the best of each kind, by test perplexity at each budget."""
+    kinds = {
+        "best method as published": ("published", lambda row: row["test"]),
+        "uniform FFN widths, our closed form": ("allocation", lambda row: row["test"]),
+        "best rule, our closed form": ("allocation", lambda row: row["test"]),
+        "random search, our closed form": ("search", lambda row: row["test"]),
+        "PPO, our closed form": ("search", lambda row: row["test"]),
+    }
+    lines = []
+    for label, (kind, value) in kinds.items():
+        cells = [label]
+        for budget in budgets:
+            own = [row for row in found if row["key"].startswith(f"{kind} {budget} ")]
+            if "uniform" in label:
+                own = [row for row in own if row["rule"] == "ffn_uniform"]
+            elif kind == "search":
+                own = [row for row in own if row["method"] == ("ppo" if "PPO" in label else "random")]
+            best = min(own, key=value, default=None)
+            name = "" if best is None or kind == "search" or "uniform" in label else f" ({_name(best)})"
+            cells.append("-" if best is None else f"{value(best):.2f}{name}")
+        lines.append(cells)
+    dense = next(row["test"] for row in found if row["key"] == "dense float32")
+    header = ["SmolLM2-135M, WikiText-2", *(f"{1 - b:.0%} of all parameters removed" for b in budgets)]
+    text = f"Test perplexity without any gradient step (dense {dense:.2f}; one calibration seed, 150 evaluations):"
+    return [
+        text,
+        "",
+        markdown_table(header, lines),
+        "",
+        "More in [docs/language-results.md](docs/language-results.md).",
+    ]
+
+
+def _name(row: dict[str, Any]) -> str:
+    return str(row["key"].split(" ", 2)[2])
+
+
+def _dense_lines(found: Rows) -> list[str]:
+    dense = {row["key"]: row["test"] for row in found if row["key"].startswith("dense")}
+    text = ", ".join(f"{value:.2f} in {key.split()[1]}" for key, value in dense.items())
+    return [f"Dense: {text}.", ""]
+
+
+def _published_lines(found: Rows, budgets: Sequence[float]) -> list[str]:
+    rows = {row["key"]: row for row in found if row["key"].startswith("published")}
+    methods = dict.fromkeys(_name(row) for row in sorted(rows.values(), key=lambda row: row["test"]))
+    header = ["method"]
+    for budget in budgets:
+        cut = f"{1 - budget:.0%}"
+        header += [f"{cut}: as published", f"{cut}: + our closed form"]
+    lines = []
+    for method in methods:
+        cells = [method]
+        for budget in budgets:
+            row = rows.get(f"published {budget} {method}", {})
+            cells += [_number(row.get(field)) for field in ("test", "ours")]
+        lines.append(cells)
+    note = (
+        "As published: own ranking, own allocation, own compensation (FLAP: bias), one shot. Our closed form: ridge "
+        "1e-3 of the mean diagonal and 0.2 of each input's own second moment (`recovery.shrink`) on the same units."
+    )
+    return [markdown_table(header, lines), "", note, ""]
+
+
+def _allocation_lines(found: Rows, budgets: Sequence[float]) -> list[str]:
+    rules = sorted({row["rule"] for row in found if row["key"].startswith("allocation")})
+    methods = [m for m in ("random", "ppo") if any(row.get("method") == m for row in found)]
+    table: dict[str, dict[float, list[dict[str, Any]]]] = {}
+    for name in [*rules, *methods]:
+        table[name] = {
+            b: [
+                row
+                for row in found
+                if row["key"] == f"allocation {b} {name}" or row["key"].startswith(f"search {b} {name} ")
+            ]
+            for b in budgets
+        }
+    header = ["allocation"]
+    for budget in budgets:
+        header += [f"{1 - budget:.0%}: score", f"{1 - budget:.0%}: perplexity", "seeds"]
+    last = budgets[-1]
+    order = sorted(table, key=lambda n: -_mean([r["score"] for r in table[n][last]]))
+    lines = []
+    for name in order:
+        cells = [name]
+        for budget in budgets:
+            own = table[name][budget]
+            cells += [
+                _spread([r["score"] for r in own], 3),
+                _spread([r["test"] for r in own], 2),
+                str(len(own)),
+            ]
+        lines.append(cells)
+    spent = sorted({row["evaluations"] for row in found if row["key"].startswith("search")})
+    note = (
+        "Ranking `obs_fisher`, recovery `reconstruct` with shrink 0.2. Score: -KL(dense || pruned) on the "
+        f"validation sequences of the search, in nats. random and ppo: {', '.join(map(str, spent))} evaluations each, "
+        "the rules that need no further passes over the model among their starts (fisher too); the score is that "
+        "of the plan whose perplexity is shown, chosen among the best 5 on 64 sequences; mean [lowest, highest] over "
+        "the seeds."
+    )
+    return [markdown_table(header, lines), "", note, ""]
+
+
+def _more_lines(found: Rows, more: Rows) -> list[str]:
+    """The methods that were also measured with more calibration sequences, beside their first figures."""
+    if not more:
+        return []
+    before = {row["key"]: row for row in found}
+    counts = sorted({row["calibration"] for row in more})
+    header = ["method", "removed", "64 sequences", *(f"{count} sequences" for count in counts)]
+    cells: dict[tuple[str, str, str], dict[int, float]] = {}
+    for row in more:
+        kind, budget, name = row["key"].split(" ", 2)
+        fields = {"published": ("test", "ours")}.get(kind, ("test",))
+        for field in fields:
+            how = (
+                {"test": "as published", "ours": "its units, our closed form"}[field]
+                if len(fields) > 1
+                else ""
+            )
+            label = f"{name}, {how}" if how else f"{name.split()[0]}, our ranking and closed form"
+            known = cells.setdefault((budget, label, row["key"]), {})
+            known[row["calibration"]] = row[field]
+            if row["key"] in before:
+                known[64] = before[row["key"]][field]
+    lines = [
+        [label, f"{1 - float(budget):.0%}", *(_number(known.get(count)) for count in (64, *counts))]
+        for (budget, label, _), known in sorted(cells.items(), key=lambda item: min(item[1].values()))
+    ]
+    note = (
+        "Test perplexity when the calibration split is larger, for every method of the table alike; the validation "
+        "sequences are the same. A ranking from published rules reads the whole split too."
+    )
+    return ["## With more calibration tokens", "", markdown_table(header, lines), "", note, ""]
+
+
+def _tuned_lines(found: Rows) -> list[str]:
+    rows = [row for row in found if row["key"].startswith("tuned")]
+    if not rows:
+        return []
+    tasks = [task["task"] for task in rows[0]["tasks"]]
+    header = ["method", "perplexity before", f"after {rows[0]['steps']} LoRA steps"]
+    chance = [task["chance"] for task in rows[0]["tasks"]]
+    header += [f"{task} (chance {c:.3f})" for task, c in zip(tasks, chance, strict=True)]
+    lines = []
+    for row in sorted(rows, key=lambda r: r["after"]):
+        cells = [
+            row["method"],
+            _number(row["before"]),
+            _number(row["after"]) if row["method"] != "dense" else "-",
+        ]
+        for task in row["tasks"]:
+            cells.append(
+                f"{task['acc']:.3f} ± {task['acc_stderr']:.3f} / {task['acc_norm']:.3f} ± {task['acc_norm_stderr']:.3f}"
+            )
+        lines.append(cells)
+    first = rows[0]
+    limit = f"first {first['limit']} questions of each file" if first["limit"] else "all questions"
+    note = (
+        f"{1 - first['budget']:.0%} of the parameters removed; LoRA of rank 8 with distillation, "
+        f"{first['steps']} steps of {first['batch']} sequences of 128 tokens; zero-shot on {limit}: "
+        "accuracy by the answer's log-probability / by that divided by its length, each with its standard error."
+    )
+    return ["## After an equal number of LoRA steps", "", markdown_table(header, lines), "", note, ""]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else float("-inf")
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{_mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
