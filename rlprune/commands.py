@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .catalogue import KINDS, check_side, rows
+from .config import Config
 from .errors import ConfigError, near_miss
 from .options import (
     add_budget,
@@ -235,17 +236,41 @@ def _add_benchmark(commands: Any) -> None:
         commands,
         "benchmark",
         "all methods with the same number of evaluations: table, plots, results.json",
-        "rlprune benchmark digits --methods ppo,random,lamp --seeds 3 --evaluations 300",
+        "rlprune benchmark digits --methods ppo,random,lamp --budgets 0.5 0.3 --jobs 2",
     )
     add_config(parser)
-    parser.add_argument("--methods", metavar="a,b,c", type=name_list, help="rules and agents; all by default")
     parser.add_argument(
-        "--seeds", metavar="N", type=whole_number(1), default=1, help="seeds of each search (1)"
+        "--methods",
+        metavar="a,b,c",
+        type=name_list,
+        help="rules and agents; by default all that apply and are installed",
+    )
+    parser.add_argument(
+        "--seeds", metavar="N", type=whole_number(1), default=5, help="seeds of each method (5)"
     )
     parser.add_argument(
         "--evaluations", metavar="N", type=whole_number(1), help="instead of search.evaluations"
     )
-    add_out(parser, "runs/NAME-benchmark")
+    parser.add_argument(
+        "--budgets",
+        metavar="B",
+        nargs="+",
+        default=[],
+        help='several of 0.5, "50%%" or "150M", for budget.target',
+    )
+    parser.add_argument(
+        "--jobs",
+        metavar="N",
+        type=whole_number(1),
+        default=1,
+        help="processes that work at the same time, with --threads threads each (1)",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="folder to write (runs/NAME-benchmark); what is finished there is not computed again",
+    )
     add_seed(parser)
     parser.set_defaults(action=_benchmark)
 
@@ -256,10 +281,24 @@ def _benchmark(args: argparse.Namespace) -> None:
     check_side(config, args.methods or ())
     from . import benchmark
 
-    out = args.out or free_folder(f"{config.name}-benchmark")
+    out = args.out or Path("runs") / f"{config.name}-benchmark"
     evaluations = args.evaluations or config.search.evaluations
-    benchmark.run(config, args.methods, args.seeds, evaluations, out)
-    show_run(out)
+    benchmark.run(
+        config,
+        args.methods,
+        args.seeds,
+        evaluations,
+        out,
+        budgets=_budgets(config, args.budgets),
+        jobs=args.jobs,
+    )
+    print((out / "benchmark.md").read_text(encoding="utf-8"))
+    print(f"report: {out / 'report.html'}")
+
+
+def _budgets(config: Config, texts: Sequence[str]) -> list[str | float]:
+    """The values of --budgets, read and checked as budget.target is."""
+    return [config.override([f"budget.target={text}"]).budget.target for text in texts]
 
 
 def _add_fidelity(commands: Any) -> None:

@@ -151,23 +151,34 @@ def quality(points: Sequence[Mapping[str, Any]], metric: str = "macs", unit: str
     return figure
 
 
-def comparison(summary: Sequence[Mapping[str, Any]], unit: str) -> Figure:
+def comparison(panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """One line a method: every seed as a small mark, the mean and its 95% interval.
 
     Args:
-        summary: {"method", "values": [...], "mean", "low", "high"}, best first.
-        unit: what the values are, for the axis.
+        panels: what is drawn, with its unit, for the axis -> {"method", "values": [...], "mean", "low", "high"} of each
+            method, best first; several panels stand side by side. Methods stand in the first panel's order.
     """
-    figure, axes = _figure(8.0, 1.4 + 0.36 * len(summary))
-    for position, row in enumerate(summary):
-        axes.plot([row["low"], row["high"]], [position, position], color=PALETTE[0], linewidth=2.2, zorder=2)
-        axes.plot(row["values"], [position] * len(row["values"]), "|", color=GREY, markersize=11, zorder=1)
-        axes.plot([row["mean"]], [position], "o", color=PALETTE[0], markersize=6, zorder=3)
-    axes.set_yticks(range(len(summary)), [_plain(str(row["method"])) for row in summary])
-    axes.set_ylim(len(summary) - 0.5, -0.5)
-    axes.set_xlabel(f"{unit} (dot: mean, bar: 95% bootstrap interval, ticks: seeds)")
-    _head(axes, "Methods compared")
-    axes.grid(axis="x", color="#E3E3E3", linewidth=0.6)
+    methods = list(dict.fromkeys(str(row["method"]) for rows in panels.values() for row in rows))
+    figure, every = _panels(8.0 if len(panels) < 2 else 11.0, 1.4 + 0.36 * len(methods), len(panels))
+    for number, (axes, (unit, rows)) in enumerate(zip(every, panels.items(), strict=True)):
+        for row in rows:
+            position = methods.index(str(row["method"]))
+            axes.plot(
+                [row["low"], row["high"]], [position, position], color=PALETTE[0], linewidth=2.2, zorder=2
+            )
+            axes.plot(
+                row["values"], [position] * len(row["values"]), "|", color=GREY, markersize=11, zorder=1
+            )
+            axes.plot([row["mean"]], [position], "o", color=PALETTE[0], markersize=6, zorder=3)
+        axes.set_yticks(range(len(methods)), [_plain(m) for m in methods] if number == 0 else [])
+        axes.set_ylim(len(methods) - 0.5, -0.5)
+        values = [value for row in rows for value in row["values"]]
+        if values and min(values) > 0 and max(values) > 8 * min(values):
+            axes.set_xscale("log")
+        axes.set_xlabel(_plain(unit))
+        _head(axes, "Methods compared" if number == 0 else "")
+        axes.grid(axis="x", color="#E3E3E3", linewidth=0.6)
+    figure.supxlabel("dot: mean, bar: 95% bootstrap interval, ticks: seeds", fontsize=8, color="#666666")
     return figure
 
 
@@ -196,12 +207,18 @@ def to_png(figure: Figure, path: str | Path | None = None) -> bytes:
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure, (axes,) = _panels(width, height, 1)
+    return figure, axes
+
+
+def _panels(width: float, height: float, count: int) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with ``count`` plots side by side."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-        return figure, figure.add_subplot()
+        return figure, [figure.add_subplot(1, count, number + 1) for number in range(count)]
 
 
 def _head(axes: Axes, title: str, legend_rows: int = 0) -> None:
