@@ -44,6 +44,7 @@ FLOORS = {
     "run": 5,
     "comparison": 5,
     "benchmark": 5.5,
+    "benchmark_worker": 5.6,
     "fidelity": 5.6,
     "export": 5,
     "inspection": 5,

@@ -54,7 +54,7 @@ class Pool:
     """``jobs`` workers, each with the problem prepared once; used as a context that leaves none behind.
 
     Args:
-        order: what every worker is told first (see `worker`).
+        order: what every worker is told first (see `benchmark_worker`).
         threads: CPU threads of each of them.
         logs: folder for worker-N.log, what the workers print.
     """
@@ -147,7 +147,7 @@ class Pool:
         }
         with (self._logs / name).open("w", encoding="utf-8") as log:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "rlprune.benchmark.worker"],  # -P: not the folder we stand in
+                [sys.executable, "-P", "-m", "rlprune.benchmark_worker"],  # -P: not the folder we stand in
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -1,11 +1,12 @@
-"""A worker of a benchmark: ``python -m rlprune.benchmark.worker``, started by `pool`.
+"""A worker of a benchmark: ``python -m rlprune.benchmark_worker``, started by `benchmark.pool`.
 
 It reads JSON lines: first the order {"config", "cells", "plugins"}, then one cell after the other. It answers on its
 standard output with {"ready": true}, {"progress": [spent, limit, best score]} and, for each cell, {"done": true} or
 {"failed": reason}; what a cell holds goes into the cell's file. Whatever else is printed goes to standard error.
 
 When its standard input ends (the benchmark has stopped or was killed) it ends at once, wherever it is: cells are
-made to be killed, and no worker outlives its benchmark.
+made to be killed, and no worker outlives its benchmark. It stands outside of the package `benchmark` so that it
+listens before the seconds that importing torch takes.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    order = json.loads(sys.stdin.readline())
     work: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(work,), daemon=True).start()
+    order = work.get()
 
-    from ..config import Config
-    from ..problem import prepare
-    from ..progress import Console
-    from .cells import Cell, compute, reason
+    from .benchmark.cells import Cell, compute, reason
+    from .config import Config
+    from .problem import prepare
+    from .progress import Console
 
     problem = prepare(Config.from_dict(order["config"]))
     _answer(answers, {"ready": True})
