@@ -75,7 +75,7 @@ def run(
             workload, space = dense_model(config, console=console)
             problem = None
         _check_budgets(space, asked, config.budget.metric)
-        names, left_out = _applicable(methods, space)
+        names, left_out = applicable(methods, space)
         wanted = [Cell(DENSE, config.seed, asked[0])]
         wanted += [Cell(n, config.seed + i, b) for b in asked for n in names for i in range(seeds)]
         write_text_atomic(folder / "config.yaml", config.to_yaml())
@@ -215,7 +215,7 @@ def _checked(methods: Sequence[str] | None, known: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(methods or known))
 
 
-def _applicable(methods: Sequence[str] | None, space: PruningSpace) -> tuple[list[str], dict[str, str]]:
+def applicable(methods: Sequence[str] | None, space: PruningSpace) -> tuple[list[str], dict[str, str]]:
     """The methods that can run here, and of all others why not; ConfigError where one was asked for by name."""
     reasons = {name: "for language models only" for name in RULES if name not in rules_for(space)}
     reasons |= dict(_unable(space))
