@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -17,6 +18,7 @@ from typing import IO, Any
 from ..errors import RunError
 from .cells import Cell, to_message
 
+MODULE = "rlprune.benchmark_worker"
 Events = queue.SimpleQueue[tuple["Worker", dict[str, Any] | None]]
 
 
@@ -33,11 +35,15 @@ class Worker:
     def send(self, message: Mapping[str, Any]) -> None:
         """Write a line to the worker; one that has just died is noticed by the end of its answers."""
         assert self.process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(message) + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass
+
+    def dismiss(self) -> None:
+        """Close the worker's input, which ends it."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
 
     def ending(self) -> str:
         """Why the process has ended, in words."""
@@ -69,15 +75,15 @@ class Pool:
 
     def __exit__(self, *_: object) -> None:
         for worker in self.workers:
-            if worker.process.stdin is not None:
-                worker.process.stdin.close()
+            worker.dismiss()
         for worker in self.workers:
             try:
                 worker.process.wait(timeout=5.0)
             except subprocess.TimeoutExpired:
                 worker.process.kill()
                 worker.process.wait()
-            self._forget_empty(worker.log)
+            if not worker.log.stat().st_size:
+                worker.log.unlink()
 
     def run(
         self,
@@ -126,6 +132,7 @@ class Pool:
     def _lost(self, worker: Worker, more: bool, ended: Callable[[Cell, str | None], None]) -> None:
         """A worker has died: its cell has failed, and another worker takes its place where there is work."""
         self.workers.remove(worker)
+        worker.dismiss()
         why = worker.ending()
         if not worker.ready:  # another one would fare no better; those that are there go on
             if not self.workers:
@@ -147,7 +154,7 @@ class Pool:
         }
         with (self._logs / name).open("w", encoding="utf-8") as log:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "rlprune.benchmark_worker"],  # -P: not the folder we stand in
+                [sys.executable, "-P", "-m", MODULE],  # -P: not the folder we stand in
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -161,12 +168,8 @@ class Pool:
         threading.Thread(target=self._read, args=(worker, process.stdout), daemon=True).start()
         worker.send(self._order)
 
-    @staticmethod
-    def _forget_empty(log: Path) -> None:
-        if log.exists() and not log.stat().st_size:
-            log.unlink()
-
     def _read(self, worker: Worker, answers: IO[str]) -> None:
-        for line in answers:
-            self._events.put((worker, json.loads(line)))
+        with answers:
+            for line in answers:
+                self._events.put((worker, json.loads(line)))
         self._events.put((worker, None))
