@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .catalogue import KINDS, check_side, rows
-from .config import Config
 from .errors import ConfigError, near_miss
 from .options import (
     add_budget,
@@ -239,38 +238,16 @@ def _add_benchmark(commands: Any) -> None:
         "rlprune benchmark digits --methods ppo,random,lamp --budgets 0.5 0.3 --jobs 2",
     )
     add_config(parser)
-    parser.add_argument(
-        "--methods",
-        metavar="a,b,c",
-        type=name_list,
-        help="rules and agents; by default all that apply and are installed",
-    )
-    parser.add_argument(
-        "--seeds", metavar="N", type=whole_number(1), default=5, help="seeds of each method (5)"
-    )
-    parser.add_argument(
-        "--evaluations", metavar="N", type=whole_number(1), help="instead of search.evaluations"
-    )
-    parser.add_argument(
-        "--budgets",
-        metavar="B",
-        nargs="+",
-        default=[],
-        help='several of 0.5, "50%%" or "150M", for budget.target',
-    )
-    parser.add_argument(
-        "--jobs",
-        metavar="N",
-        type=whole_number(1),
-        default=1,
-        help="processes that work at the same time, with --threads threads each (1)",
-    )
-    parser.add_argument(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        help="folder to write (runs/NAME-benchmark); what is finished there is not computed again",
-    )
+    number = whole_number(1)
+    for option, options in {
+        "--methods": {"metavar": "a,b,c", "type": name_list, "help": "rules and agents (all that can run)"},
+        "--seeds": {"metavar": "N", "type": number, "default": 5, "help": "seeds of each method (5)"},
+        "--evaluations": {"metavar": "N", "type": number, "help": "instead of search.evaluations"},
+        "--budgets": {"metavar": "B", "nargs": "+", "default": [], "help": "several, instead of budget.target"},
+        "--jobs": {"metavar": "N", "type": number, "default": 1, "help": "processes, each of --threads threads (1)"},
+        "--out": {"metavar": "DIR", "type": Path, "help": "folder (runs/NAME-benchmark); what it holds is reused"},
+    }.items():  # fmt: skip
+        parser.add_argument(option, **options)
     add_seed(parser)
     parser.set_defaults(action=_benchmark)
 
@@ -283,22 +260,10 @@ def _benchmark(args: argparse.Namespace) -> None:
 
     out = args.out or Path("runs") / f"{config.name}-benchmark"
     evaluations = args.evaluations or config.search.evaluations
-    benchmark.run(
-        config,
-        args.methods,
-        args.seeds,
-        evaluations,
-        out,
-        budgets=_budgets(config, args.budgets),
-        jobs=args.jobs,
-    )
+    more = {"budgets": args.budgets, "jobs": args.jobs}
+    benchmark.run(config, args.methods, args.seeds, evaluations, out, **more)
     print((out / "benchmark.md").read_text(encoding="utf-8"))
     print(f"report: {out / 'report.html'}")
-
-
-def _budgets(config: Config, texts: Sequence[str]) -> list[str | float]:
-    """The values of --budgets, read and checked as budget.target is."""
-    return [config.override([f"budget.target={text}"]).budget.target for text in texts]
 
 
 def _add_fidelity(commands: Any) -> None:

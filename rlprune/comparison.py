@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from . import plots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Table = tuple[list[str], list[list[str]]]
+SCORE_UNITS = {
+    "kl": "score (−KL to the dense model, nats)",
+    "loss": "score (−validation loss, nats)",
+    "accuracy": "score (validation accuracy)",
+}
 REFERENCES = ("uniform", "best rule", "random")
 
 
@@ -96,6 +107,55 @@ def interval(spread: Mapping[str, Any]) -> str:
     return f"{spread['mean']:.4f} [{spread['low']:.4f}, {spread['high']:.4f}]"
 
 
+def figures(results: Mapping[str, Any]) -> list[tuple[str, Figure, str]]:
+    """(file name, picture, text) of a benchmark's results of one budget; empty for those of a run."""
+    if not results.get("summary"):
+        return []
+    unit = SCORE_UNITS.get(str(results.get("score")), "score")
+    losses = {"test loss": "test_loss", "test loss, fine-tuned": "test_loss_finetuned"}
+    panels = {label: rows for label, field in losses.items() if (rows := chart(results, field))}
+    found = []
+    if panels:
+        text = "Test loss before and after the fine-tune: mean and 95% interval of every method"
+        found.append(("benchmark", plots.comparison(panels), text))
+    if scores := chart(results, "score"):
+        text = "Score: mean and 95% interval of every method"
+        found.append(("score", plots.comparison({unit: scores}), text))
+    searches = curves(results)
+    if searches:
+        rules = {
+            "best rule: " + e["method"] if e["best_rule"] else e["method"]: e["score"]["mean"]
+            for e in results["summary"]
+            if (e["best_rule"] or e["method"] == "uniform") and e["score"]["mean"] is not None
+        }
+        figure = plots.learning(searches, rules, unit)
+        found.append(
+            ("learning", figure, "Best score so far against the evaluations spent, for every search")
+        )
+    return found
+
+
+def curves(results: Mapping[str, Any]) -> dict[str, list[list[float]]]:
+    """{search method: the best score so far after each evaluation, a list for each seed}; NaN before there is one."""
+    found: dict[str, list[list[float]]] = {}
+    for row in results["rows"]:
+        if row["kind"] not in ("dense", "rule") and row.get("improvements"):
+            best = [math.nan] * int(row["evaluations"])
+            for first, score in row["improvements"]:
+                best[int(first) - 1 :] = [score] * (len(best) - int(first) + 1)
+            found.setdefault(row["method"], []).append(best)
+    return found
+
+
+def chart(results: Mapping[str, Any], field: str) -> Sequence[Mapping[str, Any]]:
+    """What `plots.comparison` draws of a field: the methods for which it is known."""
+    return [
+        {"method": entry["method"], **{k: entry[field][k] for k in ("values", "mean", "low", "high")}}
+        for entry in results["summary"]
+        if entry[field]["mean"] is not None
+    ]
+
+
 def _against(difference: Mapping[str, Any] | None) -> str:
     if difference is None or difference["mean"] is None:
         return "–"
@@ -118,12 +178,3 @@ def _reached(counts: Mapping[str, Any] | None) -> str:
 
 def _number(value: Any, form: str) -> str:
     return "–" if value is None else format(value, form)
-
-
-def chart(results: Mapping[str, Any], field: str) -> Sequence[Mapping[str, Any]]:
-    """What `plots.comparison` draws of a field: the methods for which it is known."""
-    return [
-        {"method": entry["method"], **{k: entry[field][k] for k in ("values", "mean", "low", "high")}}
-        for entry in results["summary"]
-        if entry[field]["mean"] is not None
-    ]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import comparison, plots
+from .comparison import SCORE_UNITS
 from .errors import ArtifactError
 from .files import write_text_atomic
 from .ledger import charged_scores
@@ -24,11 +25,6 @@ if TYPE_CHECKING:
 
 RESULTS_VERSION = 1
 LEARNED = ("ppo",)  # methods whose plan counts as learned when a run does not say `"kind": "agent"`
-SCORE_UNITS = {
-    "kl": "score (−KL to the dense model, nats)",
-    "loss": "score (−validation loss, nats)",
-    "accuracy": "score (validation accuracy)",
-}
 _MEGA, _KILO = 1e6, 1e3
 
 
@@ -90,13 +86,12 @@ def render(results: Mapping[str, Any], folder: Path) -> str:
     title = f"rlprune: {workload.get('name', folder.name)}"
     config_path = folder / "config.yaml"
     config = config_path.read_text(encoding="utf-8", errors="replace") if config_path.is_file() else ""
-    ledger = read_ledger(folder / "ledger.jsonl")
     views = comparison.per_budget(results)
     parts = [f"<h1>{_text(title)}</h1>"]
     for view in views:
         if len(views) > 1:
             parts.append(f"<h2>{comparison.share(view)} of the {_text(view['budget']['metric'])}</h2>")
-        parts += [_headline(view), *_benchmark(view, ledger)]
+        parts += [_headline(view), *_benchmark(view)]
         parts += [_picture(figure, alt) for figure, alt in figures(view, folder)]
     parts += [
         *[f"<p>{_text(note)}</p>" for note in comparison.notes(results)],
@@ -135,29 +130,6 @@ def figures(results: Mapping[str, Any], folder: Path) -> list[tuple[Figure, str]
     return found
 
 
-def benchmark_figures(
-    results: Mapping[str, Any], ledger: Sequence[Mapping[str, Any]]
-) -> list[tuple[str, Figure, str]]:
-    """(file name, picture, text) of a benchmark's results of one budget; empty for those of a run."""
-    if not results.get("summary"):
-        return []
-    panels = {
-        "test loss": comparison.chart(results, "test_loss"),
-        "test loss, fine-tuned": comparison.chart(results, "test_loss_finetuned"),
-    }
-    score = {_score_unit(results): comparison.chart(results, "score")}
-    what = ", ".join(panels)
-    found = [("benchmark", plots.comparison(panels), f"{what}: mean and 95% interval of every method")]
-    found.append(("score", plots.comparison(score), "Score: mean and 95% interval of every method"))
-    curves = learning_curves(results, ledger)
-    if curves:
-        figure = plots.learning(curves, _references(results), _score_unit(results))
-        found.append(
-            ("learning", figure, "Best score so far against the evaluations spent, for every search")
-        )
-    return found
-
-
 def learning_curves(
     results: Mapping[str, Any], ledger: Iterable[Mapping[str, Any]]
 ) -> dict[str, list[list[float]]]:
@@ -172,9 +144,8 @@ def learning_curves(
     runs: dict[str, dict[tuple[str, str], list[Mapping[str, Any]]]] = {
         method: {} for method in dict.fromkeys(searchers)
     }
-    asked = _mapping(results.get("budget")).get("asked")
     for row in ledger:
-        if str(row.get("method")) in runs and row.get("budget", asked) == asked:
+        if str(row.get("method")) in runs:
             key = (str(row.get("seed")), str(row.get("task", "")))
             runs[str(row["method"])].setdefault(key, []).append(row)
     curves = {
@@ -304,9 +275,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in padded)
 
 
-def _benchmark(results: Mapping[str, Any], ledger: Sequence[Mapping[str, Any]]) -> list[str]:
+def _benchmark(results: Mapping[str, Any]) -> list[str]:
     """The pictures and tables that compare a benchmark's methods; nothing for a run."""
-    parts = [_picture(figure, alt) for _, figure, alt in benchmark_figures(results, ledger)]
+    parts = [_picture(figure, alt) for _, figure, alt in comparison.figures(results)]
     if parts:
         parts += [_plain_table(*comparison.headline(results)), _plain_table(*comparison.paired(results))]
     return parts

@@ -210,20 +210,27 @@ def test_a_failing_cell_is_said_and_the_others_are_finished(
 
 
 def test_methods_that_cannot_run_here_are_left_out_or_refused(
-    small_digits: Config, monkeypatch: pytest.MonkeyPatch
+    small_digits: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Needy:
-        requires = ("no_such_library",)
+        def load(self) -> Any:
+            import no_such_library  # type: ignore[import-not-found]
+
+            return no_such_library
 
     space = prepare(small_digits).space
     monkeypatch.setitem(AGENTS, "needy", Needy())
-    names, left_out = benchmark.applicable(None, space)
-    assert left_out["needy"] == "needs no_such_library" and left_out["owl"] == "for language models only"
+    unable = benchmark.unable_agents(None, small_digits.search)
+    assert "No module named 'no_such_library'" in unable["needy"] and "ppo" not in unable
+    names, left_out = benchmark.applicable(None, space, unable)
+    assert left_out["owl"] == "for language models only" and "needy" in left_out
     assert {"ppo", "random", "uniform"} <= set(names) and not set(names) & set(left_out)
-    assert benchmark.applicable(["ppo", "lamp"], space) == (["ppo", "lamp"], {})
+    assert benchmark.unable_agents(["ppo", "lamp"], small_digits.search) == {}
+    assert benchmark.applicable(["ppo", "lamp"], space, {}) == (["ppo", "lamp"], {})
     for name in ("needy", "owl"):
         with pytest.raises(ConfigError, match=f"--methods: '{name}' cannot run here"):
-            benchmark.applicable([name], space)
+            benchmark.run(small_digits, [name], 1, 6, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_method_pays_in_seconds_for_what_others_have_scored(small_digits: Config) -> None:

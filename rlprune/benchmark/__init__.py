@@ -7,14 +7,13 @@ seed decides a method's search and its final fine-tune, so methods are compared 
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..agents import AGENTS
-from ..config import Config
+from ..agents import AGENTS, make_agent
+from ..config import Config, SearchConfig
 from ..errors import ConfigError, RunError, near_miss
 from ..files import lock_run, write_text_atomic
 from ..problem import Problem, dense_model, prepare
@@ -64,8 +63,11 @@ def run(
     for option, number in (("seeds", seeds), ("evaluations", evaluations), ("jobs", jobs)):
         if number < 1:
             raise ConfigError(f"--{option} {number}: must be at least 1")
-    config = _settled(config, evaluations, budgets, jobs)
-    asked = tuple(budgets) or (config.budget.target,)
+    asked = [config.override([f"budget.target={budget}"]).budget.target for budget in budgets]
+    asked = asked or [config.budget.target]
+    config = _settled(config, evaluations, asked[0], jobs)
+    unable = unable_agents(methods, config.search)
+    _refuse(methods, unable)
     console = Console(True)
     with lock_run(out, worth="cells") as folder:
         if jobs == 1:
@@ -75,7 +77,7 @@ def run(
             workload, space = dense_model(config, console=console)
             problem = None
         _check_budgets(space, asked, config.budget.metric)
-        names, left_out = applicable(methods, space)
+        names, left_out = applicable(methods, space, unable)
         wanted = [Cell(DENSE, config.seed, asked[0])]
         wanted += [Cell(n, config.seed + i, b) for b in asked for n in names for i in range(seeds)]
         write_text_atomic(folder / "config.yaml", config.to_yaml())
@@ -189,10 +191,10 @@ class _Work:
         self.console.status("cells", done, len(self.wanted), ", ".join(facts))
 
 
-def _settled(config: Config, evaluations: int, budgets: Sequence[str | float], jobs: int) -> Config:
+def _settled(config: Config, evaluations: int, budget: str | float, jobs: int) -> Config:
     """The settings of all cells; the first budget stands for the others, a worker has one thread by default."""
     threads = config.threads if jobs == 1 else config.threads or 1
-    first = replace(config.budget, target=budgets[0]) if budgets else config.budget
+    first = replace(config.budget, target=budget)
     search = replace(config.search, evaluations=evaluations)
     return replace(config, search=search, budget=first, threads=threads)
 
@@ -215,25 +217,33 @@ def _checked(methods: Sequence[str] | None, known: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(methods or known))
 
 
-def applicable(methods: Sequence[str] | None, space: PruningSpace) -> tuple[list[str], dict[str, str]]:
+def applicable(
+    methods: Sequence[str] | None, space: PruningSpace, unable: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
     """The methods that can run here, and of all others why not; ConfigError where one was asked for by name."""
     reasons = {name: "for language models only" for name in RULES if name not in rules_for(space)}
-    reasons |= dict(_unable(space))
-    for name in methods or ():
-        if name in reasons:
-            raise ConfigError(f"--methods: {name!r} cannot run here: {reasons[name]}")
+    reasons |= unable
+    _refuse(methods, reasons)
     names = _checked(methods, [*RULES, *AGENTS])
     return [name for name in names if name not in reasons], {} if methods else reasons
 
 
-def _unable(space: PruningSpace) -> Iterator[tuple[str, str]]:
-    """Agents that cannot run here, with the reason; what an entry does not say is taken as fine."""
-    for name, entry in AGENTS.items():
-        missing = [m for m in getattr(entry, "requires", ()) if importlib.util.find_spec(m) is None]
-        applies = getattr(entry, "applies", None)
-        why = f"needs {', '.join(missing)}" if missing else applies(space) if applies is not None else ""
-        if why:
-            yield name, why
+def _refuse(methods: Sequence[str] | None, reasons: Mapping[str, str]) -> None:
+    for name in methods or ():
+        if name in reasons:
+            raise ConfigError(f"--methods: {name!r} cannot run here: {reasons[name]}")
+
+
+def unable_agents(methods: Sequence[str] | None, settings: SearchConfig) -> dict[str, str]:
+    """Agents, of those asked for, that cannot be made, with the reason: a library is missing, say."""
+    reasons = {}
+    for name in AGENTS:
+        if methods is None or name in methods:
+            try:
+                make_agent(name, settings)
+            except (ConfigError, ImportError) as error:
+                reasons[name] = reason(error)
+    return reasons
 
 
 def _best(content: Mapping[Cell, Mapping[str, Any]], budget: str | float) -> str:

@@ -21,7 +21,7 @@ from ..pruning.surgery import prune
 from ..run import outcome as outcome_of
 from ..workloads.base import Workload
 from .cells import Cell
-from .statistics import Row, summarise
+from .statistics import Row, improvements, summarise
 
 LATENCY_SECONDS = 15.0
 LATENCY_BYTES = 2**30  # of the pruned models that are timed in turns, so that they fit into memory together
@@ -54,7 +54,7 @@ def write(folder: Path, outcome: Outcome) -> dict[str, Any]:
     views = comparison.per_budget(results)
     for view in views:
         mark = f"-{comparison.share(view).rstrip('%')}" if len(views) > 1 else ""
-        for name, figure, _ in report.benchmark_figures(view, lines):
+        for name, figure, _ in comparison.figures(view):
             write_bytes_atomic(folder / f"{name}{mark}.png", plots.to_png(figure))
     report.build(folder)
     return results
@@ -73,8 +73,8 @@ def page(results: Mapping[str, Any]) -> str:
 
 def _results(outcome: Outcome) -> dict[str, Any]:
     space, metric = outcome.space, outcome.config.budget.metric
-    rows = [dict(content["row"]) for content in outcome.content.values()]
-    _add_latency(outcome, rows)
+    rows = {cell: dict(content["row"]) for cell, content in outcome.content.items()}
+    _add_latency(outcome, list(rows.values()))
     summary: list[Row] = []
     budgets = []
     for budget in outcome.budgets:
@@ -87,10 +87,12 @@ def _results(outcome: Outcome) -> dict[str, Any]:
             for cell, content in outcome.content.items()
             if cell.budget == budget
         }
-        ours = [row for row in rows if row["budget"] == budget]
+        for (method, seed), scores in curves.items():
+            rows[Cell(method, seed, budget)]["improvements"] = improvements(scores)
+        ours = [row for row in rows.values() if row["budget"] == budget]
         limit = outcome.config.search.evaluations
         summary += [{"budget": budget} | entry for entry in summarise(ours, curves, limit)]
-    common = outcome_of(outcome.config, outcome.workload, space, rows)
+    common = outcome_of(outcome.config, outcome.workload, space, list(rows.values()))
     return common | {"budgets": budgets, "protocol": dict(outcome.protocol), "summary": summary}
 
 

@@ -88,6 +88,13 @@ def running_best(scores: Sequence[float]) -> list[float]:
     return [float(value) for value in np.maximum.accumulate(cleaned)]
 
 
+def improvements(scores: Sequence[float]) -> list[list[float]]:
+    """The running best as [evaluation, score] wherever it rises, counted from 1: all of the curve, in little space."""
+    best = running_best(scores)
+    before = [-math.inf, *best]
+    return [[n + 1, score] for n, score in enumerate(best) if score > before[n]]
+
+
 def evaluations_to(scores: Sequence[float], target: float) -> int | None:
     """How many evaluations it takes to reach a score; None where that never happens."""
     hits = np.flatnonzero(np.array(running_best(scores)) >= target)
