@@ -11,6 +11,7 @@ listens before the seconds that importing torch takes.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import queue
@@ -35,6 +36,8 @@ def main() -> int:
     work: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(work,), daemon=True).start()
     order = work.get()
+    for name in order["plugins"]:  # they register rules and agents
+        importlib.import_module(name)
 
     from .benchmark.cells import Cell, compute, reason
     from .config import Config
