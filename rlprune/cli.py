@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from . import __version__
 from .commands import COMMANDS
-from .errors import RlpruneError, near_miss
+from .errors import RlpruneError, RunError, near_miss
 from .options import add_common
 
 OK, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return _stop(INTERRUPTED, f"rlprune: interrupted{note}", debug)
     except RlpruneError as error:
-        return _stop(WRONG_INPUT, f"rlprune: error: {error}", debug)
+        code = FAILED if isinstance(error, RunError) else WRONG_INPUT
+        return _stop(code, f"rlprune: error: {error}", debug)
     except OSError as error:
         code = WRONG_INPUT if error.errno in _USERS_DISK else FAILED
         place = f"{error.filename}: " if error.filename else ""

@@ -235,17 +235,19 @@ def _add_benchmark(commands: Any) -> None:
         commands,
         "benchmark",
         "all methods with the same number of evaluations: table, plots, results.json",
-        "rlprune benchmark digits --methods ppo,random,lamp --seeds 3 --evaluations 300",
+        "rlprune benchmark digits --methods ppo,random,lamp --budgets 0.5 0.3 --jobs 2",
     )
     add_config(parser)
-    parser.add_argument("--methods", metavar="a,b,c", type=name_list, help="rules and agents; all by default")
-    parser.add_argument(
-        "--seeds", metavar="N", type=whole_number(1), default=1, help="seeds of each search (1)"
-    )
-    parser.add_argument(
-        "--evaluations", metavar="N", type=whole_number(1), help="instead of search.evaluations"
-    )
-    add_out(parser, "runs/NAME-benchmark")
+    number = whole_number(1)
+    for option, options in {
+        "--methods": {"metavar": "a,b,c", "type": name_list, "help": "rules and agents (all that can run)"},
+        "--seeds": {"metavar": "N", "type": number, "default": 5, "help": "seeds of each method (5)"},
+        "--evaluations": {"metavar": "N", "type": number, "help": "instead of search.evaluations"},
+        "--budgets": {"metavar": "B", "nargs": "+", "default": [], "help": "several, instead of budget.target"},
+        "--jobs": {"metavar": "N", "type": number, "default": 1, "help": "processes, each of --threads threads (1)"},
+        "--out": {"metavar": "DIR", "type": Path, "help": "folder (runs/NAME-benchmark); what it holds is reused"},
+    }.items():  # fmt: skip
+        parser.add_argument(option, **options)
     add_seed(parser)
     parser.set_defaults(action=_benchmark)
 
@@ -256,10 +258,12 @@ def _benchmark(args: argparse.Namespace) -> None:
     check_side(config, args.methods or ())
     from . import benchmark
 
-    out = args.out or free_folder(f"{config.name}-benchmark")
+    out = args.out or Path("runs") / f"{config.name}-benchmark"
     evaluations = args.evaluations or config.search.evaluations
-    benchmark.run(config, args.methods, args.seeds, evaluations, out)
-    show_run(out)
+    more = {"budgets": args.budgets, "jobs": args.jobs}
+    benchmark.run(config, args.methods, args.seeds, evaluations, out, **more)
+    print((out / "benchmark.md").read_text(encoding="utf-8"))
+    print(f"report: {out / 'report.html'}")
 
 
 def _add_fidelity(commands: Any) -> None:

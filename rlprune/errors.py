@@ -30,6 +30,10 @@ class ArtifactError(RlpruneError):
     """A file is truncated, foreign, made by a newer version, or does not fit the model."""
 
 
+class RunError(RlpruneError):
+    """Part of a run has failed for a reason that is not in its input; the command's exit code is 1."""
+
+
 def near_miss(name: str, allowed: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)" for the closest allowed name, or "" when none is close."""
     matches = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.6)

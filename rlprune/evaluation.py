@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -102,11 +103,29 @@ class Evaluator:
         given = None if isinstance(importance, str) else [np.asarray(s, dtype=np.float64) for s in importance]
         self.importance, recover = self._prepared(workload.model, self.space, given, self._measured)
         self._dense_stage = _Stage(workload.model, None, self.space, self.importance, recover)
+        # What has been scored for this evaluator's forks, by plan, split (whole or not) and samples.
+        self._bank: dict[tuple[History, bool, int | None], Candidate] = {}
         self._memo: dict[History, Candidate] = {}
         self._full: dict[History, Candidate] = {}
         self._partial: dict[tuple[History, int], Candidate] = {}
         self._begun: dict[History, list[Judgement]] = {}
         self._last: dict[History, _Stage] = {}
+        self.reused = 0.0
+        self._prepared_names = frozenset(self._measured)
+        self._visible: frozenset[str] | None = None
+
+    def fork(self) -> Evaluator:
+        """This evaluator as it was when it had been prepared, for one of several methods that are compared.
+
+        Forks share the prepared statistics and score no plan twice. What one of them does changes nothing
+        for the others: each counts in ``reused`` the seconds that it was spared, so that a method's time does
+        not depend on who came before, and sees in ``measured`` only what the preparation has measured.
+        """
+        other = copy.copy(self)
+        other._memo, other._full, other._partial, other._begun, other._last = {}, {}, {}, {}, {}
+        other.reused = 0.0
+        other._visible = self._prepared_names
+        return other
 
     def _new_judge(self, limit: int | None) -> Judge:
         settings = self.score_settings
@@ -163,7 +182,7 @@ class Evaluator:
         """
         key: History = tuple(tuple(int(w) for w in widths) for widths in history)
         if key not in self._memo:
-            self._memo[key] = self._scored(key, full=False)
+            self._memo[key] = self._candidate(key, full=False)
         return self._memo[key]
 
     def evaluate_partial(self, widths: Any, samples: int) -> Candidate:
@@ -180,7 +199,7 @@ class Evaluator:
             allowed = ", ".join(str(r) for r in rungs) or "none"
             raise ConfigError(f"score.rungs: no rung of {samples} samples; there are: {allowed}")
         if (key, samples) not in self._partial:
-            self._partial[key, samples] = self._scored(key, full=False, samples=samples)
+            self._partial[key, samples] = self._candidate(key, full=False, samples=samples)
         return self._partial[key, samples]
 
     @property
@@ -202,15 +221,13 @@ class Evaluator:
         if images is None or images >= self.workload.size("validation"):
             return self.evaluate_staged(key)
         if key not in self._full:
-            self._full[key] = self._scored(key, full=True)
+            self._full[key] = self._candidate(key, full=True)
         return self._full[key]
 
     def remember(self, history: History, candidate: Candidate) -> None:
-        """Put a candidate that was scored earlier, on all samples or on a rung's, into the memo."""
-        if self.rungs and 0 < candidate.samples < self.samples:
-            self._partial.setdefault((history, candidate.samples), candidate)
-        else:
-            self._memo.setdefault(history, candidate)
+        """Take a candidate that was scored earlier, on all samples or on a rung's, instead of scoring it again."""
+        partial = self.rungs and 0 < candidate.samples < self.samples
+        self._bank.setdefault((history, False, candidate.samples if partial else None), candidate)
 
     def plan(self, widths: Any, origin: dict[str, Any] | None = None) -> Plan:
         """The plan of widths (G,): the most important units of each group."""
@@ -251,8 +268,9 @@ class Evaluator:
 
     @property
     def measured(self) -> Mapping[str, Any]:
-        """What importances and rules have measured of the dense model so far, by name."""
-        return self._measured
+        """What importances and rules have measured of the dense model so far, by name (see `fork`)."""
+        visible = self._visible
+        return {n: v for n, v in self._measured.items() if visible is None or n in visible}
 
     def expected(self, widths: Any) -> NDArray[np.float64] | None:
         """Divergence (N, G) that each group's cut is expected to cost at widths (N, G), before any evaluation.
@@ -260,7 +278,7 @@ class Evaluator:
         Known where the importance `obs_fisher` has measured it (or the rule `fisher`); None elsewhere, and 0
         for groups without such a curve.
         """
-        curves = self._measured.get("fisher")
+        curves = self.measured.get("fisher")
         if curves is None:
             return None
         cut = self.space.widths - np.asarray(widths, dtype=np.int64)
@@ -272,6 +290,16 @@ class Evaluator:
     def standard_error(self, candidate: Candidate) -> float:
         """Standard error of a candidate's score over the validation images."""
         return candidate.error
+
+    def _candidate(self, history: History, *, full: bool, samples: int | None = None) -> Candidate:
+        """Scored now, or taken from the bank with its seconds counted in ``reused``."""
+        asked = (history, full, samples)
+        if asked in self._bank:
+            self.reused += self._bank[asked].seconds
+        else:
+            limit = {} if samples is None else {"samples": samples}
+            self._bank[asked] = self._scored(history, full=full, **limit)
+        return self._bank[asked]
 
     def _scored(self, history: History, *, full: bool, samples: int | None = None) -> Candidate:
         started = time.perf_counter()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from . import plots
 from .agents.proposals import random_plans
-from .benchmark import bootstrap
+from .benchmark.statistics import bootstrap
 from .config import Config
 from .envs.task import Task
 from .errors import ConfigError

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,6 +78,25 @@ def history_of(row: dict[str, Any]) -> History:
     widths = row["widths"]
     stages = widths if widths and isinstance(widths[0], list) else [widths]
     return tuple(tuple(int(w) for w in stage) for stage in stages)
+
+
+def charged_scores(rows: Iterable[Mapping[str, Any]], limit: float = math.inf) -> list[float]:
+    """Scores of one account's rows in the order charged, one for each plan.
+
+    A plan over ``limit`` (a probe of the sensitivity rule, say) is NaN: it takes its place in the order and cannot
+    be the best. So is one that successive halving dropped: its score is over fewer samples. A plan with a
+    row for each rung takes one place.
+    """
+    plans: dict[str, tuple[float, float]] = {}
+    for row in rows:
+        score, cost, samples = row.get("score"), row.get("cost"), row.get("samples")
+        if isinstance(score, int | float):
+            fits = not isinstance(cost, int | float) or cost <= limit * (1 + 1e-9)
+            # Rows without samples (version 0.1) are one to a plan, all of them whole.
+            plan = str(row.get("widths")) if samples else str(len(plans))
+            plans[plan] = (float(samples or 0), float(score) if fits else math.nan)
+    most = max((samples for samples, _ in plans.values()), default=0.0)
+    return [score if samples == most else math.nan for samples, score in plans.values()]
 
 
 class Scorer(Protocol):

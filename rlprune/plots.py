@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 GREY = "#9A9A9A"
+_LINES = ("-", "--", "-.", ":")
 _FIXED = {"ppo": 0, "random": 1, "uniform": 4}  # the methods of every run keep their colour from plot to plot
 _STYLE: Any = {
     "font.size": 10,
@@ -83,6 +84,8 @@ def learning(
 ) -> Figure:
     """Best score so far against evaluations spent: mean over the seeds as a line, their range as a band.
 
+    With many methods the bands are faint, and those that share a colour have lines of their own style.
+
     Args:
         curves: method -> one list of scores per seed, in the order in which they were charged.
         references: label -> score of a plan that needed no search, drawn as a horizontal line.
@@ -91,6 +94,8 @@ def learning(
     figure, axes = _figure(8.0, 4.3)
     styles = colours(list(curves))
     floor = list(references.values())
+    many = len(curves) > 4
+    drawn: dict[str, int] = {}
     for method, seeds in curves.items():
         best = [_best_so_far(scores) for scores in seeds if scores]
         if not best:
@@ -100,11 +105,14 @@ def learning(
         columns = list(zip(*best, strict=True))
         mean = [sum(column) / len(column) for column in columns]
         steps = list(range(1, length + 1))
-        label = f"{method} (mean and range of {len(best)} seeds)" if len(best) > 1 else method
-        axes.plot(steps, mean, color=styles[method][0], linewidth=2, label=_plain(label))
+        label = f"{method} (mean and range of {len(best)} seeds)" if len(best) > 1 and not many else method
+        colour = styles[method][0]
+        drawn[colour] = drawn.get(colour, -1) + 1
+        line = _LINES[drawn[colour] % len(_LINES)]
+        axes.plot(steps, mean, line, color=colour, linewidth=2, label=_plain(label))
         if len(best) > 1:
             axes.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns],
-                              color=styles[method][0], alpha=0.18, linewidth=0)  # fmt: skip
+                              color=colour, alpha=0.06 if many else 0.18, linewidth=0)  # fmt: skip
         floor.append(mean[min(length - 1, length // 20)])
     for (label, value), dashes in zip(references.items(), ("--", ":", "-.") * 8, strict=False):
         text = f"{label} ({value:.4g})".replace("-", "−")
@@ -113,7 +121,8 @@ def learning(
     axes.set_xlabel("evaluations (distinct plans scored)")
     axes.set_ylabel(f"best so far: {unit}", fontsize=9)
     axes.grid(color="#E3E3E3", linewidth=0.6)
-    _head(axes, "Learning curve", legend_rows=-(-(len(curves) + len(references)) // 2))
+    title = "Learning curve (mean and range of the seeds)" if many else "Learning curve"
+    _head(axes, title, legend_rows=-(-(len(curves) + len(references)) // (4 if many else 2)))
     return figure
 
 
@@ -151,23 +160,34 @@ def quality(points: Sequence[Mapping[str, Any]], metric: str = "macs", unit: str
     return figure
 
 
-def comparison(summary: Sequence[Mapping[str, Any]], unit: str) -> Figure:
+def comparison(panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """One line a method: every seed as a small mark, the mean and its 95% interval.
 
     Args:
-        summary: {"method", "values": [...], "mean", "low", "high"}, best first.
-        unit: what the values are, for the axis.
+        panels: what is drawn, with its unit, for the axis -> {"method", "values": [...], "mean", "low", "high"} of each
+            method, best first; several panels stand side by side. Methods stand in the first panel's order.
     """
-    figure, axes = _figure(8.0, 1.4 + 0.36 * len(summary))
-    for position, row in enumerate(summary):
-        axes.plot([row["low"], row["high"]], [position, position], color=PALETTE[0], linewidth=2.2, zorder=2)
-        axes.plot(row["values"], [position] * len(row["values"]), "|", color=GREY, markersize=11, zorder=1)
-        axes.plot([row["mean"]], [position], "o", color=PALETTE[0], markersize=6, zorder=3)
-    axes.set_yticks(range(len(summary)), [_plain(str(row["method"])) for row in summary])
-    axes.set_ylim(len(summary) - 0.5, -0.5)
-    axes.set_xlabel(f"{unit} (dot: mean, bar: 95% bootstrap interval, ticks: seeds)")
-    _head(axes, "Methods compared")
-    axes.grid(axis="x", color="#E3E3E3", linewidth=0.6)
+    methods = list(dict.fromkeys(str(row["method"]) for rows in panels.values() for row in rows))
+    figure, every = _panels(8.0 if len(panels) < 2 else 11.0, 1.4 + 0.36 * len(methods), len(panels))
+    for number, (axes, (unit, rows)) in enumerate(zip(every, panels.items(), strict=True)):
+        for row in rows:
+            position = methods.index(str(row["method"]))
+            axes.plot(
+                [row["low"], row["high"]], [position, position], color=PALETTE[0], linewidth=2.2, zorder=2
+            )
+            axes.plot(
+                row["values"], [position] * len(row["values"]), "|", color=GREY, markersize=11, zorder=1
+            )
+            axes.plot([row["mean"]], [position], "o", color=PALETTE[0], markersize=6, zorder=3)
+        axes.set_yticks(range(len(methods)), [_plain(m) for m in methods] if number == 0 else [])
+        axes.set_ylim(len(methods) - 0.5, -0.5)
+        values = [value for row in rows for value in row["values"]]
+        if values and min(values) > 0 and max(values) > 8 * min(values):
+            axes.set_xscale("log")
+        axes.set_xlabel(_plain(unit))
+        _head(axes, "Methods compared" if number == 0 else "")
+        axes.grid(axis="x", color="#E3E3E3", linewidth=0.6)
+    figure.supxlabel("dot: mean, bar: 95% bootstrap interval, ticks: seeds", fontsize=8, color="#666666")
     return figure
 
 
@@ -196,12 +216,18 @@ def to_png(figure: Figure, path: str | Path | None = None) -> bytes:
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure, (axes,) = _panels(width, height, 1)
+    return figure, axes
+
+
+def _panels(width: float, height: float, count: int) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with ``count`` plots side by side."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-        return figure, figure.add_subplot()
+        return figure, [figure.add_subplot(1, count, number + 1) for number in range(count)]
 
 
 def _head(axes: Axes, title: str, legend_rows: int = 0) -> None:

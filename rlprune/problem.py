@@ -19,7 +19,7 @@ from .errors import ConfigError, near_miss
 from .evaluation import Candidate, Evaluator, History
 from .ledger import Account, Ledger
 from .progress import Console
-from .pruning.space import Ints
+from .pruning.space import Ints, PruningSpace
 from .pruning.tracing import trace
 from .rules import RULES, rules_for
 from .workloads.base import Workload
@@ -125,6 +125,25 @@ def prepare(
     name: str = "",
 ) -> Problem:
     """Build (and train) the workload, trace it, compute importances and the recovery's statistics."""
+    if model_seed is not None:
+        config = replace(config, model=replace(config.model, seed=model_seed))
+    workload, space = dense_model(config, checkpoint=checkpoint, console=console)
+    evaluator = Evaluator(
+        workload,
+        space,
+        importance=config.prune.importance,
+        recovery=config.recovery,
+        score=config.score,
+        metric=config.budget.metric,
+        seed=config.seed,
+    )
+    return Problem(config, workload, evaluator, name)
+
+
+def dense_model(
+    config: Config, *, checkpoint: str | Path | None = None, console: Console | None = None
+) -> tuple[Workload, PruningSpace]:
+    """The first part of `prepare`: the workload, its dense model trained, and the space of its groups."""
     if config.budget.metric == "latency":
         raise ConfigError(
             "budget.metric: latency tables are not there yet; allowed: macs, params, block_params, kv_cache"
@@ -132,8 +151,6 @@ def prepare(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     console = console or Console(False)
-    if model_seed is not None:
-        config = replace(config, model=replace(config.model, seed=model_seed))
     workload = build_workload(config, checkpoint=checkpoint, train=False)
     settings = config.prune
     space = trace(
@@ -150,16 +167,7 @@ def prepare(
     if checkpoint is None and config.model.train.epochs > 0:
         train_dense(workload, config.model, console.training)
         console.close()
-    evaluator = Evaluator(
-        workload,
-        space,
-        importance=settings.importance,
-        recovery=config.recovery,
-        score=config.score,
-        metric=config.budget.metric,
-        seed=config.seed,
-    )
-    return Problem(config, workload, evaluator, name)
+    return workload, space
 
 
 def score_rule(problem: Problem, rule: str, ledger: Ledger, seed: int = 0) -> Found:

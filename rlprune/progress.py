@@ -43,6 +43,10 @@ class Console:
         """Progress of anything that is counted."""
         return lambda done: self._show(label, done, total, "")
 
+    def status(self, label: str, done: int, total: int, facts: str) -> None:
+        """Progress of anything that is counted, with what is going on now."""
+        self._show(label, done, total, facts)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -14,20 +14,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import plots
+from . import comparison, plots
+from .comparison import SCORE_UNITS
 from .errors import ArtifactError
 from .files import write_text_atomic
+from .ledger import charged_scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESULTS_VERSION = 1
 LEARNED = ("ppo",)  # methods whose plan counts as learned when a run does not say `"kind": "agent"`
-SCORE_UNITS = {
-    "kl": "score (−KL to the dense model, nats)",
-    "loss": "score (−validation loss, nats)",
-    "accuracy": "score (validation accuracy)",
-}
 _MEGA, _KILO = 1e6, 1e3
 
 
@@ -89,10 +86,15 @@ def render(results: Mapping[str, Any], folder: Path) -> str:
     title = f"rlprune: {workload.get('name', folder.name)}"
     config_path = folder / "config.yaml"
     config = config_path.read_text(encoding="utf-8", errors="replace") if config_path.is_file() else ""
-    parts = [
-        f"<h1>{_text(title)}</h1>",
-        _headline(results),
-        *[_picture(figure, alt) for figure, alt in figures(results, folder)],
+    views = comparison.per_budget(results)
+    parts = [f"<h1>{_text(title)}</h1>"]
+    for view in views:
+        if len(views) > 1:
+            parts.append(f"<h2>{comparison.share(view)} of the {_text(view['budget']['metric'])}</h2>")
+        parts += [_headline(view), *_benchmark(view)]
+        parts += [_picture(figure, alt) for figure, alt in figures(view, folder)]
+    parts += [
+        *[f"<p>{_text(note)}</p>" for note in comparison.notes(results)],
         "<h2>Every method</h2>",
         _table(results),
         "<h2>What was run</h2>",
@@ -117,7 +119,7 @@ def figures(results: Mapping[str, Any], folder: Path) -> list[tuple[Figure, str]
     if groups:
         alt = "Kept width of every group: dense, best rule and learned plan"
         found.append((plots.widths(groups, series), alt))
-    curves = learning_curves(results, read_ledger(folder / "ledger.jsonl"))
+    curves = {} if results.get("summary") else learning_curves(results, read_ledger(folder / "ledger.jsonl"))
     if curves:
         figure = plots.learning(curves, _references(results), unit)
         found.append((figure, "Best score so far against the evaluations spent, for every search method"))
@@ -133,37 +135,23 @@ def learning_curves(
 ) -> dict[str, list[list[float]]]:
     """{search method: one list of scores per seed, in the order charged}; no rules, no dense model.
 
-    A charged plan that is over the budget (a probe of the sensitivity rule, say) is NaN: it takes its place
-    on the axis and cannot be the best. So is one that successive halving dropped: its score is over fewer
-    samples. A plan with a row for each rung takes one place.
+    See `ledger.charged_scores` for plans that cannot be the best.
     """
     rows = _list(results.get("rows"))
     target: Any = _mapping(results.get("budget")).get("target")
-    limit = float(target) * (1 + 1e-9) if _finite(target) else math.inf
+    limit = float(target) if _finite(target) else math.inf
     searchers = [str(row["method"]) for row in rows if _kind(row) not in ("rule", "dense")]
-    runs: dict[str, dict[tuple[str, str], dict[str, tuple[float, float]]]] = {
+    runs: dict[str, dict[tuple[str, str], list[Mapping[str, Any]]]] = {
         method: {} for method in dict.fromkeys(searchers)
     }
     for row in ledger:
-        method, score = str(row.get("method")), row.get("score")
-        if method in runs and isinstance(score, int | float):
-            fits = not _finite(row.get("cost")) or row["cost"] <= limit
-            plans = runs[method].setdefault((str(row.get("seed")), str(row.get("task", ""))), {})
-            samples = row.get("samples")
-            # Rows without samples (version 0.1) are one to a plan, all of them whole.
-            plan = str(row.get("widths")) if samples else str(len(plans))
-            plans[plan] = (float(samples or 0), float(score) if fits else math.nan)
-    return {
-        method: [_whole_scores(list(plans.values())) for plans in seeds.values()]
-        for method, seeds in runs.items()
-        if seeds
+        if str(row.get("method")) in runs:
+            key = (str(row.get("seed")), str(row.get("task", "")))
+            runs[str(row["method"])].setdefault(key, []).append(row)
+    curves = {
+        method: [charged_scores(rows, limit) for rows in seeds.values()] for method, seeds in runs.items()
     }
-
-
-def _whole_scores(plans: Sequence[tuple[float, float]]) -> list[float]:
-    """Scores of plans (samples, score) that have been scored on as many samples as any; NaN for the others."""
-    most = max(samples for samples, _ in plans)
-    return [score if samples == most else math.nan for samples, score in plans]
+    return {method: found for method, seeds in curves.items() if (found := [s for s in seeds if s])}
 
 
 def best_rule(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -253,6 +241,7 @@ def table_columns(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     columns = [
         ("method", [str(row["method"]) for row in rows]),
         ("seed", [_count(row.get("seed")) for row in rows]),
+        ("budget", [_count(row.get("budget")) for row in rows]),
         ("evaluations", [_count(row.get("evaluations")) for row in rows]),
         (f"{metric} ({unit})", [_scaled(row.get("cost"), scale) for row in rows]),
         ("of dense", [_share(row.get("cost"), dense) for row in rows]),
@@ -284,6 +273,20 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines.insert(1, ["-" * size for size in sizes])
     padded = [[cell.ljust(size) for cell, size in zip(row, sizes, strict=True)] for row in lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in padded)
+
+
+def _benchmark(results: Mapping[str, Any]) -> list[str]:
+    """The pictures and tables that compare a benchmark's methods; nothing for a run."""
+    parts = [_picture(figure, alt) for _, figure, alt in comparison.figures(results)]
+    if parts:
+        parts += [_plain_table(*comparison.headline(results)), _plain_table(*comparison.paired(results))]
+    return parts
+
+
+def _plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
+    body = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _table(results: Mapping[str, Any]) -> str:

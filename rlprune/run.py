@@ -25,7 +25,9 @@ from .inspection import hardware
 from .ledger import Ledger
 from .problem import Found, Problem, prepare, score_rule, search
 from .progress import Console, log_to, logger
+from .pruning.space import PruningSpace
 from .rules import rules_for
+from .workloads.base import Workload
 from .workloads.language import LanguageWorkload
 
 _CURVE = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
@@ -217,26 +219,33 @@ def _write_results(
 
 def results_of(problem: Problem, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The content of results.json (see the public surface in the docs)."""
-    workload, space = problem.workload, problem.space
+    return outcome(problem.config, problem.workload, problem.space, rows)
+
+
+def outcome(
+    config: Config, workload: Workload, space: PruningSpace, rows: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """`results_of` where nothing has been prepared but the dense model and its space."""
+    metric = config.budget.metric
     protocol = {"protocol": workload.protocol()} if isinstance(workload, LanguageWorkload) else {}
     sizes = {split: workload.size(split) for split in ("train", "calibration", "validation", "test")}
     return {
         "version": 1,
         "workload": {
             "name": workload.name,
-            "model": problem.config.model.name,
-            "data": problem.config.data.name,
+            "model": config.model.name,
+            "data": config.data.name,
             "metric": workload.metric_name,
             "sizes": sizes,
             "fingerprint": space.fingerprint,
             **protocol,
         },
         "budget": {
-            "metric": problem.metric,
-            "target": problem.target,
-            "dense": space.dense_cost(problem.metric),
+            "metric": metric,
+            "target": float(space.target(config.budget.target, metric)),
+            "dense": space.dense_cost(metric),
         },
-        "score": problem.config.score.kind,
+        "score": config.score.kind,
         "hardware": hardware(),
         "groups": [{"name": g.name, "kind": g.kind, "width": g.width} for g in space.groups],
         "rows": [_finite(row) for row in rows],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,29 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from rlprune import benchmark, fidelity
+from rlprune import benchmark, comparison, fidelity
+from rlprune.agents import AGENTS
+from rlprune.benchmark import Cell, cell_key
+from rlprune.benchmark.cells import finished
 from rlprune.config import Config
-from rlprune.errors import ArtifactError, ConfigError
+from rlprune.errors import ArtifactError, BudgetError, ConfigError, RunError
+from rlprune.ledger import Ledger
+from rlprune.problem import prepare
+from rlprune.progress import Console
 
 METHODS = ["uniform", "lamp", "random", "ppo"]
 
 
 def _timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if "seconds" not in k and k != "latency_ms"} for row in rows]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _brief_latency() -> Iterator[None]:
+    """Latencies are in the rows, but nothing here looks at how exact they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark.outcome, "LATENCY_SECONDS", 0.1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +81,7 @@ def test_a_finished_cell_is_not_computed_again(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("computed again")
 
-    for name in ("search", "score_rule", "finish"):
-        monkeypatch.setattr(benchmark, name, never)
+    monkeypatch.setattr(benchmark, "compute", never)
     again = benchmark.run(small_digits, METHODS, 1, 6, out)
     assert _timeless(again["rows"]) == _timeless(results["rows"])
 
@@ -77,7 +91,7 @@ def test_a_benchmark_stopped_inside_a_search_ends_with_the_same_rows(
 ) -> None:
     _, results = done
     spent = 0
-    append = benchmark.Ledger.append
+    append = Ledger.append
 
     def stop(self: Any, row: dict[str, Any]) -> None:
         nonlocal spent
@@ -86,10 +100,10 @@ def test_a_benchmark_stopped_inside_a_search_ends_with_the_same_rows(
             raise KeyboardInterrupt
         append(self, row)
 
-    monkeypatch.setattr(benchmark.Ledger, "append", stop)
+    monkeypatch.setattr(Ledger, "append", stop)
     with pytest.raises(KeyboardInterrupt):
         benchmark.run(small_digits, METHODS, 1, 6, tmp_path / "run")
-    monkeypatch.setattr(benchmark.Ledger, "append", append)
+    monkeypatch.setattr(Ledger, "append", append)
     again = benchmark.run(small_digits, METHODS, 1, 6, tmp_path / "run")
     assert _timeless(again["rows"]) == _timeless(results["rows"])
 
@@ -103,51 +117,147 @@ def test_a_damaged_cell_is_computed_again(done: tuple[Path, dict[str, Any]], sma
 
 
 def test_a_cell_is_named_by_everything_that_determines_it(small_digits: Config) -> None:
-    key = benchmark.cell_key(small_digits, "ppo", 0)
-    assert key == benchmark.cell_key(small_digits.override(["threads=1", "name=other"]), "ppo", 0)
-    changed = [
-        "budget.target=0.3",
-        "search.evaluations=7",
-        "finish.lr=0.1",
-        "model.seed=1",
-        "search.ppo.n_steps=8",
-    ]
-    keys = [benchmark.cell_key(small_digits.override([text]), "ppo", 0) for text in changed]
-    keys += [benchmark.cell_key(small_digits, "ppo", 1), benchmark.cell_key(small_digits, "random", 0)]
+    cell = Cell("ppo", 0, 0.5)
+    key = cell_key(small_digits, cell)
+    assert key == cell_key(small_digits.override(["threads=1", "name=other", "search.baselines=[]"]), cell)
+    # The budget of a cell is its own; that of the settings stands for the others.
+    assert key == cell_key(small_digits.override(["budget.target=0.3"]), cell)
+    changed = ["search.evaluations=7", "finish.lr=0.1", "model.seed=1", "search.ppo.n_steps=8", "seed=1"]
+    keys = [cell_key(small_digits.override([text]), cell) for text in changed]
+    others: list[dict[str, Any]] = [{"seed": 1}, {"budget": 0.3}, {"method": "random"}]
+    keys += [cell_key(small_digits, replace(cell, **other)) for other in others]
     assert len({key, *keys}) == 1 + len(keys)
     more = small_digits.override(["search.evaluations=7"])
-    assert benchmark.cell_key(more, "lamp", 0) == benchmark.cell_key(small_digits, "lamp", 0)
+    for method in ("lamp", "dense"):
+        same = replace(cell, method=method)
+        assert cell_key(more, same) == cell_key(small_digits, same)
+    # Another agent's settings do not matter, and the dense model has no budget.
+    tuned, other_agent = small_digits.override(["search.ppo.n_steps=8"]), replace(cell, method="random")
+    assert cell_key(tuned, other_agent) == cell_key(small_digits, other_agent)
+    assert cell_key(small_digits, Cell("dense", 0, 0.3)) == cell_key(small_digits, Cell("dense", 0, 0.5))
 
 
-def test_the_summary_pairs_seeds(tmp_path: Path) -> None:
-    scores = {"uniform": [-3.0, -3.0], "lamp": [-2.0, -2.0], "random": [-1.9, -2.3], "ppo": [-1.0, -1.5]}
-    kinds = {"uniform": "rule", "lamp": "rule", "random": "baseline", "ppo": "agent"}
-    rows = [
-        {"method": name, "kind": kinds[name], "seed": seed, "score": score, "test": None}
-        for name, values in scores.items()
-        for seed, score in enumerate(values)
+def test_a_cell_from_before_a_setting_existed_counts_where_that_has_its_default(
+    done: tuple[Path, dict[str, Any]], small_digits: Config, tmp_path: Path
+) -> None:
+    out, _ = done
+    content = json.loads(next((out / "cells").glob("random-0-*.json")).read_text())
+    cell, console = Cell("random", 0, 0.5), Console(False)
+    assert finished(out / "cells", small_digits, cell, console) is not None
+    del content["determinants"]["finish.candidates"], content["determinants"]["score.images"]
+    old = tmp_path / "random-0-0123456789abcdef.json"
+    old.write_text(json.dumps(content))
+    assert finished(tmp_path, small_digits, cell, console) is None  # finish.candidates is not at its default
+    default = small_digits.override(["finish.candidates=5"])
+    assert finished(tmp_path, default, cell, console) is not None
+    assert finished(tmp_path, default.override(["score.images=50"]), cell, console) is None
+    content["determinants"]["gone"] = 1  # a setting that this version does not know any more
+    old.write_text(json.dumps(content))
+    assert finished(tmp_path, default, cell, console) is None
+
+
+def test_more_methods_seeds_and_budgets_reuse_what_is_there(
+    done: tuple[Path, dict[str, Any]], small_digits: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, results = done
+    computed: list[str] = []
+    compute = benchmark.compute
+
+    def recorded(problem: Any, cell: Cell, *rest: Any) -> None:
+        computed.append(str(cell))
+        compute(problem, cell, *rest)
+
+    monkeypatch.setattr(benchmark, "compute", recorded)
+    more = benchmark.run(small_digits, ["uniform", "erk"], 2, 6, out, budgets=[0.5, "40%"])
+    new = [("uniform", 1, "0.5"), ("erk", 0, "0.5"), ("erk", 1, "0.5")]
+    new += [(m, s, "40%") for m in ("uniform", "erk") for s in (0, 1)]
+    assert sorted(computed) == sorted(f"{m}, seed {s}, budget {b}" for m, s, b in new)
+    assert [(r["method"], r["seed"], r["budget"]) for r in more["rows"]] == [
+        ("dense", 0, None),
+        *((m, s, b) for b in (0.5, "40%") for m in ("uniform", "erk") for s in (0, 1)),
     ]
-    summary = benchmark.summarise([*rows, {"method": "dense", "kind": "dense", "seed": 0, "score": 0.0}])
-    assert [entry["method"] for entry in summary] == ["ppo", "lamp", "random", "uniform"]
-    ppo, lamp = summary[0], summary[1]
-    assert (ppo["score"]["mean"], ppo["score"]["min"], ppo["score"]["max"]) == (-1.25, -1.5, -1.0)
-    assert ppo["score"]["low"] <= -1.25 <= ppo["score"]["high"]
-    assert lamp["best_rule"]
-    assert "best rule" not in lamp["against"]
-    against = {label: (round(d["mean"], 9), d["wins"]) for label, d in ppo["against"].items()}
-    assert against == {"uniform": (1.75, 2), "best rule": (0.75, 2), "random": (0.85, 2)}
-    assert summary[2]["against"]["best rule"]["wins"] == 1
-    assert ppo["test"]["mean"] is None
-    text = benchmark.markdown({"summary": summary})
-    assert "+0.7500 (2/2)" in text and "lamp (best rule)" in text
+    first = next(row for row in results["rows"] if row["method"] == "uniform")
+    assert _timeless([more["rows"][1]]) == _timeless([first])
+    targets = [budget["target"] for budget in more["budgets"]]
+    assert targets[1] / targets[0] == pytest.approx(0.8)
+    assert all(r["cost"] <= targets[r["budget"] == "40%"] for r in more["rows"] if r["budget"])
+    half, less = comparison.per_budget(more)
+    assert [r["method"] for r in half["rows"]] == ["dense", "uniform", "uniform", "erk", "erk"]
+    assert {e["budget"] for e in half["summary"]} == {0.5} and {e["budget"] for e in less["summary"]} == {
+        "40%"
+    }
+    for mark in ("50", "40"):
+        assert (out / f"benchmark-{mark}.png").stat().st_size > 1000
+    text = (out / "benchmark.md").read_text()
+    assert "## 50% of the macs" in text and "## 40% of the macs" in text
 
 
-def test_the_bootstrap_interval_covers_the_mean_of_a_sample() -> None:
-    sample = np.random.default_rng(1).normal(size=50)
-    low, high = benchmark.bootstrap(lambda index: float(sample[index].mean()), 50)
-    error = sample.std() / np.sqrt(50)
-    assert low == pytest.approx(sample.mean() - 1.96 * error, abs=0.3 * error)
-    assert high == pytest.approx(sample.mean() + 1.96 * error, abs=0.3 * error)
+def test_a_failing_cell_is_said_and_the_others_are_finished(
+    small_digits: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compute = benchmark.compute
+
+    def failing(problem: Any, cell: Cell, *rest: Any) -> None:
+        if cell == Cell("lamp", 1, 0.5):
+            raise ZeroDivisionError("no luck")
+        compute(problem, cell, *rest)
+
+    monkeypatch.setattr(benchmark, "compute", failing)
+    with pytest.raises(RunError, match="1 of 5 cells failed.*lamp, seed 1, budget 0.5: Zero") as error:
+        benchmark.run(small_digits, ["uniform", "lamp"], 2, 6, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert "lamp, seed 1, budget 0.5: FAILED: ZeroDivisionError: no luck" in capsys.readouterr().err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert len(results["rows"]) == 4 and len(results["protocol"]["failed"]) == 1
+    assert "no luck" in (tmp_path / "run" / "benchmark.md").read_text()
+    computed: list[str] = []
+    monkeypatch.setattr(benchmark, "compute", lambda *a: computed.append(str(a[1])) or compute(*a))
+    again = benchmark.run(small_digits, ["uniform", "lamp"], 2, 6, tmp_path / "run")
+    assert computed == ["lamp, seed 1, budget 0.5"]
+    assert len(again["rows"]) == 5 and not again["protocol"]["failed"]
+
+
+def test_methods_that_cannot_run_here_are_left_out_or_refused(
+    small_digits: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Needy:
+        def load(self) -> Any:
+            import no_such_library  # type: ignore[import-not-found]
+
+            return no_such_library
+
+    space = prepare(small_digits).space
+    monkeypatch.setitem(AGENTS, "needy", Needy())
+    unable = benchmark.unable_agents(None, small_digits.search)
+    assert "No module named 'no_such_library'" in unable["needy"] and "ppo" not in unable
+    names, left_out = benchmark.applicable(None, space, unable)
+    assert left_out["owl"] == "for language models only" and "needy" in left_out
+    assert {"ppo", "random", "uniform"} <= set(names) and not set(names) & set(left_out)
+    assert benchmark.unable_agents(["ppo", "lamp"], small_digits.search) == {}
+    assert benchmark.applicable(["ppo", "lamp"], space, {}) == (["ppo", "lamp"], {})
+    for name in ("needy", "owl"):
+        with pytest.raises(ConfigError, match=f"--methods: '{name}' cannot run here"):
+            benchmark.run(small_digits, [name], 1, 6, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_method_pays_in_seconds_for_what_others_have_scored(small_digits: Config) -> None:
+    evaluator = prepare(small_digits).evaluator
+    widths = evaluator.space.project(np.ones(len(evaluator.space.groups)), 0.5)
+    first, second = evaluator.fork(), evaluator.fork()
+    one, two = first.evaluate(widths), second.evaluate(widths)
+    assert one is two and first.reused == 0.0 and second.reused == one.seconds > 0
+    second.evaluate(widths)  # a repeat of its own is free
+    assert second.reused == one.seconds
+
+
+@pytest.mark.parametrize("budgets", [["0.5", "50%"], ["0.0001"]])
+def test_budgets_that_are_the_same_or_not_feasible_are_refused(
+    small_digits: Config, tmp_path: Path, budgets: list[str]
+) -> None:
+    with pytest.raises((ConfigError, BudgetError), match="0.5 and 50% are the same|feasible"):
+        benchmark.run(small_digits, ["uniform"], 1, 5, tmp_path / "run", budgets=budgets)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """PPO against the rules and random search on several workloads and budgets -> docs/results.md.
 
     python docs/scripts/results.py [--configs digits fashion_mnist_resnet20] [--budgets 0.5 0.3]
-                                   [--seeds 3] [--evaluations 300] [--set KEY=VALUE ...]
+                                   [--seeds 3] [--evaluations 300] [--jobs 1] [--set KEY=VALUE ...]
 
-Each workload and budget is one `rlprune benchmark`; finished cells in --out are reused.
+Each workload is one `rlprune benchmark`; finished cells in --out are reused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from rlprune import benchmark
+from rlprune import benchmark, comparison
 from rlprune.config import load_config
 from rlprune.report import markdown_table
 
@@ -45,18 +45,19 @@ def verdict(summary: list[dict[str, Any]], agent: str = "ppo") -> str:
     return "\n".join(lines)
 
 
-def section(name: str, budget: str, results: dict[str, Any], settings: list[str]) -> str:
+def section(name: str, results: dict[str, Any], settings: list[str]) -> str:
     """Heading, what ran where, the verdict and the table of one workload and budget."""
     workload, hardware = results["workload"], results["hardware"]
     sizes = ", ".join(f"{count} {split}" for split, count in workload["sizes"].items())
     dense = next(row for row in results["rows"] if row["method"] == "dense")
     extra = f" with {', '.join(settings)}" if settings else ""
     return (
-        f"## {workload['name']}, {100 * float(budget):.0f}% of the {results['budget']['metric']}\n\n"
+        f"## {workload['name']}, {comparison.share(results)} of the {results['budget']['metric']}\n\n"
         f"Config `{name}`{extra}; {sizes} images; {hardware['device']} ({hardware['processor']}, "
         f"{hardware['threads']} threads). Dense: test {dense['test']:.4f}, test loss {dense['test_loss']:.4f}; "
         f"after the same fine-tune {dense['test_finetuned']:.4f} and {dense['test_loss_finetuned']:.4f}.\n\n"
-        f"{verdict(results['summary'])}\n\n{benchmark.markdown(results)}\n"
+        f"{verdict(results['summary'])}\n\n{markdown_table(*comparison.headline(results))}\n\n"
+        f"{markdown_table(*comparison.paired(results))}\n"
     )
 
 
@@ -64,8 +65,7 @@ def headline(results: dict[str, Any]) -> list[str]:
     """One line of the README's table: the methods that people ask about, score and test loss after the fine-tune."""
     summary = {entry["method"]: entry for entry in results["summary"]}
     rule = next(name for name, entry in summary.items() if entry["best_rule"])
-    share = results["budget"]["target"] / results["budget"]["dense"]
-    cells = [f"{results['workload']['name']}, {100 * share:.0f}%"]
+    cells = [f"{results['workload']['name']}, {comparison.share(results)}"]
     for name in ("uniform", rule, "random", "ppo"):
         score, loss = summary[name]["score"]["mean"], summary[name]["test_loss_finetuned"]["mean"]
         cells.append(f"{score:.3f} / {loss:.3f}" + (f" ({name})" if name == rule else ""))
@@ -91,6 +91,7 @@ def main() -> int:
     parser.add_argument("--budgets", nargs="+", default=["0.5", "0.3"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--evaluations", type=int, default=300)
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--methods", nargs="+", help="all by default; ppo, random and the rules are needed")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="settings")
     parser.add_argument(
@@ -102,21 +103,23 @@ def main() -> int:
     parts: list[str] = []
     lines: list[list[str]] = []
     for name in arguments.configs:
-        for budget in arguments.budgets:
-            config = load_config(name, [*arguments.settings, f"budget.target={budget}"])
-            out = arguments.out / f"{name}-{budget}"
-            results = benchmark.run(config, arguments.methods, arguments.seeds, arguments.evaluations, out)
-            parts.append(section(name, budget, results, arguments.settings))
-            lines.append(headline(results))
+        config = load_config(name, arguments.settings)
+        results = benchmark.run(
+            config, arguments.methods, arguments.seeds, arguments.evaluations, arguments.out / name,
+            budgets=arguments.budgets, jobs=arguments.jobs,
+        )  # fmt: skip
+        for view in comparison.per_budget(results):
+            parts.append(section(name, view, arguments.settings))
+            lines.append(headline(view))
             print(parts[-1], flush=True)
-            text = PAGE.format(
-                command=command, torch=torch.__version__,
-                seeds=arguments.seeds, evaluations=arguments.evaluations, parts="\n".join(parts),
-            )  # fmt: skip
-            (DOCS / arguments.doc).write_text(text, encoding="utf-8")
-            if arguments.doc == "results.md":
-                processor = results["hardware"]["processor"]
-                write_readme(lines, command, arguments.seeds, arguments.evaluations, processor)
+        text = PAGE.format(
+            command=command, torch=torch.__version__,
+            seeds=arguments.seeds, evaluations=arguments.evaluations, parts="\n".join(parts),
+        )  # fmt: skip
+        (DOCS / arguments.doc).write_text(text, encoding="utf-8")
+        if arguments.doc == "results.md":
+            processor = results["hardware"]["processor"]
+            write_readme(lines, command, arguments.seeds, arguments.evaluations, processor)
     return 0
 
 
@@ -127,8 +130,9 @@ Written by `{command}` (torch {torch}).
 Every method goes through the same door: the same workload, recovery, starts (uniform and the rules, charged)
 and final fine-tune; each agent may have {evaluations} distinct plans scored, under each of {seeds} seeds. The
 score is that of the plan that validation chose, before any rule joins as a fallback (nats, 0 is the dense
-model); cells show the mean [lowest, highest] over the seeds. A rule's plan is the same for every seed, its
-fine-tune is not. Differences are paired by seed; in brackets the seeds on which the method is strictly better.
+model); cells show the mean over the seeds and its 95% interval (bootstrap). A rule's plan is the same for every
+seed, its fine-tune is not. Differences are paired by seed; in brackets the seeds on which the method is strictly
+better.
 
 {parts}"""
 

@@ -1,0 +1,173 @@
+"""The committed results of `rlprune benchmark` -> docs/benchmark.md and its figures.
+
+    rlprune benchmark digits --budgets 0.5 0.3 --evaluations 300 --jobs 2 --threads 1 --out runs/digits-benchmark
+    python docs/scripts/benchmark.py --take runs/digits-benchmark
+
+--take copies a run's results.json, in a compact form, to docs/benchmark/NAME.json (NAME is that of the shipped config);
+without it the page is written anew from what is there. Nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlprune import comparison, plots
+from rlprune.config import load_config
+from rlprune.report import markdown_table, read_results
+
+DOCS = Path(__file__).resolve().parents[1]
+KEPT = ("version", "workload", "budget", "score", "hardware", "groups", "budgets", "protocol", "settings")
+
+
+def take(run: Path, folder: Path) -> Path:
+    """Copy a run's results with the settings that differ from the shipped config; one row or entry a line."""
+    config = load_config(run / "config.yaml")
+    results = read_results(run) | {"settings": changed(config.to_dict(), config.name)}
+    lines = [f'"{key}": {json.dumps(results[key])}' for key in KEPT if key in results]
+    for key in ("rows", "summary"):
+        lines.append(f'"{key}": [\n' + ",\n".join(json.dumps(row) for row in results[key]) + "\n]")
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{config.name}.json"
+    target.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    return target
+
+
+def changed(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Settings by dotted name that are not those of the shipped config of this name."""
+    ours, theirs = dotted(settings), dotted(load_config(name).to_dict())
+    given = ("search.evaluations", "budget.target")  # options of the command, told with it
+    return {k: v for k, v in ours.items() if theirs.get(k) != v and k not in given}
+
+
+def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
+
+
+def command(name: str, results: Mapping[str, Any]) -> str:
+    """The command that measures these results."""
+    protocol = results["protocol"]
+    words = ["rlprune benchmark", name, "--methods", ",".join(protocol["methods"])]
+    words += ["--budgets", *[str(budget["asked"]) for budget in results["budgets"]]]
+    words += [
+        f"--seeds {protocol['seeds']} --evaluations {protocol['evaluations']} --jobs {protocol['jobs']}"
+    ]
+    if results["settings"]:
+        words += ["--set", *[f"{key}={value}" for key, value in results["settings"].items()]]
+    return " ".join(words)
+
+
+def verdict(results: Mapping[str, Any], agent: str = "ppo") -> list[str]:
+    """A line for each method that searches: is the agent's mean test loss below it, and with what certainty."""
+    summary = {entry["method"]: entry for entry in results["summary"]}
+    if agent not in summary or summary[agent]["test_loss"]["mean"] is None:
+        return []
+    ours = summary[agent]["test_loss"]
+    below = [n for n, e in summary.items() if n != agent and ours["mean"] < e["test_loss"]["mean"]]
+    above = [n for n in summary if n != agent and n not in below]
+    lines = [
+        f"- {agent}'s mean test loss before the fine-tune is {comparison.interval(ours)}: below that of "
+        f"{len(below)} of {len(below) + len(above)} methods"
+        + (f"; **not** below {', '.join(above)}." if above else ".")
+    ]
+    for reference, what in (("best rule", "the best rule"), ("random", "random search")):
+        found = summary[agent]["against_loss"].get(reference)
+        if found is not None:
+            lines.append(
+                f"- Paired by seed, its test loss minus that of {what} is {found['mean']:+.4f} "
+                f"[{found['low']:+.4f}, {found['high']:+.4f}], lower on {found['wins']} of {found['seeds']} seeds."
+            )
+    needed = summary[agent].get("evaluations_to_random")
+    if needed and needed["seeds"]:
+        total = results["protocol"]["evaluations"]
+        median = (
+            "never"
+            if needed["median"] is None
+            else f"after {needed['median']:g} of {total} evaluations (median)"
+        )
+        lines.append(
+            f"- It reaches the score that random search ends with {median}, on {needed['reached']} of "
+            f"{needed['seeds']} seeds."
+        )
+    return lines
+
+
+def section(name: str, results: Mapping[str, Any], folder: Path) -> str:
+    """Everything about one workload; draws its figures into ``folder``."""
+    workload, hardware, protocol = results["workload"], results["hardware"], results["protocol"]
+    sizes = ", ".join(f"{count} {split}" for split, count in workload["sizes"].items())
+    parts = [
+        f"## {workload['name']}\n",
+        f"{protocol['seeds']} seeds, {protocol['evaluations']} evaluations for each search; {sizes} samples; "
+        f"{hardware['device']} ({hardware['processor']}, {protocol['jobs']} processes of {hardware['threads']} "
+        f"threads), torch {hardware['libraries'].get('torch', 'unknown')}.\n",
+        f"```sh\n{command(name, results)}\n```\n",
+    ]
+    dense = next((row for row in results["rows"] if row["method"] == "dense"), None)
+    if dense is not None:
+        parts.append(
+            f"Dense: test loss {dense['test_loss']:.4f}, {workload['metric']} {dense['test']:.4f}; after the same "
+            f"fine-tune {dense['test_loss_finetuned']:.4f} and {dense['test_finetuned']:.4f}.\n"
+        )
+    for view in comparison.per_budget(results):
+        share = comparison.share(view)
+        parts.append(f"### {share} of the {view['budget']['metric']}\n")
+        parts += [*verdict(view), ""]
+        for kind, figure, text in comparison.figures(view):
+            file = f"{name}-{share.rstrip('%')}-{kind}.png"
+            plots.to_png(figure, folder / file)
+            parts.append(f"![{text}]({folder.name}/{file})\n")
+        parts += [markdown_table(*comparison.headline(view)), ""]
+        parts += [markdown_table(*comparison.paired(view)), ""]
+    parts += [f"- {note}" for note in comparison.notes(results)]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def write(folder: Path, page: Path) -> None:
+    """The page of all results in ``folder``, with the figures beside them."""
+    files = sorted(folder.glob("*.json"))
+    parts = [section(path.stem, json.loads(path.read_text(encoding="utf-8")), folder) for path in files]
+    page.write_text(PAGE.format(parts="\n".join(parts)), encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--take", nargs="+", type=Path, default=[], metavar="RUN")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder that the page is written into")
+    arguments = parser.parse_args(argv)
+    folder = arguments.docs / "benchmark"
+    for run in arguments.take:
+        print(f"taken: {take(run, folder)}")
+    write(folder, arguments.docs / "benchmark.md")
+    print(f"written: {arguments.docs / 'benchmark.md'}")
+    return 0
+
+
+PAGE = """# Benchmark
+
+Written by `python docs/scripts/benchmark.py` from the results of `rlprune benchmark` in `docs/benchmark/`.
+
+Every method goes through the same door: the same dense model, groups, recovery, score and final fine-tune. A search may
+have so many distinct plans scored, its starts (uniform and the rules) and a rule's probes included; a plan that
+another method has scored costs it an evaluation all the same. Validation chooses the plan, with no rule as a fallback;
+the test split is read once for each row, at the end. Seeds are paired: a seed decides a method's search and its
+fine-tune. A rule's plan is the same for every seed, its fine-tune is not.
+
+Cells hold the mean over the seeds and its 95% interval (percentile bootstrap: too narrow for a handful of seeds).
+"Evaluations to random's score" is the median over the seeds of how many evaluations a method needed for the score
+that random search ended with under the same seed; in brackets the interval and on how many seeds it got there.
+"Mean best score" is the area under the curve of the best score so far. Differences are paired by seed; in brackets the
+seeds on which the method is strictly better. Seconds are those of the search, whoever else was at work on the machine,
+with every plan's own time even where another method had scored it before.
+
+{parts}"""
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""One cell of a benchmark: one method under one seed and one budget, kept in a file once it is finished.
+
+The file is named after a hash of everything that determines its content and lists that, so that a stopped
+benchmark goes on where it was and one with more methods, seeds or budgets reuses what is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..agents import AGENTS
+from ..artifacts import library_versions
+from ..config import Config, settings_reference
+from ..errors import ArtifactError, RlpruneError
+from ..files import read_json, write_json_atomic
+from ..finish import choose, finish
+from ..ledger import Ledger
+from ..problem import Found, Problem, score_rule, search
+from ..progress import Console
+from ..rules import RULES
+from ..run import results_of
+
+DENSE = "dense"
+# Settings that say how a run is shown or where it runs, not what comes out of a cell.
+_NOT_DETERMINING = (
+    "name", "device", "threads", "seed", "search.baselines", "search.tensorboard", "finish.rules",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is computed at once; the seed decides the search and the final fine-tune."""
+
+    method: str
+    seed: int
+    budget: str | float
+
+    def __str__(self) -> str:
+        return f"{self.method}, seed {self.seed}, budget {self.budget}"
+
+
+def determinants(config: Config, cell: Cell) -> dict[str, Any]:
+    """Everything that decides what comes out of a cell, by dotted name: settings, method, seeds, libraries."""
+    settings = flat(json.loads(json.dumps(config.to_dict())))
+    settings["budget.target"] = cell.budget
+    skipped = list(_NOT_DETERMINING)
+    if cell.method == DENSE:
+        skipped.append("budget.target")
+    if cell.method in RULES or cell.method == DENSE:
+        skipped.append("search")
+    else:  # the settings of other agents; ppo's are those of ppo_... as well
+        skipped += [f"search.{name}" for name in AGENTS if not cell.method.startswith(name)]
+    kept = {
+        key: value
+        for key, value in settings.items()
+        if not any(key == name or key.startswith(f"{name}.") for name in skipped)
+    }
+    about = {"method": cell.method, "cell seed": cell.seed, "prepared with seed": config.seed}
+    return kept | about | flat({"libraries": library_versions()})
+
+
+def cell_key(config: Config, cell: Cell) -> str:
+    """Hash of the determinants."""
+    text = json.dumps(determinants(config, cell), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def finished(folder: Path, config: Config, cell: Cell, console: Console) -> dict[str, Any] | None:
+    """The content of a finished cell, or None where it has to be computed.
+
+    A cell that was computed before a setting existed is as good as a new one where that setting has its
+    default now, so an update that adds settings does not cost a benchmark its cells.
+    """
+    wanted = determinants(config, cell)
+    named = folder / f"{_name(config, cell)}.json"
+    for path in dict.fromkeys([named, *sorted(folder.glob(f"{cell.method}-{cell.seed}-*.json"))]):
+        try:
+            kept = read_json(path)
+            if _same(kept["determinants"], wanted):
+                return {name: kept[name] for name in ("row", "ledger", "seconds")}
+        except (ArtifactError, KeyError, TypeError):
+            if path == named and path.exists():
+                console.note(f"{path}: damaged, so this cell is computed again")
+    return None
+
+
+def compute(problem: Problem, cell: Cell, folder: Path, console: Console, progress: Any = None) -> None:
+    """Search, choose, fine-tune, look at test, and write the cell's file; a killed try is continued.
+
+    Args:
+        problem: prepared under the benchmark's settings; its budget is replaced by the cell's.
+        progress: called as `Agent.search` calls it; a bar of the console where it is not given.
+    """
+    started = time.perf_counter()
+    config = problem.config
+    budget = replace(config.budget, target=cell.budget)
+    here = replace(problem, config=replace(config, budget=budget), evaluator=problem.evaluator.fork())
+    state = folder / f"{_name(config, cell)}.state"
+    state.mkdir(exist_ok=True)
+    ledger = Ledger(state / "ledger.jsonl")
+    chosen = None
+    if cell.method != DENSE:
+        found = _found(here, cell, ledger, state, progress or console.search(str(cell)))
+        chosen = choose(here, replace(found, seconds=found.seconds + here.evaluator.reused))
+    row = finish(here, chosen, seed=cell.seed, state=state, console=console).row
+    row |= {"samples": chosen.account.samples if chosen else 0}
+    row |= {"budget": None if cell.method == DENSE else cell.budget}
+    content = {
+        "determinants": determinants(config, cell),
+        "row": results_of(here, [row])["rows"][0],
+        "ledger": ledger.rows,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    write_json_atomic(folder / f"{_name(config, cell)}.json", content)
+    shutil.rmtree(state, ignore_errors=True)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def _name(config: Config, cell: Cell) -> str:
+    return f"{cell.method}-{cell.seed}-{cell_key(config, cell)}"
+
+
+def _same(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether nothing that was recorded differs and everything that was not has its default."""
+    defaults = {s.path: json.loads(json.dumps(s.default, default=list)) for s in settings_reference()}
+    missing = {key: value for key, value in wanted.items() if key not in kept}
+    return all(key in wanted and wanted[key] == value for key, value in kept.items()) and all(
+        key in defaults and defaults[key] == value for key, value in missing.items()
+    )
+
+
+def _found(problem: Problem, cell: Cell, ledger: Ledger, state: Path, progress: Any) -> Found:
+    if cell.method in RULES:
+        return score_rule(problem, cell.method, ledger, cell.seed)
+    return search(cell.method, [problem], ledger, seed=cell.seed, state=state / "search", progress=progress)
+
+
+def to_message(cell: Cell) -> dict[str, Any]:
+    """A cell as plain values, for another process; `Cell(**message)` turns them back."""
+    return asdict(cell)
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line; the kind of those that are not ours is named."""
+    text = " ".join(str(error).split())
+    if isinstance(error, RlpruneError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
