@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from .errors import ConfigError, near_miss
+from .sb3_settings import SB3_ALGORITHMS as SB3_ALGORITHMS
+from .sb3_settings import AMCConfig, SB3Config, SequentialPPOConfig, StagedPPOConfig
 from .settings import Section, Setting, apply_override, build, dump_yaml, plain, read_yaml, setting, show
 from .settings import settings_reference as _reference
 
@@ -278,6 +280,10 @@ class SearchConfig(Section):
     )
     tensorboard: bool = setting(False, "Whether curves are written to RUN/tensorboard (extra `tensorboard`).")
     ppo: PPOConfig = setting(PPOConfig, "Settings of PPO.")
+    ppo_sequential: SequentialPPOConfig = setting(SequentialPPOConfig, "Settings of PPO, one group a step.")
+    ppo_stages: StagedPPOConfig = setting(StagedPPOConfig, "Settings of PPO in stages.")
+    amc: AMCConfig = setting(AMCConfig, "Settings of AMC.")
+    sb3: SB3Config = setting(SB3Config, "Another algorithm of stable-baselines3.")
 
     def check(self) -> None:
         if self.budget_range and (len(self.budget_range) != 2 or self.budget_range[0] > self.budget_range[1]):
