@@ -27,7 +27,7 @@ CONFIGS = {
     "ppo_sequential": ("ppo_sequential", SearchConfig(ppo_sequential=SequentialPPOConfig(episodes=4))),
     "amc": ("amc", SearchConfig(amc=AMCConfig(hidden=16, batch_size=16))),
     **{name: (name, SearchConfig()) for name in ("sac", "td3", "a2c")},
-    "sb3": ("sb3", SearchConfig(sb3=SB3Config(algorithm="PPO", arguments={"n_steps": 8}))),
+    "sb3": ("sb3", SearchConfig(sb3=SB3Config(algorithm="PPO", arguments={"n_steps": 8, "batch_size": 8}))),
 }
 torch.set_num_threads(1)
 

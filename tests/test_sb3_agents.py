@@ -44,7 +44,7 @@ def search(name, settings, task, account, **kwargs):
 def test_off_policy_agents_learn(name):
     """The last tenth of the plans is better than the random ones of the warm-up."""
     task = make_synthetic_task(6, budget=0.3)
-    account = FakeAccount(task.evaluator, 120)
+    account = FakeAccount(task.evaluator, 90)
     search(name, LEARNERS[name], task, account)
     reward = [task.scale(0.3)(c.score) for c in account.history]
     assert np.mean(reward[-12:]) > np.mean(reward[1:20]) + 0.3
@@ -141,7 +141,7 @@ def test_episodes_go_to_the_tasks_in_turn_and_end_when_nothing_new_comes():
     assert max(r.account.spent for r in recorders) == 2, "the same plan again is free"
 
 
-@pytest.mark.parametrize("name", ["amc", "sac", "a2c"])
+@pytest.mark.parametrize("name", ["amc", "a2c"])
 def test_a_space_smaller_than_the_account_ends_the_search(name):
     evaluator = FakeEvaluator(2)
     task = Task(evaluator, 0.5)
