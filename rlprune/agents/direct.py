@@ -18,8 +18,8 @@ from .training import Search, derived_seed, make_ppo, restore_training, seed_eve
 MODE = "direct"
 # More than any account allows: the account ends the training, not PPO.
 _ENDLESS = 10**9
-# Logarithm of the first deviation. Hundreds of steps do not shrink it much: with -1 the last plans are as far from
-# the best ones as the first (measured, docs/negative-results.md).
+# Logarithm of the first deviation. Hundreds of steps hardly shrink it, and with -1 the last plans score far below the
+# base rule that the policy starts from (docs/negative-results.md).
 _LOG_STD = -2.0
 
 
