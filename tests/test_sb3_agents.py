@@ -18,7 +18,7 @@ from rlprune.agents.base import Recorder
 from rlprune.agents.episodes import Episodes
 from rlprune.agents.sb3 import DEFAULTS, SB3Agent, check_arguments, find_algorithm
 from rlprune.catalogue import check_names
-from rlprune.config import AMCConfig, SB3Config, SearchConfig, StagedPPOConfig, load_config
+from rlprune.config import AMCConfig, PPOConfig, SB3Config, SearchConfig, StagedPPOConfig, load_config
 from rlprune.envs.distribution import DistributionEnv
 from rlprune.envs.sequential import SequentialEnv
 from rlprune.envs.task import Task
@@ -275,3 +275,19 @@ def test_lists_reach_the_algorithm_as_tuples_and_defaults_name_real_arguments():
 def test_a_named_algorithm_does_not_read_the_settings_of_another():
     settings = SearchConfig(sb3=SB3Config(algorithm="PPO", arguments={"n_steps": 8}))
     assert make_agent("sac", settings).settings.sb3 == SB3Config(algorithm="SAC")
+
+
+@pytest.mark.parametrize(
+    ("agent", "mode", "given", "expected"),
+    [
+        ("ppo", "surrogate", None, -1.0),
+        ("ppo", "direct", None, -2.0),
+        ("ppo_stages", "surrogate", None, -2.0),
+        ("ppo", "direct", -0.5, -0.5),
+    ],
+)
+def test_the_first_deviation_follows_the_mode_unless_it_is_set(agent, mode, given, expected):
+    task = make_synthetic_task(4)
+    settings = SearchConfig(mode=mode, ppo=PPOConfig(hidden=8, log_std_init=given))
+    policy = search(agent, settings, task, FakeAccount(task.evaluator, 3)).policy
+    assert policy.log_std.item() == expected, "an account this small ends before any update"
