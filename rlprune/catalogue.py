@@ -8,6 +8,7 @@ from typing import Any
 
 from .config import Config, settings_reference, shipped_configs
 from .errors import ConfigError, near_miss
+from .sb3_settings import SB3Config
 
 KINDS = ("models", "rules", "agents", "importances", "recoveries", "data", "configs", "settings")
 
@@ -46,7 +47,7 @@ def rows(kind: str) -> list[tuple[str, str]]:
 
 def check_names(config: Config) -> None:
     """Refuse unknown names at once, not after minutes of training; raises ConfigError with the near miss."""
-    from .agents import AGENTS
+    from .agents import AGENTS, make_agent
     from .pruning.importance import IMPORTANCES, LANGUAGE_IMPORTANCES
     from .rules import RULES
 
@@ -62,6 +63,8 @@ def check_names(config: Config) -> None:
         if name not in allowed:
             hint = near_miss(name, allowed)
             raise ConfigError(f"{field}: unknown name {name!r}{hint}; allowed: {', '.join(allowed)}")
+    if config.search.sb3 != SB3Config():
+        make_agent("sb3", config.search)  # which knows the algorithm's arguments
 
 
 def check_side(config: Config, rules: Sequence[str] = ()) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from .errors import ConfigError, near_miss
+from .sb3_settings import SB3_ALGORITHMS as SB3_ALGORITHMS
+from .sb3_settings import AMCConfig, SB3Config, SequentialPPOConfig, StagedPPOConfig
 from .settings import Section, Setting, apply_override, build, dump_yaml, plain, read_yaml, setting, show
 from .settings import settings_reference as _reference
 
@@ -222,7 +224,7 @@ class PPOConfig(Section):
     prefix: ClassVar[str] = "search.ppo."
 
     learning_rate: float = setting(3e-3, "Learning rate of Adam.", above=0, high=1)
-    n_steps: int = setting(32, "Steps of one environment between two updates.", low=2)
+    n_steps: int = setting(16, "Mode direct: steps of one environment between two updates.", low=2)
     batch_size: int = setting(16, "Transitions in a minibatch.", low=2)
     n_epochs: int = setting(8, "Passes over a rollout.", low=1)
     gamma: float = setting(
@@ -233,8 +235,11 @@ class PPOConfig(Section):
     ent_coef: float = setting(0.0, "Weight of the entropy bonus.", low=0)
     vf_coef: float = setting(0.5, "Weight of the value loss.", low=0)
     max_grad_norm: float = setting(0.5, "Largest norm of a gradient.", above=0)
-    log_std_init: float = setting(
-        -1.0, "Logarithm of the initial standard deviation of an action.", low=-5, high=1
+    log_std_init: float | None = setting(
+        None,
+        "Logarithm of the initial standard deviation of an action; null for -1 in mode surrogate and -2 in direct.",
+        low=-5,
+        high=1,
     )
     hidden: int = setting(64, "Units of the policy's hidden layers.", low=4)
     group_bias: bool = setting(
@@ -278,6 +283,10 @@ class SearchConfig(Section):
     )
     tensorboard: bool = setting(False, "Whether curves are written to RUN/tensorboard (extra `tensorboard`).")
     ppo: PPOConfig = setting(PPOConfig, "Settings of PPO.")
+    ppo_sequential: SequentialPPOConfig = setting(SequentialPPOConfig, "Settings of PPO, one group a step.")
+    ppo_stages: StagedPPOConfig = setting(StagedPPOConfig, "Settings of PPO in stages.")
+    amc: AMCConfig = setting(AMCConfig, "Settings of AMC.")
+    sb3: SB3Config = setting(SB3Config, "Another algorithm of stable-baselines3.")
 
     def check(self) -> None:
         if self.budget_range and (len(self.budget_range) != 2 or self.budget_range[0] > self.budget_range[1]):

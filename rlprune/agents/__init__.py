@@ -36,6 +36,21 @@ AGENTS: dict[str, Entry] = {
             "ppo:PPOAgent",
         ),
         Entry(
+            "ppo_stages",
+            "PPO that prunes and recovers in stages (search.ppo_stages), each of them an evaluation",
+            "ppo_stages:StagedPPO",
+        ),
+        Entry("ppo_sequential", "PPO that decides one group a step", "ppo_sequential:SequentialPPO"),
+        Entry("amc", "DDPG that decides one group a step, explored and rewarded as in AMC", "amc:AMC"),
+        Entry("sac", "soft actor-critic of stable-baselines3 on the whole distribution", "sb3:SAC"),
+        Entry("td3", "twin delayed DDPG of stable-baselines3 on the whole distribution", "sb3:TD3"),
+        Entry("a2c", "advantage actor-critic of stable-baselines3 on the whole distribution", "sb3:A2C"),
+        Entry(
+            "sb3",
+            "any algorithm of stable-baselines3 or sb3-contrib, by search.sb3.algorithm and .arguments",
+            "sb3:SB3Agent",
+        ),
+        Entry(
             "random",
             "random distributions projected onto the budget (EagleEye)",
             "random_search:RandomSearch",

@@ -18,6 +18,9 @@ from .training import Search, derived_seed, make_ppo, restore_training, seed_eve
 MODE = "direct"
 # More than any account allows: the account ends the training, not PPO.
 _ENDLESS = 10**9
+# Logarithm of the first deviation. Hundreds of steps hardly shrink it, and with -1 the last plans score far below the
+# base rule that the policy starts from (docs/negative-results.md).
+_LOG_STD = -2.0
 
 
 class RolloutStart(BaseCallback):
@@ -57,7 +60,14 @@ def direct_search(search: Search) -> SearchResult:
     )
     env = DummyVecEnv([lambda: search.env])
     saved = search.load(MODE)
-    ppo = make_ppo(search, env, n_steps=settings.n_steps, batch_size=batch, n_epochs=settings.n_epochs)
+    ppo = make_ppo(
+        search,
+        env,
+        n_steps=settings.n_steps,
+        batch_size=batch,
+        n_epochs=settings.n_epochs,
+        log_std_init=_LOG_STD,
+    )
     rollout = 0
     try:
         if saved is None:

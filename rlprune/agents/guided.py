@@ -26,6 +26,8 @@ MODE = "surrogate"
 _ROLLOUT = 256
 _MINIBATCH = 128
 _EPOCHS = 4
+# Logarithm of the first deviation: the surrogate is asked thousands of times, so it can be wide.
+_LOG_STD = -1.0
 # A budget range is searched at this many budgets, in turn.
 _KNOTS = 3
 # Plans of each kind that compete for a place in the next batch.
@@ -53,7 +55,9 @@ class Guided:
         n_steps = max(1, _ROLLOUT // envs)
         rollout = n_steps * envs
         batch = max(d for d in range(1, rollout + 1) if rollout % d == 0 and d <= _MINIBATCH)
-        self.ppo = make_ppo(search, self.venv, n_steps=n_steps, batch_size=batch, n_epochs=_EPOCHS)
+        self.ppo = make_ppo(
+            search, self.venv, n_steps=n_steps, batch_size=batch, n_epochs=_EPOCHS, log_std_init=_LOG_STD
+        )
 
     @property
     def policy(self) -> GroupPolicy:

@@ -89,9 +89,15 @@ def seed_everything(*numbers: int) -> None:
     set_random_seed(derived_seed(*numbers))
 
 
-def make_ppo(search: Search, env: VecEnv, *, n_steps: int, batch_size: int, n_epochs: int) -> PPO:
-    """stable-baselines3's PPO with the group policy; settings by its own names."""
+def make_ppo(
+    search: Search, env: VecEnv, *, n_steps: int, batch_size: int, n_epochs: int, log_std_init: float
+) -> PPO:
+    """stable-baselines3's PPO with the group policy; settings by its own names.
+
+    ``log_std_init`` holds where the settings leave it open.
+    """
     settings = search.settings.ppo
+    log_std = log_std_init if settings.log_std_init is None else settings.log_std_init
     several = len(search.tasks) > 1
     hidden = settings.hidden if search.policy is None else int(search.policy.meta["hidden"])
     ppo = PPO(
@@ -113,7 +119,7 @@ def make_ppo(search: Search, env: VecEnv, *, n_steps: int, batch_size: int, n_ep
             "hidden": hidden,
             # A bias belongs to one checkpoint; over several it would hide what they have in common.
             "group_bias": settings.group_bias and not several,
-            "log_std_init": settings.log_std_init,
+            "log_std_init": log_std,
         },
     )
     ppo.set_logger(search.watcher.logger)
@@ -123,7 +129,7 @@ def make_ppo(search: Search, env: VecEnv, *, n_steps: int, batch_size: int, n_ep
     if search.policy is not None:
         policy.network.load_state_dict(search.policy.network.state_dict())
         # What it learned is kept, but the noise of its last days would explore nothing here.
-        policy.network.log_std.data.fill_(settings.log_std_init)
+        policy.network.log_std.data.fill_(log_std)
     return ppo
 
 
