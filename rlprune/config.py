@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from .agent_settings import CMAESConfig, GPConfig, TPEConfig
 from .errors import ConfigError, near_miss
 from .settings import Section, Setting, apply_override, build, dump_yaml, plain, read_yaml, setting, show
 from .settings import settings_reference as _reference
@@ -278,6 +279,9 @@ class SearchConfig(Section):
     )
     tensorboard: bool = setting(False, "Whether curves are written to RUN/tensorboard (extra `tensorboard`).")
     ppo: PPOConfig = setting(PPOConfig, "Settings of PPO.")
+    cma_es: CMAESConfig = setting(CMAESConfig, "Settings of CMA-ES.")
+    tpe: TPEConfig = setting(TPEConfig, "Settings of TPE.")
+    gp: GPConfig = setting(GPConfig, "Settings of Gaussian-process optimisation.")
 
     def check(self) -> None:
         if self.budget_range and (len(self.budget_range) != 2 or self.budget_range[0] > self.budget_range[1]):

@@ -40,6 +40,13 @@ AGENTS: dict[str, Entry] = {
             "random distributions projected onto the budget (EagleEye)",
             "random_search:RandomSearch",
         ),
+        Entry("cma_es", "CMA-ES by optuna's sampler (extra `benchmark`)", "optuna_search:CMAES"),
+        Entry("tpe", "multivariate TPE by optuna's sampler (extra `benchmark`)", "optuna_search:TPE"),
+        Entry(
+            "gp",
+            "Gaussian-process Bayesian optimisation by optuna's sampler (extra `benchmark`)",
+            "optuna_search:GaussianProcess",
+        ),
     )
 }
 
