@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from .agent_settings import CMAESConfig, GPConfig, TPEConfig
+from .agent_settings import (
+    BypassConfig,
+    CMAESConfig,
+    EvoPressConfig,
+    GPConfig,
+    RLPrunerConfig,
+    TPEConfig,
+)
 from .errors import ConfigError, near_miss
 from .settings import Section, Setting, apply_override, build, dump_yaml, plain, read_yaml, setting, show
 from .settings import settings_reference as _reference
@@ -282,6 +289,9 @@ class SearchConfig(Section):
     cma_es: CMAESConfig = setting(CMAESConfig, "Settings of CMA-ES.")
     tpe: TPEConfig = setting(TPEConfig, "Settings of TPE.")
     gp: GPConfig = setting(GPConfig, "Settings of Gaussian-process optimisation.")
+    evopress: EvoPressConfig = setting(EvoPressConfig, "Settings of EvoPress-style evolution.")
+    rl_pruner: RLPrunerConfig = setting(RLPrunerConfig, "Settings of RL-Pruner.")
+    bypass: BypassConfig = setting(BypassConfig, "Settings of Bypass back-propagation.")
 
     def check(self) -> None:
         if self.budget_range and (len(self.budget_range) != 2 or self.budget_range[0] > self.budget_range[1]):

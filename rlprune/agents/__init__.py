@@ -47,6 +47,17 @@ AGENTS: dict[str, Entry] = {
             "Gaussian-process Bayesian optimisation by optuna's sampler (extra `benchmark`)",
             "optuna_search:GaussianProcess",
         ),
+        Entry("evopress", "EvoPress-style evolution by level swaps at equal cost", "evopress:EvoPress"),
+        Entry(
+            "rl_pruner",
+            "RL-Pruner's probability vector, in stages of exact cost (arXiv 2411.06463)",
+            "rl_pruner:RLPruner",
+        ),
+        Entry(
+            "bypass",
+            "policy gradient over Bernoulli keep probabilities (Bypass back-propagation)",
+            "bypass:Bypass",
+        ),
     )
 }
 

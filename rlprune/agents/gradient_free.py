@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from ..config import SearchConfig
 from ..envs.task import Task
 from ..errors import ConfigError
@@ -15,6 +17,7 @@ from ..ledger import SearchSpent
 from .base import Recorder, SearchResult, Starts, check_arguments
 from .callbacks import Progress, Watcher
 from .policy import PortablePolicy
+from .proposals import fresh, random_plans
 from .state import StateDir
 
 # A space so small that this many proposals in a row bring nothing new is exhausted.
@@ -54,7 +57,9 @@ class GradientFree(ABC):
         """See :class:`rlprune.agents.base.Agent`; a ``policy`` only adds its plan to the starts."""
         check_arguments(tasks, accounts, starts)
         if not self.ranges and any(task.is_range for task in tasks):
-            raise ConfigError(f"search.budget_range: the agent {self.name!r} searches one budget, not a range")
+            raise ConfigError(
+                f"search.budget_range: the agent {self.name!r} searches one budget, not a range"
+            )
         watcher = Watcher(tasks, accounts, progress, tensorboard)
         recorders = [Recorder(account, watcher) for account in accounts]
         for index, (task, recorder) in enumerate(zip(tasks, recorders, strict=True)):
@@ -62,3 +67,15 @@ class GradientFree(ABC):
             with suppress(SearchSpent):  # an account also ends after too many repeats
                 self.spend(task, recorder, (seed, index))
         return SearchResult(tuple(r.best(task) for task, r in zip(tasks, recorders, strict=True)))
+
+
+def spend_rest(task: Task, recorder: Recorder, plans: Sequence[Any], generator: np.random.Generator) -> None:
+    """Score plans, then, where a method ends before its account does, random ones."""
+    for plan in plans:
+        if recorder.account.left > 0:
+            recorder.evaluate(plan)
+    idle = 0
+    while recorder.account.left > 0 and idle < PATIENCE:
+        found = fresh(random_plans(task, task.budget, 1, generator), recorder.known)
+        recorder.evaluate_batch(found)
+        idle = 0 if len(found) else idle + 1

@@ -1,8 +1,9 @@
 """CMA-ES, TPE and Gaussian-process optimisation by optuna's samplers (Akiba et al. 2019, arXiv 1907.10902).
 
-All three search the environment's action box (DESIGN: the environments): one logarithm of a multiplier
-for each group on the base distribution, so that 0 is the best rule's plan. What a sampler asks for is
-projected onto the budget, and it is told the score of the plan that comes out.
+All three search the environment's actions: for each group the logarithm of a multiplier on the base
+distribution, so that 0 is the best rule's plan. What a sampler asks for is projected onto the budget, and
+it is told the score of the plan that comes out. Their boxes are half as wide as the policies' (``bound``):
+in the whole box most plans are far worse than the rules', and hundreds of evaluations find few others.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ class OptunaSearch(GradientFree):
     def __init__(self, settings: SearchConfig | None = None) -> None:
         super().__init__(settings)
         self.optuna = _optuna(self.name)
+
+    @property
+    @abstractmethod
+    def bound(self) -> float:
+        """Half of the box's width, in actions."""
 
     @abstractmethod
     def sampler(self, seed: int) -> Any:
@@ -70,10 +76,12 @@ class _Study:
         self._study = self._optuna.create_study(direction="maximize", sampler=sampler)
         width = len(str(len(task.space.groups)))  # optuna sorts the names
         self._box = {
-            f"group{g:0{width}}": self._optuna.distributions.FloatDistribution(-1.0, 1.0)
+            f"group{g:0{width}}": self._optuna.distributions.FloatDistribution(-agent.bound, agent.bound)
             for g in range(len(task.space.groups))
         }
-        self.add(np.array([plan[-1] for plan in recorder.scores], dtype=np.int64))
+        # Probes of a rule keep more than the budget allows: no action stands for them.
+        known = [plan for plan in recorder.within(task, task.budget) if len(plan) == 1]
+        self.add(np.array([plan[-1] for plan in known], dtype=np.int64))
 
     def add(self, plans: Ints) -> None:
         """Tell the sampler of plans (N, G) that it did not ask for."""
@@ -81,11 +89,11 @@ class _Study:
         for plan in plans:
             candidate = self._recorder.scores.get((tuple(int(w) for w in plan),))
             if candidate is not None:
-                params = dict(zip(self._box, action_of(self._task, plan).tolist(), strict=True))
-                value = self._agent.value(candidate, self._task.evaluator.dense)
-                self._study.add_trial(
-                    trial.create_trial(params=params, distributions=self._box, value=value)
+                params = dict(
+                    zip(self._box, action_of(self._task, plan, self._agent.bound).tolist(), strict=True)
                 )
+                value = self._agent.value(candidate, self._task.evaluator.dense)
+                self._study.add_trial(trial.create_trial(params=params, distributions=self._box, value=value))
 
     def step(self, count: int) -> None:
         """Ask for plans, score them, tell."""
@@ -110,10 +118,14 @@ class _Study:
 class CMAES(OptunaSearch):
     """Covariance matrix adaptation (Hansen and Ostermeier 2001): starts at the base rule's plan.
 
-    The box is 2 wide and the first standard deviation a sixth of it (optuna's default).
+    The first standard deviation is a sixth of the box (optuna's default).
     """
 
     name = "cma_es"
+
+    @property
+    def bound(self) -> float:
+        return self.settings.cma_es.bound
 
     def sampler(self, seed: int) -> Any:
         _cmaes()
@@ -131,6 +143,10 @@ class TPE(OptunaSearch):
 
     name = "tpe"
 
+    @property
+    def bound(self) -> float:
+        return self.settings.tpe.bound
+
     def sampler(self, seed: int) -> Any:
         settings = self.settings.tpe
         return self.optuna.samplers.TPESampler(
@@ -146,6 +162,10 @@ class GaussianProcess(OptunaSearch):
     """Bayesian optimisation with a Matern 5/2 process and logarithmic expected improvement (arXiv 2310.20708)."""
 
     name = "gp"
+
+    @property
+    def bound(self) -> float:
+        return self.settings.gp.bound
 
     def sampler(self, seed: int) -> Any:
         return self.optuna.samplers.GPSampler(
@@ -166,14 +186,14 @@ class GaussianProcess(OptunaSearch):
         return -float(np.log(max(dense.score - candidate.score, 0.0) + 1e-6))
 
 
-def action_of(task: Task, widths: Ints) -> Floats:
-    """The action (G,) in [-1, 1] whose distribution comes nearest to what a plan cuts (inverse of ``deviate``)."""
+def action_of(task: Task, widths: Ints, bound: float = 1.0) -> Floats:
+    """The action (G,) in [-bound, bound] that comes nearest to what a plan cuts (inverse of ``deviate``)."""
     base = task.base(task.budget)
     base = np.maximum(base, BASE_FLOOR * base.mean())
     cut = np.maximum(1.0 - widths / np.maximum(task.space.widths, 1), 1e-6)
     action = np.log(cut / base) / ACTION_SCALE
     # A shift of all actions changes nothing; the median of what is cut is put to 0.
-    return np.clip(action - np.median(action), -1.0, 1.0)
+    return np.clip(action - np.median(action), -bound, bound)
 
 
 def _optuna(agent: str) -> Any:
