@@ -22,8 +22,8 @@ from .base import Recorder
 from .gradient_free import PATIENCE, GradientFree
 from .proposals import fresh, random_plans
 
-# After this many asks in a row without a new plan a random one is scored, and the sampler is told.
-_STUCK = 5
+# After this many asks in a row without a new plan a random one is scored, and the sampler is told of it.
+_STUCK = 3
 # Plans of a batch where successive halving compares them.
 _HALVED = 16
 
@@ -56,14 +56,17 @@ class OptunaSearch(GradientFree):
             study = _Study(self, task, recorder, self.sampler(int(generator.integers(2**31))))
             size = _HALVED if recorder.halves else 1
             idle = 0
-            while recorder.account.left > 0 and idle < PATIENCE:
+            while recorder.account.left > 0:
                 before = recorder.account.spent
-                if idle and idle % _STUCK == 0:
-                    plans = fresh(random_plans(task, task.budget, 1, generator), recorder.known)
+                if idle < _STUCK:
+                    study.step(min(size, recorder.account.left))
+                else:
+                    plans = random_plans(task, task.budget, PATIENCE, generator)
+                    plans = fresh(plans, recorder.known)[:1]
+                    if not len(plans):
+                        return  # the space is exhausted
                     recorder.evaluate_batch(plans)
                     study.add(plans)
-                else:
-                    study.step(min(size, recorder.account.left))
                 idle = 0 if recorder.account.spent > before else idle + 1
 
 
