@@ -67,7 +67,7 @@ def run(
         cells = folder / "cells"
         cells.mkdir(exist_ok=True)
         problem = prepare(config, console=console)
-        names = _checked(methods, [*rules_for(problem.space), *AGENTS])
+        names = _checked(methods, [*rules_for(problem.space, peers=True), *AGENTS])
         jobs = [(DENSE, config.seed), *((n, config.seed + i) for n in names for i in range(seeds))]
         done = []
         for name, seed in jobs:
