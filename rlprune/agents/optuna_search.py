@@ -11,7 +11,8 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from importlib import import_module
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -31,9 +32,12 @@ _HALVED = 16
 class OptunaSearch(GradientFree):
     """Ask the sampler, project, score, tell; the starts are told first, as finished trials."""
 
+    # Libraries that the sampler imports beside optuna.
+    needs: ClassVar[tuple[str, ...]] = ()
+
     def __init__(self, settings: SearchConfig | None = None) -> None:
         super().__init__(settings)
-        self.optuna = _optuna(self.name)
+        self.optuna = _optuna(self.name, *self.needs)
 
     @property
     @abstractmethod
@@ -125,13 +129,13 @@ class CMAES(OptunaSearch):
     """
 
     name = "cma_es"
+    needs = ("cmaes",)
 
     @property
     def bound(self) -> float:
         return self.settings.cma_es.bound
 
     def sampler(self, seed: int) -> Any:
-        _cmaes()
         return self.optuna.samplers.CmaEsSampler(
             seed=seed,
             popsize=self.settings.cma_es.population,
@@ -199,18 +203,11 @@ def action_of(task: Task, widths: Ints, bound: float = 1.0) -> Floats:
     return np.clip(action - np.median(action), -bound, bound)
 
 
-def _optuna(agent: str) -> Any:
-    """optuna with its chatter off; ConfigError naming the extra where it is missing."""
+def _optuna(agent: str, *needs: str) -> Any:
+    """optuna with its chatter off; ConfigError naming the extra where it, or what it needs, is missing."""
     try:
-        import optuna
+        optuna, *_ = [import_module(name) for name in ("optuna", *needs)]
     except ImportError:
         raise ConfigError(f"search.agent: {agent!r} needs `pip install rlprune[benchmark]`") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
-
-
-def _cmaes() -> None:
-    try:
-        import cmaes  # noqa: F401
-    except ImportError:
-        raise ConfigError("search.agent: 'cma_es' needs `pip install rlprune[benchmark]`") from None
