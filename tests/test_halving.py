@@ -115,8 +115,10 @@ def test_it_reads_fewer_samples_than_without_rungs(
 
 
 def test_the_best_plan_was_scored_on_all_samples(whole: Run, workload: LanguageWorkload) -> None:
-    best = whole.account.best
-    assert best is not None and best.samples == SAMPLES
+    target = whole.task.space.target(BUDGET, "block_params")
+    within = [c for c in whole.account.history if c.cost <= target]  # RL-Pruner's earlier stages exceed it
+    best = max(within, key=lambda c: c.score)
+    assert best.samples == SAMPLES
     (widths,) = whole.result.best[0]
     assert whole.account.plans[(widths,)] == best
     again = Run(workload, "random", rungs=()).evaluator.evaluate(widths)
