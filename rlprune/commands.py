@@ -239,14 +239,15 @@ def _add_benchmark(commands: Any) -> None:
     )
     add_config(parser)
     number = whole_number(1)
-    for option, options in {
+    arguments: dict[str, dict[str, Any]] = {
         "--methods": {"metavar": "a,b,c", "type": name_list, "help": "rules and agents (all that can run)"},
         "--seeds": {"metavar": "N", "type": number, "default": 5, "help": "seeds of each method (5)"},
         "--evaluations": {"metavar": "N", "type": number, "help": "instead of search.evaluations"},
         "--budgets": {"metavar": "B", "nargs": "+", "default": [], "help": "several, instead of budget.target"},
         "--jobs": {"metavar": "N", "type": number, "default": 1, "help": "processes, each of --threads threads (1)"},
         "--out": {"metavar": "DIR", "type": Path, "help": "folder (runs/NAME-benchmark); what it holds is reused"},
-    }.items():  # fmt: skip
+    }  # fmt: skip
+    for option, options in arguments.items():
         parser.add_argument(option, **options)
     add_seed(parser)
     parser.set_defaults(action=_benchmark)

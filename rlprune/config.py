@@ -14,6 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from .agent_settings import (
+    BypassConfig,
+    CMAESConfig,
+    EvoPressConfig,
+    GPConfig,
+    RLPrunerConfig,
+    TPEConfig,
+)
 from .errors import ConfigError, near_miss
 from .sb3_settings import SB3_ALGORITHMS as SB3_ALGORITHMS
 from .sb3_settings import AMCConfig, SB3Config, SequentialPPOConfig, StagedPPOConfig
@@ -287,6 +295,12 @@ class SearchConfig(Section):
     ppo_stages: StagedPPOConfig = setting(StagedPPOConfig, "Settings of PPO in stages.")
     amc: AMCConfig = setting(AMCConfig, "Settings of AMC.")
     sb3: SB3Config = setting(SB3Config, "Another algorithm of stable-baselines3.")
+    cma_es: CMAESConfig = setting(CMAESConfig, "Settings of CMA-ES.")
+    tpe: TPEConfig = setting(TPEConfig, "Settings of TPE.")
+    gp: GPConfig = setting(GPConfig, "Settings of Gaussian-process optimisation.")
+    evopress: EvoPressConfig = setting(EvoPressConfig, "Settings of EvoPress-style evolution.")
+    rl_pruner: RLPrunerConfig = setting(RLPrunerConfig, "Settings of RL-Pruner.")
+    bypass: BypassConfig = setting(BypassConfig, "Settings of Bypass back-propagation.")
 
     def check(self) -> None:
         if self.budget_range and (len(self.budget_range) != 2 or self.budget_range[0] > self.budget_range[1]):

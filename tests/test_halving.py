@@ -12,14 +12,19 @@ from lm import tiny_lm
 from test_language import evaluator_of, workload_of
 
 from rlprune.agents import StateDir, make_agent
-from rlprune.config import PPOConfig, SearchConfig
+from rlprune.config import GPConfig, PPOConfig, SearchConfig
 from rlprune.envs.task import Task
 from rlprune.ledger import Account, Ledger
 from rlprune.report import learning_curves
 from rlprune.workloads import LanguageWorkload
 
 SMALL = PPOConfig(hidden=8, n_steps=8, batch_size=8, n_epochs=1, surrogate_steps=256, surrogate_envs=32)
-AGENTS = {"random": SearchConfig(ppo=SMALL), "ppo": SearchConfig(ppo=SMALL, batch=6)}
+AGENTS = {
+    "ppo": SearchConfig(ppo=SMALL, batch=6),
+    # Fits of the process take their time; its batches come from the startup's random plans here.
+    "gp": SearchConfig(gp=GPConfig(startup=12)),
+    **{name: SearchConfig() for name in ("random", "cma_es", "tpe", "evopress", "rl_pruner")},
+}
 RUNGS = (2, 4)
 LIMIT, SAMPLES, BUDGET = 14, 8, 0.7
 
@@ -110,8 +115,10 @@ def test_it_reads_fewer_samples_than_without_rungs(
 
 
 def test_the_best_plan_was_scored_on_all_samples(whole: Run, workload: LanguageWorkload) -> None:
-    best = whole.account.best
-    assert best is not None and best.samples == SAMPLES
+    target = whole.task.space.target(BUDGET, "block_params")
+    within = [c for c in whole.account.history if c.cost <= target]  # RL-Pruner's earlier stages exceed it
+    best = max(within, key=lambda c: c.score)
+    assert best.samples == SAMPLES
     (widths,) = whole.result.best[0]
     assert whole.account.plans[(widths,)] == best
     again = Run(workload, "random", rungs=()).evaluator.evaluate(widths)

@@ -1,15 +1,17 @@
 """Every rule keeps one contract; each also does what its formula says."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch_pruning as tp
 from torch import Tensor, nn
 
 from rlprune import rules
-from rlprune.errors import BudgetError, ConfigError, DataError
+from rlprune.errors import BudgetError, ConfigError, DataError, GraphError
 from rlprune.pruning import importance
 from rlprune.pruning.space import PruningSpace
 from rlprune.pruning.tracing import trace
@@ -210,6 +212,49 @@ def test_global_magnitude_spares_groups_whose_units_are_alike() -> None:
     distribution = rules.global_magnitude(Context(space, model, [], 0.5))
     assert distribution[0] == 0.5
     assert distribution[1:].max() < 0.3
+
+
+def test_depgraph_is_what_torch_pruning_really_prunes() -> None:
+    model, space = plain_net()
+    for budget in (0.7, 0.3):
+        cut = rules.depgraph(Context(space, model, [], budget))
+        ours = np.round((1 - cut) * space.widths).astype(int).tolist()
+        for ratio in np.linspace(0.01, 0.95, 95):  # finer than one channel of the net
+            twin = copy.deepcopy(model)
+            tp.pruner.BasePruner(
+                twin,
+                torch.zeros(1, 1, 8, 8),
+                tp.importance.GroupMagnitudeImportance(),
+                global_pruning=True,
+                pruning_ratio=float(ratio),
+                ignored_layers=[twin[8]],
+                in_channel_groups={},
+                out_channel_groups={},
+            ).step()
+            widths = [twin[i].out_channels for i in (0, 2, 4)]
+            if space.cost(np.array(widths)) <= space.target(budget):
+                break
+        assert ours == widths, "the lowest ratio that meets the budget"
+
+
+def test_depgraph_is_a_peer_and_no_start(context: Context) -> None:
+    assert "depgraph" not in rules.rules_for(context.space)
+    assert "depgraph" in rules.rules_for(context.space, peers=True)
+    words = replace(context.space, groups=tuple(replace(g, kind="ffn") for g in context.space.groups))
+    assert "depgraph" not in rules.rules_for(words, peers=True)
+    with pytest.raises(ConfigError, match="^rule: 'depgraph' is not for causal language models$"):
+        rules.depgraph(replace(context, space=words))
+
+
+def test_depgraph_says_in_a_line_that_it_cannot_follow_a_model(context: Context) -> None:
+    class Opaque(type(context.model)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            raise ValueError("not\nthis way")
+
+    model = copy.deepcopy(context.model)
+    model.__class__ = Opaque
+    with pytest.raises(GraphError, match=r"^depgraph: pruning Opaque .* \(ValueError: not\)$"):
+        rules.depgraph(replace(context, model=model, shared={}))
 
 
 def test_sensitivity_probes_each_group_alone_and_equalises_the_loss(context: Context) -> None:

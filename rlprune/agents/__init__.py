@@ -55,6 +55,24 @@ AGENTS: dict[str, Entry] = {
             "random distributions projected onto the budget (EagleEye)",
             "random_search:RandomSearch",
         ),
+        Entry("cma_es", "CMA-ES by optuna's sampler (extra `benchmark`)", "optuna_search:CMAES"),
+        Entry("tpe", "multivariate TPE by optuna's sampler (extra `benchmark`)", "optuna_search:TPE"),
+        Entry(
+            "gp",
+            "Gaussian-process Bayesian optimisation by optuna's sampler (extra `benchmark`)",
+            "optuna_search:GaussianProcess",
+        ),
+        Entry("evopress", "EvoPress-style evolution by level swaps at equal cost", "evopress:EvoPress"),
+        Entry(
+            "rl_pruner",
+            "RL-Pruner's probability vector, in stages of exact cost (arXiv 2411.06463)",
+            "rl_pruner:RLPruner",
+        ),
+        Entry(
+            "bypass",
+            "policy gradient over Bernoulli keep probabilities (Bypass back-propagation)",
+            "bypass:Bypass",
+        ),
     )
 }
 

@@ -112,11 +112,16 @@ class Recorder:
 
         What halving drops is charged and known, but has no score to be compared with the others'.
         """
-        if not getattr(getattr(self.account, "evaluator", None), "rungs", ()):
+        if not self.halves:
             for plan in plans:
                 self.evaluate(plan)
         elif len(plans):
             self._halve([as_history(plan) for plan in plans])
+
+    @property
+    def halves(self) -> bool:
+        """Whether batches are scored by successive halving (``score.rungs``)."""
+        return bool(getattr(getattr(self.account, "evaluator", None), "rungs", ()))
 
     @property
     def known(self) -> set[History]:

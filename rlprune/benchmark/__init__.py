@@ -221,7 +221,7 @@ def applicable(
     methods: Sequence[str] | None, space: PruningSpace, unable: Mapping[str, str]
 ) -> tuple[list[str], dict[str, str]]:
     """The methods that can run here, and of all others why not; ConfigError where one was asked for by name."""
-    reasons = {name: "for language models only" for name in RULES if name not in rules_for(space)}
+    reasons = {name: "for language models only" for name in RULES if name not in rules_for(space, peers=True)}
     reasons |= unable
     _refuse(methods, reasons)
     names = _checked(methods, [*RULES, *AGENTS])

@@ -82,6 +82,11 @@ class _Passive(tp.BasePruningFunc):
         return self._channels[layer][0]
 
 
+def passive_pads(model: nn.Module, example_inputs: Any) -> dict[type, tp.BasePruningFunc]:
+    """What to give Torch-Pruning as ``customized_pruners`` for a model whose shortcuts pad channels."""
+    return {ChannelPad: _Passive(_pad_channels(model, example_inputs))}
+
+
 class _Joined:
     """Disjoint sets (union-find with path halving)."""
 

@@ -88,7 +88,8 @@ class Rule:
 
     ``counter`` belongs to a rule that scores candidates to find its distribution; they are charged to whoever
     asks. ``language`` marks a rule for language models only, ``costly`` one that runs backward passes, or
-    dozens of forward passes, over the calibration split.
+    dozens of forward passes, over the calibration split. ``peer`` marks another library's own method for
+    models of images: it stands in comparisons, and no search starts from it.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Rule:
     counter: ProbeCount | None = None
     language: bool = False
     costly: bool = False
+    peer: bool = False
 
     @property
     def probes(self) -> bool:
@@ -117,10 +119,17 @@ def is_language(space: PruningSpace) -> bool:
     return any(g.kind in LANGUAGE_KINDS for g in space.groups)
 
 
-def rules_for(space: PruningSpace) -> dict[str, Rule]:
-    """The rules that apply to a space, by name: those for language models stay out of other models."""
+def rules_for(space: PruningSpace, *, peers: bool = False) -> dict[str, Rule]:
+    """The rules that apply to a space, by name: those for language models stay out of other models.
+
+    With ``peers`` other libraries' methods are among them, where they apply.
+    """
     language = is_language(space)
-    return {name: found for name, found in RULES.items() if language or not found.language}
+    return {
+        name: found
+        for name, found in RULES.items()
+        if (language or not found.language) and (not found.peer or (peers and not language))
+    }
 
 
 def rule(
@@ -130,6 +139,7 @@ def rule(
     probes: ProbeCount | None = None,
     language: bool = False,
     costly: bool = False,
+    peer: bool = False,
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register a function under its own name, and check what it is given.
 
@@ -138,6 +148,7 @@ def rule(
         probes: how many candidates the rule scores on a space; None for none.
         language: refuse the spaces of other models than causal language models.
         costly: the rule runs backward passes, or dozens of forward passes over the calibration split.
+        peer: another library's method: in comparisons only, and not for causal language models.
     """
 
     def register(function: RuleFunction) -> RuleFunction:
@@ -149,12 +160,14 @@ def rule(
                     f"rule: {name!r} is for causal language models; allowed here: "
                     f"{', '.join(rules_for(context.space))}"
                 )
+            if peer and is_language(context.space):
+                raise ConfigError(f"rule: {name!r} is not for causal language models")
             if needs_workload and not (probes and context.probe):
                 context.data(name)
             return _counted(context, function(context))
 
         checked.__name__, checked.__qualname__, checked.__doc__ = name, name, function.__doc__
-        RULES[name] = Rule(name, summary, checked, needs_workload, probes, language, costly)
+        RULES[name] = Rule(name, summary, checked, needs_workload, probes, language, costly, peer)
         return checked
 
     return register

@@ -1,0 +1,144 @@
+"""DepGraph's global pruning, by Torch-Pruning itself: an outside peer.
+
+Beside ``pruning.graph`` the only file that imports torch_pruning.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+import torch_pruning as tp
+from numpy.typing import NDArray
+
+from ..errors import GraphError
+from ..pruning.graph import MIXERS, first_line, passive_pads, run, trainable_copy
+from ..pruning.watchdog import limited
+from .context import Context, Floats, rule
+from .threshold import widths_distribution
+
+_SECONDS, _MEMORY_GB = 300.0, 16.0
+# The global ratio is looked for in steps of this width, and inside of the first step that meets the budget.
+_STRIDE, _HALVINGS = 0.05, 8
+
+
+@rule(
+    "Torch-Pruning's own global pruning by group norms (DepGraph), at the ratio that meets the budget",
+    peer=True,
+)
+def depgraph(context: Context) -> Floats:
+    """DepGraph (Fang et al., arXiv 2301.12900) as Torch-Pruning 1.6 runs it: ``global_pruning=True`` with
+    ``GroupMagnitudeImportance(p=2)`` (its defaults: mean over the group's layers, divided by the group's mean).
+
+    The lowest global ratio whose result meets the budget is found by steps and then by bisection; Torch-Pruning
+    picks the channels of its own groups, and the shares that our groups lose are returned. What is protected
+    here is ignored there. Torch-Pruning leaves a group whole that it would empty, so its cost does not fall
+    steadily with the ratio. A shortcut that pads channels ends its groups, because it maps them wrongly
+    (DESIGN: contract 2). The group-lasso training of the paper is left out: nobody else trains first.
+
+    Raises:
+        GraphError: Torch-Pruning cannot follow the model.
+        DataError: no example input is known.
+    """
+    target = context.space.target(context.budget, context.metric)
+    peer: _Peer = context.cached("depgraph", lambda: _Peer(context))
+    space = context.space
+
+    def widths(ratio: float) -> NDArray[np.int64]:
+        return space.limits.floor(space.widths * (1.0 - peer.shares(ratio)))
+
+    def meets(found: NDArray[np.int64]) -> bool:
+        return bool(space.cost(found, context.metric) <= target)
+
+    low, best = 0.0, space.widths
+    for high in np.arange(_STRIDE, 1.0, _STRIDE):
+        found = widths(float(high))
+        if space.cost(found, context.metric) < space.cost(best, context.metric):
+            best = found
+        if meets(found):
+            break
+        low = float(high)
+    else:  # out of Torch-Pruning's reach: its furthest result, and the projection takes the rest
+        return widths_distribution(space, best)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        found = widths(middle)
+        low, high, best = (low, middle, found) if meets(found) else (middle, high, best)
+    return widths_distribution(space, best)
+
+
+class _Peer:
+    """Torch-Pruning's pruner on a copy of the model; asked for what it would prune, it prunes nothing."""
+
+    def __init__(self, context: Context) -> None:
+        space = context.space
+        self._group = np.repeat(np.arange(len(space.groups)), space.widths)
+        self._known: dict[float, Floats] = {}
+        model = trainable_copy(context.model)
+        self._slots = _slots(context, dict(model.named_modules()))
+        counts = [self._group[slots[slots >= 0]] for slots in self._slots.values()]
+        self._totals = np.bincount(np.concatenate(counts), minlength=len(space.groups))
+        if space.input_shape is not None:
+            inputs: Any = torch.zeros(space.input_shape, device=next(model.parameters()).device)
+        else:
+            inputs = context.data("depgraph").example_inputs
+        ignored = [m for m in model.modules() if isinstance(m, MIXERS) and m not in self._slots]
+        what = f"depgraph: pruning {type(model).__name__} with Torch-Pruning"
+        with limited(what, _SECONDS, _MEMORY_GB), warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter(
+                "ignore"
+            )  # about parameters outside of layers: trace() reports what matters
+            try:
+                self._pruner = tp.pruner.BasePruner(
+                    model,
+                    inputs,
+                    tp.importance.GroupMagnitudeImportance(p=2),
+                    global_pruning=True,
+                    ignored_layers=ignored,
+                    in_channel_groups={},  # fresh ones: it changes its defaults, which all pruners share
+                    out_channel_groups={},
+                    num_heads={},
+                    customized_pruners=passive_pads(model, inputs),
+                    forward_fn=run,
+                )
+                self.shares(_STRIDE)  # what it cannot prune shows at the first step
+            except GraphError:
+                raise
+            except Exception as error:
+                raise GraphError(
+                    f"{what} failed: it cannot follow the model ({type(error).__name__}: {first_line(error)})"
+                ) from error
+
+    def shares(self, ratio: float) -> Floats:
+        """The share (G,) that each group loses when the global ratio of channels goes."""
+        if ratio not in self._known:
+            pruner = self._pruner
+            pruner.current_step, pruner.per_step_pruning_ratio = 0, [0.0, ratio]
+            cut = np.zeros(len(self._totals))
+            for group in pruner.step(interactive=True):
+                for module, channels in self._channels(group).items():
+                    units = self._slots[module][sorted(channels)]
+                    cut += np.bincount(self._group[units[units >= 0]], minlength=len(cut))
+            self._known[ratio] = cut / np.maximum(self._totals, 1)
+        return self._known[ratio]
+
+    def _channels(self, group: Any) -> dict[Any, set[int]]:
+        """Output channels that a group of Torch-Pruning's takes from each layer that we know."""
+        found: dict[Any, set[int]] = {}
+        for dependency, channels in group:
+            module = dependency.target.module
+            if module in self._slots and self._pruner.DG.is_out_channel_pruning_fn(dependency.handler):
+                found.setdefault(module, set()).update(int(c) for c in channels)
+        return found
+
+
+def _slots(context: Context, modules: dict[str, Any]) -> dict[Any, NDArray[np.int64]]:
+    """For each layer that produces channels of our groups: the unit of each of its output channels, or -1."""
+    found = {}
+    for cut in context.space.cuts:
+        name, _, parameter = cut.tensor.rpartition(".")
+        if parameter == "weight" and not cut.consumer and isinstance(modules.get(name), MIXERS):
+            found[modules[name]] = context.space.axes[cut.axis].slots
+    return found
