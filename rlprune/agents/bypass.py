@@ -89,8 +89,7 @@ class _Shift:
 
     def counts(self, keep: Floats) -> Floats:
         """Units kept in each group (G,), of a mask or in expectation."""
-        counts: Floats = np.bincount(self._group, weights=keep, minlength=len(self._space.groups))
-        return counts
+        return np.bincount(self._group, weights=keep, minlength=len(self._space.groups)).astype(np.float64)
 
     def widths(self, keep: Floats) -> Ints:
         """Counts projected onto the budget, (G,)."""
