@@ -61,14 +61,17 @@ def eliminate(product: Tensor, matrix: Tensor, columns: Ints, ridge: float) -> E
     Raises:
         DataError: the Gram matrix cannot be inverted (activations that are not finite).
     """
-    a, lower = penalised(product, ridge)
-    h = torch.cholesky_inverse(lower)
     w = matrix.double()
     p = w @ w.T
-    energy = float((a * p).sum())
+    a, lower = penalised(product, ridge)
+    energy = float(torch.dot(a.flatten(), p.flatten()))
+    del a
+    h = torch.cholesky_inverse(lower)
+    del lower  # every (I, I) matrix in float64 is as large as two layers of the model
     if columns.shape[1] == 1:
         flat = torch.from_numpy(columns[:, 0].copy()).to(h.device)
-        order, errors = _columns(h[flat][:, flat], p[flat][:, flat])
+        h, p = h[flat[:, None], flat], p[flat[:, None], flat]
+        order, errors = _columns(h, p)
     else:
         order, errors = _blocks(h, p, columns)
     return Elimination(order, np.cumsum(errors), energy)
@@ -85,7 +88,7 @@ def penalised(
     Raises:
         DataError: A is not positive definite, because activations are not finite; names the layer.
     """
-    a = product.double().clone()
+    a = product.to(torch.float64, copy=True)
     a.diagonal().mul_(1.0 + shrink).add_(ridge * product.diagonal().double().mean().clamp_min(1e-30))
     lower, failed = torch.linalg.cholesky_ex(a)
     if int(failed) or not bool(torch.isfinite(lower).all()):
@@ -124,9 +127,9 @@ def _columns(h: Tensor, p: Tensor) -> tuple[Ints, list[float]]:
             norm = norm - 2 * cu * cq + d[t] * cu * cu
         stay = left.nonzero()[:, 0]
         u, q = u[stay], q[stay]
-        h = h[stay][:, stay].addmm_(u, u.T, alpha=-1)
+        h = h[stay[:, None], stay].addmm_(u, u.T, alpha=-1)
         mixed = u @ (q - 0.5 * d * u).T
-        p = p[stay][:, stay].sub_(mixed).sub_(mixed.T)
+        p = p[stay[:, None], stay].sub_(mixed).sub_(mixed.T)
         alive = alive[stay]
     return np.array(order, dtype=np.int64), errors
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError
+from ..memory import return_freed_memory
 from .reconstruct import evaluating
 from .space import Ints, PruningSpace
 
@@ -210,3 +211,4 @@ def run_blocks(model: nn.Module, batches: Iterable[tuple[Tensor, Any]]) -> None:
     with torch.no_grad(), evaluating(model):
         for inputs, _ in batches:
             body(inputs, **keywords)
+    return_freed_memory()  # of the activations

@@ -139,7 +139,7 @@ class NestedReconstruction:
         order = consumer.columns[units].reshape(-1)
         centred = intercept or consumer.has_bias(model)
         index = torch.from_numpy(order.copy()).to(gram.product.device)
-        product = (gram.centred() if centred else gram.product)[index][:, index]
+        product = (gram.centred() if centred else gram.product)[index[:, None], index]
         lower = penalised(product, ridge, consumer.module, self._shrink)[1]
         weights = consumer.matrix(model)
         # The Gram matrices are in float32 unless the model is in float64: so are the factors.

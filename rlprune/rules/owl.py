@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..pruning.grams import unit_consumers
+from ..pruning.grams import Consumer, unit_consumers
 from .blocks import array, block_count, block_indices, per_group, weights
 from .context import Context, Floats, rule
 from .threshold import as_distribution, mean_share
@@ -37,13 +37,15 @@ def outlier_shares(context: Context) -> Floats:
     """D of each block, (B,); blocks without a consumer get the mean of the others."""
     space, moments = context.space, context.statistics().inputs
     index = block_indices(space)
-    scores: dict[int, list[Floats]] = {}
+    consumers: dict[int, list[Consumer]] = {}
     for consumer in unit_consumers(space):
-        norm = np.sqrt(array(moments[consumer.module].second))  # ||X_j|| up to the number of tokens
-        values = np.abs(weights(context, consumer)) * norm[:, None]
-        scores.setdefault(int(index[consumer.group]), []).append(values.ravel())
+        consumers.setdefault(int(index[consumer.group]), []).append(consumer)
     shares = np.full(block_count(space), np.nan)
-    for block, parts in scores.items():
+    for block, own in consumers.items():
+        parts = []
+        for consumer in own:
+            norm = np.sqrt(array(moments[consumer.module].second))  # ||X_j|| up to the number of tokens
+            parts.append((np.abs(weights(context, consumer)) * norm[:, None]).ravel())
         values = np.concatenate(parts)
         shares[block] = (values > MULTIPLE * values.mean()).mean()
     return np.where(np.isnan(shares), np.nanmean(shares), shares)
