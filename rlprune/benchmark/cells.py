@@ -55,7 +55,8 @@ def determinants(config: Config, cell: Cell) -> dict[str, Any]:
         skipped.append("budget.target")
     if cell.method in RULES or cell.method == DENSE:
         skipped.append("search")
-    else:  # the settings of other agents; ppo's are those of ppo_... as well
+    elif getattr(AGENTS[cell.method], "own", None) is None:
+        # The settings of other agents; ppo's are those of ppo_... as well. A plugin's agent may read any.
         skipped += [f"search.{name}" for name in AGENTS if not cell.method.startswith(name)]
     kept = {
         key: value
