@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from . import pretrained, zeroshot
 from .artifacts import library_versions, load, read_plan
 from .config import Config
 from .errors import ArtifactError, ConfigError
-from .latency import measure
+from .latency import measure, processor
 from .progress import Console
 from .pruning.space import PruningSpace
 from .pruning.tracing import count_macs, fingerprint, trace
@@ -235,7 +234,7 @@ def hardware() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "device": gpu or "cpu",
-        "processor": _processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "libraries": library_versions(),
@@ -247,11 +246,3 @@ def _example_of(plan: dict[str, Any]) -> torch.Tensor:
     if not shape:
         raise ArtifactError("plan.json: does not say the input's shape; give CONFIG")
     return torch.zeros(1, *shape[1:])
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
