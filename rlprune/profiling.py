@@ -47,7 +47,7 @@ from .workloads.data import cache_folder
 TABLE_FILE = "latency_table.json"
 _REPEATS, _ROW_SECONDS = 7, 0.4
 _MODELS, _MODELS_OF_A_LARGE_ONE, _LARGE = 14, 6, 50_000_000
-_MODEL_REPEATS, _MODEL_SECONDS = 30, 15.0
+_MODEL_REPEATS, _MODEL_SECONDS = 100, 15.0
 # Kernels compute channels in blocks of 16 (AVX-512 and tensor cores alike): time jumps from 16 to 17, so the grid of a
 # narrow layer has both sides of such a step. In a wide layer one block more is a small share.
 _BLOCK = 16
@@ -56,7 +56,7 @@ _POINTS = 8
 # Weight of the dense model in the calibration, because ratios are ratios to it; and of the tables as measured.
 _DENSE_WEIGHT, _PRIOR = 3.0, 0.1
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,6 @@ class _Layer:
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     dtype: torch.dtype
-    calls: int
 
 
 def with_latency(
@@ -120,10 +119,17 @@ def measured(
 ) -> LatencyTable:
     """The table of this model on this machine: the cached one, or a new one; see :func:`with_latency`."""
     inputs = batched(example_inputs, batch_size)
-    layers = _called_layers(model, inputs)
-    planned = [_planned(layer, model, space) for layer in layers]
+    layers, sizes = _called_layers(model, inputs), SpaceSizes(space)
+    planned = [_planned(layer, calls, model, sizes) for layer, calls in layers.items()]
     where = machine(inputs.device)
-    facts = [VERSION, space.fingerprint, list(inputs.shape), str(inputs.dtype), where, [p.key for p in planned]]
+    facts = [
+        VERSION,
+        space.fingerprint,
+        list(inputs.shape),
+        str(inputs.dtype),
+        where,
+        [p.key for p in planned],
+    ]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_folder() / "latency" / f"{key}.json"
     # Two processes would slow each other down and end with different tables: the second waits for the first.
@@ -153,14 +159,14 @@ def machine(device: torch.device) -> dict[str, Any]:
 # Which layers, on which grid
 
 
-def _called_layers(model: nn.Module, inputs: Tensor) -> list[_Layer]:
-    """The leaf modules with tensors of their own that a forward pass calls on one tensor, in order."""
-    found: dict[tuple[Any, ...], int] = {}
+def _called_layers(model: nn.Module, inputs: Tensor) -> dict[_Layer, int]:
+    """The leaf modules with tensors of their own that a forward pass calls on one tensor, and how often."""
+    found: dict[_Layer, int] = {}
 
     def hook(name: str, module: nn.Module, args: Any, output: Any) -> None:
         if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-            key = (name, tuple(args[0].shape), tuple(output.shape), args[0].dtype)
-            found[key] = found.get(key, 0) + 1
+            layer = _Layer(name, tuple(args[0].shape), tuple(output.shape), args[0].dtype)
+            found[layer] = found.get(layer, 0) + 1
 
     handles = [
         module.register_forward_hook(functools.partial(hook, name))
@@ -175,7 +181,7 @@ def _called_layers(model: nn.Module, inputs: Tensor) -> list[_Layer]:
         model.train(training)
         for handle in handles:
             handle.remove()
-    return [_Layer(*key, calls) for key, calls in found.items()]
+    return found
 
 
 @dataclass(frozen=True)
@@ -183,23 +189,24 @@ class _Planned:
     """A layer, the grid that it is measured on, and the key that layers with the same table share."""
 
     layer: _Layer
+    calls: int
     outs: Ints
     ins: Ints
     elements: float
     key: str
 
 
-def _planned(layer: _Layer, model: nn.Module, space: PruningSpace) -> _Planned:
+def _planned(layer: _Layer, calls: int, model: nn.Module, sizes: SpaceSizes) -> _Planned:
     module = model.get_submodule(layer.module)
-    out, into = SpaceSizes(space).of(layer.module)
+    out, into = sizes.of(layer.module)
     weighted = is_weighted(module)
     dense_in, dense_out = _channels(module, layer.input_shape), _channels(module, layer.output_shape)
-    outs, ins = _grid(out, space, dense_out), _grid(into, space, dense_in)
+    outs, ins = _grid(out, sizes.space, dense_out), _grid(into, sizes.space, dense_in)
     elements = math.prod(layer.output_shape) / dense_out if weighted else 0.0
     shapes = [[n, list(t.shape), str(t.dtype)] for n, t in module.state_dict().items()]
     facts = [type(module).__qualname__, module.extra_repr(), shapes, layer.input_shape, str(layer.dtype)]
     key = json.dumps([*facts, outs.tolist(), ins.tolist(), elements])
-    return _Planned(layer, outs, ins, elements, key)
+    return _Planned(layer, calls, outs, ins, elements, key)
 
 
 def is_weighted(module: nn.Module) -> bool:
@@ -247,21 +254,21 @@ def _measure_all(
     progress: Progress | None,
 ) -> LatencyTable:
     distinct = {p.key: p for p in planned}
-    tables, numbers = [], {}
+    tables, numbers, sizes = [], {}, SpaceSizes(space)
     for done, (key, plan) in enumerate(distinct.items()):
         numbers[key] = done
-        tables.append(_layer_table(plan, model, space, inputs.device))
+        tables.append(_layer_table(plan, model, sizes, inputs.device))
         if progress is not None:
-            progress("latency table", done + 1, len(distinct) + 1)
-    uses = tuple(LayerUse(p.layer.module, numbers[p.key], p.layer.calls) for p in planned)
+            progress("latency table", done + 1, len(distinct) + 1, {})
+    uses = tuple(LayerUse(p.layer.module, numbers[p.key], p.calls) for p in planned)
     raw = LatencyTable(space.fingerprint, len(inputs), where, tuple(tables), uses)
     found = _calibrated(raw, space, model, inputs)
     if progress is not None:
-        progress("latency table", len(distinct) + 1, len(distinct) + 1)
+        progress("latency table", len(distinct) + 1, len(distinct) + 1, {})
     return found
 
 
-def _layer_table(plan: _Planned, model: nn.Module, space: PruningSpace, device: torch.device) -> LayerTable:
+def _layer_table(plan: _Planned, model: nn.Module, sizes: SpaceSizes, device: torch.device) -> LayerTable:
     """Shortest of a few runs at every grid point: another process can only make a run longer."""
     module = model.get_submodule(plan.layer.module)
     values = np.zeros((len(plan.outs), len(plan.ins)))
@@ -269,20 +276,19 @@ def _layer_table(plan: _Planned, model: nn.Module, space: PruningSpace, device: 
         calls = {}
         for j, into in enumerate(plan.ins.tolist()):
             if out > 0 and into > 0:
-                twin = replica(module, plan.layer.module, space, out, into)
+                twin = replica(module, plan.layer.module, sizes, out, into)
                 calls[str(j)] = timed(twin, _input(plan.layer, module, twin, out, plan.outs[-1], device))
-        for j, seconds in in_turns(calls, _REPEATS, _ROW_SECONDS, 2, quiet_clock(device)).items():
-            values[i, int(j)] = 1e3 * min(seconds)
+        for column, seconds in in_turns(calls, _REPEATS, _ROW_SECONDS, 2, quiet_clock(device)).items():
+            values[i, int(column)] = 1e3 * min(seconds)
     kind = f"{type(module).__name__}({module.extra_repr()}) on {'x'.join(map(str, plan.layer.input_shape))}"
     return LayerTable(kind, plan.outs, plan.ins, rising(values, plan.outs, plan.ins), plan.elements)
 
 
-def replica(module: nn.Module, name: str, space: PruningSpace, out: int, into: int) -> nn.Module:
+def replica(module: nn.Module, name: str, sizes: SpaceSizes, out: int, into: int) -> nn.Module:
     """The layer ``name`` with only ``out`` slots of its out axis and ``into`` of its in axis left.
 
     What nothing cuts keeps its size.
     """
-    sizes = SpaceSizes(space)
     axes = sizes.layers.get(name)
     memo: dict[int, Any] = {}
     cut: dict[int, int] = {}
@@ -290,29 +296,27 @@ def replica(module: nn.Module, name: str, space: PruningSpace, out: int, into: i
         cut = {axes.into: into, axes.out: out}
     for tensor_name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         new = tensor.detach()
-        for c in space.cuts:
+        for c in sizes.space.cuts:
             if c.tensor == f"{name}.{tensor_name}":
-                new = new.narrow(c.dim, 0, cut[c.axis] if c.axis in cut else out)
+                new = new.narrow(c.dim, 0, cut.get(c.axis, out))
         new = new.clone(memory_format=torch.contiguous_format)
-        memo[id(tensor)] = (
-            nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
-        )
+        memo[id(tensor)] = nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
     twin = copy.deepcopy(module, memo)
-    for rule in space.attribute_rules:
+    for rule in sizes.space.attribute_rules:
         if rule.module == name:
-            families.set_attribute(twin, rule.attribute, rule.factor * _size(rule.axis, cut, sizes, space))
+            families.set_attribute(twin, rule.attribute, rule.factor * _size(rule.axis, cut, sizes))
     return twin.eval()
 
 
-def _size(axis: int, cut: Mapping[int, int], sizes: SpaceSizes, space: PruningSpace) -> int:
+def _size(axis: int, cut: Mapping[int, int], sizes: SpaceSizes) -> int:
     """Size of an axis; that of a grouped convolution's inputs is its weight's times the number of groups."""
     if axis in cut:
         return cut[axis]
-    mine = sizes.axes[axis]
+    mine, widths = sizes.axes[axis], sizes.space.widths
     for other, size in cut.items():
         if other >= 0 and _parallel(mine, sizes.axes[other]):
-            return round(size * (mine.slope @ space.widths) / (sizes.axes[other].slope @ space.widths))
-    return round(mine.constant + float(mine.slope @ space.widths))
+            return round(size * float(mine.slope @ widths) / float(sizes.axes[other].slope @ widths))
+    return round(mine.constant + float(mine.slope @ widths))
 
 
 def _parallel(a: AxisSize, b: AxisSize) -> bool:
@@ -339,9 +343,7 @@ def _input(
 # Whole models
 
 
-def _calibrated(
-    table: LatencyTable, space: PruningSpace, model: nn.Module, inputs: Tensor
-) -> LatencyTable:
+def _calibrated(table: LatencyTable, space: PruningSpace, model: nn.Module, inputs: Tensor) -> LatencyTable:
     """Fit what ties the tables to whole models, by non-negative least squares of the relative error.
 
     measured = a * (weighted layers) + b * (other layers) + c * (output elements) + d: layers in a row find
@@ -380,7 +382,7 @@ def _random_widths(space: PruningSpace, count: int) -> Ints:
     generator = np.random.default_rng(0)
     levels = np.linspace(0.95, 0.1, count - 1)[:, None]
     shares = np.clip(levels + generator.normal(0.0, 0.2, (count - 1, len(space.groups))), 0.0, 1.0)
-    real = space.minimums + shares * (space.widths - space.minimums)
+    real = (space.minimums + shares * (space.widths - space.minimums)).astype(np.float64)
     return np.concatenate([space.widths[None], space.limits.floor(real)])
 
 

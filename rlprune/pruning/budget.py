@@ -88,9 +88,7 @@ class Limits:
         return np.minimum((widths // self.step + 1) * self.step, self.dense)
 
 
-def project(
-    distribution: Any, target: float, cost: Cost, limits: Limits, *, metric: str = "macs"
-) -> Ints:
+def project(distribution: Any, target: float, cost: Cost, limits: Limits, *, metric: str = "macs") -> Ints:
     """Widths whose cost is at most ``target`` and to which no step can be added.
 
     Args:

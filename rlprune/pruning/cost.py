@@ -113,10 +113,17 @@ def amount(value: float, metric: str) -> str:
     return f"{value:.6g} {UNITS.get(metric, metric)}"
 
 
+def plain_amount(value: float, metric: str) -> str:
+    """A cost for people, beside its metric's name: "1,234,567", "3.512 ms"."""
+    return f"{value:,.3f} ms" if metric == "latency" else f"{value:,.0f}"
+
+
 def formula(costs: Mapping[str, Cost], metric: str) -> Cost:
     """The cost of a metric; raises :class:`BudgetError` with the near miss for an unknown one."""
     if metric == "latency" and metric not in costs:
-        raise BudgetError("budget.metric: latency needs a table of this model (rlprune.profiling.with_latency)")
+        raise BudgetError(
+            "budget.metric: latency needs a table of this model (rlprune.profiling.with_latency)"
+        )
     if metric not in costs:
         raise BudgetError(
             f"budget.metric: unknown metric {metric!r}{near_miss(metric, costs)}; allowed: {', '.join(costs)}"

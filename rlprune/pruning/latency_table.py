@@ -291,7 +291,7 @@ class _Cells:
         self.first = np.array([s[0] for s in self._sizes], dtype=np.float64)
         self.last = np.array([s[-1] for s in self._sizes], dtype=np.float64)
         lengths = [int(s[-1] - s[0]) + 1 for s in self._sizes]
-        self.offset = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64) if lengths else 0
+        self.offset = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
         # One entry for every whole size: the index of its cell, the cell's lower end and its width.
         index, lower, wide = [], [], []
         for sizes in self._sizes:
