@@ -232,12 +232,12 @@ class TableCost:
 
     def by_layer(self, widths: Any) -> Floats:
         """Milliseconds of each layer, all its calls together; (..., G) -> (..., L)."""
-        sizes = self._sizes(np.asarray(widths, dtype=np.float64))
+        sizes = self.sizes(np.asarray(widths, dtype=np.float64))
         return self._lookup(sizes[0], sizes[1], slice(None))
 
     def increase(self, widths: Floats, steps: Floats) -> Floats:
         """Cost added by widening one group at a time; shapes (..., G), (..., G) -> (..., G)."""
-        sizes, layers, groups = self._sizes(widths), self._pair_layers, self._pair_groups
+        sizes, layers, groups = self.sizes(widths), self._pair_layers, self._pair_groups
         now = self._lookup(sizes[0], sizes[1], slice(None))[..., layers]
         wider = [
             sizes[side][..., layers] + steps[..., groups] * self._slope[side][groups, layers]
@@ -256,7 +256,8 @@ class TableCost:
             low, high = np.where(above, middle, low), np.where(above, high, middle)
         return np.where(met, 0.0, high)
 
-    def _sizes(self, widths: Floats) -> tuple[Floats, Floats]:
+    def sizes(self, widths: Floats) -> tuple[Floats, Floats]:
+        """Sizes of the out and in axes of each layer, in slots; (..., G) -> two of (..., L)."""
         return widths @ self._slope[0] + self._base[0], widths @ self._slope[1] + self._base[1]
 
     def _lookup(self, outs: Floats, ins: Floats, layers: Any) -> Floats:
