@@ -47,7 +47,7 @@ from .workloads.data import cache_folder
 TABLE_FILE = "latency_table.json"
 _REPEATS, _ROW_SECONDS = 7, 0.4
 _MODELS, _MODELS_OF_A_LARGE_ONE, _LARGE = 14, 6, 50_000_000
-_MODEL_REPEATS, _MODEL_SECONDS = 100, 15.0
+_MODEL_REPEATS, _MODEL_SECONDS = 60, 10.0
 # Kernels compute channels in blocks of 16 (AVX-512 and tensor cores alike): time jumps from 16 to 17, so the grid of a
 # narrow layer has both sides of such a step. In a wide layer one block more is a small share.
 _BLOCK = 16
