@@ -26,6 +26,7 @@ def measure(
     budget_seconds: float = 20.0,
     warmup: int = 3,
     clock: Clock = time.perf_counter,
+    settle: int = 0,
 ) -> dict[str, dict[int, float]]:
     """Median milliseconds of one forward pass, for every model and batch size.
 
@@ -41,6 +42,8 @@ def measure(
         budget_seconds: time limit in seconds for each batch size, warm-up not counted.
         warmup: forward passes of each model before the clock runs.
         clock: seconds; `quiet_clock` where other work shares the processor.
+        settle: untimed passes right before each timed one, so that the caches hold this model's weights and not
+            its neighbour's in the round: the latency of a model that runs alone, again and again.
 
     Returns:
         {name: {batch size: milliseconds}}.
@@ -60,7 +63,7 @@ def measure(
         for size in batch_sizes:
             inputs = batched(example_inputs, int(size))
             calls = {name: timed(model, inputs) for name, model in models.items()}
-            for name, seconds in in_turns(calls, repeats, budget_seconds, warmup, clock).items():
+            for name, seconds in in_turns(calls, repeats, budget_seconds, warmup, clock, settle).items():
                 result[name][int(size)] = 1e3 * statistics.median(seconds)
         return result
     finally:
@@ -74,6 +77,7 @@ def in_turns(
     budget_seconds: float = float("inf"),
     warmup: int = 1,
     clock: Clock = time.perf_counter,
+    settle: int = 0,
 ) -> dict[str, list[float]]:
     """Seconds of every call of each function, taken in interleaved rounds (see `measure`)."""
     for call in calls.values():
@@ -85,6 +89,8 @@ def in_turns(
         if done >= 3 and time.perf_counter() > deadline:
             break
         for name in list(calls) if done % 2 == 0 else list(calls)[::-1]:
+            for _ in range(settle):
+                calls[name]()
             start = clock()
             calls[name]()
             seconds[name].append(clock() - start)

@@ -47,7 +47,7 @@ from .workloads.data import cache_folder
 TABLE_FILE = "latency_table.json"
 _REPEATS, _ROW_SECONDS = 7, 0.4
 _MODELS, _MODELS_OF_A_LARGE_ONE, _LARGE = 14, 6, 50_000_000
-_MODEL_REPEATS, _MODEL_SECONDS = 60, 10.0
+_MODEL_REPEATS, _MODEL_SECONDS = 60, 20.0
 # Kernels compute channels in blocks of 16 (AVX-512 and tensor cores alike): time jumps from 16 to 17, so the grid of a
 # narrow layer has both sides of such a step. In a wide layer one block more is a small share.
 _BLOCK = 16
@@ -278,7 +278,7 @@ def _layer_table(plan: _Planned, model: nn.Module, sizes: SpaceSizes, device: to
             if out > 0 and into > 0:
                 twin = replica(module, plan.layer.module, sizes, out, into)
                 calls[str(j)] = timed(twin, _input(plan.layer, module, twin, out, plan.outs[-1], device))
-        for column, seconds in in_turns(calls, _REPEATS, _ROW_SECONDS, 2, quiet_clock(device)).items():
+        for column, seconds in in_turns(calls, _REPEATS, _ROW_SECONDS, 2, quiet_clock(device), 1).items():
             values[i, int(column)] = 1e3 * min(seconds)
     kind = f"{type(module).__name__}({module.extra_repr()}) on {'x'.join(map(str, plan.layer.input_shape))}"
     return LayerTable(kind, plan.outs, plan.ins, rising(values, plan.outs, plan.ins), plan.elements)
@@ -356,7 +356,7 @@ def _calibrated(table: LatencyTable, space: PruningSpace, model: nn.Module, inpu
     models = {str(i): _narrow(model, space, w) for i, w in enumerate(widths)}
     batch = len(inputs)
     clock = quiet_clock(inputs.device)
-    times = measure(models, inputs, (batch,), _MODEL_REPEATS, _MODEL_SECONDS, warmup=2, clock=clock)
+    times = measure(models, inputs, (batch,), _MODEL_REPEATS, _MODEL_SECONDS, 2, clock, settle=1)
     ms = np.array([times[str(i)][batch] for i in range(len(widths))])
     parts = [Calibration(1, 0, 0, 0), Calibration(0, 1, 0, 0), Calibration(0, 0, 1, 0)]
     columns = [table_cost(replace(table, calibration=p), space)(widths) for p in parts]
