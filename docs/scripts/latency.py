@@ -203,8 +203,8 @@ def summary(cells: list[dict[str, Any]]) -> str:
     inside = sum(o <= 0.1 for o, *_ in off)
     worst = max(off)
     return (
-        f"Of {len(off)} plans at latency budgets {inside} are within 10% of their target when measured; median "
-        f"distance {np.median([o for o, *_ in off]):.1%}, the largest {worst[0]:.1%} ({worst[1]}, batch {worst[2]}, "
+        f"Of {len(off)} plans at latency budgets {inside} are within 10% of their target when measured; median"
+        f"\ndistance {np.median([o for o, *_ in off]):.1%}, the largest {worst[0]:.1%} ({worst[1]}, batch {worst[2]}, "
         f"budget / rounding / spread: {worst[3]})."
     )
 
@@ -213,8 +213,8 @@ TEXT = """# Latency
 
 Written by `{command}`: {threads} thread(s), {machine}; torch {torch}, Python {python}, float32.
 Load of the machine (1 minute) during the run: {low:.1f} to {high:.1f} on {cores} cores, other people's work. Every
-figure is the ratio to the dense model of medians of at most {repeats} rounds in which all models of a line's group
-took turns; {clock}.
+figure is the ratio to the dense model of medians of at most {repeats} rounds in which all models of one line's model
+and batch size took turns, each timed pass right after an untimed one; {clock}.
 Absolute milliseconds are shown for scale only. Took {minutes:.1f} minutes, {tables:.0f} s of them for the tables.
 
 ## Half of the MACs is not half of the time
@@ -227,7 +227,8 @@ shapes: they stand for allocations that are not uniform, not for good ones.
 ## Budgets of latency
 
 `budget.metric: latency`: the promise is about the table's value, which never exceeds the target. "Off by" is the
-measured ratio against the target. {summary}
+measured ratio against the target.
+{summary}
 
 {second}
 
