@@ -27,6 +27,7 @@ def measure(
     warmup: int = 3,
     clock: Clock = time.perf_counter,
     settle: int = 0,
+    statistic: Callable[[Sequence[float]], float] = statistics.median,
 ) -> dict[str, dict[int, float]]:
     """Median milliseconds of one forward pass, for every model and batch size.
 
@@ -44,6 +45,7 @@ def measure(
         clock: seconds; `quiet_clock` where other work shares the processor.
         settle: untimed passes right before each timed one, so that the caches hold this model's weights and not
             its neighbour's in the round: the latency of a model that runs alone, again and again.
+        statistic: what is kept of the rounds; ``min`` on a machine that others use, who only make a pass longer.
 
     Returns:
         {name: {batch size: milliseconds}}.
@@ -64,7 +66,7 @@ def measure(
             inputs = batched(example_inputs, int(size))
             calls = {name: timed(model, inputs) for name, model in models.items()}
             for name, seconds in in_turns(calls, repeats, budget_seconds, warmup, clock, settle).items():
-                result[name][int(size)] = 1e3 * statistics.median(seconds)
+                result[name][int(size)] = 1e3 * statistic(seconds)
         return result
     finally:
         for name, model in models.items():

@@ -132,7 +132,7 @@ def measured(subject: Subject, batch: int, seconds: float) -> dict[str, Any]:
     models = {"dense": subject.model.eval()}
     models |= {name: cut(subject, spaces[_rounding(name)], w) for name, w in everything.items()}
     clock = quiet_clock(subject.example.device)
-    times = measure(models, subject.example, (batch,), REPEATS, seconds, clock=clock, settle=1)
+    times = measure(models, subject.example, (batch,), REPEATS, seconds, clock=clock, settle=1, statistic=min)
     dense = times["dense"][batch]
     rows = [
         {
@@ -213,8 +213,8 @@ TEXT = """# Latency
 
 Written by `{command}`: {threads} thread(s), {machine}; torch {torch}, Python {python}, float32.
 Load of the machine (1 minute) during the run: {low:.1f} to {high:.1f} on {cores} cores, other people's work. Every
-figure is the ratio to the dense model of medians of at most {repeats} rounds in which all models of one line's model
-and batch size took turns, each timed pass right after an untimed one; {clock}.
+figure is the ratio to the dense model of the shortest of at most {repeats} passes; in every round all models of one line's model
+and batch size take turns, each timed pass right after an untimed one; {clock}.
 Absolute milliseconds are shown for scale only. Took {minutes:.1f} minutes, {tables:.0f} s of them for the tables.
 
 ## Half of the MACs is not half of the time
