@@ -126,6 +126,7 @@ def measured(
     where = machine(inputs.device)
     facts = [
         VERSION,
+        _METHOD,
         space.fingerprint,
         list(inputs.shape),
         str(inputs.dtype),
