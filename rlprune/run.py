@@ -26,11 +26,8 @@ from .ledger import Ledger
 from .problem import Found, Problem, prepare, score_rule, search
 from .profiling import TABLE_FILE
 from .progress import Console, log_to, logger
-<<<<<<< HEAD
-from .pruning.space import PruningSpace
-=======
 from .pruning.cost import plain_amount
->>>>>>> 705b40e (Take latency budgets in the settings, runs and inspect)
+from .pruning.space import PruningSpace
 from .rules import rules_for
 from .workloads.base import Workload
 from .workloads.language import LanguageWorkload
