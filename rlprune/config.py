@@ -31,7 +31,7 @@ from .settings import settings_reference as _reference
 METRICS = ("macs", "params", "block_params", "kv_cache", "latency")
 RECOVERY_STEPS = ("none", "bias", "reconstruct", "bn", "finetune")
 DTYPES = ("auto", "float32", "bfloat16")
-_BUDGET_TEXT = re.compile(r"\s*(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*(%|[kKmMgGtT]?)\s*")
+_BUDGET_TEXT = re.compile(r"\s*(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*(%|ms|[kKmMgGtT]?)\s*")
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,21 @@ class BudgetConfig(Section):
 
     prefix: ClassVar[str] = "budget."
 
-    target: str | float = setting(0.5, 'A share of the dense cost (0.5, "50%") or an absolute cost ("150M").')
+    target: str | float = setting(
+        0.5, 'A share of the dense cost (0.5, "50%") or an absolute cost ("150M", for latency "3.5ms").'
+    )
     metric: str = setting("macs", "The cost that the budget limits.", choices=METRICS)
+    batch_size: int = setting(
+        1, "Latency: samples (or sequences of data.sequence_length) in a forward pass.", low=1
+    )
+    table: str | None = setting(
+        None, "Latency: a table measured before (RUN/latency_table.json); null to measure on this machine."
+    )
 
     def check(self) -> None:
-        allowed = 'a ratio in (0, 1] such as 0.5 or "50%", or an absolute cost such as "150M"'
+        timed = self.metric == "latency"
+        absolute = 'milliseconds such as "3.5ms"' if timed else 'an absolute cost such as "150M"'
+        allowed = f'a ratio in (0, 1] such as 0.5 or "50%", or {absolute}'
         problem = ConfigError(f"budget.target: {show(self.target)} is not a budget; allowed: {allowed}")
         if isinstance(self.target, str):
             match = _BUDGET_TEXT.fullmatch(self.target)
@@ -126,12 +136,14 @@ class BudgetConfig(Section):
                 raise problem
             number = float(match[1] + (match[2] or "")) / (100 if match[3] == "%" else 1)
             share, plain = match[3] == "%", match[3] == ""
+            if not (share or plain) and (match[3] == "ms") != timed:
+                raise problem
         else:
             number, share, plain = float(self.target), False, True
         if not (math.isfinite(number) and number > 0) or (share and number > 1):
             raise problem
         # "1.5" is far more often a mistaken ratio than one and a half multiply-accumulates.
-        if plain and number > 1 and number != int(number) and self.metric != "latency":
+        if plain and number > 1 and number != int(number) and not timed:
             raise problem
 
 

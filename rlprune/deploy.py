@@ -36,7 +36,7 @@ def apply(
     console = Console(True)
     folder = Path(source)
     policy = load_policy(folder / "policy" if (folder / "policy").is_dir() else folder)
-    problem = prepare(_with_budget(config, budget), checkpoint=checkpoint, console=console)
+    problem = prepare(_with_budget(config, budget), checkpoint=checkpoint, console=console, run=folder)
     widths = policy.plan(problem.evaluator, budget, problem.metric).widths
     plans = [
         (name, problem.rule_widths(name))

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,21 @@ def lock_run(folder: str | Path, worth: str = "ledger.jsonl") -> Iterator[Path]:
             if new and not (target / worth).exists():
                 _empty_folder(target, remove=made)
             raise
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def exclusive(path: str | Path, poll_seconds: float = 0.2) -> Iterator[None]:
+    """Hold a lock file, made if it is missing, while the block runs; waits for whoever holds it."""
+    target = Path(path)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(target, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        while not _take_lock(handle):
+            time.sleep(poll_seconds)
+        yield
     finally:
         os.close(handle)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
 import sys
 from collections.abc import Sequence
@@ -17,8 +16,10 @@ from . import pretrained, zeroshot
 from .artifacts import library_versions, load, read_plan
 from .config import Config
 from .errors import ArtifactError, ConfigError
-from .latency import measure
+from .latency import measure, processor
+from .problem import timed_space
 from .progress import Console
+from .pruning.cost import plain_amount
 from .pruning.space import PruningSpace
 from .pruning.tracing import count_macs, fingerprint, trace
 from .workloads.base import Workload
@@ -29,24 +30,32 @@ from .workloads.zoo import rebuild
 
 def inspect(config: Config) -> str:
     """Groups, widths, costs, protected parts and feasible budgets as text; nothing is trained or searched."""
-    if config.workload is None and config.model.name.startswith(PREFIX):
+    timed = config.budget.metric == "latency"
+    if config.workload is None and config.model.name.startswith(PREFIX) and not timed:
         return _inspect_language(config, *_skeleton(config))
     workload = build_workload(config, train=False)
     if workload.language:
-        return _inspect_language(config, workload.model, workload.example_inputs)
+        return _inspect_language(config, workload.model, workload.example_inputs, workload)
     cut = config.prune
     space = trace(workload.model, workload.example_inputs, cut.ignore, cut.round_to, cut.minimum)
-    macs, params = space.unit_costs(space.widths, "macs"), space.unit_costs(space.widths, "params")
-    head = ("group", "kind", "width", "unit", "min", "step", "macs/unit", "params/unit")
-    lines = ["{:<34} {:<10} {:>6} {:>5} {:>5} {:>5} {:>12} {:>12}".format(*head)]
-    for g, m, p in zip(space.groups, macs, params, strict=True):
+    if timed:
+        space = timed_space(config, workload, space)
+    units = {metric: space.unit_costs(space.widths, metric) for metric in space.costs}
+    head = ["group", "kind", "width", "unit", "min", "step"]
+    lines = ["{:<34} {:<10} {:>6} {:>5} {:>5} {:>5}".format(*head)]
+    lines[0] += "".join(f" {'us/unit' if m == 'latency' else f'{m}/unit':>12}" for m in units)
+    for i, g in enumerate(space.groups):
         sizes = f"{g.width:>6} {g.unit:>5} {g.minimum:>5} {g.step:>5}"
-        lines.append(f"{g.name:<34} {g.kind:<10} {sizes} {m:>12,.0f} {p:>12,.0f}")
+        costs = [f"{1e3 * c[i]:,.3f}" if m == "latency" else f"{c[i]:,.0f}" for m, c in units.items()]
+        lines.append(f"{g.name:<34} {g.kind:<10} {sizes}" + "".join(f" {text:>12}" for text in costs))
     lines.append("")
     lines += [f"protected: {name}: {reason}" for name, reason in space.protected.items()]
     lines += [f"unused in eval mode: {name}" for name in space.unused]
     for metric in space.costs:
         low, dense = space.feasible(metric)
+        if metric == "latency":
+            lines.append(_latency_line(space))
+            continue
         budgets = f"feasible budgets {low / dense:.4f} to 1 ({low:,.0f} to {dense:,.0f})"
         lines.append(f"{metric}: dense {dense:,.0f}; {budgets}")
     lines.append(_budget_line(space, config))
@@ -109,19 +118,43 @@ def _skeleton(config: Config) -> tuple[nn.Module, Tensor]:
     return pretrained.skeleton(found), torch.zeros(1, length, dtype=torch.long)
 
 
-def _inspect_language(config: Config, model: nn.Module, example: Tensor) -> str:
+def _inspect_language(
+    config: Config, model: nn.Module, example: Tensor, workload: Workload | None = None
+) -> str:
     """The same for a language model: blocks that are alike in one line, costs with what they count."""
     cut = config.prune
     space = trace(model, example, cut.ignore, cut.round_to, cut.minimum, drop=cut.drop, hidden=cut.hidden)
+    if workload is not None and config.budget.metric == "latency":
+        space = timed_space(config, workload, space)
     lines = [*figures.group_lines(space), "", *figures.protected_lines(space.protected)]
     lines += [f"unused in eval mode: {name}" for name in space.unused]
     lines += figures.cost_lines(space, model)
+    if "latency" in space.costs:
+        lines.append(_latency_line(space))
     return "\n".join([*lines, _budget_line(space, config)])
 
 
 def _budget_line(space: PruningSpace, config: Config) -> str:
     target = space.target(config.budget.target, config.budget.metric)
-    return f"budget: {config.budget.target} of {config.budget.metric} = {target:,.0f}"
+    metric = config.budget.metric
+    return f"budget: {config.budget.target} of {metric} = {plain_amount(target, metric)}"
+
+
+def _latency_line(space: PruningSpace) -> str:
+    """What the latency table says, where it was measured, and how far it is from the models that it was tied to."""
+    low, dense = space.feasible("latency")
+    table = space.costs["latency"].table  # type: ignore[attr-defined]
+    off = sorted(abs(check["table"] / check["measured"] - 1.0) for check in table.checks)
+    where = f"{table.machine['device']}, {table.machine['threads']} threads, batch size {table.batch_size}"
+    fit = (
+        f"; off by {off[len(off) // 2]:.1%} (median) and {off[-1]:.1%} (most) on {len(off)} models"
+        if off
+        else ""
+    )
+    return (
+        f"latency: dense {dense:,.3f} ms; feasible budgets {low / dense:.4f} to 1 ({low:,.3f} to {dense:,.3f} ms); "
+        f"table of {len(table.tables)} layers on {where}{fit}"
+    )
 
 
 def _evaluate_language(
@@ -235,7 +268,7 @@ def hardware() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "device": gpu or "cpu",
-        "processor": _processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "libraries": library_versions(),
@@ -247,11 +280,3 @@ def _example_of(plan: dict[str, Any]) -> torch.Tensor:
     if not shape:
         raise ArtifactError("plan.json: does not say the input's shape; give CONFIG")
     return torch.zeros(1, *shape[1:])
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -83,7 +83,7 @@ def cost_lines(space: PruningSpace, model: nn.Module) -> list[str]:
     blocks = getattr(getattr(model, "config", None), "num_hidden_layers", 0)
     facts = {"length": length, "blocks": blocks}
     lines = []
-    for metric in space.costs:
+    for metric in (m for m in space.costs if m != "latency"):  # its line says where it was measured
         low, dense = space.feasible(metric)
         note = COST_NOTES.get(metric, "").format(**facts)
         budgets = f"feasible budgets {low / dense:.4f} to 1 ({low:,.0f} to {dense:,.0f})"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 from .errors import DataError
 
 DEFAULT_BATCH_SIZES = (1, 64)
+Clock = Callable[[], float]
 
 
 def measure(
@@ -21,6 +25,9 @@ def measure(
     repeats: int = 30,
     budget_seconds: float = 20.0,
     warmup: int = 3,
+    clock: Clock = time.perf_counter,
+    settle: int = 0,
+    statistic: Callable[[Sequence[float]], float] = statistics.median,
 ) -> dict[str, dict[int, float]]:
     """Median milliseconds of one forward pass, for every model and batch size.
 
@@ -35,6 +42,10 @@ def measure(
         repeats: rounds to measure, at most.
         budget_seconds: time limit in seconds for each batch size, warm-up not counted.
         warmup: forward passes of each model before the clock runs.
+        clock: seconds; `quiet_clock` where other work shares the processor.
+        settle: untimed passes right before each timed one, so that the caches hold this model's weights and not
+            its neighbour's in the round: the latency of a model that runs alone, again and again.
+        statistic: what is kept of the rounds; ``min`` on a machine that others use, who only make a pass longer.
 
     Returns:
         {name: {batch size: milliseconds}}.
@@ -52,10 +63,10 @@ def measure(
     try:
         result: dict[str, dict[int, float]] = {name: {} for name in models}
         for size in batch_sizes:
-            inputs = _batch(example_inputs, int(size))
-            calls = {name: _call(model, inputs) for name, model in models.items()}
-            for name, seconds in in_turns(calls, repeats, budget_seconds, warmup).items():
-                result[name][int(size)] = 1e3 * statistics.median(seconds)
+            inputs = batched(example_inputs, int(size))
+            calls = {name: timed(model, inputs) for name, model in models.items()}
+            for name, seconds in in_turns(calls, repeats, budget_seconds, warmup, clock, settle).items():
+                result[name][int(size)] = 1e3 * statistic(seconds)
         return result
     finally:
         for name, model in models.items():
@@ -67,6 +78,8 @@ def in_turns(
     repeats: int,
     budget_seconds: float = float("inf"),
     warmup: int = 1,
+    clock: Clock = time.perf_counter,
+    settle: int = 0,
 ) -> dict[str, list[float]]:
     """Seconds of every call of each function, taken in interleaved rounds (see `measure`)."""
     for call in calls.values():
@@ -78,18 +91,42 @@ def in_turns(
         if done >= 3 and time.perf_counter() > deadline:
             break
         for name in list(calls) if done % 2 == 0 else list(calls)[::-1]:
-            start = time.perf_counter()
+            for _ in range(settle):
+                calls[name]()
+            start = clock()
             calls[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 
-def _batch(example_inputs: Tensor, size: int) -> Tensor:
+def quiet_clock(device: torch.device) -> Clock:
+    """The clock that other processes disturb least.
+
+    With one CPU thread it is the thread's own processor time: what a forward pass takes on an idle core, without
+    the milliseconds for which the system gave the core to somebody else. Elsewhere it is the time on the wall.
+    """
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time if alone else time.perf_counter
+
+
+def processor() -> str:
+    """Name of the CPU."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def batched(example_inputs: Tensor, size: int) -> Tensor:
+    """The first sample of an example, ``size`` times."""
     sample = example_inputs[:1]
     return sample.expand(size, *sample.shape[1:]).contiguous()
 
 
-def _call(model: nn.Module, inputs: Tensor) -> Callable[[], None]:
+def timed(model: nn.Module, inputs: Tensor) -> Callable[[], None]:
+    """A forward pass as a function to be timed."""
+
     def call() -> None:
         with torch.inference_mode():
             model(inputs)

@@ -18,6 +18,7 @@ from .envs.task import Task
 from .errors import ConfigError, near_miss
 from .evaluation import Candidate, Evaluator, History
 from .ledger import Account, Ledger
+from .profiling import TABLE_FILE, Progress, machine, read_table, with_latency
 from .progress import Console
 from .pruning.space import Ints, PruningSpace
 from .pruning.tracing import trace
@@ -123,11 +124,15 @@ def prepare(
     checkpoint: str | Path | None = None,
     console: Console | None = None,
     name: str = "",
+    run: Path | None = None,
 ) -> Problem:
-    """Build (and train) the workload, trace it, compute importances and the recovery's statistics."""
+    """Build (and train) the workload, trace it, compute importances and the recovery's statistics.
+
+    ``run`` is the folder of a run whose latency table is taken where it was measured on this model and machine.
+    """
     if model_seed is not None:
         config = replace(config, model=replace(config.model, seed=model_seed))
-    workload, space = dense_model(config, checkpoint=checkpoint, console=console)
+    workload, space = dense_model(config, checkpoint=checkpoint, console=console, run=run)
     evaluator = Evaluator(
         workload,
         space,
@@ -141,13 +146,13 @@ def prepare(
 
 
 def dense_model(
-    config: Config, *, checkpoint: str | Path | None = None, console: Console | None = None
+    config: Config,
+    *,
+    checkpoint: str | Path | None = None,
+    console: Console | None = None,
+    run: Path | None = None,
 ) -> tuple[Workload, PruningSpace]:
     """The first part of `prepare`: the workload, its dense model trained, and the space of its groups."""
-    if config.budget.metric == "latency":
-        raise ConfigError(
-            "budget.metric: latency tables are not there yet; allowed: macs, params, block_params, kv_cache"
-        )
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     console = console or Console(False)
@@ -162,12 +167,44 @@ def dense_model(
         drop=settings.drop,
         hidden=settings.hidden,
     )
+    if config.budget.metric == "latency":
+        space = timed_space(config, workload, space, run=run, progress=console.training)
+        console.close()
     # An infeasible budget is refused before anything is trained.
     space.target(config.budget.target, config.budget.metric)
     if checkpoint is None and config.model.train.epochs > 0:
         train_dense(workload, config.model, console.training)
         console.close()
     return workload, space
+
+
+def timed_space(
+    config: Config,
+    workload: Workload,
+    space: PruningSpace,
+    *,
+    run: Path | None = None,
+    progress: Progress | None = None,
+) -> PruningSpace:
+    """The space with the latency of its models: from ``budget.table``, the run's own table, or measured now."""
+    settings = config.budget
+    table = None
+    if settings.table is not None:
+        table = read_table(settings.table)
+        if table.batch_size != settings.batch_size:
+            raise ConfigError(
+                f"budget.table: {settings.table} was measured at batch size {table.batch_size}, "
+                f"budget.batch_size is {settings.batch_size}"
+            )
+        if table.fingerprint != space.fingerprint:
+            raise ConfigError(f"budget.table: {settings.table} was measured on another architecture")
+    elif run is not None and (run / TABLE_FILE).is_file():
+        kept = read_table(run / TABLE_FILE)
+        same = (kept.fingerprint, kept.batch_size, dict(kept.machine))
+        if same == (space.fingerprint, settings.batch_size, machine(workload.device)):
+            table = kept
+    example = workload.example_inputs
+    return with_latency(space, workload.model, example, settings.batch_size, table=table, progress=progress)
 
 
 def score_rule(problem: Problem, rule: str, ledger: Ledger, seed: int = 0) -> Found:

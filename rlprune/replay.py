@@ -13,6 +13,7 @@ from .artifacts import PLAN_FILE, read_plan, save
 from .config import Config
 from .errors import ArtifactError, ConfigError, near_miss
 from .progress import Console
+from .pruning.cost import plain_amount
 from .pruning.plan import Plan
 from .pruning.recovery import Recovery
 from .pruning.space import PruningSpace
@@ -122,7 +123,8 @@ def _same_groups(document: dict[str, Any], space: PruningSpace) -> None:
 def _costs(document: dict[str, Any]) -> str:
     """What the plan keeps of each cost."""
     rows = [
-        f"{metric}: {kept:,.0f} of {document['dense_cost'][metric]:,.0f} ({kept / document['dense_cost'][metric]:.1%})"
+        f"{metric}: {plain_amount(kept, metric)} of {plain_amount(document['dense_cost'][metric], metric)} "
+        f"({kept / document['dense_cost'][metric]:.1%})"
         for metric, kept in document["cost"].items()
         if document["dense_cost"].get(metric)
     ]

@@ -24,7 +24,9 @@ from .finish import Finished, add_latency, choose, finish
 from .inspection import hardware
 from .ledger import Ledger
 from .problem import Found, Problem, prepare, score_rule, search
+from .profiling import TABLE_FILE
 from .progress import Console, log_to, logger
+from .pruning.cost import plain_amount
 from .pruning.space import PruningSpace
 from .rules import rules_for
 from .workloads.base import Workload
@@ -45,7 +47,7 @@ def train(config: Config, out: Path, *, resume: bool = False, progress: bool = T
             console.note(f"{folder}: this run is complete; nothing to resume")
             report.build(folder)
             return folder
-        problems = _problems(config, console)
+        problems = _problems(config, console, folder)
         problem = problems[0]
         _note_problem(problem, console)
         ledger = Ledger(folder / "ledger.jsonl")
@@ -115,22 +117,27 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _problems(config: Config, console: Console) -> list[Problem]:
+def _problems(config: Config, console: Console, folder: Path) -> list[Problem]:
     """The problem that is wanted, then those that only train the policy (further checkpoints and seeds)."""
-    problems = [prepare(config, console=console)]
+    problems = [prepare(config, console=console, run=folder)]
+    latency = problems[0].space.costs.get("latency")
+    if latency is not None:  # a resumed run goes on with the same numbers
+        write_json_atomic(folder / TABLE_FILE, latency.table.to_dict())
     for seed in config.search.model_seeds:
-        problems.append(prepare(config, model_seed=seed, console=console, name=f"seed{seed}"))
+        problems.append(prepare(config, model_seed=seed, console=console, name=f"seed{seed}", run=folder))
     for checkpoint in config.search.checkpoints:
-        problems.append(prepare(config, checkpoint=checkpoint, console=console, name=Path(checkpoint).stem))
+        name = Path(checkpoint).stem
+        problems.append(prepare(config, checkpoint=checkpoint, console=console, name=name, run=folder))
     return problems
 
 
 def _note_problem(problem: Problem, console: Console) -> None:
     space, dense = problem.space, problem.space.dense_cost(problem.metric)
     quality = problem.workload.evaluate(problem.workload.model, "validation")
+    whole, allowed = (plain_amount(value, problem.metric) for value in (dense, problem.target))
     console.note(
-        f"{problem.workload.name}: {len(space.groups)} groups, {dense:,.0f} {problem.metric}, budget "
-        f"{problem.target:,.0f} ({problem.target / dense:.1%}); dense validation {problem.workload.metric_name} "
+        f"{problem.workload.name}: {len(space.groups)} groups, {whole} {problem.metric}, budget {allowed} "
+        f"({problem.target / dense:.1%}); dense validation {problem.workload.metric_name} "
         f"{quality.metric:.4f}, loss {quality.loss:.4f}"
     )
 

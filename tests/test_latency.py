@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlprune.errors import DataError
-from rlprune.latency import in_turns, measure
+from rlprune.latency import in_turns, measure, quiet_clock
 
 
 class Slow(nn.Module):
@@ -53,3 +53,19 @@ def test_impossible_settings_are_refused_in_one_line(kwargs: dict) -> None:
     with pytest.raises(DataError, match="latency") as error:
         measure({"a": nn.Identity()}, torch.zeros(1, 3), **kwargs)
     assert "\n" not in str(error.value)
+
+
+def test_a_settled_call_follows_untimed_ones_of_its_own() -> None:
+    order: list[str] = []
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    seconds = in_turns(calls, repeats=2, warmup=0, settle=1)
+    assert order == ["a", "a", "b", "b", "b", "b", "a", "a"]
+    assert {name: len(found) for name, found in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_the_quiet_clock_leaves_out_the_time_that_others_take() -> None:
+    clock, start = quiet_clock(torch.device("cpu")), time.perf_counter()
+    before = clock()
+    time.sleep(0.2)
+    assert clock() - before < 0.1 < time.perf_counter() - start
+    assert quiet_clock(torch.device("meta")) is time.perf_counter

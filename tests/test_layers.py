@@ -25,6 +25,7 @@ FLOORS = {
     "pruning": 1,
     "workloads": 1.5,
     "latency": 1,
+    "profiling": 2,
     "rules": 2,
     "evaluation": 2.5,
     "ledger": 2.5,

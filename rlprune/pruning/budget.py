@@ -11,13 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BudgetError
-from .cost import CostFormula, Floats
+from .cost import Cost, Floats, amount
 
 Ints = NDArray[np.int64]
 
 _SUFFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _NUMBER = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(%|[kmgt]?)\s*$", re.IGNORECASE)
 _FORMS = 'a ratio above 0 and up to 1 (0.5, "50%") or an absolute number ("150M")'
+_TIME = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(%|ms|)\s*$", re.IGNORECASE)
+_TIME_FORMS = 'a ratio above 0 and up to 1 (0.5, "50%") or milliseconds ("3.5ms")'
 # Two floats closer than this, in units, are the same width: the root of the quadratic carries rounding.
 _TOLERANCE = 1e-7
 # A group that is asked for less than this share of the largest is treated as asked for this share.
@@ -36,18 +38,20 @@ class Budget:
         return self.value * dense if self.kind == "ratio" else self.value
 
 
-def parse_budget(value: Any) -> Budget:
-    """Read ``0.5``, ``"50%"`` or ``"150M"``; raises :class:`BudgetError` for anything else.
+def parse_budget(value: Any, metric: str = "macs") -> Budget:
+    """Read ``0.5``, ``"50%"`` or ``"150M"`` (for latency ``"3.5ms"``); raises :class:`BudgetError` for anything else.
 
-    A number up to 1 is a ratio. A number of 1,000 and more, or one with a suffix K, M, G or T, is
-    absolute; what lies between (1.5, 80) is refused because it could be a mistyped ratio.
+    A number up to 1 is a ratio. Counts: a number of 1,000 and more, or one with a suffix K, M, G or T, is
+    absolute; what lies between (1.5, 80) is refused because it could be a mistyped ratio. Latency: a number
+    above 1, or one with the suffix ms, is milliseconds.
     """
     if isinstance(value, Budget):
         return value
-    problem = BudgetError(f"budget: {value!r} is not a budget; allowed: {_FORMS}")
+    timed = metric == "latency"
+    problem = BudgetError(f"budget: {value!r} is not a budget; allowed: {_TIME_FORMS if timed else _FORMS}")
     if isinstance(value, bool) or not isinstance(value, (int, float, str, np.integer, np.floating)):
         raise problem
-    match = _NUMBER.match(str(value))
+    match = (_TIME if timed else _NUMBER).match(str(value))
     if match is None:
         raise problem
     number, suffix = float(match.group(1)), match.group(2).lower()
@@ -55,12 +59,12 @@ def parse_budget(value: Any) -> Budget:
         number, suffix = number / 100.0, ""
         if number > 1.0:
             raise problem
-    number *= _SUFFIX[suffix]
+    number *= 1.0 if timed else _SUFFIX[suffix]
     if not math.isfinite(number) or number <= 0.0:
         raise problem
     if number <= 1.0 and not suffix:
         return Budget("ratio", number)
-    if number < 1000.0:
+    if number < 1000.0 and not timed:
         raise problem
     return Budget("absolute", number)
 
@@ -84,9 +88,7 @@ class Limits:
         return np.minimum((widths // self.step + 1) * self.step, self.dense)
 
 
-def project(
-    distribution: Any, target: float, cost: CostFormula, limits: Limits, *, metric: str = "macs"
-) -> Ints:
+def project(distribution: Any, target: float, cost: Cost, limits: Limits, *, metric: str = "macs") -> Ints:
     """Widths whose cost is at most ``target`` and to which no step can be added.
 
     Args:
@@ -105,7 +107,7 @@ def project(
     if target < lowest or target > dense_cost:
         side = "below the feasible minimum" if target < lowest else "above the dense model"
         raise BudgetError(
-            f"budget: {target:.6g} {metric} is {side}; feasible: {lowest:.6g} to {dense_cost:.6g} {metric} "
+            f"budget: {amount(target, metric)} is {side}; feasible: {lowest:.6g} to {amount(dense_cost, metric)} "
             f"(ratio {lowest / dense_cost:.4f} to 1)"
         )
     rows = np.atleast_2d(shares)
@@ -139,11 +141,11 @@ def _checked(distribution: Any, groups: int) -> Floats:
     return np.where(shares > 0, np.maximum(shares, _SMALLEST_SHARE), 0.0)
 
 
-def _spread(shares: Floats, target: float, cost: CostFormula, limits: Limits) -> Floats:
+def _spread(shares: Floats, target: float, cost: Cost, limits: Limits) -> Floats:
     """Real-valued widths (N, G) that meet the target: bisection over the kinks of cost(lambda), then its root.
 
-    Between two neighbouring kinks (a group reaching its limit) the widths are linear in lambda and
-    the cost is quadratic, so the last step of the bisection is solved in closed form.
+    Between two neighbouring kinks (a group reaching its limit) the widths are linear in lambda, so the last
+    step is the root of the cost along a straight line: a formula knows it in closed form.
     """
     dense = limits.dense.astype(np.float64)
     # A part that an earlier stage dropped has no width left to share out.
@@ -167,22 +169,10 @@ def _spread(shares: Floats, target: float, cost: CostFormula, limits: Limits) ->
     rest = cost(end) > target
     start = np.where(rest[:, None], end, start)
     end = np.where(rest[:, None], limits.minimum.astype(np.float64), end)
-    return start + _root(start, end, target, cost)[:, None] * (end - start)
+    return start + cost.root(start, end, target)[:, None] * (end - start)
 
 
-def _root(start: Floats, end: Floats, target: float, cost: CostFormula) -> Floats:
-    """The t in [0, 1] with cost(start + t (end - start)) = target, for each row."""
-    change = end - start
-    excess = np.maximum(cost(start) - target, 0.0)
-    slope = change @ cost.linear + 2.0 * ((start @ cost.quadratic) * change).sum(axis=-1)
-    curve = ((change @ cost.quadratic) * change).sum(axis=-1)
-    root = np.sqrt(np.maximum(slope**2 - 4.0 * curve * excess, 0.0))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        t = 2.0 * excess / (root - slope)  # the form of the quadratic's root that does not cancel
-    return np.clip(np.nan_to_num(t, nan=0.0, posinf=1.0), 0.0, 1.0)
-
-
-def _give_back(widths: Ints, wanted: Floats, target: float, cost: CostFormula, limits: Limits) -> None:
+def _give_back(widths: Ints, wanted: Floats, target: float, cost: Cost, limits: Limits) -> None:
     """Add single steps, largest remainder first, ties by index, until no step fits; in place, all rows at once."""
     open_rows = np.arange(len(widths))
     # Rounded, so that equal remainders are equal in floats too and the tie goes to the lower index.

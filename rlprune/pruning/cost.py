@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,24 @@ from ..errors import BudgetError, near_miss
 
 Floats = NDArray[np.float64]
 METRICS = ("macs", "params")
+UNITS = {"latency": "ms"}
+"""Units of the metrics that are not plain counts."""
+
+
+class Cost(Protocol):
+    """A cost of the widths (G,) or (N, G) that never falls when a width grows: a formula, or a table.
+
+    On whole widths the values are exact in float64: ``cost(w) + increase(w, steps)[g]`` equals the cost after
+    the step of group g, to the last bit, so that a budget can be met exactly.
+    """
+
+    def __call__(self, widths: Any) -> Floats: ...
+
+    def increase(self, widths: Floats, steps: Floats) -> Floats:
+        """Cost added by widening one group at a time; shapes (..., G), (..., G) -> (..., G)."""
+
+    def root(self, start: Floats, end: Floats, target: float) -> Floats:
+        """The t in [0, 1], shape (N,), with ``cost(start + t (end - start)) = target``; rows (N, G) that fall."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +62,17 @@ class CostFormula:
         """Cost added by widening one group at a time; shapes (..., G), (..., G) -> (..., G)."""
         slope = self.linear + 2.0 * (widths @ self.quadratic)
         return steps * slope + steps**2 * np.diagonal(self.quadratic)
+
+    def root(self, start: Floats, end: Floats, target: float) -> Floats:
+        """The t in [0, 1], shape (N,), with ``cost(start + t (end - start)) = target``: a quadratic's root."""
+        change = end - start
+        excess = np.maximum(self(start) - target, 0.0)
+        slope = change @ self.linear + 2.0 * ((start @ self.quadratic) * change).sum(axis=-1)
+        curve = ((change @ self.quadratic) * change).sum(axis=-1)
+        root = np.sqrt(np.maximum(slope**2 - 4.0 * curve * excess, 0.0))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            t = 2.0 * excess / (root - slope)  # the form of the quadratic's root that does not cancel
+        return np.clip(np.nan_to_num(t, nan=0.0, posinf=1.0), 0.0, 1.0)
 
 
 class FormulaBuilder:
@@ -79,8 +108,22 @@ class FormulaBuilder:
         return CostFormula(self._constant, self._linear, self._quadratic)
 
 
-def formula(costs: Mapping[str, CostFormula], metric: str) -> CostFormula:
-    """The formula of a metric; raises :class:`BudgetError` with the near miss for an unknown one."""
+def amount(value: float, metric: str) -> str:
+    """A cost as text: "1.2e+06 macs", "3.5 ms"."""
+    return f"{value:.6g} {UNITS.get(metric, metric)}"
+
+
+def plain_amount(value: float, metric: str) -> str:
+    """A cost for people, beside its metric's name: "1,234,567", "3.512 ms"."""
+    return f"{value:,.3f} ms" if metric == "latency" else f"{value:,.0f}"
+
+
+def formula(costs: Mapping[str, Cost], metric: str) -> Cost:
+    """The cost of a metric; raises :class:`BudgetError` with the near miss for an unknown one."""
+    if metric == "latency" and metric not in costs:
+        raise BudgetError(
+            "budget.metric: latency needs a table of this model (rlprune.profiling.with_latency)"
+        )
     if metric not in costs:
         raise BudgetError(
             f"budget.metric: unknown metric {metric!r}{near_miss(metric, costs)}; allowed: {', '.join(costs)}"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import BudgetError
 from .budget import Limits, parse_budget, project
-from .cost import CostFormula, Floats, formula
+from .cost import Cost, Floats, amount, formula
 
 Ints = NDArray[np.int64]
 
@@ -102,7 +102,7 @@ class PruningSpace:
     axes: tuple[Axis, ...] = field(repr=False)
     cuts: tuple[Cut, ...] = field(repr=False)
     attribute_rules: tuple[AttributeRule, ...] = field(repr=False)
-    costs: Mapping[str, CostFormula] = field(repr=False)
+    costs: Mapping[str, Cost] = field(repr=False)
     unused: tuple[str, ...] = ()
     input_shape: tuple[int, ...] | None = None
     drops: tuple[DropRule, ...] = ()
@@ -136,7 +136,8 @@ class PruningSpace:
 
         ``macs`` are half of the FLOPs that torch's counter finds for one sample, ``params`` counts
         every parameter once; both include what is protected. Language models also have ``block_params``
-        (inside the blocks only) and ``kv_cache`` (bytes for each token of context, in bfloat16).
+        (inside the blocks only) and ``kv_cache`` (bytes for each token of context, in bfloat16); a space with
+        a latency table (``rlprune.profiling``) has ``latency``, in milliseconds.
         """
         w = self._checked(widths)
         value = formula(self.costs, metric)(w)
@@ -152,13 +153,13 @@ class PruningSpace:
     def target(self, budget: Any, metric: str = "macs") -> float:
         """Absolute cost that a budget (0.5, "50%", "150M") allows; BudgetError where it is not feasible."""
         dense = self.dense_cost(metric)
-        target = parse_budget(budget).target(dense)
+        target = parse_budget(budget, metric).target(dense)
         lowest = self.feasible(metric)[0]
         if not lowest <= target <= dense:
             side = "below the feasible minimum" if target < lowest else "above the dense model"
             raise BudgetError(
-                f"budget: {budget!r} ({target:.6g} {metric}) is {side}; "
-                f"feasible: {lowest:.6g} to {dense:.6g} {metric} (ratio {lowest / dense:.4f} to 1)"
+                f"budget: {budget!r} ({amount(target, metric)}) is {side}; "
+                f"feasible: {lowest:.6g} to {amount(dense, metric)} (ratio {lowest / dense:.4f} to 1)"
             )
         return target
 
