@@ -26,6 +26,7 @@ FLOORS = {
     "workloads": 1.5,
     "latency": 1,
     "rules": 2,
+    "expectation": 2,
     "evaluation": 2.5,
     "ledger": 2.5,
     "artifacts": 2,

@@ -25,8 +25,13 @@ from .policy import GroupPolicy
 
 _STEPS = 3000
 _LEARNING_RATE = 2e-3
-# Actions are aimed inside the bounds of tanh and of the action space.
+# What the policy's actions may reach once it is taught, beyond the [-1, 1] of the search: the best plans leave some
+# groups whole and cut others to a few units.
+REACH = 1.7
+# Targets stay inside what the tanh of the network can give.
 _BOUND = 0.97
+# Weight of a plan in between beside that of a scored one.
+_WEIGHT_BETWEEN = 0.1
 # Budgets between two neighbouring ones that get an interpolated plan.
 _BETWEEN = 3
 # A group that loses nothing gives a part of a step, which the projection floors away: these are tried.
@@ -34,8 +39,8 @@ _TRACES = (0.1, 0.3, 0.5, 0.7)
 # Common shifts that are tried, where not all of an action is within reach.
 _SHIFTS = np.linspace(-1.5, 1.5, 31)
 
-# One budget and the widths (G,) wanted there, which between searched budgets need not be whole.
-Lesson = tuple[float, Floats]
+# A budget, the widths (G,) wanted there (between searched budgets they need not be whole), and its weight.
+Lesson = tuple[float, Floats, float]
 
 
 def lessons(best: Sequence[tuple[float, Ints]]) -> list[Lesson]:
@@ -44,19 +49,18 @@ def lessons(best: Sequence[tuple[float, Ints]]) -> list[Lesson]:
     Args:
         best: budget ratios and widths (G,) of the best plan at each, the lowest budget first.
     """
-    known = [(budget, widths.astype(np.float64)) for budget, widths in best]
-    found = known[:1]
-    for (low, a), (high, b) in itertools.pairwise(known):
-        for t in np.linspace(0.0, 1.0, _BETWEEN + 2)[1:]:
-            found.append((float(low + t * (high - low)), (1 - t) * a + t * b))
+    found = [(budget, widths.astype(np.float64), 1.0) for budget, widths in best]
+    for (low, a), (high, b) in itertools.pairwise(best):
+        for t in np.linspace(0.0, 1.0, _BETWEEN + 2)[1:-1]:
+            found.append((float(low + t * (high - low)), (1 - t) * a + t * b, _WEIGHT_BETWEEN))
     return found
 
 
 def wanted_action(task: Task, budget: Any, widths: Floats) -> Floats:
     """The action (G,) within reach whose widths at a budget come closest to the wanted ones (G,).
 
-    A factor of e^3 lies between the groups that an action cuts most and least; where a plan asks for more, the
-    shift of the action that costs the fewest units, as shares of their groups, is taken.
+    Where a plan asks for more than actions reach, the shift of the action that costs the fewest units, as
+    shares of their groups, is taken.
     """
     base, dense = task.base(budget), task.space.widths.astype(np.float64)
     floor = np.maximum(base, BASE_FLOOR * base.mean())
@@ -65,7 +69,7 @@ def wanted_action(task: Task, budget: Any, widths: Floats) -> Floats:
         shares = np.maximum(dense - widths, trace * task.space.steps) / dense
         action = np.log(shares / floor) / ACTION_SCALE
         middle = (action.max() + action.min()) / 2.0
-        tried.append(np.clip(action - middle + _SHIFTS[:, None], -_BOUND, _BOUND))
+        tried.append(np.clip(action - middle + _SHIFTS[:, None], -_BOUND * REACH, _BOUND * REACH))
     actions = np.vstack(tried)
     missed = np.abs(task.widths(actions, budget) - widths) / dense
     best: Floats = actions[int(np.argmin(missed.sum(axis=1)))]
@@ -79,6 +83,7 @@ def distill(
 
     The bias of each group, which stays behind when the policy is saved, is set to zero first.
     """
+    policy.reach = REACH
     observations, actions, weights = _table(env, tasks, wanted)
     if policy.bias is not None:
         policy.bias.data.zero_()
@@ -89,11 +94,12 @@ def distill(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
     for _ in range(_STEPS):
         encoded, context, mask = policy.network.encode(observations)
-        means = policy.network.means(encoded, context) * mask
+        means = REACH * policy.network.means(encoded, context) * mask
         # Distributions ignore a common shift, and so does the loss.
         error = means - actions
-        error = (error - (error * weights).sum(dim=1, keepdim=True)) * mask
-        loss = (weights * error**2).sum(dim=1).mean()
+        shift = (error * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True)
+        error = (error - shift) * mask
+        loss = (weights * error**2).sum()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -103,20 +109,20 @@ def distill(
 def _table(
     env: DistributionEnv, tasks: Sequence[Task], wanted: Sequence[Sequence[Lesson]]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Observations (K, Gmax, F), actions (K, Gmax) and weights (K, Gmax) that add up to 1 over the groups."""
+    """Observations (K, Gmax, F), actions (K, Gmax) and weights (K, Gmax)."""
     rows: list[NDArray[Any]] = []
     actions: list[NDArray[Any]] = []
     weights: list[NDArray[Any]] = []
     for index, (task, known) in enumerate(zip(tasks, wanted, strict=True)):
         groups = len(task.space.groups)
         padding = (0, env.max_groups - groups)
-        for budget, widths in known:
+        for budget, widths, weight in known:
             obs, _ = env.reset(options={"task": index, "budget": budget})
             rows.append(obs.reshape(env.max_groups, -1))
             actions.append(np.pad(wanted_action(task, budget, widths), padding))
             # An error of the action counts in units: of a group that is not cut at all it hardly does.
             units = np.maximum(task.space.widths - widths, _TRACES[-1] * task.space.steps)
-            weights.append(np.pad(units / units.sum(), padding))
+            weights.append(np.pad(weight * units / units.sum(), padding))
     tables = (np.stack(part).astype(np.float32) for part in (rows, actions, weights))
     observations, targets, parts = (torch.from_numpy(table) for table in tables)
     return observations, targets, parts

@@ -19,6 +19,7 @@ from ..envs.task import Floats, Ints, Task
 from ..ledger import SearchSpent
 from .base import Recorder, SearchResult
 from .distill import distill, lessons
+from .experience import ExperiencedModel, collect
 from .policy import GroupPolicy
 from .proposals import choose_batch, climb, fresh, neighbours, random_plans
 from .surrogate import ScoreModel, SurrogateVecEnv
@@ -44,15 +45,10 @@ class Guided:
 
     def __init__(self, search: Search) -> None:
         self.search = search
-        self.models = [
-            ScoreModel(
-                t.space.widths,
-                t.evaluator.dense.score,
-                getattr(t.evaluator, "expected", None),
-                partial(t.space.cost, metric=t.metric) if t.is_range else None,
-            )
-            for t in search.tasks
-        ]
+        self.experience = None if search.policy is None else search.policy.experience
+        if self.experience is not None and not all(self.experience.knows(t) for t in search.tasks):
+            self.experience = None
+        self.models = [self._model(task) for task in search.tasks]
         settings = search.settings.ppo
         envs = max(2, settings.surrogate_envs, len(search.tasks))
         self.venv = SurrogateVecEnv(
@@ -64,6 +60,13 @@ class Guided:
         self.ppo = make_ppo(
             search, self.venv, n_steps=n_steps, batch_size=batch, n_epochs=_EPOCHS, log_std_init=_LOG_STD
         )
+
+    def _model(self, task: Task) -> ScoreModel | ExperiencedModel:
+        if self.experience is not None:
+            return ExperiencedModel(self.experience, task)
+        expected = getattr(task.evaluator, "expected", None)
+        cost = partial(task.space.cost, metric=task.metric) if task.is_range else None
+        return ScoreModel(task.space.widths, task.evaluator.dense.score, expected, cost)
 
     @property
     def policy(self) -> GroupPolicy:
@@ -134,6 +137,8 @@ def guided_search(search: Search) -> SearchResult:
     except SearchSpent:
         pass
     guided.teach()
+    scored = [recorder.scores for recorder in search.recorders]
+    guided.policy.experience = collect(search.tasks, scored, search.seed)
     return search.result(guided.policy)
 
 
@@ -141,13 +146,14 @@ def _run_batch(guided: Guided, batch: int) -> None:
     search = guided.search
     generator = np.random.default_rng([search.seed, 5, batch])
     per_task = max(1, search.settings.batch // len(search.tasks))
-    if batch > 0:
+    informed = batch > 0 or guided.experience is not None
+    if informed:
         guided.fit()
         guided.train(batch)
     for index, (task, recorder) in enumerate(zip(search.tasks, search.recorders, strict=True)):
         count = min(per_task, recorder.account.left)
         budget = guided.budget(task, batch + index)
-        if batch == 0:
+        if not informed:
             plans = first_plans(guided, index, budget, count, generator)
         else:
             plans = next_plans(guided, index, budget, count, generator)
@@ -186,7 +192,8 @@ def next_plans(guided: Guided, index: int, budget: Any, count: int, generator: n
     climbed = climb(task, parents, budget, acquisition, generator)
     changed = neighbours(task, parents, budget, _NEIGHBOURS, generator)
     pool = fresh(np.vstack([mode, climbed, parents, samples, changed]), recorder.known)
-    chosen: list[int] = [0] if len(mode) else []
+    # Few evaluations are spent with experience, and it knows better than the policy what is worth them.
+    chosen: list[int] = [0] if len(mode) and guided.experience is None else []
     picks = choose_batch(model, pool, count, _KAPPAS, chosen)
     return pool[picks]
 

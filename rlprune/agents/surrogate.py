@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -201,6 +201,12 @@ def _optimise(objective: Callable[..., Any], start: Floats, bounds: Floats) -> t
     return result.x, float(result.fun)
 
 
+class Predictor(Protocol):
+    """A model of the score, as PPO is paid by it."""
+
+    def predict(self, widths: Ints) -> tuple[Floats, Floats]: ...
+
+
 class SurrogateVecEnv(VecEnv):
     """B copies of Distribution-v0 (one stage) that pay what the score models predict; no plan is built.
 
@@ -210,7 +216,7 @@ class SurrogateVecEnv(VecEnv):
     """
 
     def __init__(
-        self, env: DistributionEnv, models: Sequence[ScoreModel], count: int, kappa: float, seed: int
+        self, env: DistributionEnv, models: Sequence[Predictor], count: int, kappa: float, seed: int
     ) -> None:
         super().__init__(count, env.observation_space, env.action_space)
         self._env, self._models, self._kappa = env, models, kappa
