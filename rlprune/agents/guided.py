@@ -185,11 +185,13 @@ def next_plans(guided: Guided, index: int, budget: Any, count: int, generator: n
     mode = fresh(samples[:1], recorder.known)
     parents = _parents(task, recorder, budget, samples)
 
-    def acquisition(plans: Ints) -> Floats:
+    def acquisition(kappa: float, plans: Ints) -> Floats:
         mean, std = model.predict(plans)
-        return mean + std
+        return mean + kappa * std
 
-    climbed = climb(task, parents, budget, acquisition, generator)
+    # A few evaluations on top of experience have to be spent on what it is sure of, too.
+    kappas = (1.0,) if guided.experience is None else (0.0, 0.5)
+    climbed = np.vstack([climb(task, parents, budget, partial(acquisition, k), generator) for k in kappas])
     changed = neighbours(task, parents, budget, _NEIGHBOURS, generator)
     pool = fresh(np.vstack([mode, climbed, parents, samples, changed]), recorder.known)
     # Few evaluations are spent with experience, and it knows better than the policy what is worth them.
