@@ -8,7 +8,7 @@ import torch
 from synthetic import FakeAccount, make_synthetic_task
 
 from rlprune.agents import StateDir, make_agent
-from rlprune.agents.distill import distill, lessons, wanted_action
+from rlprune.agents.distill import REACH, distill, lessons, wanted_action
 from rlprune.agents.policy import PortablePolicy, portable_state
 from rlprune.agents.surrogate import ScoreModel
 from rlprune.config import PPOConfig, SearchConfig
@@ -34,7 +34,7 @@ def test_plans_within_reach_come_from_the_wanted_action():
     rng = np.random.default_rng(0)
     for widths in task.widths(rng.uniform(-0.9, 0.9, size=(20, 8)), 0.4):
         action = wanted_action(task, 0.4, widths.astype(float))
-        assert (np.abs(action) < 1).all()
+        assert (np.abs(action) < REACH).all()
         assert task.widths(action, 0.4).tolist() == widths.tolist()
 
 
