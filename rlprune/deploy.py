@@ -15,6 +15,7 @@ from .agents.policy import PortablePolicy, load_policy
 from .artifacts import save
 from .config import Config
 from .errors import ConfigError
+from .expectation import PROBES
 from .ledger import Ledger
 from .problem import Problem, find_rule, prepare, search
 from .progress import Console
@@ -50,7 +51,19 @@ def apply(
         plans.append((f"policy + {refine} evaluations", widths))
     origin = {"method": "policy", "budget": str(budget), "metric": problem.metric, "refine": refine}
     _save(problem, widths, origin, out)
-    return _score_table(problem, plans) + _probes_note(problem, str(policy.meta["base_rule"]))
+    notes = _probes_note(problem, str(policy.meta["base_rule"])) + _experience_note(problem, policy)
+    return _score_table(problem, plans) + notes
+
+
+def _experience_note(problem: Problem, policy: PortablePolicy) -> str:
+    """What the policy's experience has looked at here, where it had any."""
+    known = policy.experience
+    if known is None or not known.knows(policy.task(problem.evaluator, problem.budget, problem.metric)):
+        return ""
+    return (
+        f"\nthe policy knows {len(known.targets)} plans of {int(known.tasks.max()) + 1} other checkpoints; here it "
+        f"cut each of the {len(problem.space.groups)} groups alone to up to {PROBES} widths, on calibration images"
+    )
 
 
 def _probes_note(problem: Problem, rule: str) -> str:

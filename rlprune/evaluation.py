@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .config import RecoveryConfig, ScoreConfig
 from .errors import BudgetError, ConfigError
+from .expectation import MOST_IMAGES, LogitChanges
 from .memory import return_freed_memory
 from .pruning import grams as gram_matrices
 from .pruning import statistics
@@ -100,6 +101,7 @@ class Evaluator:
         self._judges = {False: self._new_judge(self.score_settings.images)}
         # What the rules measure once, for all contexts.
         self._measured: dict[str, Any] = {}
+        self._logit_changes: LogitChanges | None = None
         given = None if isinstance(importance, str) else [np.asarray(s, dtype=np.float64) for s in importance]
         self.importance, recover = self._prepared(workload.model, self.space, given, self._measured)
         self._dense_stage = _Stage(workload.model, None, self.space, self.importance, recover)
@@ -286,6 +288,17 @@ class Evaluator:
         for group, curve in curves.items():
             costs[:, group] = curve[cut[:, group]]
         return costs
+
+    def logit_changes(self) -> LogitChanges | None:
+        """How the logits of calibration images change when one group alone is cut; measured at the first call.
+
+        None for language models, for which `expected` speaks.
+        """
+        if self._logit_changes is None and not self.workload.language:
+            batches = self.workload.batches("calibration", MOST_IMAGES)
+            images = torch.cat([inputs for inputs, _ in batches])
+            self._logit_changes = LogitChanges(self.space, self.build, images)
+        return self._logit_changes
 
     def standard_error(self, candidate: Candidate) -> float:
         """Standard error of a candidate's score over the validation images."""

@@ -21,6 +21,8 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 GREY = "#9A9A9A"
 _LINES = ("-", "--", "-.", ":")
+# Thin lines: five colours by four styles.
+_THIN = ("#9A9A9A", "#E69F00", "#56B4E9", "#CC79A7", "#8C6D31")
 _FIXED = {"ppo": 0, "random": 1, "uniform": 4}  # the methods of every run keep their colour from plot to plot
 _STYLE: Any = {
     "font.size": 10,
@@ -131,12 +133,15 @@ def quality(points: Sequence[Mapping[str, Any]], metric: str = "macs", unit: str
 
     Args:
         points: {"budget": share of the dense cost, "method", "score"}; the seeds of a method are averaged.
+            Where there are more than three methods, those of "kind" "rule" are thin lines.
         metric: what the budget counts, for the axis.
         unit: what the score is, for the axis.
     """
     figure, axes = _figure(8.0, 4.0)
     methods = list(dict.fromkeys(str(point["method"]) for point in points))
-    styles = colours(methods)
+    rules = {str(point["method"]) for point in points if point.get("kind") == "rule"}
+    thin = [method for method in methods if method in rules] if len(methods) > 3 else []
+    styles = colours([method for method in methods if method not in thin])
     # Small budgets lose tens of times more than large ones: a negative score is drawn on a log scale.
     falling = all(point["score"] < 0 for point in points if _finite(point.get("score")))
     for method in methods:
@@ -148,9 +153,14 @@ def quality(points: Sequence[Mapping[str, Any]], metric: str = "macs", unit: str
         if not budgets:
             continue
         means = [sum(found[budget]) / len(found[budget]) for budget in budgets]
-        colour, marker = styles[method]
         drawn = [-mean for mean in means] if falling else means
-        axes.plot([100 * b for b in budgets], drawn, color=colour, marker=marker, label=_plain(method))
+        if method in thin:
+            place = thin.index(method)
+            look: Any = {"color": _THIN[place % 5], "linewidth": 1.1, "linestyle": _LINES[place // 5 % 4]}
+        else:
+            colour, marker = styles[method]
+            look = {"color": colour, "marker": marker, "linewidth": 2.4 if thin else 1.5, "zorder": 3}
+        axes.plot([100 * b for b in budgets], drawn, label=_plain(method), **look)
     if falling:
         _negative_log(axes)
     axes.set_xlabel(f"budget (% of the dense {metric})")

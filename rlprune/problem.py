@@ -59,22 +59,33 @@ class Problem:
     def account(self, ledger: Ledger, method: str, seed: int, limit: int) -> Account:
         return Account(self.evaluator, ledger, method=method, seed=seed, limit=limit, task=self.name)
 
-    def rule_widths(self, rule: str, probe: Callable[[Ints], float] | None = None) -> Ints:
-        """Widths that a rule gives at the budget."""
-        context = self.evaluator.context(self.budget, self.metric, probe)
-        widths: Ints = self.space.project(find_rule(rule).function(context), self.budget, self.metric)
+    def rule_widths(
+        self, rule: str, probe: Callable[[Ints], float] | None = None, budget: Any = None
+    ) -> Ints:
+        """Widths that a rule gives at the budget, or at another one."""
+        budget = self.budget if budget is None else budget
+        context = self.evaluator.context(budget, self.metric, probe)
+        widths: Ints = self.space.project(find_rule(rule).function(context), budget, self.metric)
         return widths
 
-    def starts(self) -> list[Ints]:
-        """Plans that every search starts from and pays for: uniform and the other rules, probes included."""
+    def starts(self, budgets: Sequence[Any] = ()) -> list[Ints]:
+        """Plans that every search starts from and pays for: uniform and the other rules, probes included.
+
+        ``budgets`` are those of a search over a range, which starts from the rules at each of them after its own,
+        as far as half of its evaluations allow.
+        """
         plans: list[Ints] = []
 
         def probe(widths: Ints) -> float:
             plans.append(widths)
             return self.evaluator.evaluate(widths).loss
 
-        for name in self.start_rules():
-            plans.append(self.rule_widths(name, probe))
+        names = self.start_rules()
+        for budget in dict.fromkeys((self.budget, *budgets)):
+            if plans and len(plans) + len(names) > self.config.search.evaluations / 2:
+                break
+            for name in names:
+                plans.append(self.rule_widths(name, probe, budget))
         return plans
 
     def start_rules(self) -> list[str]:
@@ -225,6 +236,17 @@ def best_start_rule(problems: Sequence[Problem]) -> str:
     return max(scores, key=scores.__getitem__)
 
 
+def _automatic_base(problems: Sequence[Problem]) -> str:
+    """The base rule of actions where none is configured: the best one at the budget.
+
+    Over a range of budgets of an image model it is uniform: no rule is the best one throughout, and from
+    uniform the best plans of all budgets are within an action's reach.
+    """
+    if problems[0].config.search.budget_range and not problems[0].workload.language:
+        return "uniform"
+    return best_start_rule(problems)
+
+
 def search(
     method: str,
     problems: Sequence[Problem],
@@ -248,12 +270,10 @@ def search(
     agent = make_agent(method, settings)
     limit = evaluations or settings.evaluations
     accounts = [p.account(ledger, method, seed, limit) for p in problems]
-    starts: list[list[Ints]] = [[] for _ in problems]
     if policy is not None:
         base = str(policy.meta["base_rule"])
     else:
-        starts = [p.starts() for p in problems]
-        base = settings.base_rule if settings.base_rule != "auto" else best_start_rule(problems)
+        base = settings.base_rule if settings.base_rule != "auto" else _automatic_base(problems)
     tasks = [
         Task(
             p.evaluator,
@@ -264,6 +284,11 @@ def search(
         )
         for p in problems
     ]
+    starts: list[list[Ints]] = [[] for _ in problems]
+    if policy is None:
+        starts = [
+            p.starts(task.knots if task.is_range else ()) for p, task in zip(problems, tasks, strict=True)
+        ]
     result = agent.search(
         tasks,
         accounts,

@@ -126,7 +126,9 @@ def figures(results: Mapping[str, Any], folder: Path) -> list[tuple[Figure, str]
     points = _budget_points(folder / "budgets.json")
     if points:
         metric = str(points[0].get("metric") or _mapping(results.get("budget")).get("metric", "macs"))
-        found.append((plots.quality(points, metric, unit), "Score against the budget, for every method"))
+        picture = plots.quality(points, metric, unit), "Score against the budget, for every method"
+        # A policy over a range of budgets is about this curve.
+        found.insert(0 if _mapping(results.get("budget")).get("range") else len(found), picture)
     return found
 
 

@@ -200,19 +200,28 @@ def _save_outcome(
 
 
 def _curve(problem: Problem, rules: Sequence[Found], found: Sequence[Found]) -> list[dict[str, Any]]:
-    """Score against budget: uniform, the best rule and the policy as it stands, at budgets it may not have seen."""
-    best = max(rules, key=lambda r: r.best.score).method
+    """Score against budget of the policy as it stands, at budgets it may not have seen, and of rules beside it.
+
+    A policy that was trained over a range is shown over that range, beside every rule that needs no probes;
+    one of a single budget beside uniform and the best rule there.
+    """
+    space, metric = problem.space, problem.metric
+    if searched := problem.config.search.budget_range:
+        low, high = searched
+        budgets = sorted({low, high, *(b for b in _CURVE if low < b < high)}, reverse=True)
+        names = [name for name, rule in rules_for(space).items() if not rule.probes and not rule.costly]
+    else:
+        budgets = [b for b in _CURVE if b > space.feasible(metric)[0] / space.dense_cost(metric)]
+        names = ["uniform", max(rules, key=lambda r: r.best.score).method]
     policies = {f.method: PortablePolicy.from_state(*portable_state(f.policy)) for f in found if f.policy}
-    low = problem.space.feasible(problem.metric)[0] / problem.space.dense_cost(problem.metric)
     rows = []
-    for budget in (b for b in _CURVE if b > low):
-        there = replace(problem, config=problem.config.override([f"budget.target={budget}"]))
-        plans = {name: there.rule_widths(name) for name in dict.fromkeys(("uniform", best))}
+    for budget in budgets:
+        plans = {(name, "rule"): problem.rule_widths(name, budget=budget) for name in dict.fromkeys(names)}
         for name, policy in policies.items():
-            plans[f"{name} policy"] = policy.plan(problem.evaluator, budget, problem.metric).widths
-        for name, widths in plans.items():
+            plans[f"{name} policy", "agent"] = policy.plan(problem.evaluator, budget, metric).widths
+        for (name, kind), widths in plans.items():
             score = problem.evaluator.evaluate(widths).score
-            rows.append({"budget": budget, "method": name, "score": score, "metric": problem.metric})
+            rows.append({"budget": budget, "method": name, "kind": kind, "score": score, "metric": metric})
     return rows
 
 
@@ -251,6 +260,7 @@ def outcome(
             "metric": metric,
             "target": float(space.target(config.budget.target, metric)),
             "dense": space.dense_cost(metric),
+            **({"range": list(config.search.budget_range)} if config.search.budget_range else {}),
         },
         "score": config.score.kind,
         "hardware": hardware(),

@@ -2,10 +2,10 @@
 
     python docs/scripts/transfer.py [--config digits] [--budgets 0.5 0.3] [--evaluations 300]
 
-Policies are trained on a single checkpoint, on several (other training seeds of the same model), and on
-several with the rule `sensitivity` as the base of their actions (it probes each checkpoint: 2 G + 1
-evaluations, G groups). Each is applied without any search to checkpoints of yet other seeds, beside uniform,
-the best rule, the first checkpoint's best widths simply copied, and a full search on the checkpoint itself.
+Policies are trained on a single checkpoint and on several (other training seeds of the same model). A policy of
+several brings what was scored on them along (`agents/experience.py`). Each is applied without any search to
+checkpoints of yet other seeds, beside uniform, the best rule, the best widths of the first checkpoint copied and
+those of all averaged, and a full search on the checkpoint itself; with `--refine` evaluations as well.
 Every score is -KL to the checkpoint's own dense model on its validation split, under the same recovery.
 Finished parts are kept in --out, so that a stopped run goes on where it was.
 """
@@ -16,7 +16,6 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,16 @@ import numpy as np
 import torch
 
 import rlprune
-from rlprune.agents.policy import save_policy
+from rlprune.agents.policy import PortablePolicy, save_policy
 from rlprune.config import Config, load_config
+from rlprune.deploy import refined
 from rlprune.ledger import Ledger
 from rlprune.problem import Problem, prepare, search
+from rlprune.progress import Console
 from rlprune.report import markdown_table
-from rlprune.rules import RULES
 
 DOCS = Path(__file__).resolve().parents[1]
-TRAINED, UNSEEN = (0, 1, 2, 3), (101, 102, 103)
+TRAINED, UNSEEN = tuple(range(8)), (101, 102, 103, 104, 105)
 
 
 def problem(config: Config, seed: int) -> Problem:
@@ -54,44 +54,56 @@ def trained(config: Config, problems: list[Problem], out: Path) -> dict[str, Any
     return dict(json.loads(record.read_text(encoding="utf-8")))
 
 
-def scores_on(target: Problem, policies: dict[str, Any], copied: list[int], full: float) -> dict[str, float]:
-    """Score of every way to prune an unseen checkpoint; only the full search has spent evaluations on it."""
+def averaged(problems: list[Problem], ledger: Ledger) -> Any:
+    """Widths at the budget from the mean logarithm of the keep ratios of every checkpoint's best plan."""
+    space, logs = problems[0].space, []
+    for p in problems:
+        rows = [row for row in ledger.rows if row["task"] == p.name and row["cost"] <= p.target]
+        best = max(rows, key=lambda row: row["score"])
+        logs.append(np.log(np.array(best["widths"]) / space.widths))
+    return space.project(np.maximum(1.0 - np.exp(np.mean(logs, axis=0)), 1e-6), problems[0].budget)
+
+
+def scores_on(
+    target: Problem, single: Any, several: Any, plans: dict[str, Any], full: float, refine: int
+) -> dict[str, float]:
+    """Score of every way to prune an unseen checkpoint; only the last two spend evaluations on it."""
     judge = target.evaluator
-    rules = {name: judge.evaluate(target.rule_widths(name)).score for name in RULES}
+    rules = {name: judge.evaluate(target.rule_widths(name)).score for name in target.start_rules()}
     best = max(rules, key=rules.__getitem__)
-    rows = {
-        "uniform": rules["uniform"],
-        "sensitivity": rules["sensitivity"],
-        "best rule": rules[best],
-        "widths copied": judge.evaluate(copied).score,
+    rows = {"uniform": rules["uniform"], "best rule": rules[best]}
+    network = PortablePolicy(several.network, several.meta)
+    count = len(TRAINED)
+    plans = plans | {
+        "policy, 1 checkpoint": single.plan(judge, target.budget).widths,
+        f"policy, {count} checkpoints, network alone": network.plan(judge, target.budget).widths,
+        f"policy, {count} checkpoints": several.plan(judge, target.budget).widths,
     }
-    for label, policy in policies.items():
-        rows[label] = judge.evaluate(policy.plan(judge, target.budget).widths).score
-    return rows | {"full search": full}
+    rows |= {label: judge.evaluate(widths).score for label, widths in plans.items()}
+    found = refined(target, several, refine, Ledger(), Console(False))
+    assert found.account.spent <= refine
+    return rows | {
+        f"policy, {count} checkpoints, and {refine} evaluations": found.best.score,
+        "full search": full,
+    }
 
 
-def study(config: Config, out: Path) -> dict[int, dict[str, float]]:
+def study(config: Config, out: Path, refine: int) -> dict[int, dict[str, float]]:
     """Scores on every unseen checkpoint: {model seed: {way: score}}."""
     problems = [problem(config, seed) for seed in TRAINED]
     single = trained(config, problems[:1], out / "trained-1")
-    trained(config, problems, out / f"trained-{len(TRAINED)}")
-    probing = config.override(["search.base_rule=sensitivity"])
-    probed = [replace(p, config=probing) for p in problems]
-    trained(probing, probed, out / f"trained-{len(TRAINED)}-sensitivity")
-    policies = {
-        "policy, 1 checkpoint": rlprune.load_policy(out / "trained-1" / "policy"),
-        f"policy, {len(TRAINED)} checkpoints": rlprune.load_policy(
-            out / f"trained-{len(TRAINED)}" / "policy"
-        ),
-        f"policy, {len(TRAINED)} checkpoints, base sensitivity": rlprune.load_policy(
-            out / f"trained-{len(TRAINED)}-sensitivity" / "policy"
-        ),
+    folder = out / f"trained-{len(TRAINED)}"
+    trained(config, problems, folder)
+    plans = {
+        "widths copied": single["widths"],
+        "widths averaged": averaged(problems, Ledger(folder / "ledger.jsonl")),
     }
+    policies = [rlprune.load_policy(f / "policy") for f in (out / "trained-1", folder)]
     result = {}
     for seed in UNSEEN:
         target = problem(config, seed)
         full = trained(config, [target], out / f"full-{seed}")["score"]
-        result[seed] = scores_on(target, policies, single["widths"], full)
+        result[seed] = scores_on(target, *policies, plans, full, refine)
         print(seed, {way: round(score, 4) for way, score in result[seed].items()}, flush=True)
     return result
 
@@ -122,6 +134,7 @@ def main() -> int:
     parser.add_argument("--config", default="digits")
     parser.add_argument("--budgets", nargs="+", default=["0.5", "0.3"])
     parser.add_argument("--evaluations", type=int, default=300, help="per checkpoint")
+    parser.add_argument("--refine", type=int, default=20, help="evaluations on an unseen checkpoint")
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"))
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -131,7 +144,8 @@ def main() -> int:
     for budget in arguments.budgets:
         overrides = [f"budget.target={budget}", f"search.evaluations={arguments.evaluations}"]
         config = load_config(arguments.config, overrides)
-        result = study(config, arguments.out / f"{arguments.config}-{budget}-{arguments.evaluations}")
+        out = arguments.out / f"{arguments.config}-{budget}-{arguments.evaluations}"
+        result = study(config, out, arguments.refine)
         parts.append(f"## {100 * float(budget):.0f}% of the MACs\n\n{table(result)}\n")
         print(parts[-1], flush=True)
     text = PAGE.format(
@@ -151,10 +165,12 @@ Written by `python docs/scripts/transfer.py --config {config} --budgets {budgets
 Policies trained on model seeds {trained} (the first of them alone, and all of them, with {evaluations}
 evaluations on each) and applied to model seeds {unseen}: dense models of the same settings, trained with other
 seeds. Scores are −KL to the checkpoint's own dense model (nats, higher is better); in brackets the share of the
-full search's gain over the best rule. Only "full search" searched on the checkpoint ({evaluations} evaluations);
-"sensitivity" and the policy on top of it spent 2 G + 1 = 25 probes there, the others nothing;
-"best rule" is the best of all rules there, with hindsight; "widths copied" are those that the search found on
-model seed 0.
+full search's gain over the best rule. Only the last two rows spent evaluations on the checkpoint ("full search":
+{evaluations}). "Best rule" is the best of all rules there, with hindsight; "widths copied" are those that the search
+found on the first model seed, "widths averaged" the mean of the logarithms of the best plans' keep ratios.
+A policy of several checkpoints takes the plan that its experience expects most of: a Gaussian process over all
+plans that were scored in its training, and on the new checkpoint the changes of the logits when each group alone is
+cut to eight widths (calibration images only; no plan is scored). "Network alone" leaves that out.
 
 {parts}"""
 

@@ -141,8 +141,7 @@ class Recorder:
         plans = list(starts)
         if policy is not None:
             budget = task.budget_range[1] if task.is_range else task.budget
-            distribution = policy.distribution(task, budget, task.metric)
-            plans.insert(0, task.space.project(distribution, budget, task.metric))
+            plans.insert(0, policy.widths(task, budget, task.metric))
         for plan in plans:
             if self.account.left > 0:
                 self.evaluate(plan)

@@ -2,11 +2,13 @@
 
 A batch: fit a Gaussian process to all that an account has scored, let PPO take its thousands of steps
 on it, and score next what the process finds most promising among the policy's mode, samples of the
-policy, and small changes of the best plans.
+policy, and small changes of the best plans. A range of budgets is searched at several of them in turn, all
+with one process; at the end the policy is taught the best plan of each (:mod:`.distill`).
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from numpy.typing import NDArray
 from ..envs.task import Floats, Ints, Task
 from ..ledger import SearchSpent
 from .base import Recorder, SearchResult
+from .distill import distill, lessons
+from .experience import ExperiencedModel, collect
 from .policy import GroupPolicy
 from .proposals import choose_batch, climb, fresh, neighbours, random_plans
 from .surrogate import ScoreModel, SurrogateVecEnv
@@ -28,8 +32,6 @@ _MINIBATCH = 128
 _EPOCHS = 4
 # Logarithm of the first deviation: the surrogate is asked thousands of times, so it can be wide.
 _LOG_STD = -1.0
-# A budget range is searched at this many budgets, in turn.
-_KNOTS = 3
 # Plans of each kind that compete for a place in the next batch.
 _SAMPLES = 128
 _NEIGHBOURS = 192
@@ -43,10 +45,10 @@ class Guided:
 
     def __init__(self, search: Search) -> None:
         self.search = search
-        self.models = [
-            ScoreModel(t.space.widths, t.evaluator.dense.score, getattr(t.evaluator, "expected", None))
-            for t in search.tasks
-        ]
+        self.experience = None if search.policy is None else search.policy.experience
+        if self.experience is not None and not all(self.experience.knows(t) for t in search.tasks):
+            self.experience = None
+        self.models = [self._model(task) for task in search.tasks]
         settings = search.settings.ppo
         envs = max(2, settings.surrogate_envs, len(search.tasks))
         self.venv = SurrogateVecEnv(
@@ -58,6 +60,13 @@ class Guided:
         self.ppo = make_ppo(
             search, self.venv, n_steps=n_steps, batch_size=batch, n_epochs=_EPOCHS, log_std_init=_LOG_STD
         )
+
+    def _model(self, task: Task) -> ScoreModel | ExperiencedModel:
+        if self.experience is not None:
+            return ExperiencedModel(self.experience, task)
+        expected = getattr(task.evaluator, "expected", None)
+        cost = partial(task.space.cost, metric=task.metric) if task.is_range else None
+        return ScoreModel(task.space.widths, task.evaluator.dense.score, expected, cost)
 
     @property
     def policy(self) -> GroupPolicy:
@@ -92,10 +101,20 @@ class Guided:
         self.ppo.learn(self.search.settings.ppo.surrogate_steps, reset_num_timesteps=False)
 
     def budget(self, task: Task, batch: int) -> Any:
-        if not task.is_range:
-            return task.budget
-        low, high = task.budget_range
-        return float(np.linspace(low, high, _KNOTS)[batch % _KNOTS])
+        return task.knots[batch % len(task.knots)]
+
+    def teach(self) -> None:
+        """Teach the policy the best plans at the budgets of every range."""
+        search = self.search
+        if not any(task.is_range for task in search.tasks):
+            return
+        seed_everything(search.seed, 7)
+        wanted = []
+        for task, recorder in zip(search.tasks, search.recorders, strict=True):
+            plans = ((b, recorder.within(task, b)) for b in task.knots)
+            best = [(task.ratio(b), np.array(found[0][-1], dtype=np.int64)) for b, found in plans if found]
+            wanted.append(lessons(best))
+        distill(self.policy, search.env, search.tasks, wanted)
 
 
 def guided_search(search: Search) -> SearchResult:
@@ -117,6 +136,9 @@ def guided_search(search: Search) -> SearchResult:
                 break  # nothing left that has not been scored: the space is smaller than the account
     except SearchSpent:
         pass
+    guided.teach()
+    scored = [recorder.scores for recorder in search.recorders]
+    guided.policy.experience = collect(search.tasks, scored, search.seed)
     return search.result(guided.policy)
 
 
@@ -124,13 +146,14 @@ def _run_batch(guided: Guided, batch: int) -> None:
     search = guided.search
     generator = np.random.default_rng([search.seed, 5, batch])
     per_task = max(1, search.settings.batch // len(search.tasks))
-    if batch > 0:
+    informed = batch > 0 or guided.experience is not None
+    if informed:
         guided.fit()
         guided.train(batch)
     for index, (task, recorder) in enumerate(zip(search.tasks, search.recorders, strict=True)):
         count = min(per_task, recorder.account.left)
         budget = guided.budget(task, batch + index)
-        if batch == 0:
+        if not informed:
             plans = first_plans(guided, index, budget, count, generator)
         else:
             plans = next_plans(guided, index, budget, count, generator)
@@ -162,23 +185,31 @@ def next_plans(guided: Guided, index: int, budget: Any, count: int, generator: n
     mode = fresh(samples[:1], recorder.known)
     parents = _parents(task, recorder, budget, samples)
 
-    def acquisition(plans: Ints) -> Floats:
+    def acquisition(kappa: float, plans: Ints) -> Floats:
         mean, std = model.predict(plans)
-        return mean + std
+        return mean + kappa * std
 
-    climbed = climb(task, parents, budget, acquisition, generator)
+    # A few evaluations on top of experience have to be spent on what it is sure of, too.
+    kappas = (1.0,) if guided.experience is None else (0.0, 0.5)
+    climbed = np.vstack([climb(task, parents, budget, partial(acquisition, k), generator) for k in kappas])
     changed = neighbours(task, parents, budget, _NEIGHBOURS, generator)
-    pool = fresh(np.vstack([mode, climbed, samples, changed]), recorder.known)
-    chosen: list[int] = [0] if len(mode) else []
+    pool = fresh(np.vstack([mode, climbed, parents, samples, changed]), recorder.known)
+    # Few evaluations are spent with experience, and it knows better than the policy what is worth them.
+    chosen: list[int] = [0] if len(mode) and guided.experience is None else []
     picks = choose_batch(model, pool, count, _KAPPAS, chosen)
     return pool[picks]
 
 
 def _parents(task: Task, recorder: Recorder, budget: Any, samples: Ints) -> Ints:
-    """The best plans that were scored within the budget, and the policy's mode."""
+    """The best plans within the budget, the best plans of other budgets brought to this one, the policy's mode."""
     within = recorder.within(task, budget)[:_PARENTS]
     best = np.array([plan[-1] for plan in within], dtype=np.int64).reshape(-1, samples.shape[1])
-    return np.vstack([best, samples[:1]])
+    others = [recorder.within(task, other)[:1] for other in task.knots if other != budget]
+    shares = [1.0 - np.array(found[0][-1]) / task.space.widths for found in others if found]
+    if not shares:
+        return np.vstack([best, samples[:1]])
+    moved = task.space.project(np.maximum(shares, 1e-4), budget, task.metric)
+    return np.vstack([best, moved, samples[:1]])
 
 
 def _policy_plans(guided: Guided, index: int, budget: Any) -> Ints:

@@ -24,11 +24,13 @@ from ..artifacts import save_policy as write_policy
 from ..envs.observation import FEATURE_VERSION, FEATURES
 from ..envs.task import ACTION_SCALE, Task, deviate, make_task
 from ..errors import ArtifactError
+from .experience import Experience, planned
 
 # The exploration noise stays within these bounds, so that neither a collapse nor a blow-up is final.
 _LOG_STD = (-3.0, 0.5)
 FORMAT = "rlprune-policy"
 FORMAT_VERSION = 1
+_EXPERIENCE = "experience."
 
 
 class PolicyTransferWarning(UserWarning):
@@ -114,7 +116,8 @@ class GroupPolicy(ActorCriticPolicy):
     """stable-baselines3's actor-critic interface over :class:`GroupNetwork`.
 
     ``group_bias`` adds one trained number per group, for the checkpoint at hand; it is not part of
-    the portable file. ``provenance`` (see :func:`provenance`) says what the policy was trained on.
+    the portable file. ``provenance`` (see :func:`provenance`) says what the policy was trained on;
+    ``experience`` holds plans that a search over several checkpoints has scored.
     """
 
     action_space: spaces.Box
@@ -131,6 +134,9 @@ class GroupPolicy(ActorCriticPolicy):
     ) -> None:
         self.hidden, self.group_bias = hidden, group_bias
         self.provenance: dict[str, Any] = {}
+        self.experience: Experience | None = None
+        # Factor on the means; the search itself stays within [-1, 1].
+        self.reach = 1.0
         super().__init__(observation_space, action_space, lr_schedule, log_std_init=log_std_init, **kwargs)
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -146,7 +152,7 @@ class GroupPolicy(ActorCriticPolicy):
     def _both(self, obs: Any) -> tuple[Distribution, Tensor]:
         table = obs.float().reshape(len(obs), self.action_space.shape[0], -1)
         encoded, context, mask = self.network.encode(table)
-        means = self.network.means(encoded, context, self.bias)
+        means = self.reach * self.network.means(encoded, context, self.bias)
         distribution = MaskedGaussian().proba_distribution(means, self.network.log_std, mask)
         return distribution, self.network.critic(context)
 
@@ -192,17 +198,28 @@ def portable_state(policy: GroupPolicy) -> tuple[dict[str, Tensor], dict[str, An
         "features": list(FEATURES),
         "hidden": policy.hidden,
         "action_scale": ACTION_SCALE,
+        "reach": policy.reach,
         **policy.provenance,
     }
+    if policy.experience is not None:
+        known, meta["experience"] = policy.experience.state()
+        tensors |= {_EXPERIENCE + name: tensor for name, tensor in known.items()}
     return tensors, meta
 
 
 class PortablePolicy:
-    """A trained policy away from its trainer: model in, distribution out, in one forward pass."""
+    """A trained policy away from its trainer: model in, distribution out, in one forward pass.
 
-    def __init__(self, network: GroupNetwork, meta: Mapping[str, Any]) -> None:
+    One that was trained on several checkpoints brings ``experience``: on another checkpoint of their
+    architecture the plan that it expects most of is taken, still without an evaluation.
+    """
+
+    def __init__(
+        self, network: GroupNetwork, meta: Mapping[str, Any], experience: Experience | None = None
+    ) -> None:
         self.network = network.eval()
         self.meta = dict(meta)
+        self.experience = experience
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> PortablePolicy:
@@ -220,8 +237,16 @@ class PortablePolicy:
         hidden = meta.get("hidden")
         if not isinstance(hidden, int) or isinstance(hidden, bool) or not 1 <= hidden <= 65536:
             raise ArtifactError(f"policy: hidden {hidden!r} must be a whole number of units")
+        reach = meta.get("reach", 1.0)
+        if not isinstance(reach, float | int) or isinstance(reach, bool) or not 0 < reach <= 10:
+            raise ArtifactError(f"policy: reach {reach!r} must be a number above 0 and up to 10")
         if not isinstance(meta.get("base_rule"), str):
             raise ArtifactError("policy: base_rule is missing")
+        experience = None
+        if "experience" in meta:
+            known = {n.removeprefix(_EXPERIENCE): t for n, t in tensors.items() if n.startswith(_EXPERIENCE)}
+            experience = Experience.from_state(known, meta["experience"])
+            tensors = {n: t for n, t in tensors.items() if not n.startswith(_EXPERIENCE)}
         network = GroupNetwork(len(FEATURES), hidden)
         expected = network.state_dict()
         if set(tensors) != set(expected):
@@ -235,14 +260,14 @@ class PortablePolicy:
             if not torch.isfinite(tensor).all():
                 raise ArtifactError(f"policy: tensor {name!r} holds NaN or infinity")
         network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-        return cls(network, meta)
+        return cls(network, meta, experience)
 
     def action(self, table: NDArray[np.float32]) -> NDArray[np.float64]:
         """Mode of the policy for one feature table (G, F): actions (G,)."""
         with torch.no_grad():
             encoded, context, _ = self.network.encode(torch.from_numpy(table)[None])
             action: NDArray[np.float64] = self.network.means(encoded, context)[0].double().numpy()
-        return action
+        return float(self.meta.get("reach", 1.0)) * action
 
     def task(self, source: Any, budget: Any = 0.5, metric: str | None = None) -> Task:
         """A task with the policy's base rule, for a workload, an evaluator or another task."""
@@ -267,10 +292,21 @@ class PortablePolicy:
         self._check(task)
         return deviate(task.base(budget), self.action(task.observe(budget)))
 
+    def widths(self, source: Any, budget: Any = 0.5, metric: str | None = None) -> NDArray[np.int64]:
+        """Widths (G,) for a model under a budget: no search, and no evaluation but the base rule's probes.
+
+        With experience of the architecture, what it expects most of; else the distribution, projected.
+        """
+        task = self.task(source, budget, metric)
+        own = task.space.project(self.distribution(task, budget, metric), budget, task.metric)
+        if self.experience is None or not self.experience.knows(task):
+            return own
+        return planned(self.experience, task, budget, np.vstack([own, task.uniform_widths(budget)]))
+
     def plan(self, source: Any, budget: Any = 0.5, metric: str | None = None) -> Any:
         """A :class:`rlprune.Plan` for a workload (or evaluator) under a budget, without any search."""
         task = self.task(source, budget, metric)
-        widths = task.space.project(self.distribution(task, budget, metric), budget, task.metric)
+        widths = self.widths(task, budget, metric)
         origin = {"agent": "policy", "budget": budget, "metric": task.metric, "base_rule": task.base_rule}
         evaluator: Any = task.evaluator
         return evaluator.plan(widths, origin)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..envs.task import Floats, Ints, Task
-from .surrogate import ScoreModel
+
+
+class Model(Protocol):
+    """What a batch is chosen by (:class:`.surrogate.ScoreModel`, :class:`.experience.ExperiencedModel`)."""
+
+    @property
+    def noise(self) -> float: ...
+    def covariance(self, widths: Ints) -> tuple[Floats, Floats]: ...
 
 
 def random_plans(task: Task, budget: Any, count: int, generator: np.random.Generator) -> Ints:
@@ -70,7 +77,7 @@ def fresh(plans: Ints, known: Collection[Any]) -> Ints:
 
 
 def choose_batch(
-    model: ScoreModel, pool: Ints, count: int, kappas: Sequence[float], first: Sequence[int] = ()
+    model: Model, pool: Ints, count: int, kappas: Sequence[float], first: Sequence[int] = ()
 ) -> list[int]:
     """Rows of the pool (N, G) by upper confidence bound, one after the other.
 

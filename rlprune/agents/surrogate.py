@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,8 @@ _LENGTH_SPREAD = 0.8
 _FACTOR = 2.0
 # L-BFGS steps per fit; each fit starts from the hyperparameters of the last one.
 _FIT_STEPS = 25
+# Plans that the hyperparameters are fitted to, at most: a step costs their number cubed. The predictions use all.
+_FIT_PLANS = 300
 # Environments of one task that share a drawn budget: projecting is vectorised over one budget.
 _CHUNK = 16
 
@@ -48,6 +50,10 @@ class ScoreModel:
     have, the process models what is left of the target after the logarithm of their sum: its linear part says
     by which factor each group's expectation is off, and the rest is as without. (To first order, a factor
     exp(s_g) on the cost of each group moves the logarithm of the sum by the share of each group times s_g.)
+
+    With ``cost``, a function from widths (N, G) to the plans' costs (N,), distances are taken relative to what
+    is usual at their cost: over a range of budgets the order at every one of them matters, and the difference
+    between budgets, by far the largest one, does not.
     """
 
     def __init__(
@@ -55,16 +61,18 @@ class ScoreModel:
         space_widths: Ints,
         dense_score: float,
         expected: Callable[[Ints], Floats | None] | None = None,
+        cost: Callable[[Ints], Floats] | None = None,
     ) -> None:
         self._dense = space_widths.astype(np.float64)
         self._dense_score = dense_score
         self._expected = expected
+        self._cost = cost
         self._theta: Floats | None = None
         self._trend = np.zeros(2)
 
     def fit(self, widths: Ints, scores: Floats) -> None:
         """Fit to N scored plans: widths (N, G), scores (N,)."""
-        x, y = self.inputs(widths), self._targets(scores)
+        x, y = self.inputs(widths), self._targets(widths, scores)
         shares, expected = self._prior(widths)
         if shares is not None:
             # The line through the points, rising: a larger expected cost is never a better plan.
@@ -81,7 +89,8 @@ class ScoreModel:
         regressor = GaussianProcessRegressor(kernel, alpha=1e-8, optimizer=_optimise)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            regressor.fit(x, y - _explained(shares, y))
+            some = np.unique(np.linspace(0, len(x) - 1, min(len(x), _FIT_PLANS)).astype(np.int64))
+            regressor.fit(x[some], (y - _explained(shares, y))[some])
         self._theta = regressor.kernel_.theta.copy()
         self._kernel, self._noise = regressor.kernel_.k1, float(regressor.kernel_.k2.noise_level)
         self._x = x
@@ -138,17 +147,25 @@ class ScoreModel:
     def theta(self, value: Sequence[float] | None) -> None:
         self._theta = None if value is None else np.array(value)
 
-    def _targets(self, scores: Floats) -> Floats:
+    def _targets(self, widths: Ints, scores: Floats) -> Floats:
         scores = np.nan_to_num(np.asarray(scores, dtype=np.float64), nan=-1e9, neginf=-1e9)
         distance = np.maximum(self._dense_score - scores, 0.0)
+        usual = np.maximum(self._usual(widths, distance), 1e-5)
         # The offset keeps a plan that is as good as the dense model from dominating everything.
-        offset = max(0.1 * float(np.median(distance)), 1e-6)
-        y = -np.log(distance + offset)
+        y = -np.log(distance / usual + 0.1)
         y = np.maximum(y, np.quantile(y, _TAIL) - 1.0)
         spread = float(y.std())
         # Zero, where the process returns to away from all data, is a bad plan: with the mean there, a
         # policy that starts below average would be paid for running off to where nothing is known.
         return (y - np.quantile(y, _PRIOR)) / (spread if spread > 1e-9 else 1.0)
+
+    def _usual(self, widths: Ints, distance: Floats) -> Any:
+        """Usual distance to the dense score: the median, or over several budgets a curve (N,) over the cost."""
+        if self._cost is None:
+            return np.median(distance)
+        cost = np.log(np.maximum(self._cost(widths), 1e-12))
+        logs = np.log(np.maximum(distance, 1e-5))
+        return np.exp(np.polyval(np.polyfit(cost, logs, 2), cost))
 
 
 def _linear(a: Floats | None, b: Floats | None) -> Any:
@@ -184,6 +201,12 @@ def _optimise(objective: Callable[..., Any], start: Floats, bounds: Floats) -> t
     return result.x, float(result.fun)
 
 
+class Predictor(Protocol):
+    """A model of the score, as PPO is paid by it."""
+
+    def predict(self, widths: Ints) -> tuple[Floats, Floats]: ...
+
+
 class SurrogateVecEnv(VecEnv):
     """B copies of Distribution-v0 (one stage) that pay what the score models predict; no plan is built.
 
@@ -193,7 +216,7 @@ class SurrogateVecEnv(VecEnv):
     """
 
     def __init__(
-        self, env: DistributionEnv, models: Sequence[ScoreModel], count: int, kappa: float, seed: int
+        self, env: DistributionEnv, models: Sequence[Predictor], count: int, kappa: float, seed: int
     ) -> None:
         super().__init__(count, env.observation_space, env.action_space)
         self._env, self._models, self._kappa = env, models, kappa

@@ -128,6 +128,7 @@ def make_ppo(
     policy.provenance = provenance(search.tasks, search.env.stages)
     if search.policy is not None:
         policy.network.load_state_dict(search.policy.network.state_dict())
+        policy.reach = float(search.policy.meta.get("reach", 1.0))
         # What it learned is kept, but the noise of its last days would explore nothing here.
         policy.network.log_std.data.fill_(log_std)
     return ppo

@@ -26,6 +26,8 @@ Ints = NDArray[np.int64]
 
 # d = base * exp(ACTION_SCALE * (a - mean a)): two groups can differ by a factor of e^3 from the base rule.
 ACTION_SCALE = 1.5
+# A range of budgets is searched at this many of them.
+KNOTS = 5
 # Share of the mean that a group keeps in the base distribution, so that an action can reach every group.
 BASE_FLOOR = 0.05
 
@@ -130,6 +132,13 @@ class Task:
         if len(self.budget) != 2:
             raise BudgetError(f"budget: {self.budget!r} must be one budget or a (low, high) pair")
         return self.ratio(self.budget[0]), self.ratio(self.budget[1])
+
+    @property
+    def knots(self) -> tuple[Any, ...]:
+        """The budgets at which the task is searched: its own, or several over its range, the lowest first."""
+        if not self.is_range:
+            return (self.budget,)
+        return tuple(float(b) for b in np.linspace(*self.budget_range, KNOTS))
 
     def ratio(self, budget: Any) -> float:
         """A budget as a ratio of the dense cost."""
