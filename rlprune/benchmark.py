@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import plots, report
+from . import plots, plugins, report
 from .agents import AGENTS
 from .artifacts import library_versions
 from .config import Config
@@ -135,14 +135,17 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def cell_key(config: Config, method: str, seed: int) -> str:
-    """Hash of everything that determines one cell: settings, method, seed, versions of the libraries."""
+    """Hash of everything that determines one cell: settings, method and its code, seed, versions of the libraries."""
     settings = {k: v for k, v in config.to_dict().items() if k not in (*_NOT_DETERMINING, "seed")}
     settings["search"] = {
         k: v for k, v in settings["search"].items() if k not in ("baselines", "tensorboard")
     }
     if method in (*RULES, DENSE):
         del settings["search"]
-    text = json.dumps([settings, config.seed, method, seed, library_versions()], sort_keys=True, default=str)
+    parts = [settings, config.seed, method, seed, library_versions()]
+    # A name from outside says nothing of the code behind it.
+    parts += filter(None, map(plugins.fingerprint, dict.fromkeys((method, config.search.base_rule))))
+    text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

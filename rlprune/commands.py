@@ -17,6 +17,7 @@ from .options import (
     add_budget,
     add_config,
     add_out,
+    add_plugin,
     add_seed,
     check_packages,
     existing_folder,
@@ -365,6 +366,7 @@ def _report(args: argparse.Namespace) -> None:
 def _add_list(commands: Any) -> None:
     parser = new_command(commands, "list", "what there is, one line each", "rlprune list rules")
     parser.add_argument("kind", nargs="?", choices=KINDS, metavar="KIND", help=f"one of: {', '.join(KINDS)}")
+    add_plugin(parser)
     parser.set_defaults(action=_list)
 
 

@@ -34,6 +34,7 @@ FLOORS = {
     "agents": 4,
     "plots": 5,
     "progress": 5,
+    "plugins": 5,
     "problem": 5,
     "finish": 5,
     "tuning": 5,

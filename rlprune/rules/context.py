@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, update_wrapper
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,8 @@ class Rule:
 
     ``counter`` belongs to a rule that scores candidates to find its distribution; they are charged to whoever
     asks. ``language`` marks a rule for language models only, ``costly`` one that runs backward passes, or
-    dozens of forward passes, over the calibration split.
+    dozens of forward passes, over the calibration split. ``shipped`` says that it comes with rlprune: only those
+    are among the starts of every search, so that a rule of yours changes nobody else's results.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Rule:
     counter: ProbeCount | None = None
     language: bool = False
     costly: bool = False
+    shipped: bool = True
 
     @property
     def probes(self) -> bool:
@@ -110,6 +112,8 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {}
+RESERVED = ("auto", "dense")
+"""Names that mean something else where a rule or an agent is named."""
 
 
 def is_language(space: PruningSpace) -> bool:
@@ -131,17 +135,24 @@ def rule(
     language: bool = False,
     costly: bool = False,
 ) -> Callable[[RuleFunction], RuleFunction]:
-    """Register a function under its own name, and check what it is given.
+    """Register a function under its own name, and check what it is given and what it returns.
 
     Args:
+        summary: one line for ``rlprune list rules``.
         needs_workload: refuse contexts without a workload (a probing rule is content with ``probe``).
         probes: how many candidates the rule scores on a space; None for none.
         language: refuse the spaces of other models than causal language models.
         costly: the rule runs backward passes, or dozens of forward passes over the calibration split.
+
+    Raises (when applied):
+        ConfigError: the name is taken, or the summary is missing.
     """
+    if not isinstance(summary, str):
+        raise ConfigError('rule: needs a summary, as in @rule("what it does")')
 
     def register(function: RuleFunction) -> RuleFunction:
         name = function.__name__
+        check_free("rule", name, RULES[name].function if name in RULES else None, function)
 
         def checked(context: Context) -> Floats:
             if language and not is_language(context.space):
@@ -151,13 +162,38 @@ def rule(
                 )
             if needs_workload and not (probes and context.probe):
                 context.data(name)
-            return _counted(context, function(context))
+            return _counted(context, _valid(name, function(context), len(context.space.groups)))
 
-        checked.__name__, checked.__qualname__, checked.__doc__ = name, name, function.__doc__
-        RULES[name] = Rule(name, summary, checked, needs_workload, probes, language, costly)
+        update_wrapper(checked, function)
+        shipped = function.__module__.startswith(f"{__package__}.")
+        RULES[name] = Rule(name, summary, checked, needs_workload, probes, language, costly, shipped)
         return checked
 
     return register
+
+
+def check_free(what: str, name: str, owner: Any, newcomer: Any) -> None:
+    """ConfigError where a name belongs to another; only a notebook may define its own function again."""
+    again = owner is not None and owner.__module__ == newcomer.__module__ == "__main__"
+    if (owner is not None and not again) or name in RESERVED:
+        raise ConfigError(f"{what}: the name {name!r} is taken; choose another")
+
+
+def _valid(name: str, distribution: Any, groups: int) -> Floats:
+    """What a rule returned as float64; ConfigError naming the rule where that is no distribution."""
+    try:
+        values = np.asarray(distribution, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(
+            f"rule {name!r}: must return {groups} numbers, got {type(distribution).__name__}"
+        ) from None
+    if values.shape != (groups,):
+        raise ConfigError(
+            f"rule {name!r}: must return shape ({groups},), one number a group, got {values.shape}"
+        )
+    if not (np.isfinite(values).all() and (values >= 0).all() and values.any()):
+        raise ConfigError(f"rule {name!r}: must return finite numbers of 0 and more, not all of them 0")
+    return values
 
 
 def _counted(context: Context, distribution: Floats) -> Floats:
