@@ -274,6 +274,12 @@ def _add_fidelity(commands: Any) -> None:
     parser.add_argument(
         "--candidates", metavar="N", type=whole_number(4), default=14, help="plans compared (14)"
     )
+    parser.add_argument(
+        "--steps",
+        metavar="N",
+        type=whole_number(0),
+        help="gradient steps of the dearest recovery (20; none for language models)",
+    )
     add_out(parser, "runs/NAME-fidelity")
     add_seed(parser)
     parser.set_defaults(action=_fidelity)
@@ -285,7 +291,7 @@ def _fidelity(args: argparse.Namespace) -> None:
     from . import fidelity
 
     out = args.out or free_folder(f"{config.name}-fidelity")
-    show(fidelity.run(config, args.candidates, out), out)
+    show(fidelity.run(config, args.candidates, out, args.steps), out)
 
 
 def _add_evaluate(commands: Any) -> None:

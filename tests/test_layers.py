@@ -45,6 +45,7 @@ FLOORS = {
     "run": 5,
     "benchmark": 5,
     "fidelity": 5,
+    "fidelity_table": 5,
     "export": 5,
     "inspection": 5,
     "zeroshot": 5,
