@@ -41,7 +41,7 @@ _TUNED = ("finish.method=full", "finish.steps=100")
 STUDIES = {
     "digits-50": Study("digits", (), 30),
     "digits-30": Study("digits", ("budget.target=0.3",), 30),
-    "tiny_llama": Study("tiny_llama", _TUNED, 24),
+    "tiny_llama": Study("tiny_llama", (*_TUNED, "finish.batch_size=16"), 24),
     "fashion_mnist_resnet20": Study("fashion_mnist_resnet20", (), 12),
     "cifar10_resnet20": Study("cifar10_resnet20", (), 30, "a GPU and CIFAR-10"),
     "cifar10_resnet56": Study("cifar10_resnet56", (), 30, "a GPU, CIFAR-10 and a trained ResNet-56"),
