@@ -37,7 +37,8 @@ def summarise(points: Sequence[Point], own: str, samples: int) -> dict[str, Any]
 
     The interval is the percentile bootstrap over plans; the difference to the tier with the highest rho is
     taken within each resample. Recommended is the fastest tier whose difference to the best is not below 0
-    with its whole interval.
+    with its whole interval. ``halves`` is the rank correlation of a tier's scores on the two halves, ``ceiling``
+    that of the final losses: what one would reach who knew the loss on one half.
 
     Args:
         points: see `_Study.points`.
@@ -67,6 +68,7 @@ def summarise(points: Sequence[Point], own: str, samples: int) -> dict[str, Any]
                 "difference": rho[name] - rho[best],
                 "difference_low": float(below),
                 "difference_high": float(above),
+                "halves": spearman(scores[name][:, 0], scores[name][:, 1]),
                 "seconds": seconds,
                 "reads": int(samples + cost[0]["reads"]),
                 "by_samples": {n: _fidelity_at(points, name, n, losses) for n in cost[0]["values"]},
@@ -75,14 +77,15 @@ def summarise(points: Sequence[Point], own: str, samples: int) -> dict[str, Any]
     rows.sort(key=lambda row: -row["spearman"])
     enough = [row for row in rows if row["difference_high"] >= 0]
     recommended = min(enough, key=lambda row: row["seconds"])["recovery"]
-    return {"rows": rows, "best": best, "recommended": recommended, "used": own, "samples": samples}
+    found = {"rows": rows, "best": best, "recommended": recommended, "used": own, "samples": samples}
+    return found | {"ceiling": spearman(losses[:, 0], losses[:, 1])}
 
 
 def markdown(content: Mapping[str, Any]) -> str:
     """The table of fidelity.json in words."""
     unit, scale = content["unit"], content["tokens"]
     header = ["recovery before scoring", "Spearman", "95% interval", "− best", "95% interval of it"]
-    header += ["ms a candidate", f"{unit} read"]
+    header += ["half to half", "ms a candidate", f"{unit} read"]
     lines, curves = [], []
     for row in content["rows"]:
         line = [f"{row['recovery']}{' (in use)' if row['used'] else ''}", f"{row['spearman']:.2f}"]
@@ -92,6 +95,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         else:
             line.append(f"{row['difference']:+.2f}")
             line.append(f"{row['difference_low']:+.2f} to {row['difference_high']:+.2f}")
+        line.append(f"{row['halves']:.2f}")
         lines.append([*line, f"{1e3 * row['seconds']:.1f}", f"{scale * row['reads']:,}"])
         curves.append([row["recovery"], *(f"{rho:.2f}" for rho in row["by_samples"].values())])
     sizes = [f"{scale * int(n):,} {unit}" for n in content["rows"][0]["by_samples"]]
@@ -103,7 +107,8 @@ def markdown(content: Mapping[str, Any]) -> str:
         f"of the validation split, against the loss on the other half after {content['length']} of the final "
         f"fine-tune.\n\n{markdown_table(header, lines)}\n\n"
         f"Recommended: `{content['recommended']}`, the fastest that is not significantly below the best "
-        f"(`{content['best']}`); in use: `{content['used']}`{verdict}.\n\n"
+        f"(`{content['best']}`); in use: `{content['used']}`{verdict}. The final losses on the two halves agree with "
+        f"Spearman {content['ceiling']:.2f}: more can hardly be asked of a score.\n\n"
         f"Spearman by what a score reads:\n\n{markdown_table(['recovery before scoring', *sizes], curves)}"
     )
 

@@ -93,6 +93,7 @@ def test_the_fastest_that_is_not_below_the_best_is_recommended() -> None:
     )
     assert found["recommended"] != "none"
     assert all(row["low"] <= row["spearman"] <= row["high"] for row in rows.values())
+    assert found["ceiling"] == pytest.approx(1.0) and rows["none"]["halves"] < rows["bn"]["halves"] < 1
     assert rows["bn"]["seconds"] == 2 + 8 * 0.25 and rows["bn"]["reads"] == 108
 
 

@@ -109,7 +109,8 @@ Random plans are scored under each recovery and fine-tuned as a winner would be,
 test split is not read, because a default that is chosen here is the outcome of a search. The validation split is
 halved: scores on one half are compared with the losses on the other, and the reverse; Spearman is the mean of both.
 Intervals are bootstraps over the plans (2,000 draws, 95%); the difference to the best is taken within each
-draw. The best is picked from the same table, so its own interval is optimistic. The time of a candidate is that of the
+draw. "Half to half" is the rank correlation of a tier's own scores on both halves: how far the images decide it.
+The best is picked from the same table, so its own interval is optimistic. The time of a candidate is that of the
 fastest plan, statistics of the dense model not counted; what is read includes the calibration data of `bn` and the
 batches of the gradient steps.
 
