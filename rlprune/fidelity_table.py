@@ -56,7 +56,7 @@ def summarise(points: Sequence[Point], own: str, samples: int) -> dict[str, Any]
         low, high = np.percentile(drawn[name], [2.5, 97.5])
         below, above = np.percentile(drawn[name] - drawn[best], [2.5, 97.5])
         cost = [point["scores"][name] for point in points]
-        # Whatever else the machine does only ever adds to the seconds, so the fastest plan's are nearest.
+        # Whatever else the machine does only adds to the seconds: the fastest plan's are nearest to the truth.
         seconds = min(c["seconds"] + c["per_sample"] * samples for c in cost)
         rows.append(
             {

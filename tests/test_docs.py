@@ -90,6 +90,7 @@ def test_the_fidelity_page_says_what_is_open_and_what_is_below_the_best() -> Non
         "difference_high": -0.2,
         "seconds": 0.01,
         "reads": 300,
+        "halves": 0.9,
         "by_samples": {"50": 0.3},
     }
     best = row | {
@@ -114,7 +115,12 @@ def test_the_fidelity_page_says_what_is_open_and_what_is_below_the_best() -> Non
         "budget": 0.5,
         "metric": "macs",
     }
-    content |= {"candidates": 40, "length": "6 epochs", "points": [{"final_seconds": 90.0}] * 2}
+    content |= {
+        "ceiling": 0.4,
+        "candidates": 40,
+        "length": "6 epochs",
+        "points": [{"final_seconds": 90.0}] * 2,
+    }
     content |= {"hardware": {"processor": "CPU", "threads": 1, "libraries": {"torch": "2"}}}
     text = script.page({"digits-50": content})
     assert "below the best (`reconstruct`): **yes**" in text

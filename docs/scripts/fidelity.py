@@ -110,9 +110,9 @@ test split is not read, because a default that is chosen here is the outcome of 
 halved: scores on one half are compared with the losses on the other, and the reverse; Spearman is the mean of both.
 Intervals are bootstraps over the plans (2,000 draws, 95%); the difference to the best is taken within each
 draw. "Half to half" is the rank correlation of a tier's own scores on both halves: how far the images decide it.
-The best is picked from the same table, so its own interval is optimistic. The time of a candidate is that of the
-fastest plan, statistics of the dense model not counted; what is read includes the calibration data of `bn` and the
-batches of the gradient steps.
+The best is picked from the same table, so its own interval is optimistic. The time of a candidate is processor time (on
+a GPU, time on the wall) of the fastest plan, statistics of the dense model not counted; what is read includes the
+calibration data of `bn` and the batches of the gradient steps.
 
 {lines}
 
