@@ -14,6 +14,7 @@ from .errors import ArtifactError, BudgetError, ConfigError, DataError, GraphErr
 
 if TYPE_CHECKING:
     from . import agents, artifacts, config, evaluation, pruning, rules, workloads
+    from .agents import agent
     from .agents.policy import load_policy
     from .artifacts import load, save
     from .config import Config, load_config
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .pruning.space import Group, PruningSpace
     from .pruning.surgery import masked, prune
     from .pruning.tracing import trace
-    from .rules import Context
+    from .rules import Context, rule
     from .workloads import Workload, build_workload
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ _NAMES = {
     "Plan": "pruning.plan",
     "PruningSpace": "pruning.space",
     "Workload": "workloads",
+    "agent": "agents",
     "build_workload": "workloads",
     "load": "artifacts",
     "load_config": "config",
@@ -41,6 +43,7 @@ _NAMES = {
     "make_plan": "pruning.plan",
     "masked": "pruning.surgery",
     "prune": "pruning.surgery",
+    "rule": "rules",
     "save": "artifacts",
     "trace": "pruning.tracing",
 }
@@ -70,6 +73,7 @@ __all__ = [
     "RlpruneError",
     "Workload",
     "__version__",
+    "agent",
     "agents",
     "artifacts",
     "build_workload",
@@ -85,6 +89,7 @@ __all__ = [
     "prune",
     "pruning",
     "recovery",
+    "rule",
     "rules",
     "save",
     "trace",

@@ -11,7 +11,6 @@ listens before the seconds that importing torch takes.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import queue
@@ -36,14 +35,14 @@ def main() -> int:
     work: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(work,), daemon=True).start()
     order = work.get()
-    for name in order["plugins"]:  # they register rules and agents
-        importlib.import_module(name)
 
     from .benchmark.cells import Cell, compute, reason
     from .config import Config
+    from .plugins import load
     from .problem import prepare
     from .progress import Console
 
+    load(order["plugins"])
     problem = prepare(Config.from_dict(order["config"]))
     _answer(answers, {"ready": True})
     while True:

@@ -46,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 import torch
 
                 torch.set_num_threads(args.threads)
+            if getattr(args, "plugins", None):
+                from . import plugins
+
+                plugins.load(args.plugins)
             args.action(args)
             sys.stdout.flush()
         return OK

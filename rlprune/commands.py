@@ -17,6 +17,7 @@ from .options import (
     add_budget,
     add_config,
     add_out,
+    add_plugin,
     add_seed,
     check_packages,
     existing_folder,
@@ -278,6 +279,12 @@ def _add_fidelity(commands: Any) -> None:
     parser.add_argument(
         "--candidates", metavar="N", type=whole_number(4), default=14, help="plans compared (14)"
     )
+    parser.add_argument(
+        "--steps",
+        metavar="N",
+        type=whole_number(0),
+        help="gradient steps of the dearest recovery (20; none for language models)",
+    )
     add_out(parser, "runs/NAME-fidelity")
     add_seed(parser)
     parser.set_defaults(action=_fidelity)
@@ -289,7 +296,7 @@ def _fidelity(args: argparse.Namespace) -> None:
     from . import fidelity
 
     out = args.out or free_folder(f"{config.name}-fidelity")
-    show(fidelity.run(config, args.candidates, out), out)
+    show(fidelity.run(config, args.candidates, out, args.steps), out)
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -370,6 +377,7 @@ def _report(args: argparse.Namespace) -> None:
 def _add_list(commands: Any) -> None:
     parser = new_command(commands, "list", "what there is, one line each", "rlprune list rules")
     parser.add_argument("kind", nargs="?", choices=KINDS, metavar="KIND", help=f"one of: {', '.join(KINDS)}")
+    add_plugin(parser)
     parser.set_defaults(action=_list)
 
 

@@ -235,9 +235,13 @@ class Evaluator:
         """The plan of widths (G,): the most important units of each group."""
         return make_plan(self.space, importance=self.importance, widths=widths, origin=origin)
 
-    def build(self, widths: Any) -> nn.Module:
-        """The cut and recovered model of widths (G,) or of a history of stages; new at every call."""
-        return self._built(_history(widths))[0]
+    def build(self, widths: Any, *, scoring: bool = False) -> nn.Module:
+        """The cut and recovered model of widths (G,) or of a history of stages; new at every call.
+
+        ``scoring``: as a candidate is scored, not for keeps: a language model then is in the scoring format and
+        shares what no plan cuts.
+        """
+        return self._built(_history(widths), scoring=scoring)[0]
 
     def staged_plan(self, history: Any, origin: dict[str, Any] | None = None) -> Plan:
         """The plan, in units of the dense model, that a history of stages ends in."""

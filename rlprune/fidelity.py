@@ -1,34 +1,47 @@
 """Does the score of a search predict the quality after the final fine-tune?
 
 A search is worth nothing where its score does not rank plans as the final fine-tune will. Here random
-plans of the budget are scored under several recoveries, each plan is fine-tuned as a winner would be,
-and the rank correlation (Spearman) with its bootstrap interval decides between the recoveries.
+plans of the budget are scored under several recoveries (tiers), each plan is fine-tuned as a winner would be,
+and the rank correlation (Spearman) with its bootstrap interval and its cost decides between the tiers.
+
+A default that is chosen by this table is the outcome of a search, so the test split is not read. The validation
+split is halved: scores on one half meet the final losses on the other, and the reverse; the mean of the two
+correlations counts. Images that are in both would share their noise and flatter every tier.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import math
+import os
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from torch import nn
 
 from . import plots
 from .agents.proposals import random_plans
-from .benchmark.statistics import bootstrap
-from .config import Config
+from .artifacts import library_versions
+from .config import Config, RecoveryConfig
 from .envs.task import Task
 from .errors import ConfigError
 from .evaluation import Evaluator
+from .fidelity_table import Point, markdown, summarise
 from .files import lock_run, write_bytes_atomic, write_json_atomic, write_text_atomic
-from .finish import fine_tune
+from .finish import fine_tune, forget_training
+from .inspection import hardware
 from .problem import Problem, prepare
 from .progress import Console
-from .report import SCORE_UNITS, markdown_table
+from .pruning.recovery import LANGUAGE_BATCH, LESSON_BATCH
+from .report import SCORE_UNITS
 from .workloads.causal import is_causal
+from .workloads.judge import Judge
 
 RECOVERIES: tuple[tuple[str, ...], ...] = (("none",), ("bn",), ("reconstruct",), ("reconstruct", "bn"))
 LANGUAGE_RECOVERIES: tuple[tuple[str, ...], ...] = (
@@ -37,43 +50,237 @@ LANGUAGE_RECOVERIES: tuple[tuple[str, ...], ...] = (
     ("reconstruct",),
     ("bias", "reconstruct"),
 )
-Floats = NDArray[np.float64]
+SGD_STEPS = 20
+"""Gradient steps of the dearest tier; on language models it is left out unless it is asked for."""
+_WORST = 1e9  # a diverged model is the worst there is, not a hole in the table
 
 
-def run(config: Config, candidates: int, out: str | Path) -> str:
+@dataclass(frozen=True)
+class Tier:
+    """A recovery before scoring, and the name of its row."""
+
+    name: str
+    recovery: RecoveryConfig
+
+
+def run(config: Config, candidates: int, out: str | Path, steps: int | None = None) -> str:
     """Score and fine-tune ``candidates`` random plans; write fidelity.json, fidelity.md and fidelity.png into ``out``.
 
-    Every finished plan is kept in ``out``, so that a stopped run goes on where it was. The quality is the
-    loss on the validation split: the test split is not for decisions.
+    Every score and every fine-tune is kept in ``out`` under a hash of what determines it: a stopped run goes on
+    where it was, a fine-tune in its middle too, and more candidates or tiers reuse what is there.
 
-    Returns the Markdown table: Spearman's rho between score and final quality, 95% interval, per recovery.
+    Args:
+        steps: gradient steps of the last tier; None for 20 on images and none on language models.
+
+    Returns the Markdown text: Spearman's rho between score and final quality with its 95% interval, the
+    difference to the best tier, and the cost, per tier; which tier is recommended; and rho for fewer samples.
 
     Raises:
-        ConfigError: fewer than 4 candidates, or a config without a final fine-tune.
+        ConfigError: fewer than 4 candidates, too few validation samples, or a config without a final fine-tune.
     """
     if candidates < 4:
         raise ConfigError(f"--candidates: must be at least 4, got {candidates}")
     if config.workload is None:  # before anything is trained
         _length(config, is_causal(config.model.name))
     console = Console(True)
-    with lock_run(out) as folder:
+    with lock_run(out, worth="cells.jsonl") as folder:
         problem = prepare(config, console=console)
         length = _length(config, problem.workload.language)
-        points = _points(problem, candidates, folder, console)
-        own = " + ".join(config.recovery.steps)
-        summary = summarise(points, own)
-        text = _text(summary, problem.workload.name, config, candidates, length)
-        write_json_atomic(folder / "fidelity.json", {"version": 1, "summary": summary, "points": points})
+        study = _Study(problem, folder, console)
+        rows = tiers(config, problem.workload.language, steps)
+        points = study.points(rows, candidates)
+        content = {"version": 2, "hardware": hardware(), "length": length, "candidates": candidates}
+        content |= study.facts() | summarise(points, own_tier(config).name, study.samples)
+        write_json_atomic(folder / "fidelity.json", content | {"points": points})
+        text = markdown(content)
         write_text_atomic(folder / "fidelity.md", text + "\n")
-        row = next(row for row in summary if row["recovery"] == own)
-        figure = plots.scatter(
-            [point["scores"][own] for point in points],
-            [point["loss"] for point in points],
-            (f"{SCORE_UNITS[config.score.kind]} after {own}", "validation loss after the fine-tune (nats)"),
-            f"Spearman {row['spearman']:.2f}, 95% interval {row['low']:.2f} to {row['high']:.2f}",
-        )
-        write_bytes_atomic(folder / "fidelity.png", plots.to_png(figure))
+        write_bytes_atomic(folder / "fidelity.png", _figure(config, points, content))
     return text
+
+
+def own_tier(config: Config) -> Tier:
+    """The recovery that the settings use."""
+    return Tier(_name(config.recovery), config.recovery)
+
+
+def tiers(config: Config, language: bool, steps: int | None = None) -> list[Tier]:
+    """The recoveries that are compared: the one in use, the closed forms, and the best of them with SGD steps."""
+    if steps is None:
+        steps = 0 if language else SGD_STEPS
+    combinations = LANGUAGE_RECOVERIES if language else RECOVERIES
+    wanted = [dataclasses.replace(config.recovery, steps=s, finetune_steps=0) for s in combinations]
+    if steps:
+        trained = ("reconstruct", "finetune") if language else ("reconstruct", "bn", "finetune")
+        wanted.append(dataclasses.replace(config.recovery, steps=trained, finetune_steps=steps))
+    found = {own.name: own for own in (own_tier(config), *(Tier(_name(r), r) for r in wanted))}
+    return list(found.values())
+
+
+class _Study:
+    """The measurements of one problem, each of them made once and kept in a folder."""
+
+    def __init__(self, problem: Problem, folder: Path, console: Console) -> None:
+        self.problem, self.config = problem, problem.config
+        self.folder, self.console = folder, console
+        self.cells = _Cells(folder / "cells.jsonl")
+        self.half = problem.workload.size("validation") // 2
+        if self.half < 2:
+            raise ConfigError("data.validation: must be at least 4 to be halved")
+        # Other programs stretch the time on the wall, but not a CPU's own count of it.
+        on_cpu = problem.workload.device.type == "cpu"
+        self.clock = time.process_time if on_cpu else time.perf_counter
+        self.samples = min(self.config.score.images or self.half, self.half)
+        # Sizes at which the score is looked at, the one of the settings among them.
+        self.sizes = sorted({self.samples, *(max(1, self.half >> k) for k in range(4))})
+
+    def points(self, rows: Sequence[Tier], candidates: int) -> list[dict[str, Any]]:
+        """One record a plan: widths, per tier scores and seconds, and loss and metric after the fine-tune.
+
+        Scores, losses and metrics are pairs, one for each half of the validation split.
+        """
+        config = self.config
+        task = Task(self.problem.evaluator, config.budget.target, config.budget.metric)
+        drawn = random_plans(task, config.budget.target, candidates, np.random.default_rng(config.seed))
+        plans = [[int(width) for width in plan] for plan in drawn]
+        scores = {tier.name: self._scores(tier, plans) for tier in rows}
+        found = []
+        for i, plan in enumerate(plans):
+            final = self._final(plan, f"fine-tune {i + 1}/{candidates}")
+            found.append({"widths": plan, "scores": {n: s[i] for n, s in scores.items()}, **final})
+        self.console.close()
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """What the table says about the workload."""
+        workload: Any = self.problem.workload
+        config = self.config
+        return {
+            "name": workload.name,
+            "score": config.score.kind,
+            "budget": config.budget.target,
+            "metric": config.budget.metric,
+            "unit": "tokens" if workload.language else "images",
+            "tokens": workload.length("validation") - 1 if workload.language else 1,
+        }
+
+    def _scores(self, tier: Tier, plans: Sequence[list[int]]) -> list[dict[str, Any]]:
+        """Scores of all plans under one tier; only one tier's statistics are in memory at a time."""
+        config, kept = self.config, []
+        keys = [self._key("score", tier.recovery, config.score, self.sizes, plan) for plan in plans]
+        evaluator = judge = None
+        show = self.console.counting(f"scores, {tier.name}", len(plans))
+        for key, plan in zip(keys, plans, strict=True):
+            cell = self.cells.get(key)
+            if cell is None:
+                if evaluator is None or judge is None:
+                    evaluator, judge = self._evaluator(tier)
+                cell = self._score(tier, evaluator, judge, plan)
+                self.cells.put(key, cell)
+            kept.append(cell)
+            show(len(kept))
+        return kept
+
+    def _evaluator(self, tier: Tier) -> tuple[Evaluator, Judge]:
+        own, score = self.problem.evaluator, self.config.score
+        evaluator = Evaluator(
+            own.workload, own.space, importance=own.importance, recovery=tier.recovery, score=score
+        )
+        judge = own.workload.judge(score.kind, None, top_k=score.top_k)
+        # The dense model's answers and the first call's allocations are nobody's cost.
+        judge(evaluator.build(own.space.widths, scoring=True))
+        return evaluator, judge
+
+    def _score(self, tier: Tier, evaluator: Evaluator, judge: Judge, plan: list[int]) -> dict[str, Any]:
+        started = self.clock()
+        slim = evaluator.build(plan, scoring=True)
+        built = self.clock()
+        values: dict[str, list[float]] = {str(n): [] for n in self.sizes}
+        for first in (0, self.half):
+            parts = []
+            for start, stop in zip([0, *self.sizes], self.sizes, strict=False):
+                parts.append(judge(slim, first + start, first + stop))
+                values[str(stop)].append(_finite(float(judge.merge(parts).scores.mean()), -_WORST))
+        judged = self.clock() - built
+        return {
+            "values": values,
+            "seconds": built - started,
+            "per_sample": judged / (2 * self.half),
+            "reads": self._reads(tier.recovery),
+        }
+
+    def _reads(self, recovery: RecoveryConfig) -> int:
+        """Samples that the recovery of one candidate runs through it, beside those of the score."""
+        size = self.problem.workload.size("calibration")
+        batch = LANGUAGE_BATCH if self.problem.workload.language else LESSON_BATCH
+        calibration = min(recovery.images or size, size) if "bn" in recovery.steps else 0
+        return calibration + batch * recovery.finetune_steps
+
+    def _final(self, plan: list[int], label: str) -> dict[str, Any]:
+        """Loss and metric on both halves after the final fine-tune of the plan, as a winner would get it."""
+        config, problem = self.config, self.problem
+        finish = dataclasses.replace(config.finish, candidates=1, rules=True)
+        key = self._key("final", config.recovery, finish, config.seed, plan)
+        cell = self.cells.get(key)
+        if cell is None:
+            started = time.perf_counter()
+            slim = problem.evaluator.build(plan)
+            training = self.folder / f"final-{key[:16]}.state"
+            fine_tune(problem, slim, seed=config.seed, training=training, label=label, console=self.console)
+            cell = self._quality(slim) | {"seconds": time.perf_counter() - started}
+            self.cells.put(key, cell)
+            forget_training(training)
+        return {name: cell[name] for name in ("loss", "metric")} | {"final_seconds": cell["seconds"]}
+
+    def _quality(self, slim: nn.Module) -> dict[str, Any]:
+        judge = self.problem.workload.judge("loss", None)
+        halves = [judge(slim, first, first + self.half) for first in (0, self.half)]
+        return {
+            "loss": [_finite(half.loss, _WORST) for half in halves],
+            "metric": [_finite(half.metric, 0.0) for half in halves],
+        }
+
+    def _key(self, kind: str, *parts: Any) -> str:
+        """Hash of everything that determines a measurement."""
+        config = self.config
+        whole = [kind, config.workload, config.model, config.data, config.prune, library_versions(), *parts]
+        text = json.dumps(whole, sort_keys=True, default=dataclasses.asdict)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class _Cells:
+    """Finished measurements by key, a JSON line each, on disk as soon as they are there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, dict[str, Any]] = {}
+        raw = path.read_bytes() if path.exists() else b""
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if len(whole) < len(raw):  # torn by a kill: measured again
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+        for line in whole.splitlines():
+            try:
+                content = json.loads(line)
+                self.found[content["key"]] = content["cell"]
+            except (ValueError, KeyError, TypeError):
+                continue  # nothing that could be used
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        return self.found.get(key)
+
+    def put(self, key: str, cell: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": key, "cell": cell}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.found[key] = cell
+
+
+def _name(recovery: RecoveryConfig) -> str:
+    steps = [step for step in recovery.steps if step != "finetune"]
+    if recovery.finetune_steps:
+        steps.append(f"{recovery.finetune_steps} steps")
+    return " + ".join(steps)
 
 
 def _length(config: Config, language: bool) -> str:
@@ -87,102 +294,18 @@ def _length(config: Config, language: bool) -> str:
     return f"{count} {field}"
 
 
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Rank correlation; ties share their mean rank, and a constant side gives 0."""
-    a, b = _ranks(x), _ranks(y)
-    a, b = a - a.mean(), b - b.mean()
-    norm = float(np.sqrt((a**2).sum() * (b**2).sum()))
-    return float((a * b).sum() / norm) if norm > 0 else 0.0
+def _finite(value: float, otherwise: float) -> float:
+    return value if math.isfinite(value) else otherwise
 
 
-def summarise(points: Sequence[Mapping[str, Any]], own: str) -> list[dict[str, Any]]:
-    """Per recovery: Spearman of the score with the negated final loss, and its interval, best first."""
-    final = np.array([-point["loss"] for point in points])
-    rows = []
-    for recovery in points[0]["scores"]:
-        scores = np.array([point["scores"][recovery] for point in points])
-
-        def drawn(index: NDArray[np.int64], scores: Floats = scores) -> float:
-            return spearman(scores[index].tolist(), final[index].tolist())
-
-        low, high = bootstrap(drawn, len(points))
-        rho = spearman(scores.tolist(), final.tolist())
-        rows.append(
-            {"recovery": recovery, "spearman": rho, "low": low, "high": high, "used": recovery == own}
-        )
-    return sorted(rows, key=lambda row: -row["spearman"])
-
-
-def _points(problem: Problem, candidates: int, folder: Path, console: Console) -> list[dict[str, Any]]:
-    """One record a plan: widths, score per recovery, and loss and metric after the fine-tune."""
-    path, config = folder / "candidates.json", problem.config
-    task = Task(problem.evaluator, config.budget.target, config.budget.metric)
-    rng = np.random.default_rng(config.seed)
-    plans = random_plans(task, config.budget.target, candidates, rng)
-    key = json.dumps(config.to_dict(), sort_keys=True)
-    done = _finished(path, key)
-    evaluators = _evaluators(problem)
-    for plan in plans[len(done) :]:
-        scores = {name: evaluator.evaluate(plan).score for name, evaluator in evaluators.items()}
-        slim = problem.evaluator.build(plan)
-        fine_tune(
-            problem, slim, seed=config.seed, label=f"fine-tune {len(done) + 1}/{candidates}", console=console
-        )
-        quality = problem.workload.evaluate(slim, "validation")
-        widths = [int(width) for width in plan]
-        done.append({"widths": widths, "scores": scores, "loss": quality.loss, "metric": quality.metric})
-        write_json_atomic(path, {"key": key, "points": done})
-    return done[:candidates]
-
-
-def _evaluators(problem: Problem) -> dict[str, Evaluator]:
-    config = problem.config
-    settings = {" + ".join(config.recovery.steps): config.recovery}
-    for steps in LANGUAGE_RECOVERIES if problem.workload.language else RECOVERIES:
-        plain = dataclasses.replace(config.recovery, steps=steps, finetune_steps=0)
-        settings.setdefault(" + ".join(steps), plain)
-    own = problem.evaluator
-    return {
-        name: Evaluator(
-            own.workload, own.space, importance=own.importance, recovery=recovery, score=config.score
-        )
-        for name, recovery in settings.items()
-    }
-
-
-def _finished(path: Path, key: str) -> list[dict[str, Any]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return list(content["points"]) if content["key"] == key else []
-    except (OSError, ValueError, KeyError, TypeError):
-        return []  # nothing that could be used: start again
-
-
-def _ranks(values: Sequence[float]) -> Floats:
-    array = np.asarray(values, dtype=np.float64)
-    order = np.argsort(array, kind="stable")
-    ranks = np.empty(len(array))
-    ranks[order] = np.arange(len(array))
-    for value in np.unique(array):
-        same = array == value
-        ranks[same] = ranks[same].mean()
-    return ranks
-
-
-def _text(
-    summary: Sequence[Mapping[str, Any]], name: str, config: Config, candidates: int, length: str
-) -> str:
-    rows = [
-        [
-            f"{row['recovery']}{' (in use)' if row['used'] else ''}",
-            f"{row['spearman']:.2f}",
-            f"{row['low']:.2f} to {row['high']:.2f}",
-        ]
-        for row in summary
-    ]
-    table = markdown_table(["recovery before scoring", "Spearman", "95% interval"], rows)
-    return (
-        f"Fidelity of the {config.score.kind} score on {name}: {candidates} random plans at "
-        f"{config.budget.target} of the {config.budget.metric}, against the validation loss after "
-        f"{length} of the final fine-tune.\n\n{table}"
+def _figure(config: Config, points: Sequence[Point], content: Mapping[str, Any]) -> bytes:
+    """Scores of the tier in use against the final loss, both as the mean of the halves."""
+    row = next(row for row in content["rows"] if row["used"])
+    own, samples = content["used"], str(content["samples"])
+    figure = plots.scatter(
+        [float(np.mean(point["scores"][own]["values"][samples])) for point in points],
+        [float(np.mean(point["loss"])) for point in points],
+        (f"{SCORE_UNITS[config.score.kind]} after {own}", "validation loss after the fine-tune (nats)"),
+        f"Spearman {row['spearman']:.2f}, 95% interval {row['low']:.2f} to {row['high']:.2f}",
     )
+    return plots.to_png(figure)

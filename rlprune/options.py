@@ -47,6 +47,19 @@ def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
         default=[],
         help="override a setting, as in search.evaluations=200; several may follow (`rlprune list settings`)",
     )
+    add_plugin(parser)
+
+
+def add_plugin(parser: argparse.ArgumentParser) -> None:
+    """--plugin; whoever types it runs that code, so nothing on disk may name one."""
+    parser.add_argument(
+        "--plugin",
+        metavar="FILE.py",
+        dest="plugins",
+        action="append",
+        default=[],
+        help="a Python file or module that registers rules or agents of yours; may be repeated",
+    )
 
 
 def add_out(parser: argparse.ArgumentParser, default: str) -> None:

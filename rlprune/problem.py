@@ -89,7 +89,7 @@ class Problem:
         return plans
 
     def start_rules(self) -> list[str]:
-        """The rules that apply here and are worth their probes as a start, uniform first.
+        """The shipped rules that apply here and are worth their probes as a start, uniform first.
 
         A rule that probes every group is left out where that would eat most of the evaluations, and one that
         runs many passes over a language model, unless the importance has measured what it needs.
@@ -98,7 +98,7 @@ class Problem:
         names = ["uniform"]
         for name, rule in rules_for(self.space).items():
             slow = rule.costly and self.workload.language and name not in self.evaluator.measured
-            if name != "uniform" and rule.probe_count(self.space) <= most and not slow:
+            if name != "uniform" and rule.shipped and rule.probe_count(self.space) <= most and not slow:
                 names.append(name)
         return names
 

@@ -17,7 +17,7 @@ import yaml
 
 import rlprune
 from rlprune import benchmark, cli
-from rlprune.config import Config, settings_reference
+from rlprune.config import Config, settings_reference, shipped_configs
 from rlprune.language_figures import COST_NOTES
 from rlprune.pretrained import CODE
 from rlprune.pruning.families import FAMILIES
@@ -80,6 +80,58 @@ def test_the_share_of_a_gain_is_relative_to_the_best_rule() -> None:
     assert [transfer.share(scores, way) for way in scores] == [-1.0, 0.0, 0.5, 1.0]
     assert math.isnan(transfer.share(scores | {"full search": -2.0}, "policy"))
     assert "-1.5000 (50%)" in transfer.table({7: scores}) and "model seed 7" in transfer.table({7: scores})
+
+
+def test_the_fidelity_page_says_what_is_open_and_what_is_below_the_best() -> None:
+    script = load("fidelity")
+    row = {"recovery": "bn", "used": True, "spearman": 0.3, "low": 0.1, "high": 0.5, "difference": -0.5}
+    row |= {
+        "difference_low": -0.8,
+        "difference_high": -0.2,
+        "seconds": 0.01,
+        "reads": 300,
+        "halves": 0.9,
+        "by_samples": {"50": 0.3},
+    }
+    best = row | {
+        "recovery": "reconstruct",
+        "used": False,
+        "spearman": 0.8,
+        "difference": 0.0,
+        "seconds": 0.02,
+    }
+    content = {
+        "rows": [best, row],
+        "best": "reconstruct",
+        "recommended": "reconstruct",
+        "used": "bn",
+        "samples": 50,
+    }
+    content |= {
+        "unit": "images",
+        "tokens": 1,
+        "score": "kl",
+        "name": "digits",
+        "budget": 0.5,
+        "metric": "macs",
+    }
+    content |= {
+        "ceiling": 0.4,
+        "candidates": 40,
+        "length": "6 epochs",
+        "points": [{"final_seconds": 90.0}] * 2,
+    }
+    content |= {"hardware": {"processor": "CPU", "threads": 1, "libraries": {"torch": "2"}}}
+    text = script.page({"digits-50": content})
+    assert "below the best (`reconstruct`): **yes**" in text
+    assert "took 3 min" in text
+    assert "in use: `bn`, which is significantly below it" in text
+    assert "| bn (in use)" in text and "-0.80 to -0.20" in text
+    opened = text[text.index("## Open") :]
+    assert all(study.command in opened for name, study in script.STUDIES.items() if name != "digits-50")
+    assert "rlprune fidelity digits --candidates" not in opened
+    shipped = {study.config for study in script.STUDIES.values()}
+    assert shipped == set(shipped_configs()), "every shipped config has a study"
 
 
 # What the pages promise exists.

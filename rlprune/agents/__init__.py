@@ -1,27 +1,40 @@
-"""Everything that searches. ``AGENTS`` maps a name to a maker; adding an agent is one entry and one file."""
+"""Everything that searches. ``AGENTS`` maps a name to a maker; adding an agent is one entry and one file.
+
+Outside of this package ``@agent("what it does")`` over a function or a class is enough.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
+from typing import Any
 
 from ..config import SearchConfig
 from ..errors import ConfigError, near_miss
+from ..rules.context import RULES, check_free
 from .base import Agent, SearchResult
+from .function import FunctionAgent, Session
 from .state import StateDir
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered agent: a sentence for ``rlprune list agents``, and "module:class" within this package."""
+    """A registered agent: a sentence for ``rlprune list agents``, and "module:class" within this package.
+
+    ``own`` is the function or class itself of an agent from outside of this package.
+    """
 
     name: str
     summary: str
     target: str
+    own: Any = None
 
     def load(self) -> Callable[[SearchConfig], Agent]:
         """The agent's class; imported on first use, since some bring heavy libraries."""
+        if self.own is not None:
+            return self.own if isinstance(self.own, type) else partial(FunctionAgent, self.own)
         module, _, attribute = self.target.partition(":")
         maker: Callable[[SearchConfig], Agent] = getattr(import_module(f".{module}", __name__), attribute)
         return maker
@@ -87,4 +100,31 @@ def make_agent(name: str, settings: SearchConfig | None = None) -> Agent:
     return AGENTS[name].load()(settings or SearchConfig())
 
 
-__all__ = ["AGENTS", "Agent", "Entry", "SearchResult", "StateDir", "make_agent"]
+def agent(summary: str) -> Callable[[Any], Any]:
+    """Register an agent of yours under the name of the function or class below.
+
+    A function takes one argument, a :class:`Session`, and spends its evaluations. A class is made with a
+    ``SearchConfig`` and has the method ``search`` of :class:`rlprune.agents.base.Agent`.
+
+    Args:
+        summary: one line for ``rlprune list agents``.
+
+    Raises (when applied):
+        ConfigError: the name is taken, the summary is missing, or a class has no ``search``.
+    """
+    if not isinstance(summary, str):
+        raise ConfigError('agent: needs a summary, as in @agent("what it does")')
+
+    def register(own: Any) -> Any:
+        name = own.__name__
+        owner = AGENTS[name].own or AGENTS[name].load() if name in AGENTS else None
+        check_free("agent", name, RULES[name].function if name in RULES else owner, own)
+        if isinstance(own, type) and not callable(getattr(own, "search", None)):
+            raise ConfigError(f"agent: the class {name!r} has no method search")
+        AGENTS[name] = Entry(name, summary, "", own)
+        return own
+
+    return register
+
+
+__all__ = ["AGENTS", "Agent", "Entry", "SearchResult", "Session", "StateDir", "agent", "make_agent"]

@@ -16,6 +16,7 @@ from ..agents import AGENTS, make_agent
 from ..config import Config, SearchConfig
 from ..errors import ConfigError, RunError, near_miss
 from ..files import lock_run, write_text_atomic
+from ..plugins import loaded
 from ..problem import Problem, dense_model, prepare
 from ..progress import Console
 from ..pruning.space import PruningSpace
@@ -38,7 +39,6 @@ def run(
     *,
     budgets: Sequence[str | float] = (),
     jobs: int = 1,
-    plugins: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Compare methods and write results.json, benchmark.md, plots, ledger.jsonl and report.html.
 
@@ -49,7 +49,6 @@ def run(
         budgets: as in `budget.target`, which is taken where there are none.
         jobs: processes that compute cells at the same time, each with `config.threads` threads (1 by default).
             With one job this process computes them, and torch chooses its threads.
-        plugins: modules that workers import first, for the rules and agents that these register.
 
     Returns the content of results.json: its rows are one per method, seed and budget, its `summary` one per
     method and budget.
@@ -81,7 +80,7 @@ def run(
         wanted = [Cell(DENSE, config.seed, asked[0])]
         wanted += [Cell(n, config.seed + i, b) for b in asked for n in names for i in range(seeds)]
         write_text_atomic(folder / "config.yaml", config.to_yaml())
-        work = _Work(config, folder, console, wanted, problem, jobs, tuple(plugins))
+        work = _Work(config, folder, console, wanted, problem, jobs, tuple(loaded()))
         work.run()
         protocol = {
             "seeds": seeds,

@@ -22,6 +22,7 @@ from ..errors import ArtifactError, RlpruneError
 from ..files import read_json, write_json_atomic
 from ..finish import choose, finish
 from ..ledger import Ledger
+from ..plugins import fingerprint
 from ..problem import Found, Problem, score_rule, search
 from ..progress import Console
 from ..rules import RULES
@@ -63,7 +64,11 @@ def determinants(config: Config, cell: Cell) -> dict[str, Any]:
         for key, value in settings.items()
         if not any(key == name or key.startswith(f"{name}.") for name in skipped)
     }
-    about = {"method": cell.method, "cell seed": cell.seed, "prepared with seed": config.seed}
+    about: dict[str, Any] = {"method": cell.method, "cell seed": cell.seed, "prepared with seed": config.seed}
+    # A name from outside says nothing of the code behind it.
+    for name in dict.fromkeys((cell.method, config.search.base_rule)):
+        if (digest := fingerprint(name)) is not None:
+            about[f"code of {name}"] = digest
     return kept | about | flat({"libraries": library_versions()})
 
 

@@ -23,8 +23,10 @@ from .space import PruningSpace
 from .statistics import collect as collect_statistics
 
 _BATCHNORM = nn.modules.batchnorm._BatchNorm
-_LESSON_BATCH = 64
-_LANGUAGE_BATCH = 8
+LESSON_BATCH = 64
+"""Images in a batch of the step `finetune`."""
+LANGUAGE_BATCH = 8
+"""Sequences in a batch of the step `finetune` of a language model."""
 
 RECOVERIES = {
     "none": "leave the cut model as it is",
@@ -133,7 +135,7 @@ class Recovery:
         seed = zlib.crc32(self._space.widths.tobytes())
         if self._lesson is None:
             generator = torch.Generator().manual_seed(seed)
-            batches = self._workload.train_batches(generator, _LANGUAGE_BATCH)
+            batches = self._workload.train_batches(generator, LANGUAGE_BATCH)
             self._lesson = list(itertools.islice(batches, settings.finetune_steps))
         train_language(
             slim,
@@ -147,7 +149,7 @@ class Recovery:
     def _with_logits(self, steps: int) -> list[tuple[Tensor, ...]]:
         """The first train batches of a fixed shuffle with the dense model's outputs on them."""
         generator = torch.Generator().manual_seed(0)
-        batches = itertools.islice(self._workload.train_batches(generator, _LESSON_BATCH), steps)
+        batches = itertools.islice(self._workload.train_batches(generator, LESSON_BATCH), steps)
         with torch.no_grad(), evaluating(self._model):
             return [(inputs, targets, self._model(inputs)) for inputs, targets in batches]
 

@@ -26,4 +26,6 @@ __all__ = ["RULES", "Context", "Rule", "rule", "rules_for"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in RULES:  # one that was registered from outside
+        return RULES[name].function
     raise AttributeError(f"no rule {name!r}{near_miss(name, RULES)}; there are {', '.join(RULES)}")

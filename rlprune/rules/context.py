@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, update_wrapper
 from typing import Any
 
 import numpy as np
@@ -89,7 +89,9 @@ class Rule:
     ``counter`` belongs to a rule that scores candidates to find its distribution; they are charged to whoever
     asks. ``language`` marks a rule for language models only, ``costly`` one that runs backward passes, or
     dozens of forward passes, over the calibration split. ``peer`` marks another library's own method for
-    models of images: it stands in comparisons, and no search starts from it.
+    models of images: it stands in comparisons, and no search starts from it. ``shipped`` says that a rule comes
+    with rlprune: only those are among the starts of every search, so that a rule of yours changes nobody else's
+    results.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Rule:
     language: bool = False
     costly: bool = False
     peer: bool = False
+    shipped: bool = True
 
     @property
     def probes(self) -> bool:
@@ -112,6 +115,8 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {}
+RESERVED = ("auto", "dense")
+"""Names that mean something else where a rule or an agent is named."""
 
 
 def is_language(space: PruningSpace) -> bool:
@@ -141,18 +146,25 @@ def rule(
     costly: bool = False,
     peer: bool = False,
 ) -> Callable[[RuleFunction], RuleFunction]:
-    """Register a function under its own name, and check what it is given.
+    """Register a function under its own name, and check what it is given and what it returns.
 
     Args:
+        summary: one line for ``rlprune list rules``.
         needs_workload: refuse contexts without a workload (a probing rule is content with ``probe``).
         probes: how many candidates the rule scores on a space; None for none.
         language: refuse the spaces of other models than causal language models.
         costly: the rule runs backward passes, or dozens of forward passes over the calibration split.
         peer: another library's method: in comparisons only, and not for causal language models.
+
+    Raises (when applied):
+        ConfigError: the name is taken, or the summary is missing.
     """
+    if not isinstance(summary, str):
+        raise ConfigError('rule: needs a summary, as in @rule("what it does")')
 
     def register(function: RuleFunction) -> RuleFunction:
         name = function.__name__
+        check_free("rule", name, RULES[name].function if name in RULES else None, function)
 
         def checked(context: Context) -> Floats:
             if language and not is_language(context.space):
@@ -164,13 +176,38 @@ def rule(
                 raise ConfigError(f"rule: {name!r} is not for causal language models")
             if needs_workload and not (probes and context.probe):
                 context.data(name)
-            return _counted(context, function(context))
+            return _counted(context, _valid(name, function(context), len(context.space.groups)))
 
-        checked.__name__, checked.__qualname__, checked.__doc__ = name, name, function.__doc__
-        RULES[name] = Rule(name, summary, checked, needs_workload, probes, language, costly, peer)
+        update_wrapper(checked, function)
+        shipped = function.__module__.startswith(f"{__package__}.")
+        RULES[name] = Rule(name, summary, checked, needs_workload, probes, language, costly, peer, shipped)
         return checked
 
     return register
+
+
+def check_free(what: str, name: str, owner: Any, newcomer: Any) -> None:
+    """ConfigError where a name belongs to another; only a notebook may define its own function again."""
+    again = owner is not None and owner.__module__ == newcomer.__module__ == "__main__"
+    if (owner is not None and not again) or name in RESERVED:
+        raise ConfigError(f"{what}: the name {name!r} is taken; choose another")
+
+
+def _valid(name: str, distribution: Any, groups: int) -> Floats:
+    """What a rule returned as float64; ConfigError naming the rule where that is no distribution."""
+    try:
+        values = np.asarray(distribution, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(
+            f"rule {name!r}: must return {groups} numbers, got {type(distribution).__name__}"
+        ) from None
+    if values.shape != (groups,):
+        raise ConfigError(
+            f"rule {name!r}: must return shape ({groups},), one number a group, got {values.shape}"
+        )
+    if not (np.isfinite(values).all() and (values >= 0).all() and values.any()):
+        raise ConfigError(f"rule {name!r}: must return finite numbers of 0 and more, not all of them 0")
+    return values
 
 
 def _counted(context: Context, distribution: Floats) -> Floats:
