@@ -1,10 +1,14 @@
-"""What the C library does with freed memory."""
+"""Memory that libraries keep although no tensor needs it."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
+
+# Compiled products that oneDNN, and torch's layer above it, keep: a candidate has fewer shapes.
+_KERNELS = 128
 
 
 def return_freed_memory() -> None:
@@ -16,3 +20,14 @@ def return_freed_memory() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library has no malloc_trim
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def bound_kernel_caches() -> None:
+    """Keep fewer of the products that oneDNN compiles for each shape in bfloat16; before the first of them.
+
+    By default a thousand of them are kept in two caches, and every candidate of a search brings dozens of new
+    shapes: measured with torch 2.15, 0.8 MiB a shape, which is soon more than the model. Variables that are
+    set already stay.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(_KERNELS))

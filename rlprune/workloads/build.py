@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..config import Config, DataConfig, ModelConfig
 from ..errors import ArtifactError, ConfigError, GraphError, RlpruneError
 from ..files import write_tensors_atomic
-from ..memory import return_freed_memory
+from ..memory import bound_kernel_caches, return_freed_memory
 from ..pruning.finetune import FitResult, Progress, fit
 from ..pruning.language_training import train_language
 from . import data as vision_data
@@ -240,6 +240,7 @@ def _language_workload(
 ) -> LanguageWorkload:
     """The language model and text of the settings, checked against each other; nothing is trained."""
     settings, request = config.model, _text_request(config.data)
+    bound_kernel_caches()
     if settings.weights is not None:
         raise ConfigError(
             "model.weights: not for language models; name the files in model.name, as hf:FOLDER"
