@@ -209,7 +209,11 @@ def _curve(problem: Problem, rules: Sequence[Found], found: Sequence[Found]) -> 
     if searched := problem.config.search.budget_range:
         low, high = searched
         budgets = sorted({low, high, *(b for b in _CURVE if low < b < high)}, reverse=True)
-        names = [name for name, rule in rules_for(space).items() if not rule.probes and not rule.costly]
+        names = [
+            name
+            for name, rule in rules_for(space).items()
+            if not rule.probes and not (rule.costly and problem.workload.language)
+        ]
     else:
         budgets = [b for b in _CURVE if b > space.feasible(metric)[0] / space.dense_cost(metric)]
         names = ["uniform", max(rules, key=lambda r: r.best.score).method]
