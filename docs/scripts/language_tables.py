@@ -166,6 +166,7 @@ def _allocation_lines(found: Rows, budgets: Sequence[float]) -> list[str]:
 
 def _more_lines(found: Rows, more: Rows) -> list[str]:
     """The methods that were also measured with more calibration sequences, beside their first figures."""
+    more = [row for row in more if "calibration" in row]
     if not more:
         return []
     before = {row["key"]: row for row in found}
@@ -181,7 +182,7 @@ def _more_lines(found: Rows, more: Rows) -> list[str]:
                 if len(fields) > 1
                 else ""
             )
-            label = f"{name}, {how}" if how else f"{name.split()[0]}, our ranking and closed form"
+            label = f"{name}, {how}" if how else f"{name.rstrip(' 0')}, our ranking and closed form"
             known = cells.setdefault((budget, label, row["key"]), {})
             known[row["calibration"]] = row[field]
             if row["key"] in before:
@@ -192,7 +193,7 @@ def _more_lines(found: Rows, more: Rows) -> list[str]:
     ]
     note = (
         "Test perplexity when the calibration split is larger, for every method of the table alike; the validation "
-        "sequences are the same. A ranking from published rules reads the whole split too."
+        "sequences are the same."
     )
     return ["## With more calibration tokens", "", markdown_table(header, lines), "", note, ""]
 
