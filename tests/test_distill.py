@@ -86,7 +86,9 @@ def test_several_tasks_are_learned_by_one_network():
             assert np.abs(applied(policy, task, budget) - plan).max() <= 1
 
 
-def test_interrupted_and_resumed_over_a_range_is_the_same_search(tmp_path):
+def test_interrupted_and_resumed_over_a_range_is_the_same_search(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlprune.agents.distill._STEPS", 20)
+
     def result(state, stop=None):
         task = make_synthetic_task(6, 0, RANGE)
         account = FakeAccount(task.evaluator, 50, stop_after=stop)

@@ -24,7 +24,8 @@ from ..envs.task import ACTION_SCALE, BASE_FLOOR, Floats, Ints, Task
 from .policy import GroupPolicy
 
 _STEPS = 2000
-_ROUNDS = 5
+# At most; a few seconds each.
+_ROUNDS = 3
 _LEARNING_RATE = 2e-3
 # What the policy's actions may reach once it is taught, beyond the [-1, 1] of the search: the best plans leave some
 # groups whole and cut others to a few units.
