@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import scipy.stats
 
-from rlprune import benchmark, comparison, fidelity
+from rlprune import benchmark, comparison
 from rlprune.agents import AGENTS
 from rlprune.benchmark import Cell, cell_key
 from rlprune.benchmark.cells import finished
@@ -280,42 +279,3 @@ def test_a_folder_of_others_is_refused(small_digits: Config, tmp_path: Path) -> 
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ArtifactError, match="thesis"):
         benchmark.run(small_digits, ["uniform"], 1, 5, tmp_path)
-
-
-@pytest.mark.parametrize("draw", [lambda r: r.normal(size=9), lambda r: r.integers(3, size=9)])
-def test_spearman_is_scipys(draw: Callable[[np.random.Generator], Any]) -> None:
-    rng = np.random.default_rng(3)
-    for _ in range(20):
-        x, y = draw(rng), draw(rng)
-        wanted = scipy.stats.spearmanr(x, y).statistic
-        assert fidelity.spearman(x, y) == pytest.approx(0.0 if np.isnan(wanted) else wanted)
-    assert fidelity.spearman([1.0, 1.0], [1.0, 2.0]) == 0.0
-
-
-def test_fidelity_scores_and_fine_tunes_and_goes_on_where_it_was(
-    small_digits: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = fidelity.run(small_digits, 4, tmp_path / "run")
-    assert "reconstruct + bn (in use)" in text and "4 random plans" in text
-    content = json.loads((tmp_path / "run" / "fidelity.json").read_text())
-    assert {row["recovery"] for row in content["summary"]} == {
-        "none",
-        "bn",
-        "reconstruct",
-        "reconstruct + bn",
-    }
-    assert all(-1 <= row["low"] <= row["spearman"] <= row["high"] <= 1 for row in content["summary"])
-    assert len(content["points"]) == 4
-    assert len({tuple(point["widths"]) for point in content["points"]}) == 4
-    assert (tmp_path / "run" / "fidelity.png").stat().st_size > 1000
-    trained = []
-    monkeypatch.setattr(fidelity, "fine_tune", lambda *_, **options: trained.append(options["label"]))
-    fidelity.run(small_digits, 5, tmp_path / "run")
-    assert trained == ["fine-tune 5/5"]
-
-
-def test_fidelity_needs_candidates_and_a_fine_tune(small_digits: Config, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--candidates"):
-        fidelity.run(small_digits, 3, tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"finish\.epochs"):
-        fidelity.run(small_digits.override(["finish.epochs=0"]), 5, tmp_path / "run")

@@ -21,7 +21,7 @@ from rlprune.ledger import Ledger
 from rlprune.report import read_results
 from rlprune.rules import RULES
 
-VISION_RULES = [name for name, rule in RULES.items() if not rule.language]
+VISION_RULES = [name for name, rule in RULES.items() if not (rule.language or rule.peer)]
 
 TINY = [
     "model.arguments={width: 4}", "model.train.epochs=2", "data.train=256", "data.calibration=64",

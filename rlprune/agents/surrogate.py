@@ -165,7 +165,10 @@ class ScoreModel:
             return np.median(distance)
         cost = np.log(np.maximum(self._cost(widths), 1e-12))
         logs = np.log(np.maximum(distance, 1e-5))
-        return np.exp(np.polyval(np.polyfit(cost, logs, 2), cost))
+        spread = float(cost.std())
+        around = (cost - cost.mean()) / (spread if spread > 1e-9 else 1.0)
+        degree = min(2, len(np.unique(around.round(3))) - 1)  # a parabola needs three budgets
+        return np.exp(np.polyval(np.polyfit(around, logs, degree), around))
 
 
 def _linear(a: Floats | None, b: Floats | None) -> Any:
