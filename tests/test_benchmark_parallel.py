@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -33,6 +34,8 @@ def words(out: Path, *more: str, methods: str = "uniform,random,ppo") -> list[st
 def command(arguments: Sequence[str], **options: Any) -> subprocess.Popen[str]:
     # What pytest can import the command can import as well, wherever the tests are run from.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    # Where the tests run in the background of a shell, Ctrl-C is ignored, and children would inherit that.
+    options["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "rlprune", *arguments],
         text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, **options,
@@ -118,9 +121,9 @@ def test_a_stopped_benchmark_leaves_no_worker_and_goes_on_as_if_never_stopped(
     for worker in workers:
         wait_for(lambda pid=worker: ended(pid), "the workers to end")  # type: ignore[misc]
     assert not (out / "results.json").exists()
-    before = {path.name: path.read_bytes() for path in out.glob("cells/*.state/ledger.jsonl")}
-    assert before
-    code, output = finish(command(words(out, "--jobs", "2")))
+    assert searching(out)
+    # One process may go on with what two have begun.
+    code, output = finish(command(words(out, *(["--jobs", "2"] if how == "kill" else []))))
     assert code == 0, output
     assert results_of(out) == results_of(serial) and ledger_of(out) == ledger_of(serial)
     assert not list(out.glob("cells/*.state"))
@@ -137,7 +140,7 @@ def test_a_killed_worker_costs_its_cell_only(serial: Path, tmp_path: Path) -> No
     assert code == 1 and last.startswith("rlprune: error: 1 of 4 cells failed"), output
     assert "its process was ended by SIGKILL" in last and "seed 0, budget 0.5" in last
     assert len(results_of(out)) == 3
-    code, output = finish(command(words(out, "--jobs", "2")))
+    code, output = finish(command(words(out)))
     assert code == 0 and "3 of 4 cells are there already" in output, output
     assert results_of(out) == results_of(serial)
 
