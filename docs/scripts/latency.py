@@ -212,7 +212,7 @@ def summary(cells: list[dict[str, Any]]) -> str:
 TEXT = """# Latency
 
 Written by `{command}`: {threads} thread(s), {machine}; torch {torch}, Python {python}, float32.
-Load of the machine (1 minute) during the run: {low:.1f} to {high:.1f} on {cores} cores, other people's work.
+Load of the machine (1 minute) during the run: {low:.1f} to {high:.1f} on {cores} cores, other work on the machine.
 Every figure is the ratio to the dense model of the shortest of at most {repeats} passes; in every round all models of
 one line's model and batch size take turns, each timed pass right after an untimed one; {clock}.
 Absolute milliseconds are shown for scale only. Took {minutes:.1f} minutes, {tables:.0f} s of them for the tables.
