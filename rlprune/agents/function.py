@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..config import SearchConfig
 from ..envs.task import Floats, Ints, Scored, Task
-from ..ledger import SearchSpent
-from .base import Recorder, SearchResult, Starts, check_arguments
-from .callbacks import Progress, Watcher
-
-if TYPE_CHECKING:
-    from .policy import PortablePolicy
-    from .state import StateDir
+from .base import Recorder
+from .gradient_free import GradientFree
 
 
 class Session:
@@ -68,34 +61,17 @@ class Session:
         return self._recorder.evaluate(widths)
 
 
-class FunctionAgent:
+class FunctionAgent(GradientFree):
     """Scores the starts, then hands every task to the function until it returns or its account is empty."""
 
-    def __init__(self, function: Callable[[Session], Any], settings: SearchConfig | None = None) -> None:
-        self.function = function
-        self.settings = settings or SearchConfig()
+    ranges = True
 
-    def search(
-        self,
-        tasks: Sequence[Task],
-        accounts: Sequence[Any],
-        *,
-        starts: Starts = (),
-        seed: int = 0,
-        state: StateDir | None = None,
-        progress: Callable[[Progress], None] | None = None,
-        tensorboard: Path | None = None,
-        policy: PortablePolicy | None = None,
-    ) -> SearchResult:
-        """See :class:`rlprune.agents.base.Agent`; everything follows from the seed and the ledger."""
-        check_arguments(tasks, accounts, starts)
-        watcher = Watcher(tasks, accounts, progress, tensorboard)
-        recorders = [Recorder(account, watcher) for account in accounts]
-        for index, (task, recorder) in enumerate(zip(tasks, recorders, strict=True)):
-            session = Session(task, recorder, np.random.default_rng([seed, index]))
-            # `best` has to exist before the function asks for it.
-            first = starts[index] if starts else (task.uniform_widths(session.budget),)
-            recorder.score_starts(task, first, policy)
-            with contextlib.suppress(SearchSpent):  # one more than there was: a plain loop may end so
-                self.function(session)
-        return SearchResult(tuple(r.best(task) for task, r in zip(tasks, recorders, strict=True)))
+    def __init__(self, function: Callable[[Session], Any], settings: SearchConfig | None = None) -> None:
+        super().__init__(settings)
+        self.function = function
+
+    def spend(self, task: Task, recorder: Recorder, seed: Sequence[int]) -> None:
+        session = Session(task, recorder, np.random.default_rng(seed))
+        if not recorder.scores:  # `best` has to exist before the function asks for it
+            recorder.evaluate(task.uniform_widths(session.budget))
+        self.function(session)

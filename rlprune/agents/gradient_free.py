@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -16,9 +16,11 @@ from ..errors import ConfigError
 from ..ledger import SearchSpent
 from .base import Recorder, SearchResult, Starts, check_arguments
 from .callbacks import Progress, Watcher
-from .policy import PortablePolicy
 from .proposals import fresh, random_plans
-from .state import StateDir
+
+if TYPE_CHECKING:
+    from .policy import PortablePolicy
+    from .state import StateDir
 
 # A space so small that this many proposals in a row bring nothing new is exhausted.
 PATIENCE = 200
