@@ -8,7 +8,7 @@ from typing import Any
 
 from .config import Config, settings_reference, shipped_configs
 from .errors import ConfigError, near_miss
-from .sb3_settings import SB3Config
+from .search_settings import SB3Config
 
 KINDS = ("models", "rules", "agents", "importances", "recoveries", "data", "configs", "settings")
 

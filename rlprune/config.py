@@ -14,17 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from .agent_settings import (
-    BypassConfig,
-    CMAESConfig,
-    EvoPressConfig,
-    GPConfig,
-    RLPrunerConfig,
-    TPEConfig,
-)
 from .errors import ConfigError, near_miss
-from .sb3_settings import SB3_ALGORITHMS as SB3_ALGORITHMS
-from .sb3_settings import AMCConfig, SB3Config, SequentialPPOConfig, StagedPPOConfig
+from .search_settings import SearchConfig
 from .settings import Section, Setting, apply_override, build, dump_yaml, plain, read_yaml, setting, show
 from .settings import settings_reference as _reference
 
@@ -235,90 +226,6 @@ class ScoreConfig(Section):
     rungs: tuple[int, ...] = setting(
         (), "Successive halving: sequences after which the worse half of a batch is dropped.", low=1
     )
-
-
-@dataclass(frozen=True)
-class PPOConfig(Section):
-    """Settings of the PPO agent; the names are those of stable-baselines3 where it has one."""
-
-    prefix: ClassVar[str] = "search.ppo."
-
-    learning_rate: float = setting(3e-3, "Learning rate of Adam.", above=0, high=1)
-    n_steps: int = setting(16, "Mode direct: steps of one environment between two updates.", low=2)
-    batch_size: int = setting(16, "Transitions in a minibatch.", low=2)
-    n_epochs: int = setting(8, "Passes over a rollout.", low=1)
-    gamma: float = setting(
-        1.0, "Discount; 1, because the stages' rewards add up to the final score.", above=0, high=1
-    )
-    gae_lambda: float = setting(0.95, "Lambda of the generalised advantage estimate.", low=0, high=1)
-    clip_range: float = setting(0.2, "Clipping range of the policy ratio.", above=0, high=1)
-    ent_coef: float = setting(0.0, "Weight of the entropy bonus.", low=0)
-    vf_coef: float = setting(0.5, "Weight of the value loss.", low=0)
-    max_grad_norm: float = setting(0.5, "Largest norm of a gradient.", above=0)
-    log_std_init: float | None = setting(
-        None,
-        "Logarithm of the initial standard deviation of an action; null for -1 in mode surrogate and -2 in direct.",
-        low=-5,
-        high=1,
-    )
-    hidden: int = setting(64, "Units of the policy's hidden layers.", low=4)
-    group_bias: bool = setting(
-        True, "Whether each group gets a bias of its own; it is left out of the saved policy."
-    )
-    kappa: float = setting(0.5, "Surrogate mode: reward = mean + kappa * standard deviation.", low=0)
-    surrogate_steps: int = setting(4096, "Surrogate mode: steps on the surrogate after each batch.", low=1)
-    surrogate_envs: int = setting(64, "Surrogate mode: surrogate environments stepped together.", low=1)
-
-
-@dataclass(frozen=True)
-class SearchConfig(Section):
-    """The search for the best distribution."""
-
-    prefix: ClassVar[str] = "search."
-
-    agent: str = setting("ppo", "Who searches; see `rlprune list agents`.")
-    mode: str = setting(
-        "surrogate",
-        "`direct`: every PPO step is a real evaluation; `surrogate`: most steps are taken on a fitted model.",
-        choices=("surrogate", "direct"),
-    )
-    evaluations: int = setting(300, "Distinct plans that the agent may have scored.", low=1)
-    stages: int = setting(1, "Prune and recover in this many stages an episode (incremental pruning).", low=1)
-    base_rule: str = setting("auto", "Rule that action 0 stands for; `auto` takes the best-scoring rule.")
-    baselines: tuple[str, ...] = setting(
-        ("random",), "Agents searched with beside it, with as many evaluations."
-    )
-    batch: int = setting(20, "Surrogate mode: real evaluations between two fits.", low=1)
-    checkpoints: tuple[str, ...] = setting(
-        (), "Further checkpoints of the model that the policy is trained on."
-    )
-    model_seeds: tuple[int, ...] = setting(
-        (), "Further dense models, trained with these seeds, that the policy is trained on.", low=0
-    )
-    budget_range: tuple[float, ...] = setting(
-        (),
-        "Lowest and highest budget ratio drawn for an episode; empty for budget.target only.",
-        above=0,
-        high=1,
-    )
-    tensorboard: bool = setting(False, "Whether curves are written to RUN/tensorboard (extra `tensorboard`).")
-    ppo: PPOConfig = setting(PPOConfig, "Settings of PPO.")
-    ppo_sequential: SequentialPPOConfig = setting(SequentialPPOConfig, "Settings of PPO, one group a step.")
-    ppo_stages: StagedPPOConfig = setting(StagedPPOConfig, "Settings of PPO in stages.")
-    amc: AMCConfig = setting(AMCConfig, "Settings of AMC.")
-    sb3: SB3Config = setting(SB3Config, "Another algorithm of stable-baselines3.")
-    cma_es: CMAESConfig = setting(CMAESConfig, "Settings of CMA-ES.")
-    tpe: TPEConfig = setting(TPEConfig, "Settings of TPE.")
-    gp: GPConfig = setting(GPConfig, "Settings of Gaussian-process optimisation.")
-    evopress: EvoPressConfig = setting(EvoPressConfig, "Settings of EvoPress-style evolution.")
-    rl_pruner: RLPrunerConfig = setting(RLPrunerConfig, "Settings of RL-Pruner.")
-    bypass: BypassConfig = setting(BypassConfig, "Settings of Bypass back-propagation.")
-
-    def check(self) -> None:
-        if self.budget_range and (len(self.budget_range) != 2 or self.budget_range[0] > self.budget_range[1]):
-            raise ConfigError(
-                f"search.budget_range: expected two ratios, lower first, got {show(list(self.budget_range))}"
-            )
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,18 @@ from rlprune.agents import AGENTS, StateDir, make_agent
 from rlprune.agents.policy import PortablePolicy, portable_state
 from rlprune.agents.proposals import choose_batch, climb, neighbours, random_plans
 from rlprune.agents.surrogate import ScoreModel, SurrogateVecEnv
-from rlprune.config import AMCConfig, GPConfig, PPOConfig, SB3Config, SearchConfig, SequentialPPOConfig
 from rlprune.envs.distribution import DistributionEnv
 from rlprune.envs.task import Task
 from rlprune.errors import ArtifactError, ConfigError
 from rlprune.ledger import SearchSpent
+from rlprune.search_settings import (
+    AMCConfig,
+    GPConfig,
+    PPOConfig,
+    SB3Config,
+    SearchConfig,
+    SequentialPPOConfig,
+)
 
 SMALL = PPOConfig(hidden=8, n_steps=8, batch_size=8, n_epochs=2, surrogate_steps=256, surrogate_envs=32)
 # Agents without a policy that look for one best plan; a range of budgets is refused.

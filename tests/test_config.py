@@ -18,13 +18,13 @@ from rlprune.config import (
     Config,
     FinishConfig,
     ModelConfig,
-    PPOConfig,
     RecoveryConfig,
     load_config,
     settings_reference,
     shipped_configs,
 )
 from rlprune.errors import ConfigError
+from rlprune.search_settings import PPOConfig
 
 REFERENCE = list(settings_reference())
 PATHS = [item.path for item in REFERENCE]

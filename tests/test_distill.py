@@ -11,9 +11,9 @@ from rlprune.agents import StateDir, make_agent
 from rlprune.agents.distill import REACH, distill, lessons, wanted_action
 from rlprune.agents.policy import PortablePolicy, portable_state
 from rlprune.agents.surrogate import ScoreModel
-from rlprune.config import PPOConfig, SearchConfig
 from rlprune.envs.distribution import DistributionEnv
 from rlprune.envs.task import KNOTS, deviate
+from rlprune.search_settings import PPOConfig, SearchConfig
 
 SETTINGS = SearchConfig(ppo=PPOConfig(hidden=32, surrogate_steps=256, surrogate_envs=32), batch=10)
 RANGE = (0.3, 0.7)

@@ -11,10 +11,10 @@ from torch import nn
 from rlprune.agents import StateDir, make_agent
 from rlprune.agents.experience import Experience, ExperiencedModel, planned
 from rlprune.agents.policy import load_policy, portable_state, save_policy
-from rlprune.config import PPOConfig, SearchConfig
 from rlprune.envs.task import Task
 from rlprune.errors import ArtifactError
 from rlprune.expectation import TOTALS, LogitChanges
+from rlprune.search_settings import PPOConfig, SearchConfig
 
 SETTINGS = SearchConfig(ppo=PPOConfig(hidden=16, surrogate_steps=256, surrogate_envs=32), batch=10)
 

@@ -16,9 +16,9 @@ from rlprune.agents.evopress import swap_levels
 from rlprune.agents.optuna_search import TPE, action_of
 from rlprune.agents.proposals import random_plans
 from rlprune.agents.rl_pruner import _noisy, _towards, stage_plans
-from rlprune.config import BypassConfig, GPConfig, RLPrunerConfig, SearchConfig
 from rlprune.envs.task import Task
 from rlprune.errors import ConfigError
+from rlprune.search_settings import BypassConfig, GPConfig, RLPrunerConfig, SearchConfig
 
 
 def run(name, task, evaluations, *, seed=0, starts=None, settings=None):

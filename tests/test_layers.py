@@ -15,8 +15,7 @@ ROOT = Path(__file__).parent.parent / "rlprune"
 FLOORS = {
     "errors": 0,
     "settings": 0,
-    "sb3_settings": 0,
-    "agent_settings": 0,
+    "search_settings": 0,
     "config": 0,
     "files": 0,
     "memory": 0,

@@ -18,12 +18,13 @@ from rlprune.agents.base import Recorder
 from rlprune.agents.episodes import Episodes
 from rlprune.agents.sb3 import DEFAULTS, SB3Agent, check_arguments, find_algorithm
 from rlprune.catalogue import check_names
-from rlprune.config import AMCConfig, PPOConfig, SB3Config, SearchConfig, StagedPPOConfig, load_config
+from rlprune.config import load_config
 from rlprune.envs.distribution import DistributionEnv
 from rlprune.envs.sequential import SequentialEnv
 from rlprune.envs.task import Task
 from rlprune.errors import ConfigError
 from rlprune.ledger import Account, Ledger, SearchSpent
+from rlprune.search_settings import AMCConfig, PPOConfig, SB3Config, SearchConfig, StagedPPOConfig
 
 torch.set_num_threads(1)
 LEARNERS = {

@@ -11,9 +11,9 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from ..config import SearchConfig
 from ..errors import ConfigError, near_miss
 from ..rules.context import RULES, check_free
+from ..search_settings import SearchConfig
 from .base import Agent, SearchResult
 from .function import FunctionAgent, Session
 from .state import StateDir

@@ -20,9 +20,9 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from ..config import AMCConfig
 from ..envs.sequential import SequentialEnv
 from ..envs.task import Task
+from ..search_settings import AMCConfig
 from .episodes import Episodes, EpisodicAgent
 
 # Episodes of the paper's searches: 100 of warm-up, then 300.

@@ -18,10 +18,10 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from ..config import SearchConfig
 from ..envs.base import PruningEnv
 from ..envs.task import Task
 from ..ledger import SearchSpent
+from ..search_settings import SearchConfig
 from .base import Recorder, SearchResult, Starts, check_arguments
 from .callbacks import Progress, Watcher
 from .policy import PortablePolicy

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..config import SearchConfig
 from ..envs.task import Floats, Ints, Scored, Task
+from ..search_settings import SearchConfig
 from .base import Recorder
 from .gradient_free import GradientFree
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ..config import SearchConfig
 from ..envs.task import Task
 from ..errors import ConfigError
 from ..ledger import SearchSpent
+from ..search_settings import SearchConfig
 from .base import Recorder, SearchResult, Starts, check_arguments
 from .callbacks import Progress, Watcher
 from .proposals import fresh, random_plans

@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..config import SearchConfig
 from ..envs.task import ACTION_SCALE, BASE_FLOOR, Floats, Ints, Scored, Task
 from ..errors import ConfigError
+from ..search_settings import SearchConfig
 from .base import Recorder
 from .gradient_free import PATIENCE, GradientFree
 from .proposals import fresh, random_plans

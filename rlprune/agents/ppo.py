@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import SearchConfig
 from ..envs.distribution import DistributionEnv
 from ..envs.task import Task
 from ..errors import ConfigError
+from ..search_settings import SearchConfig
 from .base import Recorder, SearchResult, Starts, check_arguments
 from .callbacks import Progress, Watcher
 from .direct import direct_search

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..config import SearchConfig
+from ..search_settings import SearchConfig
 from .ppo import PPOAgent
 
 

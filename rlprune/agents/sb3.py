@@ -21,10 +21,10 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from ..config import SB3_ALGORITHMS, SearchConfig
 from ..envs.distribution import DistributionEnv
 from ..envs.task import Task
 from ..errors import ConfigError, near_miss
+from ..search_settings import SB3_ALGORITHMS, SearchConfig
 from ..settings import show
 from .episodes import Episodes, EpisodicAgent
 

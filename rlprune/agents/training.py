@@ -10,10 +10,10 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 
-from ..config import SearchConfig
 from ..envs.distribution import DistributionEnv
 from ..envs.task import Task
 from ..errors import ArtifactError
+from ..search_settings import SearchConfig
 from .base import Recorder, SearchResult, Starts
 from .callbacks import Watcher
 from .policy import GroupPolicy, PortablePolicy, provenance

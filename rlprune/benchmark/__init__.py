@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..agents import AGENTS, make_agent
-from ..config import Config, SearchConfig
+from ..config import Config
 from ..errors import ConfigError, RunError, near_miss
 from ..files import lock_run, write_text_atomic
 from ..plugins import loaded
@@ -21,6 +21,7 @@ from ..problem import Problem, dense_model, prepare
 from ..progress import Console
 from ..pruning.space import PruningSpace
 from ..rules import RULES, rules_for
+from ..search_settings import SearchConfig
 from .cells import DENSE, Cell, cell_key, compute, finished, reason
 from .outcome import Outcome, page, write
 from .pool import Pool, Worker
