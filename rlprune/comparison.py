@@ -94,7 +94,10 @@ def paired(results: Mapping[str, Any]) -> Table:
 def notes(results: Mapping[str, Any]) -> list[str]:
     """What a reader of the tables has to know: methods left out, cells that failed."""
     protocol = results.get("protocol") or {}
-    lines = [f"Left out: {name} ({why})." for name, why in protocol.get("left_out", {}).items()]
+    left_out: dict[str, list[str]] = {}
+    for name, why in protocol.get("left_out", {}).items():
+        left_out.setdefault(why, []).append(name)
+    lines = [f"Left out ({why}): {', '.join(names)}." for why, names in left_out.items()]
     return lines + [f"Failed: {cell}: {why}." for cell, why in protocol.get("failed", {}).items()]
 
 
