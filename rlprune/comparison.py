@@ -126,12 +126,12 @@ def figures(results: Mapping[str, Any]) -> list[tuple[str, Figure, str]]:
         found.append(("score", plots.comparison({unit: scores}), text))
     searches = curves(results)
     if searches:
-        rules = {
-            "best rule: " + e["method"] if e["best_rule"] else e["method"]: e["score"]["mean"]
-            for e in results["summary"]
-            if (e["best_rule"] or e["method"] == "uniform") and e["score"]["mean"] is not None
+        best = {
+            f"best rule: {entry['method']}": entry["score"]["mean"]
+            for entry in results["summary"]
+            if entry["best_rule"] and entry["score"]["mean"] is not None
         }
-        figure = plots.learning(searches, rules, unit)
+        figure = plots.learning(searches, best, unit)
         found.append(
             ("learning", figure, "Best score so far against the evaluations spent, for every search")
         )
