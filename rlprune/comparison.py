@@ -94,7 +94,10 @@ def paired(results: Mapping[str, Any]) -> Table:
 def notes(results: Mapping[str, Any]) -> list[str]:
     """What a reader of the tables has to know: methods left out, cells that failed."""
     protocol = results.get("protocol") or {}
-    lines = [f"Left out: {name} ({why})." for name, why in protocol.get("left_out", {}).items()]
+    left_out: dict[str, list[str]] = {}
+    for name, why in protocol.get("left_out", {}).items():
+        left_out.setdefault(why, []).append(name)
+    lines = [f"Left out ({why}): {', '.join(names)}." for why, names in left_out.items()]
     return lines + [f"Failed: {cell}: {why}." for cell, why in protocol.get("failed", {}).items()]
 
 
@@ -123,12 +126,12 @@ def figures(results: Mapping[str, Any]) -> list[tuple[str, Figure, str]]:
         found.append(("score", plots.comparison({unit: scores}), text))
     searches = curves(results)
     if searches:
-        rules = {
-            "best rule: " + e["method"] if e["best_rule"] else e["method"]: e["score"]["mean"]
-            for e in results["summary"]
-            if (e["best_rule"] or e["method"] == "uniform") and e["score"]["mean"] is not None
+        best = {
+            f"best rule: {entry['method']}": entry["score"]["mean"]
+            for entry in results["summary"]
+            if entry["best_rule"] and entry["score"]["mean"] is not None
         }
-        figure = plots.learning(searches, rules, unit)
+        figure = plots.learning(searches, best, unit)
         found.append(
             ("learning", figure, "Best score so far against the evaluations spent, for every search")
         )

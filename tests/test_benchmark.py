@@ -229,6 +229,9 @@ def test_methods_that_cannot_run_here_are_left_out_or_refused(
     monkeypatch.setitem(AGENTS, "needy", Needy())
     unable = benchmark.unable_agents(None, small_digits.search)
     assert "No module named 'no_such_library'" in unable["needy"] and "ppo" not in unable
+    assert "the same as sac" in unable["sb3"] and "sac" not in unable
+    other = small_digits.override(["search.sb3.algorithm=TD3"])
+    assert "sb3" not in benchmark.unable_agents(None, other.search)
     names, left_out = benchmark.applicable(None, space, unable)
     assert left_out["owl"] == "for language models only" and "needy" in left_out
     assert {"ppo", "random", "uniform"} <= set(names) and not set(names) & set(left_out)

@@ -60,7 +60,11 @@ def test_the_page_says_what_was_run_and_what_came_out(taken: tuple[Path, dict[st
     docs, results = taken
     text = (docs / "benchmark.md").read_text()
     assert "rlprune benchmark digits --methods uniform,ppo --budgets 0.5 0.3 --seeds 3" in text
-    assert "finish.epochs=7" in text and "slide rule" in text and "Left out: owl" in text
+    assert (
+        "finish.epochs=7" in text
+        and "slide rule" in text
+        and "Left out (for language models only): owl" in text
+    )
     assert "### 50% of the macs" in text and "### 30% of the macs" in text
     loss = next(e for e in results["summary"] if e["method"] == "ppo")["test_loss"]["mean"]
     assert f"ppo's mean test loss before the fine-tune is {loss:.4f}" in text

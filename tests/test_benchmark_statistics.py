@@ -124,14 +124,17 @@ def test_the_tables_say_what_the_summary_says() -> None:
     results = {
         "summary": [entry | {"budget": 0.5} for entry in summary_of(losses=True)],
         "workload": {}, "budget": {"target": 5.0, "dense": 10.0, "metric": "macs"},
-        "protocol": {"left_out": {"owl": "for language models only"}, "failed": {"tpe, seed 0": "out of memory"}},
+        "protocol": {
+            "left_out": {"owl": "for language models only", "flap": "for language models only"},
+            "failed": {"tpe, seed 0": "out of memory"},
+        },
     }  # fmt: skip
     text = markdown_table(*comparison.headline(results)) + markdown_table(*comparison.paired(results))
     assert "lamp (best rule)" in text and "1.2500 [1.0000, 1.5000]" in text and "| 3 (2/2) " in text
     assert "+0.7500 [+0.5000, +1.0000] (2/2)" in text and "never [1, never] (1/2)" in text
     assert "-0.8500 [-0.9000, -0.8000] (2/2)" in text
     assert comparison.notes(results) == [
-        "Left out: owl (for language models only).",
+        "Left out (for language models only): owl, flap.",
         "Failed: tpe, seed 0: out of memory.",
     ]
     assert comparison.share(results) == "50%" and comparison.per_budget(results) == [results]

@@ -21,7 +21,7 @@ from ..problem import Problem, dense_model, prepare
 from ..progress import Console
 from ..pruning.space import PruningSpace
 from ..rules import RULES, rules_for
-from ..search_settings import SearchConfig
+from ..search_settings import SB3Config, SearchConfig
 from .cells import DENSE, Cell, cell_key, compute, finished, reason
 from .outcome import Outcome, page, write
 from .pool import Pool, Worker
@@ -243,6 +243,8 @@ def unable_agents(methods: Sequence[str] | None, settings: SearchConfig) -> dict
                 make_agent(name, settings)
             except (ConfigError, ImportError) as error:
                 reasons[name] = reason(error)
+    if methods is None and settings.sb3 == SB3Config() and "sac" in AGENTS:
+        reasons["sb3"] = "the same as sac where search.sb3 does not say otherwise"
     return reasons
 
 
