@@ -85,7 +85,7 @@ def paired(results: Mapping[str, Any]) -> Table:
     )
     header += [f"{what} − {reference}" for _, what in kinds for reference in REFERENCES]
     rows = [
-        [entry["method"], *[_against(entry[kind].get(other)) for kind, _ in kinds for other in REFERENCES]]
+        [entry["method"], *[against(entry[kind].get(other)) for kind, _ in kinds for other in REFERENCES]]
         for entry in results["summary"]
     ]
     return header, rows
@@ -159,7 +159,8 @@ def chart(results: Mapping[str, Any], field: str) -> Sequence[Mapping[str, Any]]
     ]
 
 
-def _against(difference: Mapping[str, Any] | None) -> str:
+def against(difference: Mapping[str, Any] | None) -> str:
+    """Mean of paired differences [95% interval] (seeds won/seeds); a dash where there is none."""
     if difference is None or difference["mean"] is None:
         return "–"
     inside = ""

@@ -69,6 +69,7 @@ def test_the_page_says_what_was_run_and_what_came_out(taken: tuple[Path, dict[st
     loss = next(e for e in results["summary"] if e["method"] == "ppo")["test_loss"]["mean"]
     assert f"ppo's mean test loss before the fine-tune is {loss:.4f}" in text
     assert "below that of 4 of 4 methods" in text
+    assert "| ppo minus | test loss" in text
     for kind in ("benchmark", "score", "learning"):
         assert f"(benchmark/digits-30-{kind}.png)" in text
         assert (docs / "benchmark" / f"digits-30-{kind}.png").read_bytes().startswith(PNG)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlprune import comparison, plots
+from rlprune.benchmark.statistics import difference
 from rlprune.config import load_config
 from rlprune.report import markdown_table, read_results
 
@@ -69,14 +70,18 @@ def verdict(results: Mapping[str, Any], agent: str = "ppo") -> list[str]:
     summary = {entry["method"]: entry for entry in results["summary"]}
     if agent not in summary or summary[agent]["test_loss"]["mean"] is None:
         return []
-    ours = summary[agent]["test_loss"]
-    below = [n for n, e in summary.items() if n != agent and ours["mean"] < e["test_loss"]["mean"]]
-    above = [n for n in summary if n != agent and n not in below]
-    lines = [
-        f"- {agent}'s mean test loss before the fine-tune is {comparison.interval(ours)}: below that of "
-        f"{len(below)} of {len(below) + len(above)} methods"
-        + (f"; **not** below {', '.join(above)}." if above else ".")
-    ]
+    lines = []
+    for field, when in (("test_loss", "before"), ("test_loss_finetuned", "after")):
+        ours = summary[agent][field]
+        if ours["mean"] is None:
+            continue
+        below = [n for n, e in summary.items() if n != agent and ours["mean"] < e[field]["mean"]]
+        above = [n for n in summary if n != agent and n not in below]
+        lines.append(
+            f"- {agent}'s mean test loss {when} the fine-tune is {comparison.interval(ours)}: below that of "
+            f"{len(below)} of {len(below) + len(above)} methods"
+            + (f"; **not** below {', '.join(above)}." if above else ".")
+        )
     for reference, what in (("best rule", "the best rule"), ("random", "random search")):
         found = summary[agent]["against_loss"].get(reference)
         if found is not None:
@@ -97,6 +102,26 @@ def verdict(results: Mapping[str, Any], agent: str = "ppo") -> list[str]:
             f"{needed['seeds']} seeds."
         )
     return lines
+
+
+def duels(results: Mapping[str, Any], agent: str = "ppo") -> comparison.Table:
+    """Header and rows: the agent minus every other search under the same seed, mean [95% interval] (seeds won)."""
+    fields = {"test_loss": "test loss", "test_loss_finetuned": "test loss, fine-tuned", "score": "score"}
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in results["rows"]:
+        if row["kind"] not in ("dense", "rule"):
+            found.setdefault(row["method"], {})[row["seed"]] = row
+    header = [f"{agent} minus", *fields.values()]
+    others = [entry["method"] for entry in results["summary"] if entry["method"] in found]
+    return header, [
+        [name]
+        + [
+            comparison.against(difference(found[agent], found[name], field, higher=field == "score"))
+            for field in fields
+        ]
+        for name in others
+        if name != agent and agent in found
+    ]
 
 
 def section(name: str, results: Mapping[str, Any], folder: Path) -> str:
@@ -126,6 +151,8 @@ def section(name: str, results: Mapping[str, Any], folder: Path) -> str:
             parts.append(f"![{text}]({folder.name}/{file})\n")
         parts += [markdown_table(*comparison.headline(view)), ""]
         parts += [markdown_table(*comparison.paired(view)), ""]
+        if (table := duels(view))[1]:
+            parts += [markdown_table(*table), ""]
     parts += [f"- {note}" for note in comparison.notes(results)]
     return "\n".join(parts).rstrip() + "\n"
 
