@@ -42,7 +42,7 @@ class PPOConfig(Section):
         True, "Whether each group gets a bias of its own; it is left out of the saved policy."
     )
     kappa: float = setting(0.5, "Surrogate mode: reward = mean + kappa * standard deviation.", low=0)
-    surrogate_steps: int = setting(4096, "Surrogate mode: steps on the surrogate after each batch.", low=1)
+    surrogate_steps: int = setting(1024, "Surrogate mode: steps on the surrogate after each batch.", low=1)
     surrogate_envs: int = setting(64, "Surrogate mode: surrogate environments stepped together.", low=1)
 
 

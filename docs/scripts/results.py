@@ -1,138 +1,289 @@
-"""PPO against the rules and random search on several workloads and budgets -> docs/results.md.
+"""The committed results of `rlprune benchmark` -> docs/results.md with its figures, and the README's table.
 
-    python docs/scripts/results.py [--configs digits fashion_mnist_resnet20] [--budgets 0.5 0.3]
-                                   [--seeds 3] [--evaluations 300] [--jobs 1] [--set KEY=VALUE ...]
+    rlprune benchmark digits --budgets 0.5 0.3 --evaluations 300 --jobs 2 --threads 1 --out runs/digits-benchmark
+    python docs/scripts/results.py --take runs/digits-benchmark
 
-Each workload is one `rlprune benchmark`; finished cells in --out are reused.
+--take copies a run's results.json, in a compact form, to docs/results/NAME.json (NAME is that of the shipped config);
+without it the page is written anew from what is there. Nothing is measured here.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from rlprune import benchmark, comparison
+from rlprune import comparison, plots
+from rlprune.benchmark.statistics import difference
 from rlprune.config import load_config
-from rlprune.report import markdown_table
+from rlprune.report import markdown_table, read_results
 
 DOCS = Path(__file__).resolve().parents[1]
-README = DOCS.parent / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+# What the page names as open, with the command, until its results are taken; a GPU makes it an hour's work.
+WANTED = {
+    "digits": "rlprune benchmark digits --budgets 0.5 0.3 --evaluations 300 --jobs 2 --threads 1",
+    "fashion_mnist_resnet20": "rlprune benchmark fashion_mnist_resnet20 --budgets 0.5 0.3 --seeds 3 --evaluations 300",
+    "tiny_llama": "rlprune benchmark tiny_llama --seeds 3 --evaluations 300 --threads 1",
+    "cifar10_resnet20": "rlprune benchmark cifar10_resnet20 --seeds 3 --evaluations 300 --set data.root=cifar10-jpeg "
+    "model.checkpoint=resnet20_cifar10.safetensors",
+    "cifar10_resnet56": "rlprune benchmark cifar10_resnet56 --seeds 3 --evaluations 300 --set data.root=cifar10-jpeg "
+    "model.checkpoint=resnet56_cifar10.safetensors",
+    "smollm2_135m": "rlprune benchmark smollm2_135m --seeds 3 --evaluations 300",
+}
+KEPT = ("version", "workload", "budget", "score", "hardware", "groups", "budgets", "protocol", "settings")
 
 
-def verdict(summary: list[dict[str, Any]], agent: str = "ppo") -> str:
-    """One sentence for each claim: above the best rule on every seed, above random search on average."""
-    entry = next(entry for entry in summary if entry["method"] == agent)
-    rule = next(e["method"] for e in summary if e["best_rule"])
-    lines = []
-    for label, name, every in (
-        ("best rule", f"the best rule ({rule})", True),
-        ("random", "random search", False),
-    ):
-        found = entry["against"].get(label)
-        if found is None:
-            continue
-        holds = found["wins"] == found["seeds"] if every else found["mean"] > 0
-        lines.append(
-            f"- {agent}'s score {'is' if holds else 'is **not**'} above that of {name} "
-            f"{'on every seed' if every else 'on average'}: {found['wins']} of {found['seeds']} seeds, paired "
-            f"difference {found['mean']:+.4f} (range {found['min']:+.4f} to {found['max']:+.4f})"
-        )
-    return "\n".join(lines)
+def take(run: Path, folder: Path) -> Path:
+    """Copy a run's results with the settings that differ from the shipped config; one row or entry a line."""
+    config = load_config(run / "config.yaml")
+    results = read_results(run) | {"settings": changed(config.to_dict(), config.name)}
+    lines = [f'"{key}": {json.dumps(results[key])}' for key in KEPT if key in results]
+    for key in ("rows", "summary"):
+        lines.append(f'"{key}": [\n' + ",\n".join(json.dumps(row) for row in results[key]) + "\n]")
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{config.name}.json"
+    target.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    return target
 
 
-def section(name: str, results: dict[str, Any], settings: list[str]) -> str:
-    """Heading, what ran where, the verdict and the table of one workload and budget."""
-    workload, hardware = results["workload"], results["hardware"]
-    sizes = ", ".join(f"{count} {split}" for split, count in workload["sizes"].items())
-    dense = next(row for row in results["rows"] if row["method"] == "dense")
-    extra = f" with {', '.join(settings)}" if settings else ""
-    return (
-        f"## {workload['name']}, {comparison.share(results)} of the {results['budget']['metric']}\n\n"
-        f"Config `{name}`{extra}; {sizes} images; {hardware['device']} ({hardware['processor']}, "
-        f"{hardware['threads']} threads). Dense: test {dense['test']:.4f}, test loss {dense['test_loss']:.4f}; "
-        f"after the same fine-tune {dense['test_finetuned']:.4f} and {dense['test_loss_finetuned']:.4f}.\n\n"
-        f"{verdict(results['summary'])}\n\n{markdown_table(*comparison.headline(results))}\n\n"
-        f"{markdown_table(*comparison.paired(results))}\n"
-    )
+def changed(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Settings by dotted name that are not those of the shipped config of this name."""
+    ours, theirs = dotted(settings), dotted(load_config(name).to_dict())
+    given = ("search.evaluations", "budget.target")  # options of the command, told with it
+    return {k: v for k, v in ours.items() if theirs.get(k) != v and k not in given}
 
 
-def headline(results: dict[str, Any]) -> list[str]:
-    """One line of the README's table: the methods that people ask about, score and test loss after the fine-tune."""
+def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
+
+
+def command(name: str, results: Mapping[str, Any]) -> str:
+    """The command that measures these results."""
+    protocol = results["protocol"]
+    words = ["rlprune benchmark", name, "--methods", ",".join(protocol["methods"])]
+    words += ["--budgets", *[str(budget["asked"]) for budget in results["budgets"]]]
+    words += [
+        f"--seeds {protocol['seeds']} --evaluations {protocol['evaluations']} --jobs {protocol['jobs']}"
+    ]
+    if results["settings"]:
+        words += ["--set", *[f"{key}={value}" for key, value in results["settings"].items()]]
+    return " ".join(words)
+
+
+def verdict(results: Mapping[str, Any], agent: str = "ppo") -> list[str]:
+    """A line for each method that searches: is the agent's mean test loss below it, and with what certainty."""
     summary = {entry["method"]: entry for entry in results["summary"]}
-    rule = next(name for name, entry in summary.items() if entry["best_rule"])
-    cells = [f"{results['workload']['name']}, {comparison.share(results)}"]
-    for name in ("uniform", rule, "random", "ppo"):
-        score, loss = summary[name]["score"]["mean"], summary[name]["test_loss_finetuned"]["mean"]
-        cells.append(f"{score:.3f} / {loss:.3f}" + (f" ({name})" if name == rule else ""))
-    return cells
+    if agent not in summary or summary[agent]["test_loss"]["mean"] is None:
+        return []
+    lines = []
+    for field, when in (("test_loss", "before"), ("test_loss_finetuned", "after")):
+        ours = summary[agent][field]
+        if ours["mean"] is None:
+            continue
+        below = [n for n, e in summary.items() if n != agent and ours["mean"] < e[field]["mean"]]
+        above = [n for n in summary if n != agent and n not in below]
+        lines.append(
+            f"- {agent}'s mean test loss {when} the fine-tune is {comparison.interval(ours)}: below that of "
+            f"{len(below)} of {len(below) + len(above)} methods"
+            + (f"; **not** below {', '.join(above)}." if above else ".")
+        )
+    for reference, what in (("best rule", "the best rule"), ("random", "random search")):
+        found = summary[agent]["against_loss"].get(reference)
+        if found is not None:
+            lines.append(
+                f"- Paired by seed, its test loss minus that of {what} is {found['mean']:+.4f} "
+                f"[{found['low']:+.4f}, {found['high']:+.4f}], lower on {found['wins']} of {found['seeds']} seeds."
+            )
+    needed = summary[agent].get("evaluations_to_random")
+    if needed and needed["seeds"]:
+        total = results["protocol"]["evaluations"]
+        median = (
+            "never"
+            if needed["median"] is None
+            else f"after {needed['median']:g} of {total} evaluations (median)"
+        )
+        lines.append(
+            f"- It reaches the score that random search ends with {median}, on {needed['reached']} of "
+            f"{needed['seeds']} seeds."
+        )
+    return lines
 
 
-def write_readme(lines: list[list[str]], command: str, seeds: int, evaluations: int, processor: str) -> None:
-    """Put the table between the marks of the README."""
-    header = ["workload, MACs kept", "uniform", "best rule", "random search", "PPO"]
-    text = (
-        f"Score (−KL to the dense model on validation, 0 is the dense model) / test loss after the same fine-tune; "
-        f"mean of {seeds} seeds, {evaluations} evaluations for each search, on {processor}. Written by "
-        f"`{command}`; ranges, accuracies and all rules are in [docs/results.md](docs/results.md).\n\n"
-        f"{markdown_table(header, lines)}"
-    )
-    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+def duels(results: Mapping[str, Any], agent: str = "ppo") -> comparison.Table:
+    """Header and rows: the agent minus every other search under the same seed, mean [95% interval] (seeds won)."""
+    fields = {"test_loss": "test loss", "test_loss_finetuned": "test loss, fine-tuned", "score": "score"}
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in results["rows"]:
+        if row["kind"] not in ("dense", "rule"):
+            found.setdefault(row["method"], {})[row["seed"]] = row
+    header = [f"{agent} minus", *fields.values()]
+    others = [entry["method"] for entry in results["summary"] if entry["method"] in found]
+    return header, [
+        [name]
+        + [
+            comparison.against(difference(found[agent], found[name], field, higher=field == "score"))
+            for field in fields
+        ]
+        for name in others
+        if name != agent and agent in found
+    ]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--configs", nargs="+", default=["digits", "fashion_mnist_resnet20"])
-    parser.add_argument("--budgets", nargs="+", default=["0.5", "0.3"])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--evaluations", type=int, default=300)
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--methods", nargs="+", help="all by default; ppo, random and the rules are needed")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="settings")
-    parser.add_argument(
-        "--doc", default="results.md", help="file in docs/; results.md goes into the README too"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/results"))
-    arguments = parser.parse_args()
-    command = " ".join(["python docs/scripts/results.py", *sys.argv[1:]])
-    parts: list[str] = []
-    lines: list[list[str]] = []
-    for name in arguments.configs:
-        config = load_config(name, arguments.settings)
-        results = benchmark.run(
-            config, arguments.methods, arguments.seeds, arguments.evaluations, arguments.out / name,
-            budgets=arguments.budgets, jobs=arguments.jobs,
-        )  # fmt: skip
+def section(name: str, results: Mapping[str, Any], folder: Path) -> str:
+    """Everything about one workload; draws its figures into ``folder``."""
+    workload, hardware, protocol = results["workload"], results["hardware"], results["protocol"]
+    sizes = ", ".join(f"{count} {split}" for split, count in workload["sizes"].items())
+    parts = [
+        f"## {workload['name']}\n",
+        f"{protocol['seeds']} seeds, {protocol['evaluations']} evaluations for each search; {sizes} samples; "
+        f"{hardware['device']} ({hardware['processor']}, {protocol['jobs']} processes of {hardware['threads']} "
+        f"threads), torch {hardware['libraries'].get('torch', 'unknown')}.\n",
+        f"```sh\n{command(name, results)}\n```\n",
+    ]
+    dense = next((row for row in results["rows"] if row["method"] == "dense"), None)
+    if dense is not None:
+        parts.append(
+            f"Dense: test loss {dense['test_loss']:.4f}, {workload['metric']} {dense['test']:.4f}; after the same "
+            f"fine-tune {dense['test_loss_finetuned']:.4f} and {dense['test_finetuned']:.4f}.\n"
+        )
+    for view in comparison.per_budget(results):
+        share = comparison.share(view)
+        parts.append(f"### {share} of the {view['budget']['metric']}\n")
+        parts += [*verdict(view), ""]
+        for kind, figure, text in comparison.figures(view):
+            file = f"{name}-{share.rstrip('%')}-{kind}.png"
+            plots.to_png(figure, folder / file)
+            parts.append(f"![{text}]({folder.name}/{file})\n")
+        parts += [markdown_table(*comparison.headline(view)), ""]
+        parts += [markdown_table(*comparison.paired(view)), ""]
+        if (table := duels(view))[1]:
+            parts += [markdown_table(*table), ""]
+    parts += [f"- {note}" for note in comparison.notes(results)]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def overview(every: Mapping[str, Mapping[str, Any]]) -> comparison.Table:
+    """Header and rows: for each workload and budget the test loss before / after the fine-tune, and the evaluations."""
+    header = [
+        "workload, budget",
+        "seeds",
+        "best rule",
+        "random search",
+        "best other search",
+        "PPO",
+        "evaluations of PPO",
+    ]
+    rows = []
+    for results in every.values():
         for view in comparison.per_budget(results):
-            parts.append(section(name, view, arguments.settings))
-            lines.append(headline(view))
-            print(parts[-1], flush=True)
-        text = PAGE.format(
-            command=command, torch=torch.__version__,
-            seeds=arguments.seeds, evaluations=arguments.evaluations, parts="\n".join(parts),
-        )  # fmt: skip
-        (DOCS / arguments.doc).write_text(text, encoding="utf-8")
-        if arguments.doc == "results.md":
-            processor = results["hardware"]["processor"]
-            write_readme(lines, command, arguments.seeds, arguments.evaluations, processor)
+            summary = {entry["method"]: entry for entry in view["summary"]}
+            if "ppo" not in summary:
+                continue
+            rule = next((name for name, entry in summary.items() if entry["best_rule"]), None)
+            others = [n for n, e in summary.items() if e["kind"] != "rule" and n not in ("ppo", "random")]
+            other = min(others, key=lambda n: summary[n]["test_loss"]["mean"], default=None)
+            cells = [_losses(summary, name, name) for name in (rule, other)]
+            needed = _needed(summary["ppo"].get("evaluations_to_random"))
+            budget = f"{comparison.share(view)} of the {view['budget']['metric']}"
+            name, seeds = f"{view['workload']['name']}, {budget}", str(view["protocol"]["seeds"])
+            ours, random = (_losses(summary, method) for method in ("ppo", "random"))
+            rows.append([name, seeds, cells[0], random, cells[1], ours, needed])
+    return header, rows
+
+
+def _losses(summary: Mapping[str, Any], name: str | None, mark: str = "") -> str:
+    if name is None or name not in summary:
+        return "–"
+    means = [summary[name][field]["mean"] for field in ("test_loss", "test_loss_finetuned")]
+    text = " / ".join("–" if mean is None else f"{mean:.3f}" for mean in means)
+    return f"{text} ({mark})" if mark else text
+
+
+def _needed(found: Mapping[str, Any] | None) -> str:
+    if not found or not found["seeds"]:
+        return "–"
+    return "never" if found["median"] is None else f"{found['median']:g}"
+
+
+def still_open(taken: Sequence[str]) -> str:
+    """What has not been measured, with the command."""
+    lines = [f"{command} --out runs/{name}" for name, command in WANTED.items() if name not in taken]
+    if not lines:
+        return ""
+    text = "\n".join(lines)
+    return (
+        "## Open\n\nNot measured for this page, with the command that does it; checkpoint and data have to be in "
+        "place:\n\n"
+        f"```sh\n{text}\n```\n"
+    )
+
+
+def write_readme(readme: Path, every: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put the overview between the marks of the README."""
+    budgets = sorted({results["protocol"]["evaluations"] for results in every.values()})
+    text = (
+        "Test loss before / after the same fine-tune (mean over the seeds), "
+        f"{' or '.join(map(str, budgets))} evaluations for each search; the last column is how many of them "
+        "PPO needs for the score that random search ends with. Written by `python docs/scripts/results.py`; intervals, "
+        "paired differences, hardware and the commands are in [docs/results.md](docs/results.md).\n\n"
+        f"{markdown_table(*overview(every))}"
+    )
+    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+def write(folder: Path, docs: Path) -> None:
+    """The page of all results in ``folder``, with the figures beside them, and the README's table."""
+    files = sorted(folder.glob("*.json"))
+    every = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
+    parts = [markdown_table(*overview(every)), ""]
+    parts += [section(name, results, folder) for name, results in every.items()]
+    text = PAGE.format(parts="\n".join([*parts, still_open(list(every))]))
+    (docs / "results.md").write_text(text, encoding="utf-8")
+    readme = docs.parent / "README.md"
+    if readme.exists():
+        write_readme(readme, every)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--take", nargs="+", type=Path, default=[], metavar="RUN")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder that the page is written into")
+    arguments = parser.parse_args(argv)
+    folder = arguments.docs / "results"
+    for run in arguments.take:
+        print(f"taken: {take(run, folder)}")
+    write(folder, arguments.docs)
+    print(f"written: {arguments.docs / 'results.md'}")
     return 0
 
 
 PAGE = """# Results
 
-Written by `{command}` (torch {torch}).
+Written by `python docs/scripts/results.py` from the results of `rlprune benchmark` in `docs/results/`.
 
-Every method goes through the same door: the same workload, recovery, starts (uniform and the rules, charged)
-and final fine-tune; each agent may have {evaluations} distinct plans scored, under each of {seeds} seeds. The
-score is that of the plan that validation chose, before any rule joins as a fallback (nats, 0 is the dense
-model); cells show the mean over the seeds and its 95% interval (bootstrap). A rule's plan is the same for every
-seed, its fine-tune is not. Differences are paired by seed; in brackets the seeds on which the method is strictly
-better.
+Every method goes through the same door: the same dense model, groups, recovery, score and final fine-tune. A search may
+have so many distinct plans scored, its starts (uniform and the rules) and a rule's probes included; a plan that
+another method has scored costs it an evaluation all the same. Validation chooses the plan, with no rule as a fallback;
+the test split is read once for each row, at the end. Seeds are paired: a seed decides a method's search and its
+fine-tune. A rule's plan is the same for every seed, its fine-tune is not.
+
+Cells hold the mean over the seeds and its 95% interval (percentile bootstrap: too narrow for a handful of seeds).
+"Evaluations to random's score" is the median over the seeds of how many evaluations a method needed for the score
+that random search ended with under the same seed; in brackets the interval and on how many seeds it got there.
+"Mean best score" is the area under the curve of the best score so far. Differences are paired by seed; in brackets the
+seeds on which the method is strictly better. Seconds are those of the search, whoever else was at work on the machine,
+with every plan's own time even where another method had scored it before.
+
+In short: the test loss before / after the same fine-tune (means), and how many evaluations PPO needs for the score
+that random search ends with.
 
 {parts}"""
 

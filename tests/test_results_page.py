@@ -1,4 +1,4 @@
-"""docs/scripts/benchmark.py: from a run's results to the page, and the same page from what is committed."""
+"""docs/scripts/results.py: from a run's results to the page, and the same page from what is committed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PNG = b"\x89PNG"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_script", DOCS / "scripts" / "benchmark.py")
+    spec = importlib.util.spec_from_file_location("results_script", DOCS / "scripts" / "results.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -58,7 +58,7 @@ def taken(tmp_path_factory: pytest.TempPathFactory, script: ModuleType) -> tuple
 
 def test_the_page_says_what_was_run_and_what_came_out(taken: tuple[Path, dict[str, Any]]) -> None:
     docs, results = taken
-    text = (docs / "benchmark.md").read_text()
+    text = (docs / "results.md").read_text()
     assert "rlprune benchmark digits --methods uniform,ppo --budgets 0.5 0.3 --seeds 3" in text
     assert (
         "finish.epochs=7" in text
@@ -71,21 +71,19 @@ def test_the_page_says_what_was_run_and_what_came_out(taken: tuple[Path, dict[st
     assert "below that of 4 of 4 methods" in text
     assert "| ppo minus | test loss" in text
     for kind in ("benchmark", "score", "learning"):
-        assert f"(benchmark/digits-30-{kind}.png)" in text
-        assert (docs / "benchmark" / f"digits-30-{kind}.png").read_bytes().startswith(PNG)
+        assert f"(results/digits-30-{kind}.png)" in text
+        assert (docs / "results" / f"digits-30-{kind}.png").read_bytes().startswith(PNG)
 
 
 def test_the_committed_results_give_the_same_page(
     taken: tuple[Path, dict[str, Any]], script: ModuleType
 ) -> None:
     docs, results = taken
-    before = {path.name: path.read_bytes() for path in [docs / "benchmark.md", *docs.glob("benchmark/*")]}
-    kept = json.loads((docs / "benchmark" / "digits.json").read_text())
+    before = {path.name: path.read_bytes() for path in [docs / "results.md", *docs.glob("results/*")]}
+    kept = json.loads((docs / "results" / "digits.json").read_text())
     assert kept["rows"] == results["rows"] and kept["settings"] == {"finish.epochs": 7}
     assert script.main(["--docs", str(docs)]) == 0
-    assert before == {
-        path.name: path.read_bytes() for path in [docs / "benchmark.md", *docs.glob("benchmark/*")]
-    }
+    assert before == {path.name: path.read_bytes() for path in [docs / "results.md", *docs.glob("results/*")]}
 
 
 def test_a_method_that_is_not_beaten_is_said(script: ModuleType) -> None:
@@ -109,10 +107,10 @@ def test_a_method_that_is_not_beaten_is_said(script: ModuleType) -> None:
     assert "never, on 1 of 2 seeds" in text
 
 
-@pytest.mark.skipif(not (DOCS / "benchmark.md").exists(), reason="no results have been committed yet")
+@pytest.mark.skipif(not (DOCS / "results.md").exists(), reason="no results have been committed yet")
 def test_the_page_in_the_docs_is_what_the_script_writes(tmp_path: Path, script: ModuleType) -> None:
-    (tmp_path / "benchmark").mkdir()
-    for path in (DOCS / "benchmark").glob("*.json"):
-        (tmp_path / "benchmark" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "results").mkdir()
+    for path in (DOCS / "results").glob("*.json"):
+        (tmp_path / "results" / path.name).write_bytes(path.read_bytes())
     assert script.main(["--docs", str(tmp_path)]) == 0
-    assert (tmp_path / "benchmark.md").read_text() == (DOCS / "benchmark.md").read_text()
+    assert (tmp_path / "results.md").read_text() == (DOCS / "results.md").read_text()
