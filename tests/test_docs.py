@@ -62,6 +62,22 @@ def test_the_index_names_every_script_and_document() -> None:
     assert {path.name for path in DOCS.glob("*.md")} - {"README.md"} <= set(re.findall(r"\]\((.*?)\)", index))
 
 
+def test_the_budget_curve_of_several_seeds_is_that_of_their_means() -> None:
+    script = load("budget_curve")
+    own, policy = "a search of its own", "policy"
+    seeds = [
+        [
+            {"budget": 0.5, "method": "lamp", "kind": "rule", "score": -1.0},
+            {"budget": 0.5, "method": policy, "kind": "agent", "score": score},
+            {"budget": 0.5, "method": own, "score": -0.4},
+            {"budget": 0.6, "method": policy, "kind": "agent", "score": -0.3},
+        ]
+        for score in (-0.5, -0.9)
+    ]
+    rows = script.together(seeds).splitlines()[2:]
+    assert len(rows) == 1 and "-0.7000" in rows[0] and "| 50% " in rows[0]  # (-0.7 + 1) / (-0.4 + 1)
+
+
 def test_the_share_of_a_gain_is_relative_to_the_best_rule() -> None:
     transfer = load("transfer")
     scores = {"uniform": -3.0, "best rule": -2.0, "policy": -1.5, "full search": -1.0}

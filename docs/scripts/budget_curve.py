@@ -118,6 +118,17 @@ def table(points: list[dict[str, Any]]) -> str:
     )
 
 
+def together(every: list[list[dict[str, Any]]]) -> str:
+    """The same table of the means over several seeds, for the budgets at which all of them searched."""
+    means: dict[tuple[float, str], dict[str, Any]] = {}
+    for key in {(p["budget"], p["method"]) for points in every for p in points}:
+        same = [p for points in every for p in points if (p["budget"], p["method"]) == key]
+        if len(same) == len(every):
+            means[key] = same[0] | {"score": float(np.mean([p["score"] for p in same]))}
+    searched = {budget for budget, method in means if method == "a search of its own"}
+    return table([point for (budget, _), point in means.items() if budget in searched])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", default="digits")
@@ -134,6 +145,9 @@ def main() -> int:
         f"range ({spent['seconds'] / 60:.0f} minutes), {arguments.separate} by each of the {KNOTS} separate ones.\n"
         for seed, (points, spent) in found.items()
     ]
+    if len(found) > 1:
+        means = together([points for points, _ in found.values()])
+        parts.insert(0, f"## Means over {len(found)} seeds\n\n{means}\n")
     every = [point for points, _ in found.values() for point in points]
     plots.to_png(plots.quality(every, "macs", SCORE_UNITS["kl"]), DOCS / "budget-curve.png")
     command = (
