@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from .agents.experience import builds
 from .agents.policy import PortablePolicy, load_policy
 from .artifacts import save
 from .config import Config
 from .errors import ConfigError
-from .expectation import PROBES
 from .ledger import Ledger
 from .problem import Problem, find_rule, prepare, search
 from .progress import Console
@@ -58,11 +58,13 @@ def apply(
 def _experience_note(problem: Problem, policy: PortablePolicy) -> str:
     """What the policy's experience has looked at here, where it had any."""
     known = policy.experience
-    if known is None or not known.knows(policy.task(problem.evaluator, problem.budget, problem.metric)):
+    task = policy.task(problem.evaluator, problem.budget, problem.metric)
+    if known is None or not known.knows(task):
         return ""
+    models, images = builds(task)
     return (
-        f"\nthe policy knows {len(known.targets)} plans of {int(known.tasks.max()) + 1} other checkpoints; here it "
-        f"cut each of the {len(problem.space.groups)} groups alone to up to {PROBES} widths, on calibration images"
+        f"\nthe policy knows plans of {len(known.tasks.unique())} other checkpoints; here it built {models} models and "
+        f"compared their logits with the dense one's on {images} calibration and training images, without labels"
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import RecoveryConfig, ScoreConfig
 from .errors import BudgetError, ConfigError
-from .expectation import MOST_IMAGES, LogitChanges
+from .expectation import CALIBRATION_IMAGES, TRAIN_IMAGES, LogitModel
 from .memory import return_freed_memory
 from .pruning import grams as gram_matrices
 from .pruning import statistics
@@ -101,7 +101,7 @@ class Evaluator:
         self._judges = {False: self._new_judge(self.score_settings.images)}
         # What the rules measure once, for all contexts.
         self._measured: dict[str, Any] = {}
-        self._logit_changes: LogitChanges | None = None
+        self._logit_models: dict[float, LogitModel] = {}
         given = None if isinstance(importance, str) else [np.asarray(s, dtype=np.float64) for s in importance]
         self.importance, recover = self._prepared(workload.model, self.space, given, self._measured)
         self._dense_stage = _Stage(workload.model, None, self.space, self.importance, recover)
@@ -125,6 +125,7 @@ class Evaluator:
         """
         other = copy.copy(self)
         other._memo, other._full, other._partial, other._begun, other._last = {}, {}, {}, {}, {}
+        other._logit_models = {}
         other.reused = 0.0
         other._visible = self._prepared_names
         return other
@@ -293,16 +294,18 @@ class Evaluator:
             costs[:, group] = curve[cut[:, group]]
         return costs
 
-    def logit_changes(self) -> LogitChanges | None:
-        """How the logits of calibration images change when one group alone is cut; measured at the first call.
+    def logit_model(self, target: float) -> LogitModel | None:
+        """What this checkpoint's logits tell of plans of a cost (absolute); nothing is known at the first call.
 
-        None for language models, for which `expected` speaks.
+        Images of the calibration and the train split are read, without labels. None for language models.
         """
-        if self._logit_changes is None and not self.workload.language:
-            batches = self.workload.batches("calibration", MOST_IMAGES)
-            images = torch.cat([inputs for inputs, _ in batches])
-            self._logit_changes = LogitChanges(self.space, self.build, images)
-        return self._logit_changes
+        if self.workload.language:
+            return None
+        if target not in self._logit_models:
+            parts = (("calibration", CALIBRATION_IMAGES), ("train", TRAIN_IMAGES))
+            batches = [inputs for split, n in parts for inputs, _ in self.workload.batches(split, n)]
+            self._logit_models[target] = LogitModel(self.space, self.build, torch.cat(batches))
+        return self._logit_models[target]
 
     def standard_error(self, candidate: Candidate) -> float:
         """Standard error of a candidate's score over the validation images."""

@@ -1,10 +1,11 @@
-"""What a plan is expected to cost, from each group cut alone: the changes of the logits are added up.
+"""What a plan is expected to cost, without a label and without the validation split: a process of the logits.
 
-Every group alone is cut to a few widths and recovered, and the logits of the calibration images are kept. The
-logits of a plan are then taken for the dense ones plus the changes of all its groups: to first order cuts do
-not know of each other. Nothing of the validation split is read; the price is `PROBES` builds a group.
+A few plans are built, and the logits of unlabelled images are kept. A Gaussian process over the widths, the same
+for every logit, tells the logits of any other plan, and from those its divergence from the dense model. (Bayesian
+optimisation of composite functions, Astudillo & Frazier 2019, arXiv 1906.01537: logits are nearly additive over the
+groups where their divergence is not, and every build tells thousands of them instead of one score.)
 
-Shape legend: P plans, G groups, K probed widths of a group, N images, C classes.
+Shape legend: P plans, K known plans (the dense model first), G groups, N images, C classes.
 """
 
 from __future__ import annotations
@@ -20,90 +21,155 @@ from torch import Tensor, nn
 from .pruning.space import PruningSpace
 
 Floats = NDArray[np.float64]
-# Shares of a group's units that its probes keep; between them the change is linear in the width.
-_KEPT = (0.08, 0.2, 0.32, 0.44, 0.56, 0.68, 0.8, 0.92)
-PROBES = len(_KEPT)
-MOST_IMAGES = 256
-# Columns of `features` before the groups' shares.
-TOTALS = 3
+Widths = tuple[int, ...]
+# Images that are read: of the calibration and of the train split, and logits in all (which are kept for every build).
+CALIBRATION_IMAGES, TRAIN_IMAGES, MOST_LOGITS = 256, 768, 2**18
+# Prior of the kernel's logarithms (centre of each kind, one spread) and where the first fit starts.
+_CENTRES = {"alone": -2.0, "alone_length": 0.5, "joint": -1.0, "joint_length": 1.0, "noise": -6.0}
+_STARTS = {"alone": 0.0, "alone_length": 0.0, "joint": 0.0, "joint_length": 0.7, "noise": -4.0}
+_SPREAD = 1.5
+# Logits of one model hang together: they count as so many independent outputs.
+_OUTPUTS = 30.0
+_FIRST_STEPS, _STEPS = 60, 20
+# The hyperparameters are fitted again when this many times more plans are known.
+_GROWTH = 1.1
+_CHUNK = 64
 
 
-class LogitChanges:
-    """Logits of the dense model, and how they change when one group alone is cut.
+class LogitModel:
+    """Gaussian process of how the logits of some images change with the widths; every known plan is one build.
+
+    The kernel, over the logarithms of the keep ratios, is a sum of one Matern 2.5 kernel a group (cuts do not know
+    of each other) and one over all groups (they do).
 
     Args:
         build: widths (G,) -> the cut and recovered model.
-        images: inputs (N, ...); the first ``MOST_IMAGES`` are used.
+        images: inputs (N, ...); the first ones, where the logits of all would be more than MOST_LOGITS.
     """
 
     def __init__(self, space: PruningSpace, build: Callable[[Any], nn.Module], images: Tensor) -> None:
-        self._space = space
-        images = images[:MOST_IMAGES]
-        self._dense = _logits(build(space.widths), images)
-        self._log_dense = _log_softmax(self._dense)
-        self._widths: list[NDArray[np.int64]] = []
-        self._changes: list[Floats] = []
-        self._alone: list[Floats] = []
-        for g, (width, least) in enumerate(zip(space.widths, space.minimums, strict=True)):
-            wanted = space.limits.floor(np.outer(_KEPT, space.widths))[:, g]
-            kept = np.unique(np.clip([*wanted, width], max(1, least), width).astype(np.int64))
-            changes = []
-            for w in kept[:-1]:
-                cut = space.widths.copy()
-                cut[g] = w
-                changes.append(_logits(build(cut), images) - self._dense)
-            self._widths.append(kept)
-            self._changes.append(np.array([*changes, np.zeros_like(self._dense)]))
-            every = np.arange(width + 1)
-            self._alone.append(np.array([self._divergence(self._change(g, int(w))) for w in every]))
-        self._memo: dict[tuple[int, ...], tuple[float, float]] = {}
+        self._space, self._build = space, build
+        dense = build(space.widths)
+        classes = _logits(dense, images[:1]).numel()
+        self._images = images[: max(1, MOST_LOGITS // classes)]
+        self._dense = _logits(dense, self._images)
+        self._log_dense = self._dense.log_softmax(dim=-1)
+        self.known: dict[Widths, float] = {}
+        """What has been built, and its divergence; the dense model aside."""
+        self.builds = 1
+        self._rows = [self._ratios(space.widths[None])]
+        self._changes = [torch.zeros(self._dense.numel())]
+        self._scales = _per_group(_STARTS, len(space.widths))
+        self._fitted = 0
 
-    def features(self, widths: Any) -> Floats:
-        """(P, G) widths -> (P, 3 + G): logarithms of three expected divergences, and each group's share of the third.
+    def measure(self, widths: Any) -> float:
+        """Build a plan of widths (G,), unless it is known, and return its mean KL(dense || pruned) in nats."""
+        key = tuple(int(w) for w in widths)
+        if key not in self.known:
+            logits = _logits(self._build(np.array(key, dtype=np.int64)), self._images)
+            self.builds += 1
+            self.known[key] = float(self._divergence(logits[None])[0])
+            self._rows.append(self._ratios(np.array([key])))
+            self._changes.append((logits - self._dense).flatten())
+        return self.known[key]
 
-        The three: KL(dense || pruned) with all changes added, with half of their sum, and the sum of what each
-        group costs alone.
+    @property
+    def images(self) -> int:
+        """Images whose logits are compared."""
+        return len(self._images)
+
+    def best(self, count: int = 1) -> NDArray[np.int64]:
+        """The known plans (count, G) of the smallest divergence, the best first."""
+        return np.array(sorted(self.known, key=self.known.__getitem__)[:count], dtype=np.int64)
+
+    def fit(self) -> None:
+        """Condition on all that has been built, and adapt the kernel where that is much more than the last time."""
+        self._x, self._y = torch.cat(self._rows), torch.stack(self._changes)
+        gram = (self._y @ self._y.T).double() / self._y.shape[1]
+        self._unit = max(float(gram.diagonal().mean()), 1e-12)
+        if len(self._x) >= _GROWTH * self._fitted:
+            steps = _STEPS if self._fitted else _FIRST_STEPS
+            self._fitted = len(self._x)
+            self._scales = _adapted(self._scales, self._x, gram / self._unit, steps)
+        self._lower = torch.linalg.cholesky(_noisy_kernel(self._scales, self._x))
+
+    def expected(self, widths: Any) -> tuple[Floats, Floats]:
+        """Of plans (P, G): the divergence (P,) of the expected logits, and what their uncertainty adds to it (P,).
+
+        The second is that of the second-order expansion, half the logits' variance times the mean of 1 - sum q^2.
         """
         plans = np.asarray(widths, dtype=np.int64)
-        joint = np.array([self._joint(tuple(int(w) for w in plan)) for plan in plans]).reshape(-1, 2)
-        alone = np.stack([curve[plans[:, g]] for g, curve in enumerate(self._alone)], axis=1)
-        total = alone.sum(axis=1, keepdims=True)
-        logs = np.log(np.maximum(np.hstack([joint, total]), 1e-4))
-        return np.hstack([logs, alone / np.maximum(total, 1e-9)])
+        parts = [self._chunk(plans[i : i + _CHUNK]) for i in range(0, len(plans), _CHUNK)]
+        centre, spread = (torch.cat(column).double().numpy() for column in zip(*parts, strict=True))
+        return centre, spread
 
-    def _joint(self, plan: tuple[int, ...]) -> tuple[float, float]:
-        if plan not in self._memo:
-            change = np.zeros_like(self._dense)
-            for g, w in enumerate(plan):
-                if w < self._space.widths[g]:
-                    change += self._change(g, w)
-            self._memo[plan] = self._divergence(change), self._divergence(0.5 * change)
-        return self._memo[plan]
+    def _chunk(self, plans: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        x = self._ratios(plans)
+        cross = _kernel(self._scales, self._x, x)
+        weights = torch.cholesky_solve(cross, self._lower).T.to(self._y.dtype)
+        logits = self._dense + (weights @ self._y).reshape(len(plans), *self._dense.shape)
+        solved = torch.linalg.solve_triangular(self._lower, cross, upper=False)
+        variance = (_own(self._scales) - (solved**2).sum(dim=0)).clamp_min(0.0) * self._unit
+        impurity = 1.0 - (logits.softmax(dim=-1) ** 2).sum(dim=-1).mean(dim=-1)
+        return self._divergence(logits), 0.5 * variance * impurity
 
-    def _change(self, group: int, width: int) -> Floats:
-        """Change of the logits (N, C) at a width, linear between the probed ones."""
-        known = self._widths[group]
-        if len(known) == 1:
-            return self._changes[group][0]
-        right = int(np.clip(np.searchsorted(known, width), 1, len(known) - 1))
-        t = (max(width, known[0]) - known[right - 1]) / (known[right] - known[right - 1])
-        found: Floats = (1 - t) * self._changes[group][right - 1] + t * self._changes[group][right]
-        return found
+    def _divergence(self, logits: Tensor) -> Tensor:
+        """Mean KL(dense || other) over the images: logits (P, N, C) -> (P,)."""
+        difference = self._log_dense - logits.log_softmax(dim=-1)
+        return (self._log_dense.exp() * difference).sum(dim=-1).mean(dim=-1)
 
-    def _divergence(self, change: Floats) -> float:
-        """Mean KL(dense || dense + change) over the images."""
-        log_other = _log_softmax(self._dense + change)
-        return float((np.exp(self._log_dense) * (self._log_dense - log_other)).sum(axis=1).mean())
+    def _ratios(self, plans: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(np.log(np.maximum(plans, 0.5) / self._space.widths))
 
 
-def _logits(model: nn.Module, images: Tensor) -> Floats:
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
     model.eval()
     with torch.no_grad():
-        found: Floats = model(images).double().cpu().numpy()
-    return found
+        return torch.cat([model(part).float().cpu() for part in images.split(CALIBRATION_IMAGES)])
 
 
-def _log_softmax(logits: Floats) -> Floats:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    found: Floats = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return found
+def _per_group(values: dict[str, float], groups: int) -> Tensor:
+    """Logarithms of the kernel's hyperparameters (3 G + 2,): each group's height and length, then the joint ones."""
+    counts = {"alone": groups, "alone_length": groups, "joint": 1, "joint_length": groups, "noise": 1}
+    return torch.cat([torch.full((n,), values[name], dtype=torch.float64) for name, n in counts.items()])
+
+
+def _kernel(scales: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Covariance (K, P) of plans a (K, G) with plans b (P, G)."""
+    groups = a.shape[1]
+    alone, length, joint, joint_length, _ = scales.exp().split([groups, groups, 1, groups, 1])
+    gap = a[:, None] - b[None]
+    additive = (_matern(gap.abs() / length) * alone).sum(dim=-1)
+    # The small offset keeps the gradient of a distance of zero finite.
+    distance = ((gap / joint_length).square().sum(dim=-1) + 1e-12).sqrt()
+    return additive + joint * _matern(distance)
+
+
+def _noisy_kernel(scales: Tensor, x: Tensor) -> Tensor:
+    return _kernel(scales, x, x) + (scales[-1].exp() + 1e-5) * torch.eye(len(x), dtype=x.dtype)
+
+
+def _own(scales: Tensor) -> Tensor:
+    """Covariance of a plan with itself."""
+    groups = (len(scales) - 2) // 3
+    return scales[:groups].exp().sum() + scales[2 * groups].exp()
+
+
+def _matern(distance: Tensor) -> Tensor:
+    d = 5.0**0.5 * distance
+    return (1.0 + d + d**2 / 3.0) * torch.exp(-d)
+
+
+def _adapted(scales: Tensor, x: Tensor, gram: Tensor, steps: int) -> Tensor:
+    """Hyperparameters nearer to the highest posterior; gram (K, K) is the logits' second moment over plans."""
+    scales = scales.clone().requires_grad_()
+    centre = _per_group(_CENTRES, x.shape[1])
+    optimizer = torch.optim.Adam([scales], lr=0.1)
+    for _ in range(steps):
+        lower = torch.linalg.cholesky(_noisy_kernel(scales, x))
+        fit = 0.5 * torch.cholesky_solve(gram, lower).diagonal().sum() + lower.diagonal().log().sum()
+        loss = _OUTPUTS * fit + 0.5 * (((scales - centre) / _SPREAD) ** 2).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return scales.detach()

@@ -3,9 +3,10 @@
     python docs/scripts/transfer.py [--config digits] [--budgets 0.5 0.3] [--evaluations 300]
 
 Policies are trained on a single checkpoint and on several (other training seeds of the same model). A policy of
-several brings what was scored on them along (`agents/experience.py`). Each is applied without any search to
-checkpoints of yet other seeds, beside uniform, the best rule, the best widths of the first checkpoint copied and
-those of all averaged, and a full search on the checkpoint itself; with `--refine` evaluations as well.
+several brings their best plans along (`agents/experience.py`) and builds models on a new checkpoint, whose logits
+it compares with the dense ones on unlabelled images. Each is applied without an evaluation to checkpoints of yet other
+seeds, beside uniform, the best rule, the best widths of the first checkpoint copied and those of all averaged, the same
+number of builds without a policy, and a full search on the checkpoint itself; with `--refine` evaluations as well.
 Every score is -KL to the checkpoint's own dense model on its validation split, under the same recovery.
 Finished parts are kept in --out, so that a stopped run goes on where it was.
 """
@@ -16,6 +17,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,17 @@ import numpy as np
 import torch
 
 import rlprune
+from rlprune.agents.experience import PROBES, builds, planned
 from rlprune.agents.policy import PortablePolicy, save_policy
+from rlprune.agents.proposals import neighbours
 from rlprune.config import Config, load_config
 from rlprune.deploy import refined
+from rlprune.envs.task import Task
 from rlprune.ledger import Ledger
 from rlprune.problem import Problem, prepare, search
 from rlprune.progress import Console
 from rlprune.report import markdown_table
+from rlprune.rules import RULES
 
 DOCS = Path(__file__).resolve().parents[1]
 TRAINED, UNSEEN = tuple(range(8)), (101, 102, 103, 104, 105)
@@ -64,36 +70,68 @@ def averaged(problems: list[Problem], ledger: Ledger) -> Any:
     return space.project(np.maximum(1.0 - np.exp(np.mean(logs, axis=0)), 1e-6), problems[0].budget)
 
 
-def scores_on(
-    target: Problem, single: Any, several: Any, plans: dict[str, Any], full: float, refine: int
-) -> dict[str, float]:
-    """Score of every way to prune an unseen checkpoint; only the last two spend evaluations on it."""
-    judge = target.evaluator
+@dataclass(frozen=True)
+class Way:
+    """One way to prune an unseen checkpoint: its score there, and what it has cost there."""
+
+    score: float
+    builds: int = 0
+    evaluations: int = 0
+
+
+def rule_plans(target: Problem) -> Any:
+    """What the rules give that need no probes: (number, G)."""
+    return np.array([target.rule_widths(name) for name in target.start_rules() if not RULES[name].probes])
+
+
+def by_chance(target: Problem) -> tuple[Any, int]:
+    """Widths of a local search from the rules, judged on the unlabelled images as a policy's builds are."""
+    task = Task(target.evaluator.fork(), target.budget, target.metric)
+    model = task.evaluator.logit_model(target.target)
+    generator, most = np.random.default_rng(0), PROBES * len(task.space.groups)
+    for widths in rule_plans(target):
+        model.measure(widths)
+    while model.builds < most:
+        model.measure(neighbours(task, model.best(5), target.budget, 1, generator)[0])
+    return model.best()[0], model.builds
+
+
+def by_process(target: Problem) -> tuple[Any, int]:
+    """Widths that the process of the logits finds from the rules, without a policy."""
+    task = Task(target.evaluator.fork(), target.budget, target.metric)
+    return planned(task, target.budget, rule_plans(target)), builds(task)[0]
+
+
+def ways(
+    target: Problem, single: Any, several: Any, plans: dict[str, Any], full: dict[str, Any], refine: int
+) -> dict[str, Way]:
+    """Every way to prune an unseen checkpoint; only the last two spend evaluations on it."""
+    judge, budget = target.evaluator, target.budget
     rules = {name: judge.evaluate(target.rule_widths(name)).score for name in target.start_rules()}
-    best = max(rules, key=rules.__getitem__)
-    rows = {"uniform": rules["uniform"], "best rule": rules[best]}
+    rows = {"uniform": Way(rules["uniform"]), "best rule": Way(max(rules.values()))}
     network = PortablePolicy(several.network, several.meta)
-    count = len(TRAINED)
+    name = f"policy, {len(TRAINED)} checkpoints"
     plans = plans | {
-        "policy, 1 checkpoint": single.plan(judge, target.budget).widths,
-        f"policy, {count} checkpoints, network alone": network.plan(judge, target.budget).widths,
-        f"policy, {count} checkpoints": several.plan(judge, target.budget).widths,
+        "policy, 1 checkpoint": single.plan(judge, budget).widths,
+        f"{name}, network alone": network.plan(judge, budget).widths,
     }
-    rows |= {label: judge.evaluate(widths).score for label, widths in plans.items()}
+    rows |= {label: Way(judge.evaluate(widths).score) for label, widths in plans.items()}
+    for label, search_on in (("no policy, local search", by_chance), ("no policy, same process", by_process)):
+        widths, count = search_on(target)
+        rows[label] = Way(judge.evaluate(widths).score, count)
+    rows[name] = Way(judge.evaluate(several.plan(judge, budget).widths).score, builds(Task(judge, budget))[0])
     found = refined(target, several, refine, Ledger(), Console(False))
-    assert found.account.spent <= refine
-    return rows | {
-        f"policy, {count} checkpoints, and {refine} evaluations": found.best.score,
-        "full search": full,
-    }
+    spent = found.account.spent
+    rows[f"{name}, and evaluations"] = Way(found.best.score, builds(Task(judge, budget))[0], spent)
+    return rows | {"full search": Way(full["score"], 0, full["spent"])}
 
 
-def study(config: Config, out: Path, refine: int) -> dict[int, dict[str, float]]:
-    """Scores on every unseen checkpoint: {model seed: {way: score}}."""
-    problems = [problem(config, seed) for seed in TRAINED]
-    single = trained(config, problems[:1], out / "trained-1")
+def study(config: Config, training: Config, out: Path, refine: int) -> dict[int, dict[str, Way]]:
+    """Every way on every unseen checkpoint: {model seed: {name: way}}."""
+    problems = [problem(training, seed) for seed in TRAINED]
+    single = trained(config, [problem(config, TRAINED[0])], out / "trained-1")
     folder = out / f"trained-{len(TRAINED)}"
-    trained(config, problems, folder)
+    trained(training, problems, folder)
     plans = {
         "widths copied": single["widths"],
         "widths averaged": averaged(problems, Ledger(folder / "ledger.jsonl")),
@@ -101,32 +139,42 @@ def study(config: Config, out: Path, refine: int) -> dict[int, dict[str, float]]
     policies = [rlprune.load_policy(f / "policy") for f in (out / "trained-1", folder)]
     result = {}
     for seed in UNSEEN:
-        target = problem(config, seed)
-        full = trained(config, [target], out / f"full-{seed}")["score"]
-        result[seed] = scores_on(target, *policies, plans, full, refine)
-        print(seed, {way: round(score, 4) for way, score in result[seed].items()}, flush=True)
+        record = out / f"unseen-{seed}.json"
+        if not record.exists():
+            target = problem(config, seed)
+            full = trained(config, [target], out / f"full-{seed}")
+            found = ways(target, *policies, plans, full, refine)
+            record.write_text(
+                json.dumps({name: asdict(way) for name, way in found.items()}), encoding="utf-8"
+            )
+        kept = json.loads(record.read_text(encoding="utf-8"))
+        result[seed] = {name: Way(**way) for name, way in kept.items()}
+        print(seed, {name: round(way.score, 4) for name, way in result[seed].items()}, flush=True)
     return result
 
 
-def table(result: dict[int, dict[str, float]]) -> str:
-    """One line a way: the score on each checkpoint, and the share of the full search's gain over the best rule."""
-    ways = list(next(iter(result.values())))
+def table(result: dict[int, dict[str, Way]]) -> str:
+    """One line a way: the score on each checkpoint, the share of the full search's gain, and the cost."""
     lines = []
-    for way in ways:
-        shares = [share(scores, way) for scores in result.values()]
+    for name in next(iter(result.values())):
+        of = [found[name] for found in result.values()]
+        shares = [share(found, name) for found in result.values()]
         mean = f"{100 * np.mean(shares):.0f}%" if np.isfinite(shares).all() else "–"
         cells = [
-            f"{scores[way]:.4f}" + (f" ({100 * x:.0f}%)" if np.isfinite(x) else "")
-            for scores, x in zip(result.values(), shares, strict=True)
+            f"{way.score:.4f}" + (f" ({100 * x:.0f}%)" if np.isfinite(x) else "")
+            for way, x in zip(of, shares, strict=True)
         ]
-        lines.append([way, *cells, mean])
-    return markdown_table(["", *[f"model seed {seed}" for seed in result], "mean share"], lines)
+        cost = [str(max(way.builds for way in of)), str(max(way.evaluations for way in of))]
+        lines.append([name, *cost, *cells, mean])
+    seeds = [f"model seed {seed}" for seed in result]
+    return markdown_table(["", "builds", "evaluations", *seeds, "mean share"], lines)
 
 
-def share(scores: dict[str, float], way: str) -> float:
+def share(found: dict[str, Way], name: str) -> float:
     """(way - best rule) / (full search - best rule); NaN where the search has gained nothing."""
-    gain = scores["full search"] - scores["best rule"]
-    return (scores[way] - scores["best rule"]) / gain if gain > 0 else float("nan")
+    rule = found["best rule"].score
+    gain = found["full search"].score - rule
+    return (found[name].score - rule) / gain if gain > 0 else float("nan")
 
 
 def main() -> int:
@@ -134,22 +182,28 @@ def main() -> int:
     parser.add_argument("--config", default="digits")
     parser.add_argument("--budgets", nargs="+", default=["0.5", "0.3"])
     parser.add_argument("--evaluations", type=int, default=300, help="per checkpoint")
+    parser.add_argument(
+        "--train-evaluations", type=int, help="per checkpoint of those that train the policy together"
+    )
     parser.add_argument("--refine", type=int, default=20, help="evaluations on an unseen checkpoint")
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"))
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     started = time.perf_counter()
+    together = arguments.train_evaluations or arguments.evaluations
     parts = []
     for budget in arguments.budgets:
         overrides = [f"budget.target={budget}", f"search.evaluations={arguments.evaluations}"]
         config = load_config(arguments.config, overrides)
         out = arguments.out / f"{arguments.config}-{budget}-{arguments.evaluations}"
-        result = study(config, out, arguments.refine)
+        training = load_config(arguments.config, [*overrides, f"search.evaluations={together}"])
+        result = study(config, training, out, arguments.refine)
         parts.append(f"## {100 * float(budget):.0f}% of the MACs\n\n{table(result)}\n")
         print(parts[-1], flush=True)
     text = PAGE.format(
         config=arguments.config, budgets=" ".join(arguments.budgets), evaluations=arguments.evaluations,
+        refine=arguments.refine, together=together,
         trained=", ".join(map(str, TRAINED)), unseen=", ".join(map(str, UNSEEN)), parts="\n".join(parts),
         threads=arguments.threads, minutes=(time.perf_counter() - started) / 60, torch=torch.__version__,
     )  # fmt: skip
@@ -159,18 +213,24 @@ def main() -> int:
 
 PAGE = """# A policy on checkpoints it has not seen
 
-Written by `python docs/scripts/transfer.py --config {config} --budgets {budgets} --evaluations {evaluations}`
+Written by `python docs/scripts/transfer.py --config {config} --budgets {budgets} --evaluations {evaluations}
+--train-evaluations {together} --refine {refine}`
 (torch {torch}, CPU, {threads} thread(s); the last call took {minutes:.0f} minutes, finished parts are reused).
 
-Policies trained on model seeds {trained} (the first of them alone, and all of them, with {evaluations}
-evaluations on each) and applied to model seeds {unseen}: dense models of the same settings, trained with other
-seeds. Scores are −KL to the checkpoint's own dense model (nats, higher is better); in brackets the share of the
-full search's gain over the best rule. Only the last two rows spent evaluations on the checkpoint ("full search":
-{evaluations}). "Best rule" is the best of all rules there, with hindsight; "widths copied" are those that the search
-found on the first model seed, "widths averaged" the mean of the logarithms of the best plans' keep ratios.
-A policy of several checkpoints takes the plan that its experience expects most of: a Gaussian process over all
-plans that were scored in its training, and on the new checkpoint the changes of the logits when each group alone is
-cut to eight widths (calibration images only; no plan is scored). "Network alone" leaves that out.
+Policies trained on model seeds {trained} (the first of them alone with {evaluations} evaluations, all of them with
+{together} on each) and applied to model seeds {unseen}: dense models of the same settings, trained with other
+seeds. Scores are −KL to the checkpoint's own dense model on its validation split (nats, higher is better); in brackets
+the share of the full search's gain over the best rule. "Evaluations" are plans scored on the validation split of
+the checkpoint. "Builds" are models cut and recovered on the checkpoint whose logits were compared with the dense
+model's on unlabelled images of the calibration and the train split: searches in all but name, which cost a build
+each and read no label and no validation image (an evaluation costs a build as well). "Best rule" is the best of all
+rules there, with hindsight; "widths copied" are those that the search found on the first model seed, "widths averaged"
+the mean of the logarithms of the best plans' keep ratios.
+
+A policy of several checkpoints starts its builds from their best plans and its network's, and a Gaussian process
+of the logits says what to build next (`rlprune/expectation.py`). "No policy, same process" does that from the rules'
+plans, "no policy, local search" changes the best plans so far at random; "network alone" builds nothing. What the
+policy itself adds is the difference to these. The test split was not read.
 
 {parts}"""
 

@@ -1,12 +1,11 @@
-"""What searches on other checkpoints have scored, as the prior of the score on a new one.
+"""What searches on other checkpoints have found, and how a plan for a new one is made of it without an evaluation.
 
-A Gaussian process over the plans of all checkpoints at once. What they share: the same plan tends to be as good
-on each, and the divergence that is expected from each checkpoint's own statistics
-(:class:`rlprune.expectation.LogitChanges`) tends to be off in the same way. What belongs to each: a level, a
-smooth deviation and factors of its own, which a few evaluations on a new checkpoint begin to tell. (Multi-task
-Bayesian optimisation, Swersky et al. 2013; a sum of a shared and an own kernel, Bonilla et al. 2007.)
+The best plans of the other checkpoints, brought to the budget, are built on the new one, and so are the policy's
+plan and the uniform one. From their logits on unlabelled images a process of the logits
+(:class:`rlprune.expectation.LogitModel`) tells what other plans would cost; those that it expects most of, or knows
+least of, are built next. Every build is counted (`PROBES` a group in all), and the validation split is not read.
 
-Shape legend: N scored plans, P new plans, G groups, T = `expectation.TOTALS`.
+Shape legend: N plans, P new plans, G groups.
 """
 
 from __future__ import annotations
@@ -17,228 +16,221 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..envs.task import Floats, Ints, Task
 from ..errors import ArtifactError
-from ..expectation import TOTALS
-from .proposals import climb
+from ..expectation import LogitModel
+from .proposals import climb, fresh
 
-# Plans that are kept: of each checkpoint, and in all.
-_EACH, _ALL = 150, 1200
-# Plans that the hyperparameters are fitted to, and Adam's steps.
-_FIT_PLANS, _FIT_STEPS = 450, 50
-_CLIMB_ROUNDS = 20
-_NAMES = ("shared", "own", "level", "totals", "own_totals", "shares", "own_shares", "noise")
-_START = (0.0, -1.0, 0.0, -1.0, -4.0, -2.0, -2.0, -3.0)
+# Builds a group on a new checkpoint, the dense model's included, and the share of them that plans of others may take.
+PROBES = 8
+_OTHERS = 0.25
+# How much less than its mean a plan's divergence is hoped to be, in turn: most of the builds look around, the last
+# ones ask for what is sure.
+_LOOK, _SURE, _LAST = (0.0, 1.0, 2.0), (-1.0, 0.0, 0.5), 0.75
+_PARENTS = 5
+# Distances to the dense score are told apart between these (nats, or losses).
+_BOUNDS = 1e-4, 20.0
+# Of the logarithm of the ratio between the distance on validation and the one on the unlabelled images: variance of
+# its level and of its deviation between plans, the latter's length (logarithms of keep ratios) and the noise.
+_LEVEL, _OWN, _LENGTH, _NOISE = 1.0, 0.03, 0.7, 0.003
 
 
 @dataclass(frozen=True)
 class Experience:
-    """Scored plans of several checkpoints of one architecture, and the fitted hyperparameters (logarithms).
+    """The plans of several checkpoints of one architecture that no cheaper plan of the same checkpoint beats.
 
-    ``inputs`` (N, G + T + G): logarithms of the keep ratios and the columns of `LogitChanges.features`;
-    ``targets`` (N,): minus the logarithm of the distance to the dense score, which is clipped to ``bounds``;
-    ``tasks`` (N,): which checkpoint. ``scales``: one number for each of _NAMES, then G shared and G own length scales.
+    ``ratios`` (N, G): logarithms of the keep ratios; ``targets`` (N,): minus the logarithm of the distance to the
+    dense score; ``tasks`` (N,): which checkpoint.
     """
 
-    inputs: Tensor
+    ratios: Tensor
     targets: Tensor
     tasks: Tensor
-    scales: Tensor
-    bounds: tuple[float, float]
     fingerprint: str
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON-able facts, for the policy's file."""
-        tensors = {
-            name: getattr(self, name).contiguous() for name in ("inputs", "targets", "tasks", "scales")
-        }
-        return tensors, {"bounds": list(self.bounds), "fingerprint": self.fingerprint}
+        tensors = {name: getattr(self, name).contiguous() for name in ("ratios", "targets", "tasks")}
+        return tensors, {"fingerprint": self.fingerprint}
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], meta: Any) -> Experience:
         """Check what a policy's file holds; ArtifactError where it does not fit together."""
         try:
-            x, y, tasks, scales = (tensors[name] for name in ("inputs", "targets", "tasks", "scales"))
-            low, high = (float(b) for b in meta["bounds"])
-            groups = (x.shape[1] - TOTALS) // 2
-            fits = x.shape == (len(y), 2 * groups + TOTALS) and tasks.shape == y.shape and len(y) > 0
-            fits = fits and scales.shape == (len(_NAMES) + 2 * groups,) and 0 < low < high
-            fingerprint = str(meta["fingerprint"])
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+            if "ratios" in tensors:
+                ratios = tensors["ratios"]
+            else:  # files of the first version held further columns: 3 + G of what was expected of the plans
+                inputs = tensors["inputs"]
+                ratios = inputs[:, : (inputs.shape[1] - 3) // 2]
+            targets, tasks, fingerprint = tensors["targets"], tensors["tasks"], str(meta["fingerprint"])
+            fits = ratios.ndim == 2 and min(ratios.shape) > 0 and len(ratios) == len(targets)
+            fits = fits and targets.ndim == 1 and tasks.shape == targets.shape
+        except (KeyError, TypeError, IndexError) as error:
             raise ArtifactError(f"policy: its experience is damaged ({error})") from None
-        if not fits or not all(bool(torch.isfinite(t).all()) for t in (x, y, scales)):
+        if not fits or not all(bool(torch.isfinite(t).all()) for t in (ratios, targets)):
             raise ArtifactError("policy: its experience is damaged (the tensors' sizes do not fit)")
-        return cls(x.double(), y.double(), tasks.long(), scales.double(), (low, high), fingerprint)
+        return cls(ratios.double(), targets.double(), tasks.long(), fingerprint)
 
     def knows(self, task: Task) -> bool:
-        """Whether it speaks of this architecture, and the checkpoint's statistics can be had."""
-        return task.space.fingerprint == self.fingerprint and _changes(task) is not None
+        """Whether it speaks of this architecture at one budget, and the checkpoint's logits can be had."""
+        same = self.fingerprint == task.space.fingerprint and self.ratios.shape[1] == len(task.space.groups)
+        return (
+            same
+            and not task.is_range
+            and hasattr(task.evaluator, "logit_model")
+            and _logits(task) is not None
+        )
+
+    def plans(self, task: Task, budget: Any) -> Ints:
+        """The best plan (N, G) of every checkpoint, brought to a budget; of so many as the builds allow."""
+        space, limit = task.space, task.space.target(budget, task.metric) * (1 + 1e-9)
+        widths = np.rint(np.exp(self.ratios.numpy()) * space.widths).astype(np.int64)
+        costs = np.array([space.cost(w, task.metric) for w in widths])
+        # The best one that the budget allows; where none is, the cheapest.
+        order = np.lexsort((-self.targets.numpy(), np.maximum(costs - limit, 0.0)))
+        first = {int(self.tasks[i]): i for i in order[::-1]}
+        rows = [first[task] for task in sorted(first)][: int(_OTHERS * PROBES * len(space.groups))]
+        return space.project(np.maximum(1.0 - widths[rows] / space.widths, 1e-4), budget, task.metric)
 
 
-def collect(tasks: Sequence[Task], scored: Sequence[Mapping[Any, Any]], seed: int) -> Experience | None:
+def collect(tasks: Sequence[Task], scored: Sequence[Mapping[Any, Any]]) -> Experience | None:
     """The experience of a search over several checkpoints of one architecture; None where there is none.
 
     Args:
         scored: for each task its plans (a history of widths each) and candidates.
     """
     same = len({task.space.fingerprint for task in tasks}) == 1
-    if len(tasks) < 2 or not same or any(_changes(task) is None for task in tasks):
+    if len(tasks) < 2 or not same:
         return None
-    each = min(_EACH, _ALL // len(tasks))
-    generator = np.random.default_rng([seed, 8])
-    inputs, distances, owners = [], [], []
+    ratios, targets, owners = [], [], []
     for index, (task, plans) in enumerate(zip(tasks, scored, strict=True)):
-        rows = generator.permutation(len(plans))[:each]
-        histories, candidates = list(plans), list(plans.values())
-        inputs.append(_inputs(task, np.array([histories[r][-1] for r in rows])))
-        distances.append(task.evaluator.dense.score - np.array([candidates[r].score for r in rows]))
-        owners.append(np.full(len(rows), index))
-    distance = np.concatenate(distances)
-    middle = max(float(np.median(distance)), 1e-4)
-    bounds = 0.02 * middle, 20.0 * middle
-    x, y = torch.from_numpy(np.vstack(inputs)), torch.from_numpy(_target(distance, bounds))
-    tasks_of = torch.from_numpy(np.concatenate(owners))
-    scales = _fit(x, y, tasks_of, generator)
-    return Experience(x, y, tasks_of, scales, bounds, tasks[0].space.fingerprint)
+        widths = np.array([history[-1] for history in plans], dtype=np.int64)
+        found = _target(task, [candidate.score for candidate in plans.values()])
+        costs = np.array([task.space.cost(w, task.metric) for w in widths])
+        best = -np.inf
+        for row in np.lexsort((-found, costs)):
+            if found[row] > best:
+                best = found[row]
+                ratios.append(_ratios(task, widths[row]))
+                targets.append(best)
+                owners.append(index)
+    tensors = torch.from_numpy(np.array(ratios)), torch.from_numpy(np.array(targets)), torch.tensor(owners)
+    return Experience(*tensors, tasks[0].space.fingerprint)
 
 
-class ExperiencedModel:
-    """A model of the score on a new checkpoint; the interface is that of :class:`.surrogate.ScoreModel`."""
+def planned(task: Task, budget: Any, starts: Ints) -> Ints:
+    """The widths (G,) of the smallest divergence that builds from ``starts`` on find at a budget; no evaluation.
+
+    Builds ``PROBES`` models a group at the first call for a checkpoint and budget, nothing at later ones.
+    """
+    model = _logits(task, budget)
+    most = PROBES * len(task.space.groups)
+    if not model.known:
+        for widths in starts[: most - 1]:
+            model.measure(widths)
+        model.fit()
+        _look_around(model, task, budget, most)
+    best: Ints = model.best()[0]
+    return best
+
+
+def _look_around(model: LogitModel, task: Task, budget: Any, most: int) -> None:
+    """Build what the process hopes most of, round after round, until there are ``most`` builds."""
+    generator = np.random.default_rng(0)
+    while model.builds < most:
+        before = model.builds
+        for hope in _LOOK if before < _LAST * most else _SURE:
+
+            def promise(plans: Ints, hope: float = hope) -> Floats:
+                centre, spread = model.expected(plans)
+                return hope * spread - centre
+
+            found = climb(task, model.best(_PARENTS), budget, promise, generator, width=40)
+            for widths in fresh(found, [(known,) for known in model.known])[: min(1, most - model.builds)]:
+                model.measure(widths)
+        if model.builds == before:
+            break  # the neighbourhood of the best plans is exhausted
+        model.fit()
+
+
+class ProbedModel:
+    """A model of the score on a probed checkpoint; the interface is that of :class:`.surrogate.ScoreModel`.
+
+    Its prior mean is what the process of the logits expects; what evaluations add is a level (validation images
+    are not the unlabelled ones) and a smooth deviation between plans.
+    """
 
     theta: list[float] | None = None
+    noise = _NOISE
 
-    def __init__(self, experience: Experience, task: Task) -> None:
-        self._experience, self._task = experience, task
-        self._groups = len(task.space.groups)
-        self._condition(experience.inputs, experience.targets, experience.tasks)
+    def __init__(self, task: Task) -> None:
+        self._task, self._logits = task, _logits(task)
+        self.fit(np.zeros((0, len(task.space.groups)), dtype=np.int64), np.zeros(0))
 
     def fit(self, widths: Ints, scores: Floats) -> None:
         """Take in N plans of this checkpoint: widths (N, G), scores (N,)."""
-        known = self._experience
-        distance = self._task.evaluator.dense.score - np.nan_to_num(scores, nan=-1e9, neginf=-1e9)
-        x = torch.from_numpy(_inputs(self._task, widths))
-        y = torch.from_numpy(_target(distance, known.bounds))
-        tasks = torch.full((len(y),), -1)
-        self._condition(
-            torch.cat([known.inputs, x]), torch.cat([known.targets, y]), torch.cat([known.tasks, tasks])
-        )
+        self._x = _ratios(self._task, widths)
+        prior, unsure = self._prior(widths)
+        gram = self._kernel(self._x, self._x) + np.diag(unsure + _NOISE)
+        self._inverse = np.linalg.inv(gram)
+        self._weights = self._inverse @ (_target(self._task, scores) - prior)
 
     def predict(self, widths: Ints) -> tuple[Floats, Floats]:
         """Mean (P,) and standard deviation (P,) of the target."""
-        x, cross = self._cross(widths)
-        solved = torch.linalg.solve_triangular(self._lower, cross, upper=False)
-        own = _variances(self._experience.scales, self._groups, x)
-        variance = (own - (solved**2).sum(dim=0)).clamp_min(1e-12)
-        return (self._mean + cross.T @ self._weights).numpy(), variance.sqrt().numpy()
-
-    def mean(self, widths: Ints) -> Floats:
-        """Mean (P,) alone, which is much cheaper."""
-        _, cross = self._cross(widths)
-        return (self._mean + cross.T @ self._weights).numpy()  # type: ignore[no-any-return]
+        mean, unsure, cross = self._cross(widths)
+        variance = _LEVEL + _OWN + unsure - np.einsum("np,nm,mp->p", cross, self._inverse, cross)
+        return mean, np.sqrt(np.maximum(variance, 1e-12))
 
     def covariance(self, widths: Ints) -> tuple[Floats, Floats]:
         """Mean (P,) and joint covariance (P, P)."""
-        x, cross = self._cross(widths)
-        solved = torch.linalg.solve_triangular(self._lower, cross, upper=False)
-        new = torch.full((len(x),), -1)
-        joint = _kernel(self._experience.scales, self._groups, x, new, x, new) - solved.T @ solved
-        return (self._mean + cross.T @ self._weights).numpy(), joint.numpy()
+        mean, unsure, cross = self._cross(widths)
+        x = _ratios(self._task, widths)
+        return mean, self._kernel(x, x) + np.diag(unsure) - cross.T @ self._inverse @ cross
 
     def informed(self, widths: Ints) -> bool:
         return True
 
-    @property
-    def noise(self) -> float:
-        return float(self._experience.scales[_NAMES.index("noise")].exp())
+    def promising(self, count: int) -> Ints:
+        """The best of the plans that have been built."""
+        return self._logits.best(count)
 
-    def _cross(self, widths: Ints) -> tuple[Tensor, Tensor]:
-        x = torch.from_numpy(_inputs(self._task, widths))
-        new = torch.full((len(x),), -1)
-        return x, _kernel(self._experience.scales, self._groups, self._x, self._tasks, x, new)
+    def _cross(self, widths: Ints) -> tuple[Floats, Floats, Floats]:
+        prior, unsure = self._prior(widths)
+        cross = self._kernel(self._x, _ratios(self._task, widths))
+        return prior + cross.T @ self._weights, unsure, cross
 
-    def _condition(self, x: Tensor, y: Tensor, tasks: Tensor) -> None:
-        self._x, self._tasks, self._mean = x, tasks, y.mean()
-        gram = _kernel(self._experience.scales, self._groups, x, tasks, x, tasks)
-        gram = gram + (self.noise + 1e-6) * torch.eye(len(x), dtype=gram.dtype)
-        self._lower = torch.linalg.cholesky(gram)
-        self._weights = torch.cholesky_solve((y - self._mean)[:, None], self._lower)[:, 0]
+    def _prior(self, widths: Ints) -> tuple[Floats, Floats]:
+        """Expected target (P,), and its variance (P,) because the logits are not known for certain."""
+        if not len(widths):
+            return np.zeros(0), np.zeros(0)
+        centre, spread = self._logits.expected(widths)
+        total = np.maximum(centre + spread, _BOUNDS[0])
+        return -np.log(total), (spread / total) ** 2
 
-
-def planned(experience: Experience, task: Task, budget: Any, starts: Ints) -> Ints:
-    """The widths (G,) that experience expects most of at a budget, by local search from ``starts``; no evaluation."""
-    model = ExperiencedModel(experience, task)
-    best: Ints = climb(
-        task, starts, budget, model.mean, np.random.default_rng(0), rounds=_CLIMB_ROUNDS, width=48
-    )[0]
-    return best
+    def _kernel(self, a: Floats, b: Floats) -> Floats:
+        distance = np.sqrt(5.0 * ((a[:, None] - b[None]) ** 2).sum(axis=-1)) / _LENGTH
+        return _LEVEL + _OWN * (1.0 + distance + distance**2 / 3.0) * np.exp(-distance)
 
 
-def _changes(task: Task) -> Any:
-    found = getattr(task.evaluator, "logit_changes", None)
-    return found() if found is not None else None
+def builds(task: Task) -> tuple[int, int]:
+    """Models that have been built for the task's budget, and the unlabelled images that each has read."""
+    model = _logits(task)
+    return model.builds, model.images
 
 
-def _inputs(task: Task, widths: Any) -> NDArray[np.float64]:
-    plans = np.asarray(widths, dtype=np.int64)
-    ratios = np.log(np.maximum(plans, 0.5) / task.space.widths)
-    return np.hstack([ratios, _changes(task).features(plans)])
+def _logits(task: Task, budget: Any = None) -> Any:
+    target = task.space.target(task.budget if budget is None else budget, task.metric)
+    return task.evaluator.logit_model(target)  # type: ignore[attr-defined]
 
 
-def _target(distance: Floats, bounds: tuple[float, float]) -> Floats:
-    found: Floats = -np.log(np.clip(distance, *bounds))
+def _ratios(task: Task, widths: Any) -> Floats:
+    found: Floats = np.log(np.maximum(np.asarray(widths, dtype=np.float64), 0.5) / task.space.widths)
     return found
 
 
-def _kernel(scales: Tensor, groups: int, x: Tensor, a: Tensor, z: Tensor, b: Tensor) -> Tensor:
-    """Covariance (N, P) of plans x of checkpoints a with plans z of checkpoints b."""
-    s = dict(zip(_NAMES, scales[: len(_NAMES)].exp(), strict=True))
-    lengths = scales[len(_NAMES) :].exp().reshape(2, groups)
-    same = (a[:, None] == b[None]).to(x.dtype)
-    totals = x[:, groups : groups + TOTALS] @ z[:, groups : groups + TOTALS].T
-    shares = x[:, groups + TOTALS :] @ z[:, groups + TOTALS :].T
-    shared, own = (_matern(x[:, :groups] / length, z[:, :groups] / length) for length in lengths)
-    smooth = s["shared"] * shared + s["own"] * own * same
-    linear = (s["totals"] + s["own_totals"] * same) * totals + (s["shares"] + s["own_shares"] * same) * shares
-    return smooth + linear + s["level"] * (same + 0.5)
-
-
-def _variances(scales: Tensor, groups: int, x: Tensor) -> Tensor:
-    """Covariance (P,) of each plan with itself."""
-    s = dict(zip(_NAMES, scales[: len(_NAMES)].exp(), strict=True))
-    totals = (x[:, groups : groups + TOTALS] ** 2).sum(dim=1)
-    shares = (x[:, groups + TOTALS :] ** 2).sum(dim=1)
-    linear = (s["totals"] + s["own_totals"]) * totals + (s["shares"] + s["own_shares"]) * shares
-    return linear + s["shared"] + s["own"] + 1.5 * s["level"]
-
-
-def _matern(x: Tensor, z: Tensor) -> Tensor:
-    """Matern 2.5; the small offset keeps the gradient of a distance of zero finite."""
-    square = (
-        (x[:, None] - z[None]).square().sum(dim=-1) if len(x) * len(z) < 300_000 else torch.cdist(x, z) ** 2
-    )
-    d = (5.0 * square + 1e-12).sqrt()
-    return (1.0 + d + d**2 / 3.0) * torch.exp(-d)
-
-
-def _fit(x: Tensor, y: Tensor, tasks: Tensor, generator: np.random.Generator) -> Tensor:
-    """Hyperparameters of the highest marginal likelihood, with a log-normal prior on the length scales."""
-    groups = (x.shape[1] - TOTALS) // 2
-    rows = torch.from_numpy(np.sort(generator.permutation(len(x))[:_FIT_PLANS]))
-    x, y, tasks = x[rows], y[rows] - y[rows].mean(), tasks[rows]
-    centre = float(np.log(2.0))
-    scales = torch.cat([torch.tensor(_START), torch.full((2 * groups,), centre)]).double().requires_grad_()
-    optimizer = torch.optim.Adam([scales], lr=0.1)
-    noise, eye = _NAMES.index("noise"), torch.eye(len(x), dtype=x.dtype)
-    for _ in range(_FIT_STEPS):
-        gram = _kernel(scales, groups, x, tasks, x, tasks) + (scales[noise].exp() + 1e-6) * eye
-        lower = torch.linalg.cholesky(gram)
-        weights = torch.cholesky_solve(y[:, None], lower)[:, 0]
-        loss = 0.5 * y @ weights + lower.diagonal().log().sum()
-        loss = loss + 0.5 * ((scales[len(_NAMES) :] - centre) ** 2 / 0.8**2).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return scales.detach()
+def _target(task: Task, scores: Any) -> Floats:
+    distance = task.evaluator.dense.score - np.nan_to_num(np.asarray(scores), nan=-1e9, neginf=-1e9)
+    found: Floats = -np.log(np.clip(distance, *_BOUNDS))
+    return found

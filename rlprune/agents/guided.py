@@ -19,7 +19,7 @@ from ..envs.task import Floats, Ints, Task
 from ..ledger import SearchSpent
 from .base import Recorder, SearchResult
 from .distill import distill, lessons
-from .experience import ExperiencedModel, collect
+from .experience import ProbedModel, collect
 from .policy import GroupPolicy
 from .proposals import choose_batch, climb, fresh, neighbours, random_plans
 from .surrogate import ScoreModel, SurrogateVecEnv
@@ -36,6 +36,8 @@ _LOG_STD = -1.0
 _SAMPLES = 128
 _NEIGHBOURS = 192
 _PARENTS = 5
+# Probed plans that compete too, where experience has probed the checkpoint.
+_PROMISING = 24
 # A batch asks for the sure and for the unknown: the confidence bound's weight goes through these in turn.
 _KAPPAS = (0.0, 0.5, 1.0, 2.0)
 
@@ -61,9 +63,10 @@ class Guided:
             search, self.venv, n_steps=n_steps, batch_size=batch, n_epochs=_EPOCHS, log_std_init=_LOG_STD
         )
 
-    def _model(self, task: Task) -> ScoreModel | ExperiencedModel:
-        if self.experience is not None:
-            return ExperiencedModel(self.experience, task)
+    def _model(self, task: Task) -> ScoreModel | ProbedModel:
+        if self.experience is not None and self.search.policy is not None:
+            self.search.policy.widths(task, task.budget, task.metric)  # probes, where that has not been done
+            return ProbedModel(task)
         expected = getattr(task.evaluator, "expected", None)
         cost = partial(task.space.cost, metric=task.metric) if task.is_range else None
         return ScoreModel(task.space.widths, task.evaluator.dense.score, expected, cost)
@@ -138,7 +141,7 @@ def guided_search(search: Search) -> SearchResult:
         pass
     guided.teach()
     scored = [recorder.scores for recorder in search.recorders]
-    guided.policy.experience = collect(search.tasks, scored, search.seed)
+    guided.policy.experience = collect(search.tasks, scored)
     return search.result(guided.policy)
 
 
@@ -184,6 +187,8 @@ def next_plans(guided: Guided, index: int, budget: Any, count: int, generator: n
     samples = _policy_plans(guided, index, budget)
     mode = fresh(samples[:1], recorder.known)
     parents = _parents(task, recorder, budget, samples)
+    if isinstance(model, ProbedModel):
+        parents = np.vstack([parents, model.promising(_PROMISING)])
 
     def acquisition(kappa: float, plans: Ints) -> Floats:
         mean, std = model.predict(plans)

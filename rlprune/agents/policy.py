@@ -211,7 +211,7 @@ class PortablePolicy:
     """A trained policy away from its trainer: model in, distribution out, in one forward pass.
 
     One that was trained on several checkpoints brings ``experience``: on another checkpoint of their
-    architecture the plan that it expects most of is taken, still without an evaluation.
+    architecture their best plans and what lies around them are tried on unlabelled images, without an evaluation.
     """
 
     def __init__(
@@ -295,13 +295,15 @@ class PortablePolicy:
     def widths(self, source: Any, budget: Any = 0.5, metric: str | None = None) -> NDArray[np.int64]:
         """Widths (G,) for a model under a budget: no search, and no evaluation but the base rule's probes.
 
-        With experience of the architecture, what it expects most of; else the distribution, projected.
+        With experience of the architecture, the best plan that builds from its plans on find on unlabelled images
+        (:mod:`.experience`); else the distribution, projected.
         """
         task = self.task(source, budget, metric)
         own = task.space.project(self.distribution(task, budget, metric), budget, task.metric)
         if self.experience is None or not self.experience.knows(task):
             return own
-        return planned(self.experience, task, budget, np.vstack([own, task.uniform_widths(budget)]))
+        starts = [own, task.uniform_widths(budget), *self.experience.plans(task, budget)]
+        return planned(task, budget, np.array(starts))
 
     def plan(self, source: Any, budget: Any = 0.5, metric: str | None = None) -> Any:
         """A :class:`rlprune.Plan` for a workload (or evaluator) under a budget, without any search."""
