@@ -1,60 +1,84 @@
-"""Experience: what searches on other checkpoints scored, as the prior on a new one; and the expected logit changes."""
+"""Experience: the plans of other checkpoints, the process of the logits, and what both make of a new checkpoint."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from synthetic import FakeAccount, FakeEvaluator, make_space
+from synthetic import FakeAccount, FakeCandidate, FakeEvaluator, make_space
 from torch import nn
 
 from rlprune.agents import StateDir, make_agent
-from rlprune.agents.experience import Experience, ExperiencedModel, planned
-from rlprune.agents.policy import load_policy, portable_state, save_policy
+from rlprune.agents.experience import PROBES, Experience, ProbedModel, builds, collect, planned
+from rlprune.agents.policy import PortablePolicy, load_policy, portable_state, save_policy
 from rlprune.envs.task import Task
 from rlprune.errors import ArtifactError
-from rlprune.expectation import TOTALS, LogitChanges
+from rlprune.expectation import MOST_LOGITS, LogitModel
 from rlprune.search_settings import PPOConfig, SearchConfig
 
 SETTINGS = SearchConfig(ppo=PPOConfig(hidden=16, surrogate_steps=256, surrogate_envs=32), batch=10)
+GROUPS, INPUTS, CLASSES = 4, 8, 5
 
 
 class Additive(nn.Module):
-    """Logits whose changes add up over the groups, each linear in the units that are gone."""
+    """A classifier whose logits each group moves along a direction of its own, and two neighbours together."""
 
-    def __init__(self, gone: np.ndarray, directions: torch.Tensor) -> None:
+    def __init__(self, cut: np.ndarray, directions: torch.Tensor) -> None:
         super().__init__()
-        self.shift = torch.einsum("g,gfc->fc", torch.tensor(gone, dtype=torch.float32), directions)
+        amounts = torch.tensor([*cut, *(cut[1:] * cut[:-1])], dtype=torch.float32)
+        self.weight = nn.Parameter(torch.einsum("g,gfc->fc", amounts, directions))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images @ (torch.eye(images.shape[1])[:, : self.shift.shape[1]] + self.shift)
+        return 2.0 * images[:, :CLASSES] + images @ self.weight
 
 
-class InformedEvaluator(FakeEvaluator):
-    """A synthetic checkpoint whose statistics tell each group's cost up to a factor of its own."""
+class Checkpoint(FakeEvaluator):
+    """A synthetic checkpoint that is scored by the logits of validation images; others are unlabelled."""
 
-    def __init__(self, groups: int = 6, seed: int = 0) -> None:
-        super().__init__(groups, seed)
-        self.weights = np.exp(1.5 * np.random.default_rng(seed).normal(size=groups)) * 0.1
-        self.seen = self.weights * np.exp(0.3 * np.random.default_rng(seed + 50).normal(size=groups))
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(GROUPS, seed)
+        # What the checkpoints have in common, and what belongs to each.
+        common, own = (torch.Generator().manual_seed(s) for s in (0, 100 + seed))
+        size = (2 * GROUPS - 1, INPUTS, CLASSES)
+        self.directions = 0.3 * torch.randn(size, generator=common) + 0.2 * torch.randn(size, generator=own)
+        self.directions *= torch.linspace(0.3, 1.6, GROUPS).repeat(2)[: len(self.directions), None, None]
+        self.validation = torch.randn(200, INPUTS, generator=own)
+        self.unlabelled = torch.randn(150, INPUTS, generator=own)
+        self.models: dict[float, LogitModel] = {}
 
-    def logit_changes(self) -> InformedEvaluator:
-        return self
+    def build(self, widths: np.ndarray) -> nn.Module:
+        return Additive(-np.log(np.maximum(widths, 0.5) / self.space.widths), self.directions)
 
-    def features(self, widths: np.ndarray) -> np.ndarray:
-        alone = self.seen * np.log(np.maximum(widths, 0.5) / self.space.widths) ** 2
-        total = alone.sum(axis=1, keepdims=True)
-        logs = np.log(np.maximum(np.hstack([total, total / 4, total]), 1e-4))
-        return np.hstack([logs, alone / np.maximum(total, 1e-9)])
+    def logit_model(self, target: float) -> LogitModel:
+        if target not in self.models:
+            self.models[target] = LogitModel(self.space, self.build, self.unlabelled)
+        return self.models[target]
+
+    def divergence(self, widths: np.ndarray, images: torch.Tensor) -> float:
+        with torch.no_grad():
+            dense, other = (self.build(w)(images).log_softmax(dim=1) for w in (self.space.widths, widths))
+        return float((dense.exp() * (dense - other)).sum(dim=1).mean())
+
+    def evaluate(self, widths: np.ndarray) -> FakeCandidate:
+        key = tuple(int(w) for w in widths)
+        if key not in self.memo:
+            self.calls += 1
+            loss = self.divergence(np.array(key), self.validation)
+            self.memo[key] = FakeCandidate(key, self.space.cost(np.array(key)), -loss, loss, np.exp(-loss))
+        return self.memo[key]
 
 
 def task_of(seed: int, budget: float = 0.35) -> Task:
-    return Task(InformedEvaluator(seed=seed), budget)
+    return Task(Checkpoint(seed), budget)
+
+
+def score(task, widths):
+    return task.evaluator.evaluate(widths).score
 
 
 @pytest.fixture(scope="module")
 def policy():
-    tasks = [task_of(seed) for seed in range(4)]
+    tasks = [task_of(seed) for seed in range(3)]
     accounts = [FakeAccount(t.evaluator, 30) for t in tasks]
     starts = [[t.uniform_widths(0.35)] for t in tasks]
     return make_agent("ppo", SETTINGS).search(tasks, accounts, starts=starts, seed=0).policy
@@ -65,61 +89,129 @@ def portable(policy, tmp_path_factory):
     return load_policy(save_policy(policy, tmp_path_factory.mktemp("saved") / "policy"))
 
 
-def score(task, widths):
-    return task.evaluator.evaluate(widths).score
+class TestProcessOfTheLogits:
+    def model(self, count: int) -> tuple[Task, LogitModel, np.ndarray]:
+        task = task_of(30)
+        model = task.evaluator.logit_model(1.0)
+        plans = task.widths(np.random.default_rng(0).uniform(-1, 1, size=(count + 40, GROUPS)), 0.35)
+        for widths in plans[:count]:
+            model.measure(widths)
+        model.fit()
+        return task, model, plans[count:]
+
+    def test_what_is_measured_is_the_divergence_on_the_images(self):
+        task, model, plans = self.model(5)
+        widths = plans[0]
+        before = model.builds
+        wanted = task.evaluator.divergence(widths, task.evaluator.unlabelled)
+        assert model.measure(widths) == pytest.approx(wanted, rel=1e-4)
+        assert model.measure(widths) == model.known[tuple(widths)] and model.builds == before + 1
+        assert task.evaluator.calls == 0, "nothing is evaluated"
+
+    def test_known_plans_are_expected_as_measured_and_others_nearly(self):
+        _, model, plans = self.model(40)
+        known = model.best(40)
+        centre, spread = model.expected(known)
+        assert centre == pytest.approx([model.known[tuple(w)] for w in known], rel=0.1)
+        others, unsure = model.expected(plans)
+        truth = [model.measure(w) for w in plans]
+        assert np.corrcoef(np.log(others), np.log(truth))[0, 1] > 0.9
+        assert unsure.mean() > spread.mean(), "what has not been built is less certain"
+
+    def test_the_dense_model_costs_nothing(self):
+        task, model, _ = self.model(10)
+        centre, spread = model.expected(task.space.widths[None])
+        assert centre[0] == pytest.approx(0.0, abs=1e-3) and spread[0] < 0.05
+
+    def test_so_many_images_that_the_logits_fit(self):
+        space = make_space(2, 4)
+        images = torch.zeros(3, 2)
+
+        class Wide(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return torch.zeros(len(x), MOST_LOGITS // 2)
+
+        assert LogitModel(space, lambda widths: Wide(), images).images == 2
 
 
-def test_changes_that_add_up_are_added_up_exactly():
-    space = make_space(3, 16)
-    generator = torch.Generator().manual_seed(0)
-    directions = 0.03 * torch.randn(3, 8, 4, generator=generator)
-    images = torch.randn(20, 8, generator=generator)
+class TestPlan:
+    def test_is_better_than_the_network_and_every_plan_of_others(self, portable):
+        gains = []
+        for seed in (10, 11, 12):
+            task = task_of(seed)
+            alone = task.space.project(portable.distribution(task, 0.35), 0.35)
+            plan = portable.widths(task, 0.35)
+            assert task.space.cost(plan) <= task.space.target(0.35)
+            others = [alone, *portable.experience.plans(task, 0.35)]
+            gains.append(score(task, plan) - max(score(task, w) for w in others))
+        assert np.mean(gains) > 0
 
-    def build(widths):
-        return Additive(space.widths - np.asarray(widths), directions)
-
-    changes = LogitChanges(space, build, images)
-    plans = np.array([[16, 30, 40], [5, 16, 20], [9, 9, 9], space.widths])
-    found = changes.features(np.minimum(plans, space.widths))
-    dense = build(space.widths)(images).log_softmax(dim=1)
-    for row, plan in zip(found, np.minimum(plans, space.widths), strict=True):
-        other = build(plan)(images).log_softmax(dim=1)
-        expected = max(float((dense.exp() * (dense - other)).sum(dim=1).mean()), 1e-4)
-        assert np.exp(row[0]) == pytest.approx(expected, rel=1e-3)
-    shares = found[:-1, TOTALS:]
-    assert shares.sum(axis=1) == pytest.approx(1.0) and (shares >= 0).all()
-    assert found[0, TOTALS] == 0, "a group that keeps everything costs nothing"
-    assert (found[-1, :TOTALS] == np.log(1e-4)).all(), "the dense model is expected to cost nothing"
-
-
-def test_a_new_checkpoint_gets_a_better_plan_than_the_network_alone_gives(portable):
-    gains = []
-    for seed in (10, 11, 12, 13):
-        task = task_of(seed)
-        alone = task.space.project(portable.distribution(task, 0.35), 0.35)
+    def test_takes_so_many_builds_and_no_evaluation(self, portable):
+        task = task_of(13)
         plan = portable.widths(task, 0.35)
-        assert task.space.cost(plan) <= task.space.target(0.35)
-        uniform = score(task, task.uniform_widths(0.35))
-        assert score(task, plan) > uniform
-        gains.append(score(task, plan) - score(task, alone))
-    assert np.mean(gains) > 0
+        assert task.evaluator.calls == 0 and builds(task) == (PROBES * GROUPS, 150)
+        assert portable.widths(task, 0.35).tolist() == plan.tolist()
+        assert builds(task)[0] == PROBES * GROUPS, "the second call builds nothing"
+        assert portable.widths(task_of(13), 0.35).tolist() == plan.tolist()
+
+    def test_another_budget_is_probed_anew(self, portable):
+        task = task_of(14)
+        portable.widths(task, 0.35)
+        plan = portable.widths(task, 0.6)
+        assert task.space.cost(plan) <= task.space.target(0.6)
+        assert plan.tolist() == portable.widths(task_of(14), 0.6).tolist()
+
+    def test_a_space_that_is_used_up_ends_the_builds(self):
+        task = task_of(15, budget=1.0)
+        assert planned(task, 1.0, task.space.widths[None]).tolist() == task.space.widths.tolist()
 
 
-def test_evaluations_on_the_new_checkpoint_correct_the_prior(portable):
+class TestPlansOfOthers:
+    def test_collected_are_those_that_no_cheaper_one_beats(self):
+        tasks = [task_of(0), task_of(1)]
+        space = tasks[0].space
+        cheap, middle, dear = (space.project(np.ones(GROUPS), b) for b in (0.2, 0.4, 0.6))
+
+        def scored(*pairs):
+            return {(tuple(w),): FakeCandidate(tuple(w), space.cost(w), s, -s, 0.0) for w, s in pairs}
+
+        found = collect(
+            tasks, [scored((dear, -0.2), (middle, -0.1), (cheap, -0.5)), scored((dear, -0.1), (cheap, -0.3))]
+        )
+        assert found is not None and found.tasks.tolist() == [0, 0, 1, 1]
+        assert found.plans(tasks[0], 0.4).tolist() == [
+            middle.tolist(),
+            space.project(1 - cheap / space.widths, 0.4).tolist(),
+        ]
+        # Below what any of them costs, the cheapest one is brought down.
+        assert (found.plans(tasks[0], 0.1) <= cheap).all()
+
+    def test_one_checkpoint_gives_none(self):
+        single = make_agent("ppo", SETTINGS).search([task_of(1)], [FakeAccount(task_of(1).evaluator, 12)])
+        assert single.policy.experience is None
+
+    def test_stay_out_where_they_do_not_apply(self, portable):
+        plain = Task(FakeEvaluator(GROUPS, 3), 0.35)  # tells nothing of its logits
+        own = plain.space.project(portable.distribution(plain, 0.35), 0.35)
+        assert portable.widths(plain, 0.35).tolist() == own.tolist()
+        assert not portable.experience.knows(Task(Checkpoint(1), (0.3, 0.5)))
+        assert not portable.experience.knows(Task(FakeEvaluator(GROUPS + 1), 0.35))
+
+
+def test_evaluations_on_the_new_checkpoint_correct_the_expectation(portable):
     task = task_of(20)
-    rng = np.random.default_rng(0)
-    plans = task.widths(rng.uniform(-1, 1, size=(60, 6)), 0.35)
+    portable.widths(task, 0.35)
+    plans = task.widths(np.random.default_rng(0).uniform(-1, 1, size=(60, GROUPS)), 0.35)
     truth = np.array([score(task, p) for p in plans])
-    prior, after = ExperiencedModel(portable.experience, task), ExperiencedModel(portable.experience, task)
+    prior, after = ProbedModel(task), ProbedModel(task)
     after.fit(plans[:20], truth[:20])
     wanted = -np.log(-truth[20:])
-    errors = [np.std(model.predict(plans[20:])[0] - wanted) for model in (prior, after)]
+    errors = [np.abs(model.predict(plans[20:])[0] - wanted).mean() for model in (prior, after)]
     assert errors[1] < errors[0]
     mean, std = after.predict(plans)
     joint_mean, joint = after.covariance(plans)
     assert joint_mean == pytest.approx(mean) and np.sqrt(np.diag(joint)) == pytest.approx(std, rel=1e-3)
-    assert after.mean(plans) == pytest.approx(mean)
-    assert std[:20].max() < std[20:].mean(), "what was scored is known best"
+    assert std[:20].mean() < std[20:].mean(), "what was scored is known best"
 
 
 def test_refining_starts_from_the_plan_and_resumes_to_the_same(portable, tmp_path):
@@ -132,44 +224,26 @@ def test_refining_starts_from_the_plan_and_resumes_to_the_same(portable, tmp_pat
 
     task, plans, found = refine(None)
     assert plans[0] == tuple(portable.widths(task, 0.35)) and len(plans) == 12
-    assert score(task, found.widths()) >= score(task, plans[0])
+    assert score(task, found.widths()) > score(task, plans[0])
+    assert builds(task)[0] == PROBES * GROUPS
     state = StateDir(tmp_path, "refine")
     with pytest.raises(KeyboardInterrupt):
         refine(state, stop=7)
     assert refine(state)[1] == plans
 
 
-def test_the_plan_is_the_best_that_a_local_search_finds(portable):
-    task = task_of(22)
-    starts = np.array([task.uniform_widths(0.35)])
-    best = planned(portable.experience, task, 0.35, starts)
-    model = ExperiencedModel(portable.experience, task)
-    assert model.mean(best[None])[0] > model.mean(starts)[0]
-    assert best.tolist() == planned(portable.experience, task, 0.35, starts).tolist()
-
-
-def test_experience_stays_out_where_it_does_not_apply(portable, policy):
-    assert policy.experience is not None and portable.experience is not None
-    plain = Task(FakeEvaluator(6, 3), 0.35)  # tells nothing of its logits
-    own = plain.space.project(portable.distribution(plain, 0.35), 0.35)
-    assert portable.widths(plain, 0.35).tolist() == own.tolist()
-    single = make_agent("ppo", SETTINGS).search([task_of(1)], [FakeAccount(task_of(1).evaluator, 12)]).policy
-    assert single.experience is None
-
-
 @pytest.mark.parametrize(
     "damage",
     [
         lambda tensors, meta: tensors.pop("experience.targets"),
-        lambda tensors, meta: tensors.update({"experience.inputs": torch.zeros(3, 4)}),
-        lambda tensors, meta: meta.update(experience={"bounds": [1.0, 0.5], "fingerprint": ""}),
+        lambda tensors, meta: tensors.update({"experience.ratios": torch.zeros(3)}),
+        lambda tensors, meta: tensors.update({"experience.ratios": torch.full((1, GROUPS), torch.nan)}),
+        lambda tensors, meta: meta.update(experience={}),
         lambda tensors, meta: meta.update(experience=7),
         lambda tensors, meta: meta.update(reach=-1),
     ],
 )
 def test_damaged_experience_is_refused(policy, damage):
-    from rlprune.agents.policy import PortablePolicy
-
     tensors, meta = portable_state(policy)
     damage(tensors, meta)
     with pytest.raises(ArtifactError, match="policy: (its experience is damaged|reach)"):
@@ -179,6 +253,15 @@ def test_damaged_experience_is_refused(policy, damage):
 def test_the_file_gives_the_same_experience_back(policy, portable):
     tensors, meta = policy.experience.state()
     again = Experience.from_state(tensors, meta)
-    for name in ("inputs", "targets", "tasks", "scales"):
+    for name in ("ratios", "targets", "tasks"):
         assert torch.equal(getattr(again, name), getattr(portable.experience, name))
-    assert again.bounds == portable.experience.bounds
+    assert again.fingerprint == portable.experience.fingerprint
+
+
+def test_a_file_of_the_first_version_is_read(policy, portable):
+    tensors, meta = policy.experience.state()
+    ratios = tensors.pop("ratios")
+    old = tensors | {"inputs": torch.hstack([ratios, torch.zeros(len(ratios), 3 + GROUPS)])}
+    old["scales"] = torch.zeros(8 + 2 * GROUPS)
+    again = Experience.from_state(old, meta | {"bounds": [0.1, 2.0]})
+    assert torch.equal(again.ratios, portable.experience.ratios)

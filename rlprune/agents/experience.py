@@ -10,7 +10,7 @@ Shape legend: N plans, P new plans, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..envs.task import Floats, Ints, Task
 from ..errors import ArtifactError
 from ..expectation import LogitModel
-from .proposals import climb, fresh
+from .proposals import climb, fresh, neighbours
 
 # Builds a group on a new checkpoint, the dense model's included, and the share of them that plans of others may take.
 PROBES = 8
@@ -29,7 +29,7 @@ _OTHERS = 0.25
 # How much less than its mean a plan's divergence is hoped to be, in turn: most of the builds look around, the last
 # ones ask for what is sure.
 _LOOK, _SURE, _LAST = (0.0, 1.0, 2.0), (-1.0, 0.0, 0.5), 0.75
-_PARENTS = 5
+_PARENTS, _WIDTH = 5, 40
 # Distances to the dense score are told apart between these (nats, or losses).
 _BOUNDS = 1e-4, 20.0
 # Of the logarithm of the ratio between the distance on validation and the one on the unlabelled images: variance of
@@ -147,12 +147,27 @@ def _look_around(model: LogitModel, task: Task, budget: Any, most: int) -> None:
                 centre, spread = model.expected(plans)
                 return hope * spread - centre
 
-            found = climb(task, model.best(_PARENTS), budget, promise, generator, width=40)
-            for widths in fresh(found, [(known,) for known in model.known])[: min(1, most - model.builds)]:
-                model.measure(widths)
+            if model.builds < most:
+                _measure_new(model, task, budget, promise, generator)
         if model.builds == before:
             break  # the neighbourhood of the best plans is exhausted
         model.fit()
+
+
+def _measure_new(
+    model: LogitModel,
+    task: Task,
+    budget: Any,
+    promise: Callable[[Ints], Floats],
+    generator: np.random.Generator,
+) -> None:
+    """Build the new plan of the highest promise, or one beside the best ones where the highest are all known."""
+    best, known = model.best(_PARENTS), [(plan,) for plan in model.known]
+    found = fresh(climb(task, best, budget, promise, generator, width=_WIDTH), known)
+    if not len(found):
+        found = fresh(neighbours(task, best, budget, _WIDTH, generator), known)
+    if len(found):
+        model.measure(found[0])
 
 
 class ProbedModel:

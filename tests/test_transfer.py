@@ -1,0 +1,52 @@
+"""A policy of several checkpoints on another one, by the commands as a person types them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from rlprune import cli
+from rlprune.agents.policy import load_policy
+
+SETS = [
+    "--set", "model.arguments={width: 4}", "model.train.epochs=1", "data.train=64", "data.calibration=32",
+    "data.validation=48", "data.test=32", "search.evaluations=10", "search.batch=10",
+    "search.ppo.surrogate_steps=64", "search.ppo.surrogate_envs=8", "search.base_rule=uniform", "finish.epochs=0",
+    "finish.candidates=1", "finish.rules=false", "threads=1", "budget.target=0.4",
+]  # fmt: skip
+
+
+def done(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    code = cli.main(list(words))
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out
+
+
+def test_apply_refines_the_plan_of_several_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done(capsys, "train", "digits", *SETS, "search.model_seeds=[1, 2]", "--out", "run")
+    known = load_policy("run/policy").experience
+    assert known is not None and known.tasks.unique().tolist() == [0, 1, 2]
+    files = {path.suffix for path in Path("run/policy").iterdir()}
+    assert files == {".json", ".safetensors"}, "no pickle crosses a file"
+
+    # Twelve groups, and few builds for them: what matters here is that all parts fit together.
+    monkeypatch.setattr("rlprune.agents.experience.PROBES", 1)
+    command = ["apply", "run", "digits", *SETS, "model.seed=7", "--budget", "0.4", "--refine", "20"]
+    text = done(capsys, *command, "--out", "refined")
+    note = re.search(r"plans of (\d+) other checkpoints; here it built (\d+) models .* on (\d+) cal", text)
+    assert note is not None and [int(n) for n in note.groups()] == [3, 12, 32 + 64]
+    scores = {
+        line[:28].strip(): line.split()[-3]
+        for line in text.splitlines()
+        if line.startswith(("policy  ", "policy +"))
+    }
+    assert float(scores["policy + 20 evaluations"]) >= float(scores["policy"])
+    plan = json.loads(Path("refined/plan.json").read_text())
+    assert plan["origin"]["refine"] == 20 and plan["cost"]["macs"] <= 0.4 * plan["dense_cost"]["macs"]
