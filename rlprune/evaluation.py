@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import RecoveryConfig, ScoreConfig
 from .errors import BudgetError, ConfigError
-from .expectation import CALIBRATION_IMAGES, TRAIN_IMAGES, LogitModel
+from .expectation import CALIBRATION_IMAGES, TRAIN_IMAGES, LogitProbes
 from .memory import return_freed_memory
 from .pruning import grams as gram_matrices
 from .pruning import statistics
@@ -101,7 +101,8 @@ class Evaluator:
         self._judges = {False: self._new_judge(self.score_settings.images)}
         # What the rules measure once, for all contexts.
         self._measured: dict[str, Any] = {}
-        self._logit_models: dict[float, LogitModel] = {}
+        self._logit_probes: dict[float, LogitProbes] = {}
+        self._logits: dict[History, Tensor] | None = None
         given = None if isinstance(importance, str) else [np.asarray(s, dtype=np.float64) for s in importance]
         self.importance, recover = self._prepared(workload.model, self.space, given, self._measured)
         self._dense_stage = _Stage(workload.model, None, self.space, self.importance, recover)
@@ -125,7 +126,7 @@ class Evaluator:
         """
         other = copy.copy(self)
         other._memo, other._full, other._partial, other._begun, other._last = {}, {}, {}, {}, {}
-        other._logit_models = {}
+        other._logit_probes, other._logits = {}, None
         other.reused = 0.0
         other._visible = self._prepared_names
         return other
@@ -294,18 +295,45 @@ class Evaluator:
             costs[:, group] = curve[cut[:, group]]
         return costs
 
-    def logit_model(self, target: float) -> LogitModel | None:
+    def logit_probes(self, target: float) -> LogitProbes | None:
         """What this checkpoint's logits tell of plans of a cost (absolute); nothing is known at the first call.
 
         Images of the calibration and the train split are read, without labels. None for language models.
         """
         if self.workload.language:
             return None
-        if target not in self._logit_models:
+        if target not in self._logit_probes:
             parts = (("calibration", CALIBRATION_IMAGES), ("train", TRAIN_IMAGES))
             batches = [inputs for split, n in parts for inputs, _ in self.workload.batches(split, n)]
-            self._logit_models[target] = LogitModel(self.space, self.build, torch.cat(batches))
-        return self._logit_models[target]
+            self._logit_probes[target] = LogitProbes(self.space, self.build, torch.cat(batches))
+        return self._logit_probes[target]
+
+    def keep_logits(self) -> bool:
+        """Keep the validation logits of what is scored from now on, for `logits`; False where there are none.
+
+        There are none of language models (too many), nor of candidates that a rung may drop half-scored.
+        """
+        able = not self.rungs and self.score_settings.kind == "kl" and self.dense_logits() is not None
+        if able and self._logits is None:
+            self._logits = {}
+        return able
+
+    def logits(self, widths: Any) -> Tensor:
+        """Outputs (N, ..., C) on the validation samples that the search scores on, of widths (G,) or a history.
+
+        Those of a plan that was scored before `keep_logits` are computed again; it costs no evaluation.
+        """
+        key, kept = _history(widths), self._logits if self._logits is not None else {}
+        if key not in kept:
+            kept[key] = self._judge(self._built(key, scoring=True)[0], [], full=False, samples=None).outputs
+        return kept[key]
+
+    def dense_logits(self) -> Tensor | None:
+        """The same of the dense model as it is, without the recovery: what scores of kind `kl` are measured from."""
+        if self.workload.language:
+            return None
+        found: Tensor | None = self._judges[False](self.workload.model).outputs
+        return found
 
     def standard_error(self, candidate: Candidate) -> float:
         """Standard error of a candidate's score over the validation images."""
@@ -331,6 +359,8 @@ class Evaluator:
         del slim
         if self.workload.language:  # candidates of many sizes leave holes that add up to a second model
             return_freed_memory()
+        if self._logits is not None and not full and samples is None:
+            self._logits[history] = joint.outputs
         values = joint.scores
         score = float(values.mean())
         return Candidate(

@@ -1,7 +1,8 @@
-"""What a plan is expected to cost, without a label and without the validation split: a process of the logits.
+"""What a plan is expected to cost, from the logits of other plans instead of their scores.
 
-A few plans are built, and the logits of unlabelled images are kept. A Gaussian process over the widths, the same
-for every logit, tells the logits of any other plan, and from those its divergence from the dense model. (Bayesian
+A Gaussian process over the widths, the same for every logit, tells the logits of any other plan, and from those its
+divergence from the dense model. A search knows the logits of the plans that it has scored; on a new checkpoint a few
+plans are built for the logits of unlabelled images, without a label and without the validation split. (Bayesian
 optimisation of composite functions, Astudillo & Frazier 2019, arXiv 1906.01537: logits are nearly additive over the
 groups where their divergence is not, and every build tells thousands of them instead of one score.)
 
@@ -10,7 +11,7 @@ Shape legend: P plans, K known plans (the dense model first), G groups, N images
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,46 +38,48 @@ _CHUNK = 64
 
 
 class LogitModel:
-    """Gaussian process of how the logits of some images change with the widths; every known plan is one build.
+    """Gaussian process of how the logits of some images change with the widths.
 
     The kernel, over the logarithms of the keep ratios, is a sum of one Matern 2.5 kernel a group (cuts do not know
     of each other) and one over all groups (they do).
 
     Args:
-        build: widths (G,) -> the cut and recovered model.
-        images: inputs (N, ...); the first ones, where the logits of all would be more than MOST_LOGITS.
+        widths: (G,) of the dense model.
+        dense: its logits (N, ..., C) after the recovery that the plans get.
+        reference: logits (N, ..., C) that divergences are measured from; ``dense`` where it is not given.
     """
 
-    def __init__(self, space: PruningSpace, build: Callable[[Any], nn.Module], images: Tensor) -> None:
-        self._space, self._build = space, build
-        dense = build(space.widths)
-        classes = _logits(dense, images[:1]).numel()
-        self._images = images[: max(1, MOST_LOGITS // classes)]
-        self._dense = _logits(dense, self._images)
-        self._log_dense = self._dense.log_softmax(dim=-1)
+    def __init__(self, widths: NDArray[np.int64], dense: Tensor, reference: Tensor | None = None) -> None:
+        self._widths = np.asarray(widths, dtype=np.int64)
+        self._dense = dense.reshape(-1, dense.shape[-1])
+        wanted = dense if reference is None else reference
+        self._log_dense = wanted.reshape(self._dense.shape).log_softmax(dim=-1)
         self.known: dict[Widths, float] = {}
-        """What has been built, and its divergence; the dense model aside."""
-        self.builds = 1
-        self._rows = [self._ratios(space.widths[None])]
+        """The plans whose logits are known, and their divergences; the dense model aside."""
+        self._rows = [self._ratios(self._widths[None])]
         self._changes = [torch.zeros(self._dense.numel())]
-        self._scales = _per_group(_STARTS, len(space.widths))
+        self._scales = _per_group(_STARTS, len(self._widths))
         self._fitted = 0
 
-    def measure(self, widths: Any) -> float:
-        """Build a plan of widths (G,), unless it is known, and return its mean KL(dense || pruned) in nats."""
+    def learn(self, widths: Any, logits: Tensor) -> float:
+        """Take in the logits (N, ..., C) of a plan (G,) and return its mean KL(reference || plan) in nats."""
         key = tuple(int(w) for w in widths)
-        if key not in self.known:
-            logits = _logits(self._build(np.array(key, dtype=np.int64)), self._images)
-            self.builds += 1
-            self.known[key] = float(self._divergence(logits[None])[0])
-            self._rows.append(self._ratios(np.array([key])))
-            self._changes.append((logits - self._dense).flatten())
+        # What has diverged says no more than that it is far away.
+        logits = torch.nan_to_num(logits.reshape(self._dense.shape).float(), nan=0.0, posinf=1e3, neginf=-1e3)
+        self.known[key] = float(self._divergence(logits[None])[0])
+        self._rows.append(self._ratios(np.array([key])))
+        self._changes.append((logits - self._dense).flatten())
         return self.known[key]
 
     @property
-    def images(self) -> int:
-        """Images whose logits are compared."""
-        return len(self._images)
+    def state(self) -> list[float]:
+        """What the next fit starts from: how many plans the kernel was adapted to, and its logarithms."""
+        return [float(self._fitted), *self._scales.tolist()]
+
+    @state.setter
+    def state(self, value: Sequence[float]) -> None:
+        self._fitted = int(value[0])
+        self._scales = torch.tensor(value[1:], dtype=torch.float64)
 
     def best(self, count: int = 1) -> NDArray[np.int64]:
         """The known plans (count, G) of the smallest divergence, the best first."""
@@ -103,6 +106,15 @@ class LogitModel:
         centre, spread = (torch.cat(column).double().numpy() for column in zip(*parts, strict=True))
         return centre, spread
 
+    def correlation(self, widths: Any) -> Floats:
+        """How far what is not known of plans (P, G) is the same unknown: correlations (P, P) of their logits."""
+        x = self._ratios(np.asarray(widths, dtype=np.int64))
+        solved = torch.linalg.solve_triangular(self._lower, _kernel(self._scales, self._x, x), upper=False)
+        covariance = (_kernel(self._scales, x, x) - solved.T @ solved).numpy()
+        deviation = np.sqrt(np.maximum(np.diagonal(covariance), 1e-12))
+        found: Floats = covariance / np.outer(deviation, deviation)
+        return found
+
     def _chunk(self, plans: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         x = self._ratios(plans)
         cross = _kernel(self._scales, self._x, x)
@@ -119,7 +131,36 @@ class LogitModel:
         return (self._log_dense.exp() * difference).sum(dim=-1).mean(dim=-1)
 
     def _ratios(self, plans: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(np.log(np.maximum(plans, 0.5) / self._space.widths))
+        return torch.from_numpy(np.log(np.maximum(plans, 0.5) / self._widths))
+
+
+class LogitProbes(LogitModel):
+    """The process over plans that are built for it; every known plan is one build.
+
+    Args:
+        build: widths (G,) -> the cut and recovered model.
+        images: inputs (N, ...); the first ones, where the logits of all would be more than MOST_LOGITS.
+    """
+
+    def __init__(self, space: PruningSpace, build: Callable[[Any], nn.Module], images: Tensor) -> None:
+        dense = build(space.widths)
+        classes = _logits(dense, images[:1]).numel()
+        self._build, self._images = build, images[: max(1, MOST_LOGITS // classes)]
+        super().__init__(space.widths, _logits(dense, self._images))
+        self.builds = 1
+
+    def measure(self, widths: Any) -> float:
+        """Build a plan of widths (G,), unless it is known, and return its mean KL(dense || pruned) in nats."""
+        key = tuple(int(w) for w in widths)
+        if key not in self.known:
+            self.builds += 1
+            self.learn(key, _logits(self._build(np.array(key, dtype=np.int64)), self._images))
+        return self.known[key]
+
+    @property
+    def images(self) -> int:
+        """Images whose logits are compared."""
+        return len(self._images)
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from rlprune.agents.experience import PROBES, Experience, ProbedModel, builds, c
 from rlprune.agents.policy import PortablePolicy, load_policy, portable_state, save_policy
 from rlprune.envs.task import Task
 from rlprune.errors import ArtifactError
-from rlprune.expectation import MOST_LOGITS, LogitModel
+from rlprune.expectation import MOST_LOGITS, LogitProbes
 from rlprune.search_settings import PPOConfig, SearchConfig
 
 SETTINGS = SearchConfig(ppo=PPOConfig(hidden=16, surrogate_steps=256, surrogate_envs=32), batch=10)
@@ -44,14 +44,14 @@ class Checkpoint(FakeEvaluator):
         self.directions *= torch.linspace(0.3, 1.6, GROUPS).repeat(2)[: len(self.directions), None, None]
         self.validation = torch.randn(200, INPUTS, generator=own)
         self.unlabelled = torch.randn(150, INPUTS, generator=own)
-        self.models: dict[float, LogitModel] = {}
+        self.models: dict[float, LogitProbes] = {}
 
     def build(self, widths: np.ndarray) -> nn.Module:
         return Additive(-np.log(np.maximum(widths, 0.5) / self.space.widths), self.directions)
 
-    def logit_model(self, target: float) -> LogitModel:
+    def logit_probes(self, target: float) -> LogitProbes:
         if target not in self.models:
-            self.models[target] = LogitModel(self.space, self.build, self.unlabelled)
+            self.models[target] = LogitProbes(self.space, self.build, self.unlabelled)
         return self.models[target]
 
     def divergence(self, widths: np.ndarray, images: torch.Tensor) -> float:
@@ -90,9 +90,9 @@ def portable(policy, tmp_path_factory):
 
 
 class TestProcessOfTheLogits:
-    def model(self, count: int) -> tuple[Task, LogitModel, np.ndarray]:
+    def model(self, count: int) -> tuple[Task, LogitProbes, np.ndarray]:
         task = task_of(30)
-        model = task.evaluator.logit_model(1.0)
+        model = task.evaluator.logit_probes(1.0)
         plans = task.widths(np.random.default_rng(0).uniform(-1, 1, size=(count + 40, GROUPS)), 0.35)
         for widths in plans[:count]:
             model.measure(widths)
@@ -131,7 +131,7 @@ class TestProcessOfTheLogits:
             def forward(self, x: torch.Tensor) -> torch.Tensor:
                 return torch.zeros(len(x), MOST_LOGITS // 2)
 
-        assert LogitModel(space, lambda widths: Wide(), images).images == 2
+        assert LogitProbes(space, lambda widths: Wide(), images).images == 2
 
 
 class TestPlan:

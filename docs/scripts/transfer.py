@@ -87,7 +87,7 @@ def rule_plans(target: Problem) -> Any:
 def by_chance(target: Problem) -> tuple[Any, int]:
     """Widths of a local search from the rules, judged on the unlabelled images as a policy's builds are."""
     task = Task(target.evaluator.fork(), target.budget, target.metric)
-    model = task.evaluator.logit_model(target.target)
+    model = task.evaluator.logit_probes(target.target)
     generator, most = np.random.default_rng(0), PROBES * len(task.space.groups)
     for widths in rule_plans(target):
         model.measure(widths)

@@ -2,7 +2,7 @@
 
 The best plans of the other checkpoints, brought to the budget, are built on the new one, and so are the policy's
 plan and the uniform one. From their logits on unlabelled images a process of the logits
-(:class:`rlprune.expectation.LogitModel`) tells what other plans would cost; those that it expects most of, or knows
+(:class:`rlprune.expectation.LogitProbes`) tells what other plans would cost; those that it expects most of, or knows
 least of, are built next. Every build is counted (`PROBES` a group in all), and the validation split is not read.
 
 Shape legend: N plans, P new plans, G groups.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..envs.task import Floats, Ints, Task
 from ..errors import ArtifactError
-from ..expectation import LogitModel
+from ..expectation import LogitProbes
 from .proposals import climb, fresh, neighbours
 
 # Builds a group on a new checkpoint, the dense model's included, and the share of them that plans of others may take.
@@ -79,7 +79,7 @@ class Experience:
         return (
             same
             and not task.is_range
-            and hasattr(task.evaluator, "logit_model")
+            and hasattr(task.evaluator, "logit_probes")
             and _logits(task) is not None
         )
 
@@ -136,7 +136,7 @@ def planned(task: Task, budget: Any, starts: Ints) -> Ints:
     return best
 
 
-def _look_around(model: LogitModel, task: Task, budget: Any, most: int) -> None:
+def _look_around(model: LogitProbes, task: Task, budget: Any, most: int) -> None:
     """Build what the process hopes most of, round after round, until there are ``most`` builds."""
     generator = np.random.default_rng(0)
     while model.builds < most:
@@ -155,7 +155,7 @@ def _look_around(model: LogitModel, task: Task, budget: Any, most: int) -> None:
 
 
 def _measure_new(
-    model: LogitModel,
+    model: LogitProbes,
     task: Task,
     budget: Any,
     promise: Callable[[Ints], Floats],
@@ -237,7 +237,7 @@ def builds(task: Task) -> tuple[int, int]:
 
 def _logits(task: Task, budget: Any = None) -> Any:
     target = task.space.target(task.budget if budget is None else budget, task.metric)
-    return task.evaluator.logit_model(target)  # type: ignore[attr-defined]
+    return task.evaluator.logit_probes(target)  # type: ignore[attr-defined]
 
 
 def _ratios(task: Task, widths: Any) -> Floats:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ..envs.task import Floats, Ints, Task
 from ..ledger import SearchSpent
 from .base import Recorder, SearchResult
+from .composite import CompositeModel
 from .distill import distill, lessons
 from .experience import ProbedModel, collect
 from .policy import GroupPolicy
@@ -30,6 +31,8 @@ MODE = "surrogate"
 _ROLLOUT = 256
 _MINIBATCH = 128
 _EPOCHS = 4
+# Evaluations of a batch, and PPO's steps after it, by whether the surrogate models the logits: it makes more of each.
+_BATCH, _TRAINED = {True: 6, False: 20}, {True: 256, False: 1024}
 # Logarithm of the first deviation: the surrogate is asked thousands of times, so it can be wide.
 _LOG_STD = -1.0
 # Plans of each kind that compete for a place in the next batch.
@@ -40,6 +43,8 @@ _PARENTS = 5
 _PROMISING = 24
 # A batch asks for the sure and for the unknown: the confidence bound's weight goes through these in turn.
 _KAPPAS = (0.0, 0.5, 1.0, 2.0)
+# The weights with which plans are climbed to, where one is not enough.
+_CLIMBS: dict[type, tuple[float, ...]] = {ProbedModel: (0.0, 0.5), CompositeModel: (0.0, 1.0, 2.0)}
 
 
 class Guided:
@@ -63,13 +68,26 @@ class Guided:
             search, self.venv, n_steps=n_steps, batch_size=batch, n_epochs=_EPOCHS, log_std_init=_LOG_STD
         )
 
-    def _model(self, task: Task) -> ScoreModel | ProbedModel:
+    def _model(self, task: Task) -> ScoreModel | CompositeModel | ProbedModel:
         if self.experience is not None and self.search.policy is not None:
             self.search.policy.widths(task, task.budget, task.metric)  # probes, where that has not been done
             return ProbedModel(task)
+        if CompositeModel.applies(task):
+            return CompositeModel(task)
         expected = getattr(task.evaluator, "expected", None)
         cost = partial(task.space.cost, metric=task.metric) if task.is_range else None
         return ScoreModel(task.space.widths, task.evaluator.dense.score, expected, cost)
+
+    @property
+    def composite(self) -> bool:
+        """Whether the logits are modelled, of every task."""
+        return all(isinstance(model, CompositeModel) for model in self.models)
+
+    @property
+    def informed(self) -> bool:
+        """Whether the models have something to say before the first batch."""
+        known = min(len(recorder.scores) for recorder in self.search.recorders)
+        return self.experience is not None or (self.composite and known >= CompositeModel.enough)
 
     @property
     def policy(self) -> GroupPolicy:
@@ -101,7 +119,8 @@ class Guided:
         seed_everything(self.search.seed, 1, batch)
         self.venv.reseed(derived_seed(self.search.seed, 4, batch))
         self.ppo._last_obs = None  # start from a reset, so that nothing of the last batch has to be saved
-        self.ppo.learn(self.search.settings.ppo.surrogate_steps, reset_num_timesteps=False)
+        steps = self.search.settings.ppo.surrogate_steps or _TRAINED[self.composite]
+        self.ppo.learn(steps, reset_num_timesteps=False)
 
     def budget(self, task: Task, batch: int) -> Any:
         return task.knots[batch % len(task.knots)]
@@ -148,8 +167,8 @@ def guided_search(search: Search) -> SearchResult:
 def _run_batch(guided: Guided, batch: int) -> None:
     search = guided.search
     generator = np.random.default_rng([search.seed, 5, batch])
-    per_task = max(1, search.settings.batch // len(search.tasks))
-    informed = batch > 0 or guided.experience is not None
+    per_task = max(1, (search.settings.batch or _BATCH[guided.composite]) // len(search.tasks))
+    informed = batch > 0 or guided.informed
     if informed:
         guided.fit()
         guided.train(batch)
@@ -195,7 +214,7 @@ def next_plans(guided: Guided, index: int, budget: Any, count: int, generator: n
         return mean + kappa * std
 
     # A few evaluations on top of experience have to be spent on what it is sure of, too.
-    kappas = (1.0,) if guided.experience is None else (0.0, 0.5)
+    kappas = _CLIMBS.get(type(model), (1.0,))
     climbed = np.vstack([climb(task, parents, budget, partial(acquisition, k), generator) for k in kappas])
     changed = neighbours(task, parents, budget, _NEIGHBOURS, generator)
     pool = fresh(np.vstack([mode, climbed, parents, samples, changed]), recorder.known)

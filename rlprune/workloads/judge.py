@@ -23,13 +23,15 @@ class Judgement:
     """What a pass over some validation samples says of a model.
 
     ``scores`` (n,) float64, one a sample (image, sequence), higher is better; ``loss`` and ``metric`` are
-    means over ``count`` things (images, or tokens of a text).
+    means over ``count`` things (images, or tokens of a text); ``outputs`` (n, ..., C) are the model's, where the
+    judge keeps them.
     """
 
     scores: Tensor
     loss: float
     metric: float
     count: int
+    outputs: Any = None
 
 
 class Judge(abc.ABC):
@@ -53,6 +55,7 @@ class Judge(abc.ABC):
             sum(part.loss * part.count for part in parts) / count,
             sum(part.metric * part.count for part in parts) / count,
             count,
+            None if parts[0].outputs is None else torch.cat([part.outputs for part in parts]),
         )
 
 
@@ -65,6 +68,7 @@ class ClassJudge(Judge):
 
     def __call__(self, model: nn.Module, start: int = 0, stop: int | None = None) -> Judgement:
         scores: list[Tensor] = []
+        answers: list[Tensor] = []
         loss, metric, count, seen = 0.0, 0.0, 0, 0
         dense = self._dense_outputs() if self._kind == "kl" else []
         with torch.no_grad(), evaluating(model):
@@ -80,6 +84,8 @@ class ClassJudge(Judge):
                 part = slice(first, last)
                 inputs, targets = inputs[part], targets[part]
                 outputs = model(inputs)
+                if outputs.ndim == 2:
+                    answers.append(outputs.float().cpu())
                 batch_loss = self._workload.loss(outputs, targets)
                 batch_metric = self._workload.metric(outputs, targets)
                 if self._kind == "kl":
@@ -92,7 +98,13 @@ class ClassJudge(Judge):
                 count += len(targets)
         if not count:
             raise DataError(f"workload {self._workload.name!r}: the split 'validation' is empty")
-        return Judgement(torch.cat(scores).double(), loss / count, metric / count, count)
+        return Judgement(
+            torch.cat(scores).double(),
+            loss / count,
+            metric / count,
+            count,
+            torch.cat(answers) if answers else None,
+        )
 
     def _dense_outputs(self) -> list[Tensor]:
         if self._dense is None:
