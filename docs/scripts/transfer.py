@@ -127,19 +127,20 @@ def ways(
 
 
 def study(config: Config, training: Config, out: Path, refine: int) -> dict[int, dict[str, Way]]:
-    """Every way on every unseen checkpoint: {model seed: {name: way}}."""
-    problems = [problem(training, seed) for seed in TRAINED]
-    single = trained(config, [problem(config, TRAINED[0])], out / "trained-1")
-    folder = out / f"trained-{len(TRAINED)}"
-    trained(training, problems, folder)
-    plans = {
-        "widths copied": single["widths"],
-        "widths averaged": averaged(problems, Ledger(folder / "ledger.jsonl")),
-    }
-    policies = [rlprune.load_policy(f / "policy") for f in (out / "trained-1", folder)]
+    """Every way on every unseen checkpoint: {model seed: {name: way}}; nothing is trained where all is known."""
+    records = {seed: out / f"unseen-{seed}.json" for seed in UNSEEN}
+    if not all(record.exists() for record in records.values()):
+        problems = [problem(training, seed) for seed in TRAINED]
+        single = trained(config, [problem(config, TRAINED[0])], out / "trained-1")
+        folder = out / f"trained-{len(TRAINED)}"
+        trained(training, problems, folder)
+        plans = {
+            "widths copied": single["widths"],
+            "widths averaged": averaged(problems, Ledger(folder / "ledger.jsonl")),
+        }
+        policies = [rlprune.load_policy(f / "policy") for f in (out / "trained-1", folder)]
     result = {}
-    for seed in UNSEEN:
-        record = out / f"unseen-{seed}.json"
+    for seed, record in records.items():
         if not record.exists():
             target = problem(config, seed)
             full = trained(config, [target], out / f"full-{seed}")
