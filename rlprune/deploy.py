@@ -87,7 +87,7 @@ def refined(
 ) -> Any:
     """A search of a few evaluations that starts from a policy's plan and weights."""
     # Few evaluations are spent in small batches: the surrogate is fitted again after each.
-    batch = max(4, min(problem.config.search.batch or evaluations, evaluations // 4))
+    batch = max(4, min(problem.config.search.batch, evaluations // 4))
     settings = replace(problem.config.search, batch=batch)
     return search(
         settings.agent,

@@ -42,10 +42,14 @@ class PPOConfig(Section):
         True, "Whether each group gets a bias of its own; it is left out of the saved policy."
     )
     kappa: float = setting(0.5, "Surrogate mode: reward = mean + kappa * standard deviation.", low=0)
-    surrogate_steps: int | None = setting(
-        None,
-        "Surrogate mode: steps on the surrogate after each batch; null for 256 where logits are modelled, else 1024.",
-        low=1,
+    surrogate: str = setting(
+        "logits",
+        "Surrogate mode: what is modelled, `logits` of the scored plans (of image models at one budget; elsewhere it is "
+        "the scores) or `scores`.",
+        choices=("logits", "scores"),
+    )
+    surrogate_steps: int = setting(
+        1024, "Surrogate mode: steps on the surrogate for each `search.batch` evaluations.", low=1
     )
     surrogate_envs: int = setting(64, "Surrogate mode: surrogate environments stepped together.", low=1)
 
@@ -249,10 +253,9 @@ class SearchConfig(Section):
     baselines: tuple[str, ...] = setting(
         ("random",), "Agents searched with beside it, with as many evaluations."
     )
-    batch: int | None = setting(
-        None,
-        "Surrogate mode: real evaluations between two fits; null for 6 where logits are modelled (image models at one "
-        "budget), 20 where scores are.",
+    batch: int = setting(
+        20,
+        "Surrogate mode: real evaluations between two fits; 6 at most where the logits are modelled.",
         low=1,
     )
     checkpoints: tuple[str, ...] = setting(

@@ -11,7 +11,7 @@ Shape legend: N plans, P new plans, G groups.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class CompositeModel:
     """Scored plans from which on the process is worth asking."""
 
     def __init__(self, task: Task) -> None:
-        self._evaluator: Any = task.evaluator
+        self._evaluator = cast(Any, task.evaluator)  # `applies` has found what is asked of it here
         self._step = 1
         dense = self._evaluator.dense_logits()
         self._step = max(1, -(-dense.numel() // _MOST_LOGITS))

@@ -31,8 +31,8 @@ MODE = "surrogate"
 _ROLLOUT = 256
 _MINIBATCH = 128
 _EPOCHS = 4
-# Evaluations of a batch, and PPO's steps after it, by whether the surrogate models the logits: it makes more of each.
-_BATCH, _TRAINED = {True: 6, False: 20}, {True: 256, False: 1024}
+# Evaluations between two fits of a process of the logits, at most: it makes more of each.
+_COMPOSITE_BATCH = 6
 # Logarithm of the first deviation: the surrogate is asked thousands of times, so it can be wide.
 _LOG_STD = -1.0
 # Plans of each kind that compete for a place in the next batch.
@@ -72,7 +72,7 @@ class Guided:
         if self.experience is not None and self.search.policy is not None:
             self.search.policy.widths(task, task.budget, task.metric)  # probes, where that has not been done
             return ProbedModel(task)
-        if CompositeModel.applies(task):
+        if self.search.settings.ppo.surrogate == "logits" and CompositeModel.applies(task):
             return CompositeModel(task)
         expected = getattr(task.evaluator, "expected", None)
         cost = partial(task.space.cost, metric=task.metric) if task.is_range else None
@@ -82,6 +82,18 @@ class Guided:
     def composite(self) -> bool:
         """Whether the logits are modelled, of every task."""
         return all(isinstance(model, CompositeModel) for model in self.models)
+
+    @property
+    def batch(self) -> int:
+        """Evaluations between two fits."""
+        asked = self.search.settings.batch
+        return min(asked, _COMPOSITE_BATCH) if self.composite else asked
+
+    @property
+    def steps(self) -> int:
+        """PPO's steps between two fits, in proportion to the evaluations."""
+        settings = self.search.settings
+        return max(1, settings.ppo.surrogate_steps * self.batch // settings.batch)
 
     @property
     def informed(self) -> bool:
@@ -119,8 +131,7 @@ class Guided:
         seed_everything(self.search.seed, 1, batch)
         self.venv.reseed(derived_seed(self.search.seed, 4, batch))
         self.ppo._last_obs = None  # start from a reset, so that nothing of the last batch has to be saved
-        steps = self.search.settings.ppo.surrogate_steps or _TRAINED[self.composite]
-        self.ppo.learn(steps, reset_num_timesteps=False)
+        self.ppo.learn(self.steps, reset_num_timesteps=False)
 
     def budget(self, task: Task, batch: int) -> Any:
         return task.knots[batch % len(task.knots)]
@@ -167,7 +178,7 @@ def guided_search(search: Search) -> SearchResult:
 def _run_batch(guided: Guided, batch: int) -> None:
     search = guided.search
     generator = np.random.default_rng([search.seed, 5, batch])
-    per_task = max(1, (search.settings.batch or _BATCH[guided.composite]) // len(search.tasks))
+    per_task = max(1, guided.batch // len(search.tasks))
     informed = batch > 0 or guided.informed
     if informed:
         guided.fit()
