@@ -44,8 +44,8 @@ class PPOConfig(Section):
     kappa: float = setting(0.5, "Surrogate mode: reward = mean + kappa * standard deviation.", low=0)
     surrogate: str = setting(
         "logits",
-        "Surrogate mode: what is modelled, `logits` of the scored plans (of image models at one budget; elsewhere it is "
-        "the scores) or `scores`.",
+        "Surrogate mode: what is modelled, `logits` of the scored plans (of image models at one budget; elsewhere "
+        "it is the scores) or `scores`.",
         choices=("logits", "scores"),
     )
     surrogate_steps: int = setting(
@@ -255,7 +255,7 @@ class SearchConfig(Section):
     )
     batch: int = setting(
         20,
-        "Surrogate mode: real evaluations between two fits; 6 at most where the logits are modelled.",
+        "Surrogate mode: real evaluations between two fits; 6 a model at most where logits are modelled.",
         low=1,
     )
     checkpoints: tuple[str, ...] = setting(

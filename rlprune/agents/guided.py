@@ -31,7 +31,7 @@ MODE = "surrogate"
 _ROLLOUT = 256
 _MINIBATCH = 128
 _EPOCHS = 4
-# Evaluations between two fits of a process of the logits, at most: it makes more of each.
+# Evaluations of a task between two fits of a process of its logits, at most: it makes more of each.
 _COMPOSITE_BATCH = 6
 # Logarithm of the first deviation: the surrogate is asked thousands of times, so it can be wide.
 _LOG_STD = -1.0
@@ -87,7 +87,7 @@ class Guided:
     def batch(self) -> int:
         """Evaluations between two fits."""
         asked = self.search.settings.batch
-        return min(asked, _COMPOSITE_BATCH) if self.composite else asked
+        return min(asked, _COMPOSITE_BATCH * len(self.models)) if self.composite else asked
 
     @property
     def steps(self) -> int:
