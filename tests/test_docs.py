@@ -81,9 +81,10 @@ def test_the_budget_curve_of_several_seeds_is_that_of_their_means() -> None:
 def test_the_share_of_a_gain_is_relative_to_the_best_rule() -> None:
     transfer = load("transfer")
     scores = {"uniform": -3.0, "best rule": -2.0, "policy": -1.5, "full search": -1.0}
-    assert [transfer.share(scores, way) for way in scores] == [-1.0, 0.0, 0.5, 1.0]
-    assert math.isnan(transfer.share(scores | {"full search": -2.0}, "policy"))
-    assert "-1.5000 (50%)" in transfer.table({7: scores}) and "model seed 7" in transfer.table({7: scores})
+    found = {name: transfer.Way(score, 0, 0) for name, score in scores.items()}
+    assert [transfer.share(found, way) for way in found] == [-1.0, 0.0, 0.5, 1.0]
+    assert math.isnan(transfer.share(found | {"full search": transfer.Way(-2.0, 0, 300)}, "policy"))
+    assert "-1.5000 (50%)" in transfer.table({7: found}) and "model seed 7" in transfer.table({7: found})
 
 
 def test_the_fidelity_page_says_what_is_open_and_what_is_below_the_best() -> None:
