@@ -552,7 +552,8 @@ def test_memory_of_pruning_shards_and_of_loading(tmp_path: Path) -> None:
     small = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     shutil.rmtree(source)
     shutil.rmtree(tmp_path / "out")
-    assert used["prune"] < 60e6, used
+    # Some 55 to 64 MB, most of it the shards that are being read and written.
+    assert used["prune"] < 0.4 * size, (used, size)
     assert used["load"] < 1.4 * small, (used, small)
 
 
