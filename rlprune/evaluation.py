@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .config import RecoveryConfig, ScoreConfig
 from .errors import BudgetError, ConfigError
 from .expectation import CALIBRATION_IMAGES, TRAIN_IMAGES, LogitProbes
+from .kept_logits import KeptLogits
 from .memory import return_freed_memory
 from .pruning import grams as gram_matrices
 from .pruning import statistics
@@ -102,7 +103,7 @@ class Evaluator:
         # What the rules measure once, for all contexts.
         self._measured: dict[str, Any] = {}
         self._logit_probes: dict[float, LogitProbes] = {}
-        self._logits: dict[History, Tensor] | None = None
+        self._kept_logits: KeptLogits | None = None
         given = None if isinstance(importance, str) else [np.asarray(s, dtype=np.float64) for s in importance]
         self.importance, recover = self._prepared(workload.model, self.space, given, self._measured)
         self._dense_stage = _Stage(workload.model, None, self.space, self.importance, recover)
@@ -126,7 +127,7 @@ class Evaluator:
         """
         other = copy.copy(self)
         other._memo, other._full, other._partial, other._begun, other._last = {}, {}, {}, {}, {}
-        other._logit_probes, other._logits = {}, None
+        other._logit_probes, other._kept_logits = {}, None
         other.reused = 0.0
         other._visible = self._prepared_names
         return other
@@ -308,31 +309,22 @@ class Evaluator:
             self._logit_probes[target] = LogitProbes(self.space, self.build, torch.cat(batches))
         return self._logit_probes[target]
 
-    def keep_logits(self) -> bool:
-        """Keep the validation logits of what is scored from now on, for `logits`; False where there are none.
+    def kept_logits(self) -> KeptLogits | None:
+        """The logits of what is scored from the first call on; None where a search cannot do with them.
 
-        There are none of language models (too many), nor of candidates that a rung may drop half-scored.
+        That is for language models (too many), for outputs that are not one row a sample, for other scores than
+        `kl`, and where a rung may drop a candidate half-scored.
         """
-        able = not self.rungs and self.score_settings.kind == "kl" and self.dense_logits() is not None
-        if able and self._logits is None:
-            self._logits = {}
-        return able
+        if self._kept_logits is None and not (self.workload.language or self.rungs):
+            dense = self._judges[False](self.workload.model).outputs
+            if dense is not None and self.score_settings.kind == "kl":
+                self._kept_logits = KeptLogits(dense, self._outputs)
+        return self._kept_logits
 
-    def logits(self, widths: Any) -> Tensor:
-        """Outputs (N, ..., C) on the validation samples that the search scores on, of widths (G,) or a history.
-
-        Those of a plan that was scored before `keep_logits` are computed again; it costs no evaluation.
-        """
-        key, kept = _history(widths), self._logits if self._logits is not None else {}
-        if key not in kept:
-            kept[key] = self._judge(self._built(key, scoring=True)[0], [], full=False, samples=None).outputs
-        return kept[key]
-
-    def dense_logits(self) -> Tensor | None:
-        """The same of the dense model as it is, without the recovery: what scores of kind `kl` are measured from."""
-        if self.workload.language:
-            return None
-        found: Tensor | None = self._judges[False](self.workload.model).outputs
+    def _outputs(self, history: History) -> Tensor:
+        found: Tensor = self._judge(
+            self._built(history, scoring=True)[0], [], full=False, samples=None
+        ).outputs
         return found
 
     def standard_error(self, candidate: Candidate) -> float:
@@ -359,8 +351,8 @@ class Evaluator:
         del slim
         if self.workload.language:  # candidates of many sizes leave holes that add up to a second model
             return_freed_memory()
-        if self._logits is not None and not full and samples is None:
-            self._logits[history] = joint.outputs
+        if self._kept_logits is not None and not full:
+            self._kept_logits.keep(history, joint.outputs)
         values = joint.scores
         score = float(values.mean())
         return Candidate(

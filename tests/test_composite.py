@@ -14,6 +14,7 @@ from rlprune.agents.proposals import choose_batch, random_plans
 from rlprune.config import load_config
 from rlprune.envs.task import Task
 from rlprune.expectation import LogitModel
+from rlprune.kept_logits import MOST_LOGITS, KeptLogits
 from rlprune.problem import Problem, prepare
 
 
@@ -77,19 +78,27 @@ def test_a_model_that_goes_on_from_a_saved_state_is_the_same(task: Task) -> None
 
 
 def test_logits_cost_no_evaluation_and_are_the_same_when_computed_again(problem: Problem) -> None:
-    late, early = problem.evaluator.fork(), problem.evaluator.fork()
-    plan = problem.rule_widths("uniform")
-    assert early.keep_logits()
-    early._bank, late._bank = {}, {}
-    early.evaluate(plan)
-    late.evaluate(plan)
-    assert late.keep_logits() and not late._logits
-    assert torch.equal(early.logits(plan), late.logits(plan))
-    dense = early.dense_logits()
-    assert dense is not None and dense.shape == early.logits(plan).shape
-    log_dense, log_plan = dense.log_softmax(dim=1), early.logits(plan).log_softmax(dim=1)
+    evaluator = problem.evaluator.fork()
+    evaluator._bank = {}  # nothing has been scored yet
+    logits = evaluator.kept_logits()
+    assert logits is not None and evaluator.kept_logits() is logits
+    plan = tuple(int(w) for w in problem.rule_widths("uniform"))
+    score = evaluator.evaluate(plan).score
+    kept = logits.take((plan,))
+    assert torch.equal(kept, logits.take((plan,))) and kept.shape == logits.dense.shape
+    log_dense, log_plan = logits.dense.log_softmax(dim=1), kept.log_softmax(dim=1)
     divergence = (log_dense.exp() * (log_dense - log_plan)).sum(dim=1).mean()
-    assert early.evaluate(plan).score == pytest.approx(-float(divergence), rel=1e-5)
+    assert score == pytest.approx(-float(divergence), rel=1e-5)
+
+
+def test_what_is_kept_of_many_classes_is_bounded() -> None:
+    outputs = torch.arange(300.0)[:, None].expand(300, 1000)
+    logits = KeptLogits(outputs, lambda history: outputs + 1.0)
+    logits.keep("plan", outputs + 2.0)
+    assert logits.dense.numel() <= MOST_LOGITS and len(logits.dense) == 60
+    assert logits.dense.untyped_storage().nbytes() <= 4 * MOST_LOGITS, "no view that holds the whole"
+    assert torch.equal(logits.take("plan"), logits.dense + 2.0)
+    assert torch.equal(logits.take("plan"), logits.dense + 1.0), "handed over once, then computed"
 
 
 def test_scores_are_modelled_where_logits_do_not_tell_them(problem: Problem) -> None:

@@ -27,6 +27,7 @@ FLOORS = {
     "profiling": 2,
     "rules": 2,
     "expectation": 2,
+    "kept_logits": 2,
     "evaluation": 2.5,
     "ledger": 2.5,
     "artifacts": 2,

@@ -17,9 +17,8 @@ import numpy as np
 
 from ..envs.task import Floats, Ints, Task
 from ..expectation import LogitModel
+from ..kept_logits import KeptLogits
 
-# Logits of a plan that are modelled, at most: those of every plan are kept, and predicted for every proposal.
-_MOST_LOGITS = 2**16
 # Divergences are told apart down to this (nats).
 _FLOOR = 1e-6
 
@@ -32,12 +31,9 @@ class CompositeModel:
     """Scored plans from which on the process is worth asking."""
 
     def __init__(self, task: Task) -> None:
-        self._evaluator = cast(Any, task.evaluator)  # `applies` has found what is asked of it here
-        self._step = 1
-        dense = self._evaluator.dense_logits()
-        self._step = max(1, -(-dense.numel() // _MOST_LOGITS))
-        recovered = self._part(self._evaluator.logits(task.space.widths))
-        self._model = LogitModel(task.space.widths, recovered, self._part(dense))
+        self._logits: KeptLogits = cast(Any, task.evaluator).kept_logits()
+        dense = tuple(int(w) for w in task.space.widths)
+        self._model = LogitModel(task.space.widths, self._logits.take((dense,)), self._logits.dense)
 
     @staticmethod
     def applies(task: Task) -> bool:
@@ -45,15 +41,15 @@ class CompositeModel:
 
         Over a range of budgets hundreds of plans are far from each other, and the process of the scores is cheaper.
         """
-        keep = getattr(task.evaluator, "keep_logits", None)
-        return not task.is_range and keep is not None and bool(keep())
+        keeps = getattr(task.evaluator, "kept_logits", None)
+        return not task.is_range and keeps is not None and keeps() is not None
 
     def fit(self, widths: Ints, scores: Floats) -> None:
         """Take in N scored plans of widths (N, G); of their scores the logits tell more."""
         for plan in np.asarray(widths, dtype=np.int64):
             key = tuple(int(w) for w in plan)
             if key not in self._model.known:
-                self._model.learn(plan, self._part(self._evaluator.logits(plan)))
+                self._model.learn(plan, self._logits.take((key,)))
         self._model.fit()
 
     def predict(self, widths: Ints) -> tuple[Floats, Floats]:
@@ -79,7 +75,3 @@ class CompositeModel:
     def theta(self, value: Sequence[float] | None) -> None:
         if value is not None:
             self._model.state = list(value)
-
-    def _part(self, logits: Any) -> Any:
-        """Logits (N, C) of some of the images, evenly spread, where all would be too many."""
-        return logits[:: self._step]
