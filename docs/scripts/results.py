@@ -25,14 +25,18 @@ DOCS = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 # What the page names as open, with the command, until its results are taken; a GPU makes it an hour's work.
 WANTED = {
-    "digits": "rlprune benchmark digits --budgets 0.5 0.3 --evaluations 300 --jobs 2 --threads 1",
-    "fashion_mnist_resnet20": "rlprune benchmark fashion_mnist_resnet20 --budgets 0.5 0.3 --seeds 3 --evaluations 300",
-    "tiny_llama": "rlprune benchmark tiny_llama --seeds 3 --evaluations 300 --threads 1",
-    "cifar10_resnet20": "rlprune benchmark cifar10_resnet20 --seeds 3 --evaluations 300 --set data.root=cifar10-jpeg "
-    "model.checkpoint=resnet20_cifar10.safetensors",
-    "cifar10_resnet56": "rlprune benchmark cifar10_resnet56 --seeds 3 --evaluations 300 --set data.root=cifar10-jpeg "
-    "model.checkpoint=resnet56_cifar10.safetensors",
-    "smollm2_135m": "rlprune benchmark smollm2_135m --seeds 3 --evaluations 300",
+    ("digits", "0.5 0.3"): "--jobs 2 --threads 1",
+    ("fashion_mnist_resnet20", "0.5 0.3"): "--seeds 3",
+    ("tiny_llama", "0.5"): "--seeds 3 --threads 1",
+    (
+        "cifar10_resnet20",
+        "0.5",
+    ): "--seeds 3 --set data.root=cifar10-jpeg model.checkpoint=resnet20_cifar10.safetensors",
+    (
+        "cifar10_resnet56",
+        "0.5",
+    ): "--seeds 3 --set data.root=cifar10-jpeg model.checkpoint=resnet56_cifar10.safetensors",
+    ("smollm2_135m", "0.8"): "--seeds 3",
 }
 KEPT = ("version", "workload", "budget", "score", "hardware", "groups", "budgets", "protocol", "settings")
 
@@ -212,9 +216,15 @@ def _needed(found: Mapping[str, Any] | None) -> str:
     return "never" if found["median"] is None else f"{found['median']:g}"
 
 
-def still_open(taken: Sequence[str]) -> str:
+def still_open(every: Mapping[str, Mapping[str, Any]]) -> str:
     """What has not been measured, with the command."""
-    lines = [f"{command} --out runs/{name}" for name, command in WANTED.items() if name not in taken]
+    lines = []
+    for (name, budgets), options in WANTED.items():
+        taken = {str(budget["asked"]) for budget in every.get(name, {}).get("budgets", ())}
+        if missing := [budget for budget in budgets.split() if budget not in taken]:
+            lines.append(
+                f"rlprune benchmark {name} --budgets {' '.join(missing)} --evaluations 300 {options} --out runs/{name}"
+            )
     if not lines:
         return ""
     text = "\n".join(lines)
@@ -245,7 +255,7 @@ def write(folder: Path, docs: Path) -> None:
     every = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
     parts = [markdown_table(*overview(every)), ""]
     parts += [section(name, results, folder) for name, results in every.items()]
-    text = PAGE.format(parts="\n".join([*parts, still_open(list(every))]))
+    text = PAGE.format(parts="\n".join([*parts, still_open(every)]))
     (docs / "results.md").write_text(text, encoding="utf-8")
     readme = docs.parent / "README.md"
     if readme.exists():
