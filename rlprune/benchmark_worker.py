@@ -27,7 +27,7 @@ PROGRESS_SECONDS = 1.0
 
 
 def main() -> int:
-    """Prepare the problem once, then work until the standard input ends."""
+    """Prepare the first problem, then work until the standard input ends."""
     # Ctrl-C goes to the whole group of processes: the benchmark decides, and then closes our input.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
@@ -36,19 +36,19 @@ def main() -> int:
     threading.Thread(target=_listen, args=(work,), daemon=True).start()
     order = work.get()
 
-    from .benchmark.cells import Cell, compute, reason
+    from .benchmark.cells import Cell, Problems, compute, reason
     from .config import Config
     from .plugins import load
-    from .problem import prepare
     from .progress import Console
 
     load(order["plugins"])
-    problem = prepare(Config.from_dict(order["config"]))
+    problems = Problems(Config.from_dict(order["config"]))
+    problems.of(0)
     _answer(answers, {"ready": True})
     while True:
         cell = Cell(**work.get())
         try:
-            compute(problem, cell, Path(order["cells"]), Console(False), _reporter(answers))
+            compute(problems, cell, Path(order["cells"]), Console(False), _reporter(answers))
         except Exception as error:
             traceback.print_exc()
             _answer(answers, {"failed": reason(error)})

@@ -243,6 +243,7 @@ def _add_benchmark(commands: Any) -> None:
     arguments: dict[str, dict[str, Any]] = {
         "--methods": {"metavar": "a,b,c", "type": name_list, "help": "rules and agents (all that can run)"},
         "--seeds": {"metavar": "N", "type": number, "default": 5, "help": "seeds of each method (5)"},
+        "--checkpoints": {"metavar": "N", "type": number, "default": 1, "help": "dense models, for seeds in turn (1)"},
         "--evaluations": {"metavar": "N", "type": number, "help": "instead of search.evaluations"},
         "--budgets": {"metavar": "B", "nargs": "+", "default": [], "help": "several, instead of budget.target"},
         "--jobs": {"metavar": "N", "type": number, "default": 1, "help": "processes, each of --threads threads (1)"},
@@ -262,7 +263,7 @@ def _benchmark(args: argparse.Namespace) -> None:
 
     out = args.out or Path("runs") / f"{config.name}-benchmark"
     evaluations = args.evaluations or config.search.evaluations
-    more = {"budgets": args.budgets, "jobs": args.jobs}
+    more = {"budgets": args.budgets, "jobs": args.jobs, "checkpoints": args.checkpoints}
     benchmark.run(config, args.methods, args.seeds, evaluations, out, **more)
     print((out / "benchmark.md").read_text(encoding="utf-8"))
     print(f"report: {out / 'report.html'}")

@@ -312,10 +312,10 @@ class Evaluator:
     def kept_logits(self) -> KeptLogits | None:
         """The logits of what is scored from the first call on; None where a search cannot do with them.
 
-        That is for language models (too many), for outputs that are not one row a sample, for other scores than
-        `kl`, and where a rung may drop a candidate half-scored.
+        That is for outputs that are neither one row a sample nor one a token, for other scores than `kl`, and where
+        a rung may drop a candidate half-scored.
         """
-        if self._kept_logits is None and not (self.workload.language or self.rungs):
+        if self._kept_logits is None and not self.rungs:
             dense = self._judges[False](self.workload.model).outputs
             if dense is not None and self.score_settings.kind == "kl":
                 self._kept_logits = KeptLogits(dense, self._outputs)

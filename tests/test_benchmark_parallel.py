@@ -87,9 +87,9 @@ def ended(pid: int) -> bool:
         return True
 
 
-def searching(out: Path, rows: int = 3) -> bool:
-    """Whether some search has scored so many plans and is not done."""
-    return any(path.read_bytes().count(b"\n") >= rows for path in out.glob("cells/*.state/ledger.jsonl"))
+def searching(out: Path, rows: int = 3) -> int:
+    """How many searches have scored so many plans and are not done."""
+    return sum(path.read_bytes().count(b"\n") >= rows for path in out.glob("cells/*.state/ledger.jsonl"))
 
 
 @pytest.fixture(scope="module")
@@ -130,19 +130,24 @@ def test_a_stopped_benchmark_leaves_no_worker_and_goes_on_as_if_never_stopped(
 
 
 @linux
-def test_a_killed_worker_costs_its_cell_only(serial: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_costs_its_cell_only(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = command(words(out, "--jobs", "2"))
-    wait_for(lambda: searching(out) or process.poll() is not None, "a search")
+    arguments = words(out, "--jobs", "2", "--evaluations", "150", methods="random,evopress")
+    process = command(arguments)
+    # Both are at work, and have enough left to do.
+    wait_for(lambda: searching(out) == 2 or process.poll() is not None, "two searches")
+    assert process.poll() is None, process.communicate()
     os.kill(children(process.pid)[0], signal.SIGKILL)
     code, output = finish(process)
     last = output.strip().splitlines()[-1]
-    assert code == 1 and last.startswith("rlprune: error: 1 of 4 cells failed"), output
+    assert code == 1 and last.startswith("rlprune: error: 1 of 3 cells failed"), output
     assert "its process was ended by SIGKILL" in last and "seed 0, budget 0.5" in last
-    assert len(results_of(out)) == 3
-    code, output = finish(command(words(out)))
-    assert code == 0 and "3 of 4 cells are there already" in output, output
-    assert results_of(out) == results_of(serial)
+    two = results_of(out)
+    assert len(two) == 2
+    code, output = finish(command(arguments))
+    assert code == 0 and "2 of 3 cells are there already" in output, output
+    three = results_of(out)
+    assert len(three) == 3 and all(row in three for row in two)
 
 
 def test_a_worker_that_cannot_start_is_said_in_one_line(
@@ -166,6 +171,7 @@ def test_a_worker_that_cannot_start_is_said_in_one_line(
         (["--methods", "owl"], "language models only"),
         (["--methods", "ppo,,lamp"], "--methods"),
         (["--seeds", "0"], "--seeds"),
+        (["--checkpoints", "3", "--seeds", "2"], "--checkpoints 3: must be from 1 to the number of seeds, 2"),
         (["--jobs", "0"], "--jobs"),
         (["--jobs", "two"], "--jobs"),
         (["--evaluations", "-1"], "--evaluations"),
@@ -186,6 +192,38 @@ def test_wrong_inputs_are_one_line(
     error = capsys.readouterr().err.strip()
     assert code == 2 and error.startswith("rlprune: error: ") and message in error
     assert "\n" not in error and not out.exists()
+
+
+def test_several_dense_models_need_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rlprune import cli
+
+    settings = [*SMALL_DIGITS, "model.train.epochs=0"]
+    out = tmp_path / "run"
+    code = cli.main(["benchmark", "digits", "--out", str(out), "--checkpoints", "2", "--set", *settings])
+    assert code == 2 and not out.exists()
+    assert "--checkpoints 2: only 1, since no dense model is trained here" in capsys.readouterr().err
+
+
+def test_seeds_take_the_dense_models_in_turn(tmp_path: Path) -> None:
+    """In two processes; a seed's dense model is that of the same seeds of weights and splits anywhere else."""
+    options = ["--checkpoints", "2", "--seeds", "3", "--jobs", "2"]
+    code, output = finish(command(words(tmp_path / "each", *options, methods="uniform,random")))
+    assert code == 0, output
+    other = words(tmp_path / "other", "--seeds", "2", methods="uniform,random")
+    code, output = finish(command([*other, "model.seed=1", "data.seed=1"]))
+    assert code == 0, output
+    each, other_rows = results_of(tmp_path / "each"), results_of(tmp_path / "other")
+    assert [row["seed"] for row in each if row["method"] == "random"] == [0, 1, 2]
+
+    def found(rows: list[dict[str, Any]], method: str, seed: int) -> dict[str, Any]:
+        return next(row for row in rows if (row["method"], row["seed"]) == (method, seed))
+
+    for method in ("uniform", "random"):
+        assert found(each, method, 1) == found(other_rows, method, 1)
+    same, another = (found(each, "uniform", seed)["test_loss"] for seed in (2, 1))
+    assert found(each, "uniform", 0)["test_loss"] == same != another
+    dense = [row["test_loss"] for row in each if row["method"] == "dense"]
+    assert len(set(dense)) == 2 and dense[1] == found(other_rows, "dense", 0)["test_loss"]
 
 
 def test_the_longest_cells_come_first() -> None:

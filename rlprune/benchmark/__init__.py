@@ -2,7 +2,8 @@
 
 A benchmark is a grid of cells (`cells.Cell`): methods, seeds and budgets. Cells are independent of one another, so
 they may be computed in any order and in several processes, and a finished one is never computed again. The
-seed decides a method's search and its final fine-tune, so methods are compared in pairs of one seed.
+seed decides a method's search and its final fine-tune, and where there are several dense models which of them is
+pruned, so methods are compared in pairs of one seed.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from ..config import Config
 from ..errors import ConfigError, RunError, near_miss
 from ..files import lock_run, write_text_atomic
 from ..plugins import loaded
-from ..problem import Problem, dense_model, prepare
+from ..problem import dense_model
 from ..progress import Console
 from ..pruning.space import PruningSpace
 from ..rules import RULES, rules_for
 from ..search_settings import SB3Config, SearchConfig
-from .cells import DENSE, Cell, cell_key, compute, finished, reason
+from .cells import DENSE, Cell, Problems, cell_key, compute, finished, reason, with_checkpoint
 from .outcome import Outcome, page, write
 from .pool import Pool, Worker
 from .schedule import Schedule
@@ -40,6 +41,7 @@ def run(
     *,
     budgets: Sequence[str | float] = (),
     jobs: int = 1,
+    checkpoints: int = 1,
 ) -> dict[str, Any]:
     """Compare methods and write results.json, benchmark.md, plots, ledger.jsonl and report.html.
 
@@ -50,6 +52,7 @@ def run(
         budgets: as in `budget.target`, which is taken where there are none.
         jobs: processes that compute cells at the same time, each with `config.threads` threads (1 by default).
             With one job this process computes them, and torch chooses its threads.
+        checkpoints: dense models that the seeds take in turn, each trained from other weights on other splits.
 
     Returns the content of results.json: its rows are one per method, seed and budget, its `summary` one per
     method and budget.
@@ -65,26 +68,35 @@ def run(
             raise ConfigError(f"--{option} {number}: must be at least 1")
     asked = [config.override([f"budget.target={budget}"]).budget.target for budget in budgets]
     asked = asked or [config.budget.target]
+    _check_checkpoints(config, checkpoints, seeds)
     config = _settled(config, evaluations, asked[0], jobs)
     unable = unable_agents(methods, config.search)
     _refuse(methods, unable)
     console = Console(True)
     with lock_run(out, worth="cells") as folder:
+        problems = None
         if jobs == 1:
-            problem = prepare(config, console=console)
-            workload, space = problem.workload, problem.space
-        else:  # each worker prepares its own problem, but the dense model is trained once, here
+            problems = Problems(config, console)
+            workload, space = problems.of(0).workload, problems.of(0).space
+        else:  # each worker prepares its own problems, but the dense models are trained once, here
             workload, space = dense_model(config, console=console)
-            problem = None
+            for number in range(1, checkpoints):
+                dense_model(with_checkpoint(config, number), console=console)
         _check_budgets(space, asked, config.budget.metric)
         names, left_out = applicable(methods, space, unable)
-        wanted = [Cell(DENSE, config.seed, asked[0])]
-        wanted += [Cell(n, config.seed + i, b) for b in asked for n in names for i in range(seeds)]
+        wanted = [Cell(DENSE, config.seed + i, asked[0], i) for i in range(checkpoints)]
+        wanted += [
+            Cell(name, config.seed + i, budget, i % checkpoints)
+            for budget in asked
+            for name in names
+            for i in range(seeds)
+        ]
         write_text_atomic(folder / "config.yaml", config.to_yaml())
-        work = _Work(config, folder, console, wanted, problem, jobs, tuple(loaded()))
+        work = _Work(config, folder, console, wanted, problems, jobs, tuple(loaded()))
         work.run()
         protocol = {
             "seeds": seeds,
+            "checkpoints": checkpoints,
             "evaluations": evaluations,
             "jobs": jobs,
             "methods": names,
@@ -110,7 +122,7 @@ class _Work:
     folder: Path
     console: Console
     wanted: Sequence[Cell]
-    problem: Problem | None
+    problems: Problems | None
     jobs: int
     plugins: tuple[str, ...]
     content: dict[Cell, dict[str, Any]] = field(default_factory=dict)
@@ -130,8 +142,8 @@ class _Work:
         if not pending:
             return
         try:
-            if self.problem is not None:
-                self._serial(self.problem, pending)
+            if self.problems is not None:
+                self._serial(self.problems, pending)
             else:
                 self._parallel(pending)
         except KeyboardInterrupt:
@@ -146,14 +158,14 @@ class _Work:
     def _finished(self, cell: Cell) -> dict[str, Any] | None:
         return finished(self.cells, self.config, cell, self.console)
 
-    def _serial(self, problem: Problem, pending: Sequence[Cell]) -> None:
+    def _serial(self, problems: Problems, pending: Sequence[Cell]) -> None:
         left = list(pending)
         while left:
             cell = self.schedule.take(left)
             left.remove(cell)
             why = None
             try:
-                compute(problem, cell, self.cells, self.console)
+                compute(problems, cell, self.cells, self.console)
             except Exception as error:
                 why = reason(error)
             self._ended(cell, why)
@@ -207,6 +219,17 @@ def _check_budgets(space: PruningSpace, budgets: Sequence[str | float], metric: 
         if target in seen:
             raise ConfigError(f"--budgets: {seen[target]} and {budget} are the same budget")
         seen[target] = budget
+
+
+def _check_checkpoints(config: Config, checkpoints: int, seeds: int) -> None:
+    """Refuse more dense models than seeds, and more than one where none is trained."""
+    if not 1 <= checkpoints <= seeds:
+        raise ConfigError(f"--checkpoints {checkpoints}: must be from 1 to the number of seeds, {seeds}")
+    if checkpoints > 1 and (config.model.train.epochs == 0 or config.workload is not None):
+        why = "model.train.epochs is 0" if config.workload is None else "the workload is your own"
+        raise ConfigError(
+            f"--checkpoints {checkpoints}: only 1, since no dense model is trained here ({why})"
+        )
 
 
 def _checked(methods: Sequence[str] | None, known: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""One cell of a benchmark: one method under one seed and one budget, kept in a file once it is finished.
+"""One cell of a benchmark: one method under one seed, one budget and one dense model, in a file once it is finished.
 
 The file is named after a hash of everything that determines its content and lists that, so that a stopped
 benchmark goes on where it was and one with more methods, seeds or budgets reuses what is there.
@@ -23,7 +23,7 @@ from ..files import read_json, write_json_atomic
 from ..finish import choose, finish
 from ..ledger import Ledger
 from ..plugins import fingerprint
-from ..problem import Found, Problem, score_rule, search
+from ..problem import Found, Problem, prepare, score_rule, search
 from ..progress import Console
 from ..rules import RULES
 from ..run import results_of
@@ -37,19 +37,46 @@ _NOT_DETERMINING = (
 
 @dataclass(frozen=True)
 class Cell:
-    """What is computed at once; the seed decides the search and the final fine-tune."""
+    """What is computed at once; the seed decides the search and the final fine-tune.
+
+    ``checkpoint`` is added to the seeds of the dense model and of the splits.
+    """
 
     method: str
     seed: int
     budget: str | float
+    checkpoint: int = 0
 
     def __str__(self) -> str:
-        return f"{self.method}, seed {self.seed}, budget {self.budget}"
+        where = f", checkpoint {self.checkpoint}" if self.checkpoint else ""
+        return f"{self.method}, seed {self.seed}, budget {self.budget}{where}"
+
+
+class Problems:
+    """The prepared problem of every dense model that cells ask for, each prepared once and kept."""
+
+    def __init__(self, config: Config, console: Console | None = None) -> None:
+        self.config = config
+        self._console = console
+        self._prepared: dict[int, Problem] = {}
+
+    def of(self, checkpoint: int) -> Problem:
+        """The problem of a dense model, which is trained where it is not in the cache folder."""
+        if checkpoint not in self._prepared:
+            settings = with_checkpoint(self.config, checkpoint)
+            self._prepared[checkpoint] = prepare(settings, console=self._console)
+        return self._prepared[checkpoint]
+
+
+def with_checkpoint(config: Config, checkpoint: int) -> Config:
+    """The settings of another dense model: other initial weights, order of training and splits."""
+    model = replace(config.model, seed=config.model.seed + checkpoint)
+    return replace(config, model=model, data=replace(config.data, seed=config.data.seed + checkpoint))
 
 
 def determinants(config: Config, cell: Cell) -> dict[str, Any]:
     """Everything that decides what comes out of a cell, by dotted name: settings, method, seeds, libraries."""
-    settings = flat(json.loads(json.dumps(config.to_dict())))
+    settings = flat(json.loads(json.dumps(with_checkpoint(config, cell.checkpoint).to_dict())))
     settings["budget.target"] = cell.budget
     skipped = list(_NOT_DETERMINING)
     if cell.method == DENSE:
@@ -97,17 +124,17 @@ def finished(folder: Path, config: Config, cell: Cell, console: Console) -> dict
     return None
 
 
-def compute(problem: Problem, cell: Cell, folder: Path, console: Console, progress: Any = None) -> None:
+def compute(problems: Problems, cell: Cell, folder: Path, console: Console, progress: Any = None) -> None:
     """Search, choose, fine-tune, look at test, and write the cell's file; a killed try is continued.
 
     Args:
-        problem: prepared under the benchmark's settings; its budget is replaced by the cell's.
+        problems: prepared under the benchmark's settings; their budget is replaced by the cell's.
         progress: called as `Agent.search` calls it; a bar of the console where it is not given.
     """
     started = time.perf_counter()
-    config = problem.config
-    budget = replace(config.budget, target=cell.budget)
-    here = replace(problem, config=replace(config, budget=budget), evaluator=problem.evaluator.fork())
+    config, problem = problems.config, problems.of(cell.checkpoint)
+    settings = replace(problem.config, budget=replace(config.budget, target=cell.budget))
+    here = replace(problem, config=settings, evaluator=problem.evaluator.fork())
     state = folder / f"{_name(config, cell)}.state"
     state.mkdir(exist_ok=True)
     ledger = Ledger(state / "ledger.jsonl")

@@ -82,13 +82,11 @@ def _results(outcome: Outcome) -> dict[str, Any]:
         budgets.append(
             {"asked": budget, "metric": metric, "target": target, "dense": space.dense_cost(metric)}
         )
-        curves = {
-            (cell.method, cell.seed): charged_scores(content["ledger"], target)
-            for cell, content in outcome.content.items()
-            if cell.budget == budget
-        }
-        for (method, seed), scores in curves.items():
-            rows[Cell(method, seed, budget)]["improvements"] = improvements(scores)
+        curves = {}
+        for cell, content in outcome.content.items():
+            if cell.budget == budget:
+                curves[cell.method, cell.seed] = scores = charged_scores(content["ledger"], target)
+                rows[cell]["improvements"] = improvements(scores)
         ours = [row for row in rows.values() if row["budget"] == budget]
         limit = outcome.config.search.evaluations
         summary += [{"budget": budget} | entry for entry in summarise(ours, curves, limit)]

@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from .text import IGNORED, TextData
 
 # Tokens of one forward pass: enough for a matrix product at full speed, few enough for the memory.
 _FORWARD_TOKENS = {"cpu": 512, "cuda": 8192}
+# Of the dense model's largest answers at a token these are a judgement's outputs.
+OUTPUT_TOKENS = 16
 # What a config says of where it came from, not of the architecture.
 _ELSEWHERE = ("_name_or_path", "transformers_version", "quantization_config")
 _FASTER = 1.3  # how much faster bfloat16 has to be to be taken
@@ -204,7 +207,8 @@ class LanguageJudge(Judge):
     """Scores sequences by -KL(dense || candidate) a token, or by -loss; the loss comes from the same pass.
 
     The divergence is taken over the dense model's top-k tokens and one bucket that holds the rest, which
-    bounds the full divergence from below (data processing inequality) and equals it for k = vocabulary.
+    bounds the full divergence from below (data processing inequality) and equals it for k = vocabulary. With it come
+    the outputs (tokens, OUTPUT_TOKENS + 1): log-probabilities of the first of those tokens and of all others together.
     """
 
     def __init__(self, workload: LanguageWorkload, answers: DenseAnswers | None, count: int) -> None:
@@ -214,38 +218,45 @@ class LanguageJudge(Judge):
         workload, rows = self._workload, self._workload.rows("validation")
         part = workload.data.splits["validation"]
         last = self._count if stop is None else min(stop, self._count)
-        scores, losses = [], []
+        scores, losses, outputs = [], [], []
         with torch.no_grad(), evaluating(model):
             for first in range(start, last, rows):
                 until = min(first + rows, last)
                 ids = part.window(first, until)[0].to(workload.device)
-                score, nll = self._batch(model, ids, first, until)
+                score, nll, answers = self._batch(model, ids, first, until)
+                outputs += answers
                 scores.append(score.double().view(len(ids), -1).mean(dim=1).cpu())
                 losses.append(nll.double().view(len(ids), -1).sum(dim=1).cpu())
         if not losses:
             raise DataError(f"workload {workload.name!r}: the split 'validation' is empty")
         count = (last - start) * (part.length - 1)
         loss = float(torch.cat(losses).sum()) / count
-        return Judgement(torch.cat(scores), loss, perplexity(loss), count)
+        return Judgement(
+            torch.cat(scores), loss, perplexity(loss), count, torch.cat(outputs) if outputs else None
+        )
 
     def merge(self, parts: Sequence[Judgement]) -> Judgement:
         """One judgement of consecutive parts; the perplexity is that of the joint loss."""
         joint = super().merge(parts)
-        return Judgement(joint.scores, joint.loss, perplexity(joint.loss), joint.count)
+        return replace(joint, metric=perplexity(joint.loss))
 
-    def _batch(self, model: nn.Module, ids: Tensor, first: int, until: int) -> tuple[Tensor, Tensor]:
-        """Scores and losses of every scored token of a batch, (B * (L - 1),) each."""
+    def _batch(
+        self, model: nn.Module, ids: Tensor, first: int, until: int
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Scores and losses of every scored token of a batch, (B * (L - 1),) each, and its outputs in parts."""
         wanted = ids[:, 1:].flatten()
         dense = None if self._answers is None else self._answers(first, until)
-        scores, losses = [], []
+        scores, losses, outputs = [], [], []
         for start, stop, logs in self._workload.logs(model, ids):
             nll, _ = _nll(logs, wanted[start:stop])
             losses.append(nll)
             if dense is None:
                 scores.append(-nll)
             else:
-                scores.append(-bucket_divergence(dense[0][start:stop], dense[1][start:stop], logs))
-        return torch.cat(scores), torch.cat(losses)
+                shares, tokens = dense[0][start:stop], dense[1][start:stop]
+                scores.append(-bucket_divergence(shares, tokens, logs))
+                outputs.append(bucketed(tokens[:, :OUTPUT_TOKENS], logs).cpu())
+        return torch.cat(scores), torch.cat(losses), outputs
 
 
 def bucket_divergence(dense: Tensor, tokens: Tensor, logs: Tensor) -> Tensor:
@@ -263,6 +274,13 @@ def bucket_divergence(dense: Tensor, tokens: Tensor, logs: Tensor) -> Tensor:
     rest = (1 - shares.sum(dim=-1)).clamp_min(1e-7)
     mine = (1 - ours.exp().sum(dim=-1)).clamp_min(1e-7)
     return inside + rest * (rest.log() - mine.log())
+
+
+def bucketed(tokens: Tensor, logs: Tensor) -> Tensor:
+    """Log-probabilities (n, k + 1), float32, of ``tokens`` (n, k) and of all others together, from ``logs`` (n, V)."""
+    ours = logs.gather(1, tokens).float()
+    rest = (1 - ours.double().exp().sum(dim=-1, keepdim=True)).clamp_min(1e-7)
+    return torch.cat([ours, rest.log().float()], dim=1)
 
 
 def perplexity(loss: float) -> float:
