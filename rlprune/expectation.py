@@ -32,8 +32,10 @@ _SPREAD = 1.5
 # Logits of one model hang together: they count as so many independent outputs.
 _OUTPUTS = 30.0
 _FIRST_STEPS, _STEPS = 60, 20
-# The hyperparameters are fitted again when this many times more plans are known.
+# The hyperparameters are fitted again when this many times more plans are known, to so many of them at most: a step
+# costs their number cubed. The predictions use all.
 _GROWTH = 1.1
+_FIT_PLANS = 400
 _CHUNK = 64
 
 
@@ -57,7 +59,7 @@ class LogitModel:
         self.known: dict[Widths, float] = {}
         """The plans whose logits are known, and their divergences; the dense model aside."""
         self._rows = [self._ratios(self._widths[None])]
-        self._changes = [torch.zeros(self._dense.numel())]
+        self._changes = _Changes(self._dense.numel())
         self._scales = _per_group(_STARTS, len(self._widths))
         self._fitted = 0
 
@@ -87,13 +89,14 @@ class LogitModel:
 
     def fit(self) -> None:
         """Condition on all that has been built, and adapt the kernel where that is much more than the last time."""
-        self._x, self._y = torch.cat(self._rows), torch.stack(self._changes)
-        gram = (self._y @ self._y.T).double() / self._y.shape[1]
+        self._x, self._y = torch.cat(self._rows), self._changes.rows
+        gram = self._changes.gram()
         self._unit = max(float(gram.diagonal().mean()), 1e-12)
         if len(self._x) >= _GROWTH * self._fitted:
             steps = _STEPS if self._fitted else _FIRST_STEPS
             self._fitted = len(self._x)
-            self._scales = _adapted(self._scales, self._x, gram / self._unit, steps)
+            some = torch.linspace(0, self._fitted - 1, min(self._fitted, _FIT_PLANS)).long()
+            self._scales = _adapted(self._scales, self._x[some], gram[some][:, some] / self._unit, steps)
         self._lower = torch.linalg.cholesky(_noisy_kernel(self._scales, self._x))
 
     def expected(self, widths: Any) -> tuple[Floats, Floats]:
@@ -161,6 +164,32 @@ class LogitProbes(LogitModel):
     def images(self) -> int:
         """Images whose logits are compared."""
         return len(self._images)
+
+
+class _Changes:
+    """Rows (K, L) that grow by one at a time, and their second moments (K, K); the first row is zero."""
+
+    def __init__(self, length: int) -> None:
+        self._all, self._count = torch.zeros(16, length), 1
+        self._moments = torch.zeros(0, 0, dtype=torch.float64)
+
+    def append(self, row: Tensor) -> None:
+        if self._count == len(self._all):
+            self._all = torch.cat([self._all, torch.empty_like(self._all)])
+        self._all[self._count] = row
+        self._count += 1
+
+    @property
+    def rows(self) -> Tensor:
+        return self._all[: self._count]
+
+    def gram(self) -> Tensor:
+        """Means of products of the rows, of which only those of new rows are computed."""
+        before = len(self._moments)
+        new = (self.rows[before:] @ self.rows.T).double() / self.rows.shape[1]
+        left = torch.cat([self._moments, new[:, :before]])
+        self._moments = torch.cat([left, new.T], dim=1)
+        return self._moments
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:

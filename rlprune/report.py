@@ -216,7 +216,7 @@ def _headline(results: Mapping[str, Any]) -> str:
     sentences = []
     if share is not None:
         sentences.append(f"Budget: {_percent(share)} of the dense {_text(budget.get('metric', 'macs'))}.")
-    named = [("Dense", next((row for row in rows if row["method"] == "dense"), None)),
+    named = [("Dense", _dense(rows)),
              ("Best rule", best_rule(results)), ("Learned", learned(results))]  # fmt: skip
     for label, row in named:
         if row is not None:
@@ -224,6 +224,15 @@ def _headline(results: Mapping[str, Any]) -> str:
             method = "" if label == "Dense" else f" ({_text(row['method'])})"
             sentences.append(f"<b>{label}{method}</b>: {', '.join(facts) or 'not measured'}.")
     return "<p>" + "<br>".join(sentences) + "</p>"
+
+
+def _dense(rows: list[Any]) -> Mapping[str, Any] | None:
+    """The dense model's row; means, where a benchmark has several dense models."""
+    found = [row for row in rows if row["method"] == "dense"]
+    if len(found) < 2:
+        return found[0] if found else None
+    names = [name for name in ("score", "test", "test_finetuned") if all(_finite(r.get(name)) for r in found)]
+    return found[0] | {name: sum(row[name] for row in found) / len(found) for name in names}
 
 
 def _shown_quality(row: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -44,8 +44,8 @@ class PPOConfig(Section):
     kappa: float = setting(0.5, "Surrogate mode: reward = mean + kappa * standard deviation.", low=0)
     surrogate: str = setting(
         "logits",
-        "Surrogate mode: what is modelled, `logits` of the scored plans (of image models at one budget; elsewhere "
-        "it is the scores) or `scores`.",
+        "Surrogate mode: what is modelled, `logits` of the scored plans (where `score.kind` is `kl` and there are no "
+        "`score.rungs`; elsewhere it is the scores) or `scores`.",
         choices=("logits", "scores"),
     )
     surrogate_steps: int = setting(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from scipy.stats import spearmanr
 from small import SMALL_DIGITS
 from synthetic import FakeEvaluator
 
+from rlprune import expectation
 from rlprune.agents.composite import CompositeModel
 from rlprune.agents.proposals import choose_batch, random_plans
 from rlprune.config import load_config
@@ -16,6 +19,7 @@ from rlprune.envs.task import Task
 from rlprune.expectation import LogitModel
 from rlprune.kept_logits import MOST_LOGITS, KeptLogits
 from rlprune.problem import Problem, prepare
+from rlprune.workloads.language import OUTPUT_TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +28,27 @@ def problem() -> Problem:
     return prepare(load_config("digits", SMALL_DIGITS))
 
 
+@pytest.fixture(scope="module")
+def language() -> Problem:
+    torch.set_num_threads(1)
+    small = ["model.arguments={layers: 2, hidden: 32, heads: 4, kv_heads: 2, intermediate: 48, vocab: 300}"]
+    small += ["model.train.epochs=1", "data.sequence_length=16", "data.train=64", "data.calibration=8"]
+    small += ["data.validation=6", "data.test=6", f"score.top_k={OUTPUT_TOKENS}", "budget.target=0.6"]
+    return prepare(load_config("tiny_llama", small))
+
+
 @pytest.fixture
 def task(problem: Problem) -> Task:
     return Task(problem.evaluator.fork(), 0.5, "macs", base_rule="uniform")
 
 
-def scored(task: Task, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    plans = random_plans(task, 0.5, count, np.random.default_rng(seed))
+def scored_at(task: Task, budget: float, count: int = 10, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    plans = random_plans(task, budget, count, np.random.default_rng(seed))
     return plans, np.array([task.evaluator.evaluate(plan).score for plan in plans])
+
+
+def scored(task: Task, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    return scored_at(task, 0.5, count, seed)
 
 
 def test_a_known_plan_is_predicted_as_it_was_scored(task: Task) -> None:
@@ -91,6 +108,65 @@ def test_logits_cost_no_evaluation_and_are_the_same_when_computed_again(problem:
     assert score == pytest.approx(-float(divergence), rel=1e-5)
 
 
+def test_the_log_probabilities_of_a_language_model_tell_its_score(language: Problem) -> None:
+    evaluator = language.evaluator.fork()
+    evaluator._bank = {}
+    logits = evaluator.kept_logits()
+    assert logits is not None
+    plan = tuple(int(w) for w in language.rule_widths("uniform"))
+    score = evaluator.evaluate(plan).score
+    kept = logits.take((plan,))
+    tokens = 6 * 15  # all but the first of each sequence
+    assert kept.shape == (tokens, OUTPUT_TOKENS + 1) == logits.dense.shape
+    assert torch.allclose(kept.exp().sum(dim=1), torch.ones(tokens), atol=1e-5)
+    # top_k is the number of columns here, so the divergence of the columns is the score's.
+    divergence = (logits.dense.exp() * (logits.dense - kept)).sum(dim=1).mean()
+    assert score == pytest.approx(-float(divergence), rel=1e-3) and score < -1e-3
+    task = Task(evaluator, 0.6, "block_params")
+    model = CompositeModel(task)
+    plans = random_plans(task, 0.6, 12, np.random.default_rng(0))
+    scores = np.array([evaluator.evaluate(p).score for p in plans])
+    model.fit(plans, scores)
+    assert np.exp(-model.predict(plans)[0]) == pytest.approx(-scores, rel=0.1)
+
+
+def test_one_model_serves_a_range_of_budgets(problem: Problem) -> None:
+    task = Task(problem.evaluator.fork(), (0.3, 0.7), "macs", base_rule="uniform")
+    model = CompositeModel(task)
+    plans, scores = (
+        np.concatenate(parts) for parts in zip(*(scored_at(task, b) for b in task.knots), strict=True)
+    )
+    model.fit(plans, scores)
+    for budget in (0.4, 0.6):
+        others, found = scored_at(task, budget, seed=1)
+        assert spearmanr(model.predict(others)[0], found)[0] > 0.5
+
+
+def test_the_kernel_is_fitted_to_so_many_plans_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The predictions use all of them all the same."""
+    generator = torch.Generator().manual_seed(0)
+    effects, dense = torch.randn(2, 20, 3, generator=generator), torch.randn(20, 3, generator=generator)
+    model = LogitModel(np.array([64, 64]), dense)
+    seen, adapted = [], expectation._adapted
+
+    def spy(scales: torch.Tensor, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(len(x))
+        return adapted(scales, x, *rest)
+
+    monkeypatch.setattr(expectation, "_adapted", spy)
+    monkeypatch.setattr(expectation, "_FIT_PLANS", 12)
+    plans = [(a, b) for a in (8, 20, 32, 44, 60) for b in (8, 20, 32, 44, 60)]
+    for count, plan in enumerate(plans):
+        model.learn(plan, dense + sum((1 - w / 64) * e for w, e in zip(plan, effects, strict=True)))
+        if count % 7 == 0:
+            model.fit()
+    model.fit()
+    assert seen[0] == 2 and max(seen) == seen[-1] == 12
+    centre, _ = model.expected(plans)
+    assert centre == pytest.approx([model.known[p] for p in plans], rel=0.05, abs=1e-3)
+    assert torch.allclose(model._changes.gram(), (model._y @ model._y.T).double() / 60, rtol=1e-5)
+
+
 def test_what_is_kept_of_many_classes_is_bounded() -> None:
     outputs = torch.arange(300.0)[:, None].expand(300, 1000)
     logits = KeptLogits(outputs, lambda history: outputs + 1.0)
@@ -101,8 +177,7 @@ def test_what_is_kept_of_many_classes_is_bounded() -> None:
     assert torch.equal(logits.take("plan"), logits.dense + 1.0), "handed over once, then computed"
 
 
-def test_scores_are_modelled_where_logits_do_not_tell_them(problem: Problem) -> None:
-    assert not CompositeModel.applies(Task(problem.evaluator.fork(), (0.3, 0.6), "macs"))
+def test_scores_are_modelled_where_logits_do_not_tell_them() -> None:
     assert not CompositeModel.applies(Task(FakeEvaluator(4), 0.5))
     for settings in (["score.kind=loss"], ["score.rungs=[16,32]"]):
         other = prepare(load_config("digits", [*SMALL_DIGITS, *settings]))

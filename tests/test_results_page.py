@@ -75,6 +75,21 @@ def test_the_page_says_what_was_run_and_what_came_out(taken: tuple[Path, dict[st
         assert (docs / "results" / f"digits-30-{kind}.png").read_bytes().startswith(PNG)
 
 
+def test_several_dense_models_are_said_and_averaged(
+    taken: tuple[Path, dict[str, Any]], script: ModuleType, tmp_path: Path
+) -> None:
+    _, results = taken
+    dense = results["rows"][0]
+    rows = [dense | {"seed": 1, "test_loss": dense["test_loss"] + 2.0}, *results["rows"]]
+    text = script.section(
+        "digits",
+        results | {"rows": rows, "settings": {}, "protocol": results["protocol"] | {"checkpoints": 2}},
+        tmp_path,
+    )
+    assert "--jobs 2 --checkpoints 2" in text and "3 seeds, 2 dense models, each of its own" in text
+    assert f"Dense: test loss {dense['test_loss'] + 1.0:.4f}" in text
+
+
 def test_the_committed_results_give_the_same_page(
     taken: tuple[Path, dict[str, Any]], script: ModuleType
 ) -> None:

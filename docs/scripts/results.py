@@ -1,6 +1,6 @@
 """The committed results of `rlprune benchmark` -> docs/results.md with its figures, and the README's table.
 
-    rlprune benchmark digits --budgets 0.5 0.3 --evaluations 300 --jobs 2 --threads 1 --out runs/digits-benchmark
+    rlprune benchmark digits --budgets 0.5 0.3 --checkpoints 5 --evaluations 300 --jobs 2 --out runs/digits-benchmark
     python docs/scripts/results.py --take runs/digits-benchmark
 
 --take copies a run's results.json, in a compact form, to docs/results/NAME.json (NAME is that of the shipped config);
@@ -25,9 +25,9 @@ DOCS = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 # What the page names as open, with the command, until its results are taken; a GPU makes it an hour's work.
 WANTED = {
-    ("digits", "0.5 0.3"): "--jobs 2 --threads 1",
+    ("digits", "0.5 0.3"): "--checkpoints 5 --jobs 2",
     ("fashion_mnist_resnet20", "0.5 0.3"): "--seeds 3",
-    ("tiny_llama", "0.5"): "--seeds 3 --threads 1",
+    ("tiny_llama", "0.5"): "--seeds 3 --checkpoints 3",
     (
         "cifar10_resnet20",
         "0.5",
@@ -76,6 +76,8 @@ def command(name: str, results: Mapping[str, Any]) -> str:
     words += [
         f"--seeds {protocol['seeds']} --evaluations {protocol['evaluations']} --jobs {protocol['jobs']}"
     ]
+    if protocol.get("checkpoints", 1) > 1:
+        words.append(f"--checkpoints {protocol['checkpoints']}")
     if results["settings"]:
         words += ["--set", *[f"{key}={value}" for key, value in results["settings"].items()]]
     return " ".join(words)
@@ -146,16 +148,18 @@ def section(name: str, results: Mapping[str, Any], folder: Path) -> str:
     sizes = ", ".join(f"{count} {split}" for split, count in workload["sizes"].items())
     parts = [
         f"## {workload['name']}\n",
-        f"{protocol['seeds']} seeds, {protocol['evaluations']} evaluations for each search; {sizes} samples; "
+        f"{protocol['seeds']} seeds, {_models(protocol)}, {protocol['evaluations']} evaluations for each search; "
+        f"{sizes} samples; "
         f"{hardware['device']} ({hardware['processor']}, {protocol['jobs']} processes of {hardware['threads']} "
         f"threads), torch {hardware['libraries'].get('torch', 'unknown')}.\n",
         f"```sh\n{command(name, results)}\n```\n",
     ]
-    dense = next((row for row in results["rows"] if row["method"] == "dense"), None)
-    if dense is not None:
+    if dense := [row for row in results["rows"] if row["method"] == "dense"]:
+        names = ("test_loss", "test", "test_loss_finetuned", "test_finetuned")
+        loss, metric, tuned_loss, tuned = (sum(row[n] for row in dense) / len(dense) for n in names)
         parts.append(
-            f"Dense: test loss {dense['test_loss']:.4f}, {workload['metric']} {dense['test']:.4f}; after the same "
-            f"fine-tune {dense['test_loss_finetuned']:.4f} and {dense['test_finetuned']:.4f}.\n"
+            f"Dense: test loss {loss:.4f}, {workload['metric']} {metric:.4f}; after the same fine-tune "
+            f"{tuned_loss:.4f} and {tuned:.4f}.\n"
         )
     for view in comparison.per_budget(results):
         share = comparison.share(view)
@@ -171,6 +175,18 @@ def section(name: str, results: Mapping[str, Any], folder: Path) -> str:
             parts += [markdown_table(*table), ""]
     parts += [f"- {note}" for note in comparison.notes(results)]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _models(protocol: Mapping[str, Any]) -> str:
+    count = protocol.get("checkpoints", 1)
+    if count == 1:
+        return "one dense model"
+    own = "of its own weights and splits"
+    return (
+        f"each with a dense model {own}"
+        if count == protocol["seeds"]
+        else f"{count} dense models, each {own}"
+    )
 
 
 def overview(every: Mapping[str, Mapping[str, Any]]) -> comparison.Table:
@@ -283,7 +299,8 @@ Every method goes through the same door: the same dense model, groups, recovery,
 have so many distinct plans scored, its starts (uniform and the rules) and a rule's probes included; a plan that
 another method has scored costs it an evaluation all the same. Validation chooses the plan, with no rule as a fallback;
 the test split is read once for each row, at the end. Seeds are paired: a seed decides a method's search and its
-fine-tune. A rule's plan is the same for every seed, its fine-tune is not.
+fine-tune, and with several dense models also which of them is pruned; with one, a rule's plan is the same for every
+seed and its fine-tune is not.
 
 Cells hold the mean over the seeds and its 95% interval (percentile bootstrap: too narrow for a handful of seeds).
 "Evaluations to random's score" is the median over the seeds of how many evaluations a method needed for the score

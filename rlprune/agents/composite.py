@@ -37,12 +37,9 @@ class CompositeModel:
 
     @staticmethod
     def applies(task: Task) -> bool:
-        """Whether the evaluator keeps the logits of what it scores, and the task has one budget.
-
-        Over a range of budgets hundreds of plans are far from each other, and the process of the scores is cheaper.
-        """
+        """Whether the evaluator keeps the logits of what it scores."""
         keeps = getattr(task.evaluator, "kept_logits", None)
-        return not task.is_range and keeps is not None and keeps() is not None
+        return keeps is not None and keeps() is not None
 
     def fit(self, widths: Ints, scores: Floats) -> None:
         """Take in N scored plans of widths (N, G); of their scores the logits tell more."""
