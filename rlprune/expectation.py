@@ -87,12 +87,12 @@ class LogitModel:
         """The known plans (count, G) of the smallest divergence, the best first."""
         return np.array(sorted(self.known, key=self.known.__getitem__)[:count], dtype=np.int64)
 
-    def fit(self) -> None:
-        """Condition on all that has been built, and adapt the kernel where that is much more than the last time."""
+    def fit(self, adapt: bool = True) -> None:
+        """Condition on all that is known; ``adapt`` the kernel where that is much more than the last time."""
         self._x, self._y = torch.cat(self._rows), self._changes.rows
         gram = self._changes.gram()
         self._unit = max(float(gram.diagonal().mean()), 1e-12)
-        if len(self._x) >= _GROWTH * self._fitted:
+        if adapt and len(self._x) >= _GROWTH * self._fitted:
             steps = _STEPS if self._fitted else _FIRST_STEPS
             self._fitted = len(self._x)
             some = torch.linspace(0, self._fitted - 1, min(self._fitted, _FIT_PLANS)).long()

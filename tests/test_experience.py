@@ -225,7 +225,7 @@ def test_refining_starts_from_the_plan_and_resumes_to_the_same(portable, tmp_pat
     task, plans, found = refine(None)
     assert plans[0] == tuple(portable.widths(task, 0.35)) and len(plans) == 12
     assert score(task, found.widths()) > score(task, plans[0])
-    assert builds(task)[0] == PROBES * GROUPS
+    assert PROBES * GROUPS <= builds(task)[0] < PROBES * GROUPS + 12, "what is evaluated is built once more"
     state = StateDir(tmp_path, "refine")
     with pytest.raises(KeyboardInterrupt):
         refine(state, stop=7)

@@ -41,7 +41,8 @@ def test_apply_refines_the_plan_of_several_checkpoints(
     command = ["apply", "run", "digits", *SETS, "model.seed=7", "--budget", "0.4", "--refine", "20"]
     text = done(capsys, *command, "--out", "refined")
     note = re.search(r"plans of (\d+) other checkpoints; here it built (\d+) models .* on (\d+) cal", text)
-    assert note is not None and [int(n) for n in note.groups()] == [3, 12, 32 + 64]
+    assert note is not None and (note[1], note[3]) == ("3", "96")
+    assert 12 <= int(note[2]) < 12 + 20, "the first one evaluated has been built before"
     scores = {
         line[:28].strip(): line.split()[-3]
         for line in text.splitlines()

@@ -186,6 +186,11 @@ class ProbedModel:
 
     def fit(self, widths: Ints, scores: Floats) -> None:
         """Take in N plans of this checkpoint: widths (N, G), scores (N,)."""
+        # What has been evaluated has been built: its logits on the unlabelled images tell of its neighbours, too.
+        # The kernel stays as it is, so that a resumed search, which takes all in at once, expects the same.
+        for plan in widths:
+            self._logits.measure(plan)
+        self._logits.fit(adapt=False)
         self._x = _ratios(self._task, widths)
         prior, unsure = self._prior(widths)
         gram = self._kernel(self._x, self._x) + np.diag(unsure + _NOISE)
