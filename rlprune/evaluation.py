@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .candidate import Candidate, History, as_history
 from .config import RecoveryConfig, ScoreConfig
 from .errors import BudgetError, ConfigError
 from .expectation import CALIBRATION_IMAGES, TRAIN_IMAGES, LogitProbes
@@ -32,28 +33,6 @@ from .pruning.tracing import trace
 from .rules.context import Context
 from .workloads.judge import Judge, Judgement
 from .workloads.language import scoring_dtype
-
-History = tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A plan that has been built, recovered and scored on the validation split.
-
-    ``cost`` is absolute, in the metric of the evaluator; ``score`` higher is better; ``error`` the
-    standard error of the score over the images (sequences of a text); ``loss`` is the mean over images or
-    tokens, ``metric`` accuracy or perplexity. ``samples`` is how many images or sequences were read, 0
-    where that is not known (ledgers of older versions).
-    """
-
-    widths: tuple[int, ...]
-    cost: float
-    score: float
-    loss: float
-    metric: float
-    error: float
-    seconds: float
-    samples: int = 0
 
 
 @dataclass
@@ -196,7 +175,7 @@ class Evaluator:
         ``samples`` is one of ``score.rungs`` (successive halving). What was scored is kept: a later
         ``evaluate`` or a larger rung reads only the samples that are left, with the same result as at once.
         """
-        key = _history(widths)
+        key = as_history(widths)
         rungs = self.score_settings.rungs
         if samples >= self.samples:
             return self.evaluate_staged(key)
@@ -221,7 +200,7 @@ class Evaluator:
 
     def evaluate_full(self, widths: Any) -> Candidate:
         """Score on the whole validation split (the search may look at its first images only)."""
-        key = _history(widths)
+        key = as_history(widths)
         images = self.score_settings.images
         if images is None or images >= self.workload.size("validation"):
             return self.evaluate_staged(key)
@@ -244,11 +223,11 @@ class Evaluator:
         ``scoring``: as a candidate is scored, not for keeps: a language model then is in the scoring format and
         shares what no plan cuts.
         """
-        return self._built(_history(widths), scoring=scoring)[0]
+        return self._built(as_history(widths), scoring=scoring)[0]
 
     def staged_plan(self, history: Any, origin: dict[str, Any] | None = None) -> Plan:
         """The plan, in units of the dense model, that a history of stages ends in."""
-        plan = self._built(_history(history))[1]
+        plan = self._built(as_history(history))[1]
         return dataclasses.replace(plan, origin=dict(origin or {}))
 
     def context(self, budget: Any, metric: str | None = None, probe: Any = None) -> Context:
@@ -419,9 +398,3 @@ class Evaluator:
             self._last = {h: s for h, s in self._last.items() if h == history[:-1]}
             self._last[history] = _Stage(model, plan, space, importance, recovery)
         return self._last[history]
-
-
-def _history(widths: Any) -> History:
-    """Widths (G,), or one such for each stage, as a history of plain numbers."""
-    stages = widths if len(widths) and np.ndim(widths[0]) else (widths,)
-    return tuple(tuple(int(w) for w in stage) for stage in stages)

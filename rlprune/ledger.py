@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from .candidate import Candidate, History
 from .errors import ArtifactError
-from .evaluation import Candidate, History
 
 
 class SearchSpent(Exception):

@@ -13,10 +13,11 @@ import torch
 
 from .agents import StateDir, make_agent
 from .agents.policy import PortablePolicy
+from .candidate import Candidate, History
 from .config import Config
 from .envs.task import Task
 from .errors import ConfigError, near_miss
-from .evaluation import Candidate, Evaluator, History
+from .evaluation import Evaluator
 from .ledger import Account, Ledger
 from .profiling import TABLE_FILE, Progress, machine, read_table, with_latency
 from .progress import Console

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .candidate import History
 from .errors import ArtifactError, ConfigError
-from .evaluation import History
 from .files import read_json, read_tensors, write_json_atomic, write_tensors_atomic
 from .finish import fine_tune, forget_training
 from .problem import Problem, find_rule

@@ -190,7 +190,7 @@ class _Scorer:
         self.known[history] = candidate
 
     def evaluate_staged(self, history):
-        from rlprune.evaluation import Candidate
+        from rlprune.candidate import Candidate
 
         if history not in self.known:
             self.scored += 1

@@ -10,7 +10,6 @@ Shape legend: N plans, P new plans, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -19,6 +18,8 @@ from ..envs.task import Floats, Ints, Task
 from ..expectation import LogitModel
 from ..kept_logits import KeptLogits
 
+# Scored plans from which on the process is worth asking.
+_ENOUGH = 5
 # Divergences are told apart down to this (nats).
 _FLOOR = 1e-6
 
@@ -27,11 +28,13 @@ class CompositeModel:
     """Minus the logarithm of the divergence of the expected logits, and how uncertain that is, relative to it."""
 
     noise = 1e-3
-    enough = 5
-    """Scored plans from which on the process is worth asking."""
+    # The process makes more of each evaluation than one of the scores does.
+    batch = 6
+    climbs = (0.0, 1.0, 2.0)
 
     def __init__(self, task: Task) -> None:
         self._logits: KeptLogits = cast(Any, task.evaluator).kept_logits()
+        self._groups = len(task.space.groups)
         dense = tuple(int(w) for w in task.space.widths)
         self._model = LogitModel(task.space.widths, self._logits.take((dense,)), self._logits.dense)
 
@@ -59,9 +62,17 @@ class CompositeModel:
         mean, deviation = self.predict(widths)
         return mean, np.outer(deviation, deviation) * self._model.correlation(widths)
 
+    def ready(self, known: int) -> bool:
+        """Whether enough plans have been scored for the process to be worth asking."""
+        return known >= _ENOUGH
+
     def informed(self, widths: Ints) -> bool:
         """Whether enough is known for more than random plans."""
-        return len(self._model.known) >= self.enough
+        return self.ready(len(self._model.known))
+
+    def promising(self, count: int) -> Ints:
+        """None: what it knows has been scored."""
+        return np.zeros((0, self._groups), dtype=np.int64)
 
     @property
     def theta(self) -> list[float] | None:
@@ -69,6 +80,6 @@ class CompositeModel:
         return self._model.state
 
     @theta.setter
-    def theta(self, value: Sequence[float] | None) -> None:
+    def theta(self, value: list[float] | None) -> None:
         if value is not None:
             self._model.state = list(value)

@@ -179,6 +179,9 @@ class ProbedModel:
 
     theta: list[float] | None = None
     noise = _NOISE
+    batch = None
+    # A few evaluations on top of experience have to be spent on what it is sure of, too.
+    climbs = (0.0, 0.5)
 
     def __init__(self, task: Task) -> None:
         self._task, self._logits = task, _logits(task)
@@ -208,6 +211,9 @@ class ProbedModel:
         mean, unsure, cross = self._cross(widths)
         x = _ratios(self._task, widths)
         return mean, self._kernel(x, x) + np.diag(unsure) - cross.T @ self._inverse @ cross
+
+    def ready(self, known: int) -> bool:
+        return True
 
     def informed(self, widths: Ints) -> bool:
         return True

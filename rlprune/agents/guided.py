@@ -9,7 +9,7 @@ with one process; at the end the policy is taught the best plan of each (:mod:`.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ from .composite import CompositeModel
 from .distill import distill, lessons
 from .experience import ProbedModel, collect
 from .policy import GroupPolicy
-from .proposals import choose_batch, climb, fresh, neighbours, random_plans
-from .surrogate import ScoreModel, SurrogateVecEnv
+from .proposals import Model, choose_batch, climb, fresh, neighbours, random_plans
+from .surrogate import Predictor, ScoreModel, SurrogateVecEnv
 from .training import Search, derived_seed, make_ppo, restore_training, seed_everything, training_state
 
 MODE = "surrogate"
@@ -31,8 +31,6 @@ MODE = "surrogate"
 _ROLLOUT = 256
 _MINIBATCH = 128
 _EPOCHS = 4
-# Evaluations of a task between two fits of a process of its logits, at most: it makes more of each.
-_COMPOSITE_BATCH = 6
 # Logarithm of the first deviation: the surrogate is asked thousands of times, so it can be wide.
 _LOG_STD = -1.0
 # Plans of each kind that compete for a place in the next batch.
@@ -43,8 +41,40 @@ _PARENTS = 5
 _PROMISING = 24
 # A batch asks for the sure and for the unknown: the confidence bound's weight goes through these in turn.
 _KAPPAS = (0.0, 0.5, 1.0, 2.0)
-# The weights with which plans are climbed to, where one is not enough.
-_CLIMBS: dict[type, tuple[float, ...]] = {ProbedModel: (0.0, 0.5), CompositeModel: (0.0, 1.0, 2.0)}
+
+
+class Surrogate(Model, Predictor, Protocol):
+    """What a search asks of a model of the score; there is one a task."""
+
+    @property
+    def batch(self) -> int | None:
+        """Evaluations between two fits, at most; None where `search.batch` decides alone."""
+        ...
+
+    @property
+    def climbs(self) -> tuple[float, ...]:
+        """The weights of the deviation with which plans are climbed to."""
+        ...
+
+    @property
+    def theta(self) -> list[float] | None:
+        """What the next fit starts from."""
+        ...
+
+    @theta.setter
+    def theta(self, value: list[float] | None) -> None: ...
+    def fit(self, widths: Ints, scores: Floats) -> None: ...
+    def ready(self, known: int) -> bool:
+        """Whether a search may begin with it, when so many plans have been scored."""
+        ...
+
+    def informed(self, widths: Ints) -> bool:
+        """Whether plans around the known ones promise more than random ones before the first fit."""
+        ...
+
+    def promising(self, count: int) -> Ints:
+        """Plans (at most count, G) that it knows to be good and that may not have been scored."""
+        ...
 
 
 class Guided:
@@ -68,7 +98,7 @@ class Guided:
             search, self.venv, n_steps=n_steps, batch_size=batch, n_epochs=_EPOCHS, log_std_init=_LOG_STD
         )
 
-    def _model(self, task: Task) -> ScoreModel | CompositeModel | ProbedModel:
+    def _model(self, task: Task) -> Surrogate:
         if self.experience is not None and self.search.policy is not None:
             self.search.policy.widths(task, task.budget, task.metric)  # probes, where that has not been done
             return ProbedModel(task)
@@ -79,15 +109,11 @@ class Guided:
         return ScoreModel(task.space.widths, task.evaluator.dense.score, expected, cost)
 
     @property
-    def composite(self) -> bool:
-        """Whether the logits are modelled, of every task."""
-        return all(isinstance(model, CompositeModel) for model in self.models)
-
-    @property
     def batch(self) -> int:
         """Evaluations between two fits."""
         asked = self.search.settings.batch
-        return min(asked, _COMPOSITE_BATCH * len(self.models)) if self.composite else asked
+        most = [asked if model.batch is None else model.batch for model in self.models]
+        return min(asked, sum(most))
 
     @property
     def steps(self) -> int:
@@ -99,7 +125,7 @@ class Guided:
     def informed(self) -> bool:
         """Whether the models have something to say before the first batch."""
         known = min(len(recorder.scores) for recorder in self.search.recorders)
-        return self.experience is not None or (self.composite and known >= CompositeModel.enough)
+        return all(model.ready(known) for model in self.models)
 
     @property
     def policy(self) -> GroupPolicy:
@@ -216,17 +242,15 @@ def next_plans(guided: Guided, index: int, budget: Any, count: int, generator: n
     model = guided.models[index]
     samples = _policy_plans(guided, index, budget)
     mode = fresh(samples[:1], recorder.known)
-    parents = _parents(task, recorder, budget, samples)
-    if isinstance(model, ProbedModel):
-        parents = np.vstack([parents, model.promising(_PROMISING)])
+    parents = np.vstack([_parents(task, recorder, budget, samples), model.promising(_PROMISING)])
 
     def acquisition(kappa: float, plans: Ints) -> Floats:
         mean, std = model.predict(plans)
         return mean + kappa * std
 
-    # A few evaluations on top of experience have to be spent on what it is sure of, too.
-    kappas = _CLIMBS.get(type(model), (1.0,))
-    climbed = np.vstack([climb(task, parents, budget, partial(acquisition, k), generator) for k in kappas])
+    climbed = np.vstack(
+        [climb(task, parents, budget, partial(acquisition, k), generator) for k in model.climbs]
+    )
     changed = neighbours(task, parents, budget, _NEIGHBOURS, generator)
     pool = fresh(np.vstack([mode, climbed, parents, samples, changed]), recorder.known)
     # Few evaluations are spent with experience, and it knows better than the policy what is worth them.

@@ -56,6 +56,9 @@ class ScoreModel:
     between budgets, by far the largest one, does not.
     """
 
+    batch = None
+    climbs = (1.0,)
+
     def __init__(
         self,
         space_widths: Ints,
@@ -122,6 +125,14 @@ class ScoreModel:
         mean = cross.T @ self._weights + self._trend[0] * expected + self._trend[1]
         return mean, self._kernel(x) + _linear(shares, shares) - solved.T @ solved
 
+    def ready(self, known: int) -> bool:
+        """Never: a first batch is drawn without it."""
+        return False
+
+    def promising(self, count: int) -> Ints:
+        """None: what it knows has been scored."""
+        return np.zeros((0, len(self._dense)), dtype=np.int64)
+
     def informed(self, widths: Ints) -> bool:
         """Whether something is expected of plans before any of them is scored."""
         return self._prior(widths)[0] is not None
@@ -144,7 +155,7 @@ class ScoreModel:
         return None if self._theta is None else [float(t) for t in self._theta]
 
     @theta.setter
-    def theta(self, value: Sequence[float] | None) -> None:
+    def theta(self, value: list[float] | None) -> None:
         self._theta = None if value is None else np.array(value)
 
     def _targets(self, widths: Ints, scores: Floats) -> Floats:
