@@ -301,9 +301,11 @@ class Evaluator:
         return self._kept_logits
 
     def _outputs(self, history: History) -> Tensor:
-        found: Tensor = self._judge(
-            self._built(history, scoring=True)[0], [], full=False, samples=None
-        ).outputs
+        model = self._built(history, scoring=True)[0]
+        found: Tensor = self._judge(model, [], full=False, samples=None).outputs
+        del model
+        if self.workload.language:
+            return_freed_memory()
         return found
 
     def standard_error(self, candidate: Candidate) -> float:
@@ -357,7 +359,9 @@ class Evaluator:
         for start, stop in spans[len(parts) :]:
             if samples is not None and start >= samples:
                 break
-            parts.append(judge(model, start, stop))
+            part = judge(model, start, stop)
+            # Nobody keeps the outputs of what may be dropped half-scored.
+            parts.append(dataclasses.replace(part, outputs=None) if self.rungs else part)
         return judge.merge(parts)
 
     def _built(self, history: History, *, scoring: bool = False) -> tuple[nn.Module, Plan]:

@@ -1,7 +1,8 @@
 """What a plan is expected to cost, from the logits of other plans instead of their scores.
 
 A Gaussian process over the widths, the same for every logit, tells the logits of any other plan, and from those its
-divergence from the dense model. A search knows the logits of the plans that it has scored; on a new checkpoint a few
+divergence from the dense model. A search knows the logits (of a language model: the log-probabilities of likely tokens)
+of the plans that it has scored; on a new checkpoint a few
 plans are built for the logits of unlabelled images, without a label and without the validation split. (Bayesian
 optimisation of composite functions, Astudillo & Frazier 2019, arXiv 1906.01537: logits are nearly additive over the
 groups where their divergence is not, and every build tells thousands of them instead of one score.)
@@ -151,6 +152,8 @@ class LogitProbes(LogitModel):
         self._build, self._images = build, images[: max(1, MOST_LOGITS // classes)]
         super().__init__(space.widths, _logits(dense, self._images))
         self.builds = 1
+        self.chosen: NDArray[np.int64] | None = None
+        """The plan (G,) that was chosen of the builds; later ones (of evaluated plans) do not change it."""
 
     def measure(self, widths: Any) -> float:
         """Build a plan of widths (G,), unless it is known, and return its mean KL(dense || pruned) in nats."""
@@ -184,11 +187,19 @@ class _Changes:
         return self._all[: self._count]
 
     def gram(self) -> Tensor:
-        """Means of products of the rows, of which only those of new rows are computed."""
+        """Means of products of the rows, of which only those of new rows are computed.
+
+        One row at a time: sums of floats depend on how many rows are multiplied at once, and a resumed search, which
+        takes all in at once, has to expect the same to the bit.
+        """
         before = len(self._moments)
-        new = (self.rows[before:] @ self.rows.T).double() / self.rows.shape[1]
-        left = torch.cat([self._moments, new[:, :before]])
-        self._moments = torch.cat([left, new.T], dim=1)
+        if before < self._count:
+            moments = torch.zeros(self._count, self._count, dtype=torch.float64)
+            moments[:before, :before] = self._moments
+            for i in range(before, self._count):
+                products = (self._all[: i + 1] @ self._all[i]).double() / self._all.shape[1]
+                moments[i, : i + 1] = moments[: i + 1, i] = products
+            self._moments = moments
         return self._moments
 
 

@@ -12,7 +12,7 @@ MOST_LOGITS = 2**16
 
 
 class KeptLogits:
-    """Rows (n, C) of the outputs (N, C) on the validation samples that are scored, evenly spread where N is too many.
+    """Rows (n, C) of the outputs (N, C) on the scored validation images or tokens, evenly spread where N is too many.
 
     Args:
         dense: outputs (N, C) of the dense model as it is, which scores of kind `kl` are measured from.

@@ -216,9 +216,9 @@ def _headline(results: Mapping[str, Any]) -> str:
     sentences = []
     if share is not None:
         sentences.append(f"Budget: {_percent(share)} of the dense {_text(budget.get('metric', 'macs'))}.")
-    named = [("Dense", _dense(rows)),
-             ("Best rule", best_rule(results)), ("Learned", learned(results))]  # fmt: skip
-    for label, row in named:
+    means = _means(rows, results)
+    for label, kind in (("Dense", "dense"), ("Best rule", "rule"), ("Learned", "agent")):
+        row = _best(row for row in means if _kind(row) == kind)
         if row is not None:
             facts = [f"{name} {value}" for name, value in _shown_quality(row) if value != "–"]
             method = "" if label == "Dense" else f" ({_text(row['method'])})"
@@ -226,13 +226,22 @@ def _headline(results: Mapping[str, Any]) -> str:
     return "<p>" + "<br>".join(sentences) + "</p>"
 
 
-def _dense(rows: list[Any]) -> Mapping[str, Any] | None:
-    """The dense model's row; means, where a benchmark has several dense models."""
-    found = [row for row in rows if row["method"] == "dense"]
-    if len(found) < 2:
-        return found[0] if found else None
-    names = [name for name in ("score", "test", "test_finetuned") if all(_finite(r.get(name)) for r in found)]
-    return found[0] | {name: sum(row[name] for row in found) / len(found) for name in names}
+def _means(rows: list[Any], results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row a method, the mean over its seeds; of a benchmark of several budgets at the first of them."""
+    first = next((budget.get("asked") for budget in _list(results.get("budgets"))), None)
+    by_method: dict[str, list[Any]] = {}
+    for row in rows:
+        if row.get("budget") in (None, first):
+            by_method.setdefault(row["method"], []).append(row)
+    return [
+        dict(found[0])
+        | {
+            name: sum(row[name] for row in found) / len(found)
+            for name in ("score", "test", "test_finetuned")
+            if all(_finite(row.get(name)) for row in found)
+        }
+        for found in by_method.values()
+    ]
 
 
 def _shown_quality(row: Mapping[str, Any]) -> list[tuple[str, str]]:

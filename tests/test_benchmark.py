@@ -191,6 +191,29 @@ def test_more_methods_seeds_and_budgets_reuse_what_is_there(
     assert "## 50% of the macs" in text and "## 40% of the macs" in text
 
 
+def test_one_process_prepares_each_dense_model(small_digits: Config, tmp_path: Path) -> None:
+    results = benchmark.run(small_digits, ["uniform"], 3, 6, tmp_path / "run", checkpoints=2)
+    found = [(row["method"], row["seed"], row["checkpoint"]) for row in results["rows"]]
+    assert found == [
+        ("dense", 0, 0),
+        ("dense", 1, 1),
+        ("uniform", 0, 0),
+        ("uniform", 1, 1),
+        ("uniform", 2, 0),
+    ]
+    losses = [row["test_loss"] for row in results["rows"][2:]]
+    assert losses[0] == losses[2] != losses[1]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    assert [line["checkpoint"] for line in lines] == [0, 1, 0]
+    assert results["protocol"]["checkpoints"] == 2
+
+
+def test_a_workload_of_ones_own_has_one_dense_model(small_digits: Config, tmp_path: Path) -> None:
+    own = replace(small_digits, workload="nets:build")
+    with pytest.raises(ConfigError, match="--checkpoints 2: only 1, since .*the workload is your own"):
+        benchmark.run(own, ["uniform"], 2, 6, tmp_path / "run", checkpoints=2)
+
+
 def test_a_failing_cell_is_said_and_the_others_are_finished(
     small_digits: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

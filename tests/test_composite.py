@@ -19,7 +19,7 @@ from rlprune.envs.task import Task
 from rlprune.expectation import LogitModel
 from rlprune.kept_logits import MOST_LOGITS, KeptLogits
 from rlprune.problem import Problem, prepare
-from rlprune.workloads.language import OUTPUT_TOKENS
+from rlprune.workloads.language import OUTPUT_TOKENS, bucketed
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +128,28 @@ def test_the_log_probabilities_of_a_language_model_tell_its_score(language: Prob
     scores = np.array([evaluator.evaluate(p).score for p in plans])
     model.fit(plans, scores)
     assert np.exp(-model.predict(plans)[0]) == pytest.approx(-scores, rel=0.1)
+
+
+def test_a_bucket_is_left_where_the_tokens_are_the_vocabulary() -> None:
+    logs = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).log_softmax(dim=1)
+    tokens = logs.argsort(dim=1, descending=True)
+    found = bucketed(tokens, logs)
+    assert torch.equal(found[:, :4], logs.gather(1, tokens)) and (found[:, 4] < -15).all()
+    some = bucketed(tokens[:, :2], logs)
+    assert torch.allclose(some.exp().sum(dim=1), torch.ones(5))
+
+
+def test_moments_do_not_depend_on_when_they_are_asked_for() -> None:
+    """A resumed search takes all of its plans in at once."""
+    rows = torch.randn(40, 3000, generator=torch.Generator().manual_seed(0))
+    often, once = expectation._Changes(3000), expectation._Changes(3000)
+    for i, row in enumerate(rows):
+        often.append(row)
+        once.append(row)
+        if i % 6 == 0:
+            often.gram()
+    assert torch.equal(often.gram(), once.gram())
+    assert torch.allclose(once.gram()[1:, 1:], (rows @ rows.T).double() / 3000, atol=1e-5)
 
 
 def test_one_model_serves_a_range_of_budgets(problem: Problem) -> None:

@@ -118,6 +118,24 @@ def test_best_rule_and_learned_are_told_apart_by_kind_and_score(tmp_path: Path) 
     assert plan is not None and plan["score"] == best
 
 
+def test_the_headline_averages_over_seeds_and_dense_models(tmp_path: Path) -> None:
+    results = write_run(tmp_path)
+    dense = next(row for row in results["rows"] if row["method"] == "dense")
+    results["rows"].append(dense | {"seed": 1, "checkpoint": 1, "test": dense["test"] - 0.2})
+    scores = [row["score"] for row in results["rows"] if row["method"] == "ppo"]
+    assert len(set(scores)) > 1
+    text = report._headline(results)
+    assert f"score {report._number(sum(scores) / len(scores))}" in text
+    assert f"test {report._number(dense['test'] - 0.1)}" in text
+    # Of several budgets it speaks of the first.
+    results["budgets"] = [{"asked": 0.5}, {"asked": 0.3}]
+    easier = [row | {"budget": 0.3, "score": 0.0} for row in results["rows"] if row["method"] == "ppo"]
+    results["rows"] += easier
+    for row in results["rows"]:
+        row.setdefault("budget", None if row["method"] == "dense" else 0.5)
+    assert report._headline(results) == text
+
+
 def test_methods_without_a_kind_are_told_apart_by_the_registry(tmp_path: Path) -> None:
     results = write_run(tmp_path)
     for row in results["rows"]:

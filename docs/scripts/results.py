@@ -295,8 +295,8 @@ PAGE = """# Results
 
 Written by `python docs/scripts/results.py` from the results of `rlprune benchmark` in `docs/results/`.
 
-Every method goes through the same door: the same dense model, groups, recovery, score and final fine-tune. A search may
-have so many distinct plans scored, its starts (uniform and the rules) and a rule's probes included; a plan that
+Every method goes through the same door: the same dense models, groups, recovery, score and final fine-tune. A search
+may have so many distinct plans scored, its starts (uniform and the rules) and a rule's probes included; a plan that
 another method has scored costs it an evaluation all the same. Validation chooses the plan, with no rule as a fallback;
 the test split is read once for each row, at the end. Seeds are paired: a seed decides a method's search and its
 fine-tune, and with several dense models also which of them is pruned; with one, a rule's plan is the same for every

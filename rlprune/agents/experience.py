@@ -3,7 +3,8 @@
 The best plans of the other checkpoints, brought to the budget, are built on the new one, and so are the policy's
 plan and the uniform one. From their logits on unlabelled images a process of the logits
 (:class:`rlprune.expectation.LogitProbes`) tells what other plans would cost; those that it expects most of, or knows
-least of, are built next. Every build is counted (`PROBES` a group in all), and the validation split is not read.
+least of, are built next. Every build is counted (`PROBES` a group), and the validation split is not read. Where the
+plan is then refined, every plan that is evaluated is a further build.
 
 Shape legend: N plans, P new plans, G groups.
 """
@@ -127,13 +128,13 @@ def planned(task: Task, budget: Any, starts: Ints) -> Ints:
     """
     model = _logits(task, budget)
     most = PROBES * len(task.space.groups)
-    if not model.known:
+    if model.chosen is None:
         for widths in starts[: most - 1]:
             model.measure(widths)
         model.fit()
         _look_around(model, task, budget, most)
-    best: Ints = model.best()[0]
-    return best
+        model.chosen = model.best()[0]
+    return np.array(model.chosen)
 
 
 def _look_around(model: LogitProbes, task: Task, budget: Any, most: int) -> None:

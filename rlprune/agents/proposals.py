@@ -11,7 +11,7 @@ from ..envs.task import Floats, Ints, Task
 
 
 class Model(Protocol):
-    """What a batch is chosen by (:class:`.surrogate.ScoreModel`, :class:`.experience.ExperiencedModel`)."""
+    """What a batch is chosen by: a model of the score."""
 
     @property
     def noise(self) -> float: ...

@@ -62,6 +62,7 @@ class Search:
         """What must agree for a saved state to be continued."""
         return {
             "mode": mode,
+            "surrogate": self.settings.ppo.surrogate,
             "seed": self.seed,
             "fingerprints": [task.space.fingerprint for task in self.tasks],
             "budgets": [str(task.budget) for task in self.tasks],

@@ -52,7 +52,7 @@ def run(
         budgets: as in `budget.target`, which is taken where there are none.
         jobs: processes that compute cells at the same time, each with `config.threads` threads (1 by default).
             With one job this process computes them, and torch chooses its threads.
-        checkpoints: dense models that the seeds take in turn, each trained from other weights on other splits.
+        checkpoints: dense models that the seeds take in turn, each trained with other seeds, on other splits.
 
     Returns the content of results.json: its rows are one per method, seed and budget, its `summary` one per
     method and budget.

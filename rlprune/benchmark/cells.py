@@ -69,7 +69,7 @@ class Problems:
 
 
 def with_checkpoint(config: Config, checkpoint: int) -> Config:
-    """The settings of another dense model: other initial weights, order of training and splits."""
+    """The settings of another dense model: the seeds of its weights, its training and its splits are other ones."""
     model = replace(config.model, seed=config.model.seed + checkpoint)
     return replace(config, model=model, data=replace(config.data, seed=config.data.seed + checkpoint))
 
@@ -131,8 +131,8 @@ def compute(problems: Problems, cell: Cell, folder: Path, console: Console, prog
         problems: prepared under the benchmark's settings; their budget is replaced by the cell's.
         progress: called as `Agent.search` calls it; a bar of the console where it is not given.
     """
-    started = time.perf_counter()
     config, problem = problems.config, problems.of(cell.checkpoint)
+    started = time.perf_counter()
     settings = replace(problem.config, budget=replace(config.budget, target=cell.budget))
     here = replace(problem, config=settings, evaluator=problem.evaluator.fork())
     state = folder / f"{_name(config, cell)}.state"

@@ -43,7 +43,7 @@ def write(folder: Path, outcome: Outcome) -> dict[str, Any]:
     """Write everything into ``folder`` and return the content of results.json."""
     results = _results(outcome)
     lines = [
-        line | {"budget": cell.budget}
+        line | {"budget": cell.budget, "checkpoint": cell.checkpoint}
         for cell, content in outcome.content.items()
         for line in content["ledger"]
     ]
@@ -73,7 +73,9 @@ def page(results: Mapping[str, Any]) -> str:
 
 def _results(outcome: Outcome) -> dict[str, Any]:
     space, metric = outcome.space, outcome.config.budget.metric
-    rows = {cell: dict(content["row"]) for cell, content in outcome.content.items()}
+    rows = {
+        cell: content["row"] | {"checkpoint": cell.checkpoint} for cell, content in outcome.content.items()
+    }
     _add_latency(outcome, list(rows.values()))
     summary: list[Row] = []
     budgets = []

@@ -23,8 +23,8 @@ class Judgement:
     """What a pass over some validation samples says of a model.
 
     ``scores`` (n,) float64, one a sample (image, sequence), higher is better; ``loss`` and ``metric`` are
-    means over ``count`` things (images, or tokens of a text); ``outputs`` (n, ..., C) are the model's, where the
-    judge keeps them.
+    means over ``count`` things (images, or tokens of a text); ``outputs`` are the model's, where the judge keeps them:
+    one row (C,) an image, or a token.
     """
 
     scores: Tensor
