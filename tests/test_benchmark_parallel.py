@@ -215,8 +215,11 @@ def test_seeds_take_the_dense_models_in_turn(tmp_path: Path) -> None:
     each, other_rows = results_of(tmp_path / "each"), results_of(tmp_path / "other")
     assert [row["seed"] for row in each if row["method"] == "random"] == [0, 1, 2]
 
+    assert [row["checkpoint"] for row in each if row["method"] == "random"] == [0, 1, 0]
+
     def found(rows: list[dict[str, Any]], method: str, seed: int) -> dict[str, Any]:
-        return next(row for row in rows if (row["method"], row["seed"]) == (method, seed))
+        row = next(row for row in rows if (row["method"], row["seed"]) == (method, seed))
+        return {name: value for name, value in row.items() if name != "checkpoint"}
 
     for method in ("uniform", "random"):
         assert found(each, method, 1) == found(other_rows, method, 1)

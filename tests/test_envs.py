@@ -244,7 +244,8 @@ def make_env():
 @pytest.mark.parametrize("agent", [PPO, A2C])
 def test_stock_agents_learn_on_a_vectorised_environment(agent):
     env = DummyVecEnv([make_env, make_env])
-    model = agent("MlpPolicy", env, n_steps=8, seed=0, device="cpu")
+    more = {"batch_size": 16} if agent is PPO else {}  # a whole rollout
+    model = agent("MlpPolicy", env, n_steps=8, seed=0, device="cpu", **more)
     before = [p.detach().clone() for p in model.policy.parameters()]
     model.learn(32)
     assert any((a != b).any() for a, b in zip(before, model.policy.parameters(), strict=True))

@@ -28,6 +28,7 @@ FLOORS = {
     "rules": 2,
     "expectation": 2,
     "kept_logits": 2,
+    "candidate": 2,
     "evaluation": 2.5,
     "ledger": 2.5,
     "artifacts": 2,
