@@ -2,8 +2,8 @@
 
 A Gaussian process over the widths, the same for every logit, tells the logits of any other plan, and from those its
 divergence from the dense model. A search knows the logits (of a language model: the log-probabilities of likely tokens)
-of the plans that it has scored; on a new checkpoint a few
-plans are built for the logits of unlabelled images, without a label and without the validation split. (Bayesian
+of the plans that it has scored; on a new checkpoint a few plans are built for the logits of unlabelled images, without
+a label and without the validation split. (Bayesian
 optimisation of composite functions, Astudillo & Frazier 2019, arXiv 1906.01537: logits are nearly additive over the
 groups where their divergence is not, and every build tells thousands of them instead of one score.)
 

@@ -49,7 +49,9 @@ class PPOConfig(Section):
         choices=("logits", "scores"),
     )
     surrogate_steps: int = setting(
-        1024, "Surrogate mode: steps on the surrogate for each `search.batch` evaluations.", low=1
+        1024,
+        "Surrogate mode: steps on the surrogate for each `search.batch` evaluations; 0 leaves the policy untrained.",
+        low=0,
     )
     surrogate_envs: int = setting(64, "Surrogate mode: surrogate environments stepped together.", low=1)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -30,6 +32,7 @@ ONE_BUDGET = ("cma_es", "tpe", "gp", "evopress", "rl_pruner", "bypass")
 CONFIGS = {
     "random": ("random", SearchConfig(ppo=SMALL)),
     "surrogate": ("ppo", SearchConfig(ppo=SMALL, batch=8)),
+    "untrained": ("ppo", SearchConfig(ppo=replace(SMALL, surrogate_steps=0), batch=8)),
     "direct": ("ppo", SearchConfig(ppo=SMALL, mode="direct")),
     "staged": ("ppo", SearchConfig(ppo=SMALL, mode="direct", stages=2)),
     "ppo_staged": ("ppo_stages", SearchConfig(ppo=SMALL)),

@@ -1,10 +1,10 @@
 """A model of the score through the logits of the scored plans, for the search that PPO trains in.
 
 An evaluation tells more than a score: the logits of every validation image, or of every scored token of a text the
-log-probabilities of the dense model's likeliest tokens. They are nearly additive over the
-groups where the divergence is not, so a process of the logits (:class:`rlprune.expectation.LogitModel`) knows after a
-third of the evaluations what one of the scores knows after all of them. (Bayesian optimisation of composite functions,
-Astudillo & Frazier 2019, arXiv 1906.01537.) The interface is that of :class:`.surrogate.ScoreModel`.
+log-probabilities of the dense model's likeliest tokens. They are nearly additive over the groups where the divergence
+is not, so a process of the logits (:class:`rlprune.expectation.LogitModel`) makes more of each evaluation than one of
+the scores. (Bayesian optimisation of composite functions, Astudillo & Frazier 2019, arXiv 1906.01537.) The interface is
+that of :class:`.guided.Surrogate`.
 
 Shape legend: N plans, P new plans, G groups.
 """

@@ -119,7 +119,7 @@ class Guided:
     def steps(self) -> int:
         """PPO's steps between two fits, in proportion to the evaluations."""
         settings = self.search.settings
-        return max(1, settings.ppo.surrogate_steps * self.batch // settings.batch)
+        return -(-settings.ppo.surrogate_steps * self.batch // settings.batch)
 
     @property
     def informed(self) -> bool:
@@ -157,7 +157,8 @@ class Guided:
         seed_everything(self.search.seed, 1, batch)
         self.venv.reseed(derived_seed(self.search.seed, 4, batch))
         self.ppo._last_obs = None  # start from a reset, so that nothing of the last batch has to be saved
-        self.ppo.learn(self.steps, reset_num_timesteps=False)
+        if self.steps:
+            self.ppo.learn(self.steps, reset_num_timesteps=False)
 
     def budget(self, task: Task, batch: int) -> Any:
         return task.knots[batch % len(task.knots)]
