@@ -121,6 +121,12 @@ def _add_apply(commands: Any) -> None:
     parser.add_argument("--checkpoint", metavar="FILE", type=Path, help="weights of the model to prune")
     add_budget(parser)
     parser.add_argument(
+        "--builds",
+        metavar="N",
+        type=whole_number(0),
+        help="models that a policy of several checkpoints builds to compare plans without labels (default: 8 a group)",
+    )
+    parser.add_argument(
         "--refine", metavar="N", type=whole_number(0), default=0, help="then spend N evaluations"
     )
     add_out(parser, "pruned/NAME of the config")
@@ -138,7 +144,11 @@ def _apply(args: argparse.Namespace) -> None:
     from . import replay
 
     if replay.is_plan(args.source):
-        for option, given in (("--budget", args.budget is not None), ("--refine", args.refine > 0)):
+        for option, given in (
+            ("--budget", args.budget is not None),
+            ("--builds", args.builds is not None),
+            ("--refine", args.refine > 0),
+        ):
             if given:
                 raise ConfigError(f"{option}: not for a plan, which fixes the units; {args.source} is one")
         show(replay.apply_plan(args.source, config, checkpoint=args.checkpoint, out=out), out)
@@ -147,7 +157,13 @@ def _apply(args: argparse.Namespace) -> None:
 
     target = config.budget.target
     result = deploy.apply(
-        args.source, config, checkpoint=args.checkpoint, budget=target, refine=args.refine, out=out
+        args.source,
+        config,
+        checkpoint=args.checkpoint,
+        budget=target,
+        refine=args.refine,
+        out=out,
+        builds=args.builds,
     )
     show(result, out)
 

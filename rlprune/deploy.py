@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .agents.experience import builds
+from .agents.experience import Experience
+from .agents.experience import builds as builds_of
 from .agents.policy import PortablePolicy, load_policy
 from .artifacts import save
 from .config import Config
@@ -26,19 +27,34 @@ from .uniform import plain_obstacle, same_widths
 
 
 def apply(
-    source: Path, config: Config, *, checkpoint: Path | None, budget: Any, refine: int, out: Path
+    source: Path,
+    config: Config,
+    *,
+    checkpoint: Path | None,
+    budget: Any,
+    refine: int,
+    out: Path,
+    builds: int | None = None,
 ) -> str:
-    """A learned policy prunes another checkpoint: one forward of the policy, no search.
+    """A learned policy prunes another checkpoint: no search on its validation split.
 
-    ``source`` is a run's folder or a policy's. With ``refine`` a search that starts from the policy spends
-    that many evaluations. Writes the pruned model (recovered, not fine-tuned) into ``out`` and returns a
-    table of validation scores beside the rules that need no probes.
+    ``source`` is a run's folder or a policy's. A policy of several checkpoints builds ``builds`` models to compare
+    plans without labels (:meth:`PortablePolicy.widths`); with fewer than two, its network answers alone. With
+    ``refine`` a search that starts from the policy spends that many evaluations. Writes the pruned model (recovered,
+    not fine-tuned) into ``out`` and returns a table of validation scores beside the rules that need no probes.
     """
     console = Console(True)
     folder = Path(source)
     policy = load_policy(folder / "policy" if (folder / "policy").is_dir() else folder)
     problem = prepare(_with_budget(config, budget), checkpoint=checkpoint, console=console, run=folder)
-    widths = policy.plan(problem.evaluator, budget, problem.metric).widths
+    if builds is not None and builds < 2:
+        policy = PortablePolicy(policy.network, policy.meta)
+    elif builds is not None and _experience(problem, policy) is None:
+        raise ConfigError(
+            f"--builds {builds}: only for a policy of several checkpoints of this architecture, pruned at one budget; "
+            "allowed here: 0"
+        )
+    widths = policy.plan(problem.evaluator, budget, problem.metric, builds=builds).widths
     plans = [
         (name, problem.rule_widths(name))
         for name, rule in rules_for(problem.space).items()
@@ -50,18 +66,26 @@ def apply(
         widths = found.history[-1]
         plans.append((f"policy + {refine} evaluations", widths))
     origin = {"method": "policy", "budget": str(budget), "metric": problem.metric, "refine": refine}
+    if builds is not None:
+        origin["builds"] = builds
     _save(problem, widths, origin, out)
     notes = _probes_note(problem, str(policy.meta["base_rule"])) + _experience_note(problem, policy)
     return _score_table(problem, plans) + notes
 
 
-def _experience_note(problem: Problem, policy: PortablePolicy) -> str:
-    """What the policy's experience has looked at here, where it had any."""
+def _experience(problem: Problem, policy: PortablePolicy) -> Experience | None:
+    """The policy's experience, where it speaks of this checkpoint."""
     known = policy.experience
     task = policy.task(problem.evaluator, problem.budget, problem.metric)
-    if known is None or not known.knows(task):
+    return known if known is not None and known.knows(task) else None
+
+
+def _experience_note(problem: Problem, policy: PortablePolicy) -> str:
+    """What the policy's experience has looked at here, where it had any."""
+    known = _experience(problem, policy)
+    if known is None:
         return ""
-    models, images = builds(task)
+    models, images = builds_of(policy.task(problem.evaluator, problem.budget, problem.metric))
     return (
         f"\nthe policy knows plans of {len(known.tasks.unique())} other checkpoints; here it built {models} models and "
         f"compared their logits with the dense one's on {images} calibration and training images, without labels"

@@ -154,6 +154,31 @@ class TestPlan:
         assert builds(task)[0] == PROBES * GROUPS, "the second call builds nothing"
         assert portable.widths(task_of(13), 0.35).tolist() == plan.tolist()
 
+    @pytest.mark.parametrize("number", [2, 3, 20])
+    def test_takes_as_many_builds_as_asked(self, portable, number):
+        task = task_of(16)
+        plan = portable.widths(task, 0.35, builds=number)
+        assert builds(task)[0] == number and task.evaluator.calls == 0
+        assert task.space.cost(plan) <= task.space.target(0.35)
+
+    def test_more_builds_go_on_where_the_first_ended(self, portable):
+        task = task_of(17)
+        model = task.evaluator.logit_probes(task.space.target(0.35))
+        few = portable.widths(task, 0.35, builds=20)
+        some = set(model.known)
+        many = portable.widths(task, 0.35, builds=40)
+        assert builds(task)[0] == 40 and some < set(model.known)
+        assert model.known[tuple(many)] <= model.known[tuple(few)]
+        assert portable.widths(task, 0.35, builds=30).tolist() == many.tolist(), "fewer build nothing"
+        assert builds(task)[0] == 40
+
+    @pytest.mark.parametrize("number", [0, 1])
+    def test_without_builds_the_network_answers(self, portable, number):
+        task = task_of(18)
+        own = task.space.project(portable.distribution(task, 0.35), 0.35)
+        assert portable.widths(task, 0.35, builds=number).tolist() == own.tolist()
+        assert builds(task)[0] == 1, "the dense model alone"
+
     def test_another_budget_is_probed_anew(self, portable):
         task = task_of(14)
         portable.widths(task, 0.35)

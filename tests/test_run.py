@@ -227,6 +227,12 @@ class TestOtherCommands:
         lines = {line[:28].strip(): float(line.split()[-3]) for line in table.splitlines()[2:]}
         assert lines["policy + 12 evaluations"] >= lines["policy"]
 
+    def test_apply_refuses_builds_for_a_policy_of_one_checkpoint(self, finished, tmp_path):
+        config, out = tiny("model.seed=1"), tmp_path / "other"
+        with pytest.raises(ConfigError, match=r"--builds 20: only for .* several checkpoints.*allowed here: 0"):
+            deploy.apply(finished, config, checkpoint=None, budget=0.4, refine=0, out=out, builds=20)
+        assert not out.exists()
+
     def test_policy_of_another_depth_is_applied_with_a_warning(self, finished, tmp_path):
         config = tiny("model.name=cifar_resnet32")
         with pytest.warns(UserWarning, match="another architecture"):

@@ -51,3 +51,9 @@ def test_apply_refines_the_plan_of_several_checkpoints(
     assert float(scores["policy + 20 evaluations"]) >= float(scores["policy"])
     plan = json.loads(Path("refined/plan.json").read_text())
     assert plan["origin"]["refine"] == 20 and plan["cost"]["macs"] <= 0.4 * plan["dense_cost"]["macs"]
+
+    command = ["apply", "run", "digits", *SETS, "model.seed=7", "--budget", "0.4"]
+    text = done(capsys, *command, "--builds", "20", "--out", "built")
+    assert "here it built 20 models" in text
+    assert json.loads(Path("built/plan.json").read_text())["origin"]["builds"] == 20
+    assert "here it built" not in done(capsys, *command, "--builds", "0", "--out", "network")

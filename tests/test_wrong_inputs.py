@@ -121,6 +121,7 @@ def test_damaged_policies(place: Path, pruned: Path, refused: Callable[..., str]
         "apply", "pruned", "digits", *SETS, "--budget", "0.4", "--out", "second"
     )
     assert "--refine: not for a plan" in refused("apply", "pruned", "digits", *SETS, "--refine", "3")
+    assert "--builds: not for a plan" in refused("apply", "pruned", "digits", *SETS, "--builds", "3")
     assert "cuts 'layer1.0.conv1', which prune.ignore protects" in refused(
         "apply", "pruned/plan.json", "digits", *SETS, "--set", "prune.ignore=[layer1.0.conv1]"
     )

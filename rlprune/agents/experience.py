@@ -84,15 +84,16 @@ class Experience:
             and _logits(task) is not None
         )
 
-    def plans(self, task: Task, budget: Any) -> Ints:
-        """The best plan (N, G) of every checkpoint, brought to a budget; of so many as the builds allow."""
+    def plans(self, task: Task, budget: Any, most: int | None = None) -> Ints:
+        """The best plan (N, G) of every checkpoint, brought to a budget; of so many as ``most`` builds allow."""
         space, limit = task.space, task.space.target(budget, task.metric) * (1 + 1e-9)
         widths = np.rint(np.exp(self.ratios.numpy()) * space.widths).astype(np.int64)
         costs = np.array([space.cost(w, task.metric) for w in widths])
         # The best one that the budget allows; where none is, the cheapest.
         order = np.lexsort((-self.targets.numpy(), np.maximum(costs - limit, 0.0)))
         first = {int(self.tasks[i]): i for i in order[::-1]}
-        rows = [first[task] for task in sorted(first)][: int(_OTHERS * PROBES * len(space.groups))]
+        room = int(_OTHERS * (PROBES * len(space.groups) if most is None else most))
+        rows = [first[task] for task in sorted(first)][: max(1, room)]
         return space.project(np.maximum(1.0 - widths[rows] / space.widths, 1e-4), budget, task.metric)
 
 
@@ -121,14 +122,18 @@ def collect(tasks: Sequence[Task], scored: Sequence[Mapping[Any, Any]]) -> Exper
     return Experience(*tensors, tasks[0].space.fingerprint)
 
 
-def planned(task: Task, budget: Any, starts: Ints) -> Ints:
+def planned(task: Task, budget: Any, starts: Ints, most: int | None = None) -> Ints:
     """The widths (G,) of the smallest divergence that builds from ``starts`` on find at a budget; no evaluation.
 
-    Builds ``PROBES`` models a group at the first call for a checkpoint and budget, nothing at later ones.
+    Args:
+        most: builds in all, the dense model's included; by default ``PROBES`` a group at the first call for a
+            checkpoint and budget, and none at later ones. More than there are already go on where those ended.
     """
     model = _logits(task, budget)
-    most = PROBES * len(task.space.groups)
-    if model.chosen is None:
+    known = model.chosen is not None
+    if most is None:
+        most = 0 if known else PROBES * len(task.space.groups)
+    if not known or model.builds < most:
         for widths in starts[: most - 1]:
             model.measure(widths)
         model.fit()

@@ -292,23 +292,32 @@ class PortablePolicy:
         self._check(task)
         return deviate(task.base(budget), self.action(task.observe(budget)))
 
-    def widths(self, source: Any, budget: Any = 0.5, metric: str | None = None) -> NDArray[np.int64]:
+    def widths(
+        self, source: Any, budget: Any = 0.5, metric: str | None = None, *, builds: int | None = None
+    ) -> NDArray[np.int64]:
         """Widths (G,) for a model under a budget: no search, and no evaluation but the base rule's probes.
 
         With experience of the architecture, the best plan that builds from its plans on find on unlabelled images
-        (:mod:`.experience`); else the distribution, projected.
+        (:mod:`.experience`); else, and with fewer than two ``builds``, the distribution, projected.
+
+        Args:
+            builds: models that are built for that, the dense one included; eight a group by default. A later call
+                with more of them goes on where the first ended.
         """
         task = self.task(source, budget, metric)
         own = task.space.project(self.distribution(task, budget, metric), budget, task.metric)
-        if self.experience is None or not self.experience.knows(task):
+        alone = builds is not None and builds < 2
+        if alone or self.experience is None or not self.experience.knows(task):
             return own
-        starts = [own, task.uniform_widths(budget), *self.experience.plans(task, budget)]
-        return planned(task, budget, np.array(starts))
+        starts = [own, task.uniform_widths(budget), *self.experience.plans(task, budget, builds)]
+        return planned(task, budget, np.array(starts), builds)
 
-    def plan(self, source: Any, budget: Any = 0.5, metric: str | None = None) -> Any:
-        """A :class:`rlprune.Plan` for a workload (or evaluator) under a budget, without any search."""
+    def plan(
+        self, source: Any, budget: Any = 0.5, metric: str | None = None, *, builds: int | None = None
+    ) -> Any:
+        """A :class:`rlprune.Plan` for a workload (or evaluator) under a budget, without any search; see `widths`."""
         task = self.task(source, budget, metric)
-        widths = self.widths(task, budget, metric)
+        widths = self.widths(task, budget, metric, builds=builds)
         origin = {"agent": "policy", "budget": budget, "metric": task.metric, "base_rule": task.base_rule}
         evaluator: Any = task.evaluator
         return evaluator.plan(widths, origin)
