@@ -229,7 +229,9 @@ class TestOtherCommands:
 
     def test_apply_refuses_builds_for_a_policy_of_one_checkpoint(self, finished, tmp_path):
         config, out = tiny("model.seed=1"), tmp_path / "other"
-        with pytest.raises(ConfigError, match=r"--builds 20: only for .* several checkpoints.*allowed here: 0"):
+        with pytest.raises(
+            ConfigError, match=r"--builds 20: only for .* several checkpoints.*allowed here: 0"
+        ):
             deploy.apply(finished, config, checkpoint=None, budget=0.4, refine=0, out=out, builds=20)
         assert not out.exists()
 
