@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,9 +23,23 @@ PNG = b"\x89PNG"
 def script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("results_script", DOCS / "scripts" / "results.py")
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(
+        spec
+    )  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def test_few_seeds_or_evaluations_leave_a_workload_open(script: ModuleType) -> None:
+    wanted = script.Wanted("digits", ("0.5", "0.3"), 5)
+    taken = {"protocol": {"seeds": 5, "evaluations": 300}, "budgets": [{"asked": 0.5}]}
+    assert wanted.missing({}) == ["0.5", "0.3"] and wanted.missing(taken) == ["0.3"]
+    assert wanted.missing(taken | {"protocol": {"seeds": 4, "evaluations": 300}}) == ["0.5", "0.3"]
+    assert wanted.missing(taken | {"protocol": {"seeds": 5, "evaluations": 60}}) == ["0.5", "0.3"]
+    assert (
+        wanted.command(["0.3"])
+        == "rlprune benchmark digits --budgets 0.3 --evaluations 300 --seeds 5 --out runs/digits"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +22,44 @@ from rlprune.benchmark.statistics import difference
 from rlprune.config import load_config
 from rlprune.report import markdown_table, read_results
 
+EVALUATIONS = 300
 DOCS = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-# What the page names as open, with the command, until its results are taken; a GPU makes it an hour's work.
-WANTED = {
-    ("digits", "0.5 0.3"): "--checkpoints 5 --jobs 2",
-    ("fashion_mnist_resnet20", "0.5 0.3"): "--seeds 3",
-    ("tiny_llama", "0.5"): "--seeds 3 --checkpoints 3",
-    (
-        "cifar10_resnet20",
-        "0.5",
-    ): "--seeds 3 --set data.root=cifar10-jpeg model.checkpoint=resnet20_cifar10.safetensors",
-    (
-        "cifar10_resnet56",
-        "0.5",
-    ): "--seeds 3 --set data.root=cifar10-jpeg model.checkpoint=resnet56_cifar10.safetensors",
-    ("smollm2_135m", "0.8"): "--seeds 3",
-}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Budgets and seeds of a shipped config, of searches of `EVALUATIONS`, and further options of the command."""
+
+    config: str
+    budgets: tuple[str, ...]
+    seeds: int
+    options: str = ""
+
+    def missing(self, results: Mapping[str, Any]) -> list[str]:
+        """The budgets that the results lack, or have fewer seeds or shorter searches of."""
+        protocol = results.get("protocol", {})
+        enough = protocol.get("seeds", 0) >= self.seeds and protocol.get("evaluations", 0) >= EVALUATIONS
+        taken = {str(budget["asked"]) for budget in results.get("budgets", ())} if enough else ()
+        return [budget for budget in self.budgets if budget not in taken]
+
+    def command(self, budgets: Sequence[str]) -> str:
+        """What measures them."""
+        words = f"rlprune benchmark {self.config} --budgets {' '.join(budgets)} --evaluations {EVALUATIONS}"
+        options = f" {self.options}" if self.options else ""
+        return f"{words} --seeds {self.seeds}{options} --out runs/{self.config}"
+
+
+_CIFAR = "--set data.root=cifar10-jpeg model.checkpoint=resnet{depth}_cifar10.safetensors"
+# What the page names as open, with the command, until as much has been taken; a GPU makes it an hour's work.
+WANTED = (
+    Wanted("digits", ("0.5", "0.3"), 5, "--checkpoints 5 --jobs 2"),
+    Wanted("fashion_mnist_resnet20", ("0.5", "0.3"), 3),
+    Wanted("tiny_llama", ("0.5",), 3, "--checkpoints 3"),
+    Wanted("cifar10_resnet20", ("0.5",), 3, _CIFAR.format(depth=20)),
+    Wanted("cifar10_resnet56", ("0.5",), 3, _CIFAR.format(depth=56)),
+    Wanted("smollm2_135m", ("0.8",), 3),
+)
 KEPT = ("version", "workload", "budget", "score", "hardware", "groups", "budgets", "protocol", "settings")
 
 
@@ -234,19 +256,14 @@ def _needed(found: Mapping[str, Any] | None) -> str:
 
 def still_open(every: Mapping[str, Mapping[str, Any]]) -> str:
     """What has not been measured, with the command."""
-    lines = []
-    for (name, budgets), options in WANTED.items():
-        taken = {str(budget["asked"]) for budget in every.get(name, {}).get("budgets", ())}
-        if missing := [budget for budget in budgets.split() if budget not in taken]:
-            lines.append(
-                f"rlprune benchmark {name} --budgets {' '.join(missing)} --evaluations 300 {options} --out runs/{name}"
-            )
+    missing = {wanted: wanted.missing(every.get(wanted.config, {})) for wanted in WANTED}
+    lines = [wanted.command(budgets) for wanted, budgets in missing.items() if budgets]
     if not lines:
         return ""
     text = "\n".join(lines)
     return (
-        "## Open\n\nNot measured for this page, with the command that does it; checkpoint and data have to be in "
-        "place:\n\n"
+        "## Open\n\nNot measured for this page, or with fewer seeds or evaluations, with the command that does it; "
+        "checkpoint and data have to be in place:\n\n"
         f"```sh\n{text}\n```\n"
     )
 
