@@ -213,3 +213,35 @@ def test_a_diverged_plan_is_only_far_away() -> None:
     assert np.isfinite(model.learn([1, 1], torch.full((20, 3), torch.nan)))
     model.fit()
     assert all(np.isfinite(part).all() for part in model.expected([[3, 3], [8, 8]]))
+
+
+@pytest.mark.parametrize("variance", [0.0, 0.01, 1.0, 25.0])
+@pytest.mark.parametrize("certain", [0.0, 8.0])
+def test_what_uncertain_logits_add_is_what_sampling_them_adds(variance: float, certain: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(1, 100, 10, generator=generator)
+    logits[..., 3] += certain
+    noise = torch.randn(4000, 100, 10, generator=generator) * variance**0.5
+    log_p = logits[0].log_softmax(dim=-1)
+
+    def divergence(others: torch.Tensor) -> torch.Tensor:
+        return (log_p.exp() * (log_p - others.log_softmax(dim=-1))).sum(dim=-1).mean(dim=-1)
+
+    sampled = float((divergence(logits + noise) - divergence(logits)).mean())
+    found = float(expectation._added(logits, torch.tensor([variance], dtype=torch.float64))[0])
+    assert found == pytest.approx(sampled, rel=0.25, abs=2e-3)
+
+
+def test_a_plan_that_is_like_no_known_one_is_not_expected_to_be_good() -> None:
+    """The expected logits are the dense model's there; their divergence is not what is to be expected."""
+    generator = torch.Generator().manual_seed(2)
+    dense = 8.0 * torch.randn(60, 5, generator=generator)
+    model = LogitModel(np.array([64] * 6), dense)
+    for seed in range(8):
+        plan = np.random.default_rng(seed).integers(24, 40, size=6)
+        model.learn(plan, dense + 6.0 * torch.randn(60, 5, generator=generator))
+    model.fit(adapt=False)
+    far = [[1, 1, 1, 1, 1, 1]]
+    centre, spread = model.expected(far)
+    least = min(model.known.values())
+    assert centre[0] < 0.5 * least < (centre + spread)[0]

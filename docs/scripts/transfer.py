@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -231,9 +230,9 @@ def main() -> int:
     parser.add_argument("--refine", type=int, default=20, help="evaluations on an unseen checkpoint")
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--note", default="", help="a remark for the top of the page")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    started = time.perf_counter()
     together = arguments.train_evaluations or arguments.evaluations
     parts = []
     for budget in arguments.budgets:
@@ -251,7 +250,7 @@ def main() -> int:
         config=arguments.config, budgets=" ".join(arguments.budgets), evaluations=arguments.evaluations,
         refine=arguments.refine, builds=" ".join(map(str, arguments.builds)), together=together,
         trained=", ".join(map(str, TRAINED)), unseen=", ".join(map(str, UNSEEN)), parts="\n".join(parts),
-        threads=arguments.threads, minutes=(time.perf_counter() - started) / 60, torch=torch.__version__,
+        note=f"\n{arguments.note}\n" if arguments.note else "", threads=arguments.threads, torch=torch.__version__,
     )  # fmt: skip
     (DOCS / "transfer.md").write_text(text, encoding="utf-8")
     return 0
@@ -261,8 +260,8 @@ PAGE = """# A policy on checkpoints it has not seen
 
 Written by `python docs/scripts/transfer.py --config {config} --budgets {budgets} --evaluations {evaluations}
 --train-evaluations {together} --builds {builds} --refine {refine}`
-(torch {torch}, CPU, {threads} thread(s); the last call took {minutes:.0f} minutes, finished parts are reused).
-
+(torch {torch}, CPU, {threads} thread(s)).
+{note}
 Policies trained on model seeds {trained} (the first of them alone with {evaluations} evaluations, all of them with
 {together} on each) and applied to model seeds {unseen}: dense models of the same settings, trained with other
 seeds. Scores are −KL to the checkpoint's own dense model (nats, higher is better); in brackets the share of the full

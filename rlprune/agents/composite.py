@@ -26,7 +26,7 @@ _FLOOR = 1e-6
 
 
 class CompositeModel:
-    """Minus the logarithm of the divergence of the expected logits, and how uncertain that is, relative to it."""
+    """Minus the logarithm of the expected divergence, and how much of that is due to not knowing the logits."""
 
     noise = 1e-3
     # The process makes more of each evaluation than one of the scores does.
@@ -54,9 +54,13 @@ class CompositeModel:
         self._model.fit()
 
     def predict(self, widths: Ints) -> tuple[Floats, Floats]:
-        """Mean (P,) and standard deviation (P,) of minus the logarithm of the divergence."""
+        """Mean (P,) and standard deviation (P,) of minus the logarithm of the divergence.
+
+        The mean is that of the expected divergence, not of the divergence of the expected logits: where nothing is
+        known the latter are the dense model's, and any plan far from the known ones would look best.
+        """
         centre, spread = (np.maximum(part, _FLOOR) for part in self._model.expected(widths))
-        return -np.log(centre), spread / (centre + spread)
+        return -np.log(centre + spread), spread / (centre + spread)
 
     def covariance(self, widths: Ints) -> tuple[Floats, Floats]:
         """Mean (P,) and joint covariance (P, P)."""

@@ -27,9 +27,9 @@ from .proposals import climb, fresh, neighbours
 # Builds a group on a new checkpoint, the dense model's included, and the share of them that plans of others may take.
 PROBES = 8
 _OTHERS = 0.25
-# How much less than its mean a plan's divergence is hoped to be, in turn: most of the builds look around, the last
-# ones ask for what is sure.
-_LOOK, _SURE, _LAST = (0.0, 1.0, 2.0), (-1.0, 0.0, 0.5), 0.75
+# How much of what the uncertainty adds to a plan's divergence counts against it (-1: all), in turn: most of the builds
+# look around, the last ones ask for what is sure.
+_LOOK, _SURE, _LAST = (-1.0, -0.5, 0.0), (-1.0, -1.0, -0.5), 0.75
 _PARENTS, _WIDTH = 5, 40
 # Distances to the dense score are told apart between these (nats, or losses).
 _BOUNDS = 1e-4, 20.0
