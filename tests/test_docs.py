@@ -81,10 +81,18 @@ def test_the_budget_curve_of_several_seeds_is_that_of_their_means() -> None:
 def test_the_share_of_a_gain_is_relative_to_the_best_rule() -> None:
     transfer = load("transfer")
     scores = {"uniform": -3.0, "best rule": -2.0, "policy": -1.5, "full search": -1.0}
-    found = {name: transfer.Way(score, 0, 0) for name, score in scores.items()}
-    assert [transfer.share(found, way) for way in found] == [-1.0, 0.0, 0.5, 1.0]
-    assert math.isnan(transfer.share(found | {"full search": transfer.Way(-2.0, 0, 300)}, "policy"))
-    assert "-1.5000 (50%)" in transfer.table({7: found}) and "model seed 7" in transfer.table({7: found})
+    found = {name: transfer.Way((1, 2), score, 2 * score, 0.5) for name, score in scores.items()}
+    assert [transfer.share([found], way, "score") for way in found] == [-1.0, 0.0, 0.5, 1.0]
+    none = found | {"full search": transfer.Way((1, 2), -2.0, -4.0, 0.5)}
+    assert math.isnan(transfer.share([none], "policy", "score"))
+    # Gains of 0.5 and 0.25 of 1 and 0: of the mean gain of 0.5, 0.375 is a share of 75%.
+    other = none | {"policy": transfer.Way((1, 2), -1.75, -3.5, 0.5)}
+    assert transfer.share([found, other], "policy", "score") == 0.75
+    table = transfer.table({7: found}, "score")
+    assert "-1.5000 (50%)" in table and "model seed 7" in table and "test loss" not in table
+    assert "-3.0000 (50%)" in transfer.table({7: found}, "test") and "0.5000" in transfer.table(
+        {7: found}, "test"
+    )
 
 
 def test_the_fidelity_page_says_what_is_open_and_what_is_below_the_best() -> None:
