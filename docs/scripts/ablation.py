@@ -119,7 +119,7 @@ def table(arguments: argparse.Namespace, name: str) -> str:
         if all(file.exists() for file in files):
             records[label] = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     if SHIPPED not in records:
-        return "Not measured.\n"
+        return "Not measured."
     shipped = [r["score"] for r in records[SHIPPED]]
     lines = []
     for label, rows in sorted(records.items(), key=lambda item: -np.mean([r["score"] for r in item[1]])):
@@ -167,12 +167,12 @@ def main() -> int:
 
 PAGE = """# One change at a time
 
-Written by `python docs/scripts/ablation.py --evaluations {evaluations} --seeds {seeds}`, then `--write`
-(torch {torch}, CPU, 1 thread).
+Measured by `python docs/scripts/ablation.py --evaluations {evaluations} --seeds {seeds}` (torch {torch}, CPU, 1 thread),
+written by `python docs/scripts/ablation.py --evaluations {evaluations} --seeds {seeds} --write`.
 
 The shipped PPO search and the same with one setting changed; each search may have {evaluations} plans scored and starts
 from the same rules. Scores are −KL to the dense model on the validation split (nats, higher is better), by the shipped
-settings whatever a search was given. Differences are paired by seed; {seeds} seeds tell large differences from none and
+settings whatever a search was given. Differences are paired by seed; so few seeds tell large differences from none and
 little more. The test split was not read.
 
 {parts}"""
