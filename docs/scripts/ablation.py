@@ -168,7 +168,8 @@ def main() -> int:
 PAGE = """# One change at a time
 
 Measured by `python docs/scripts/ablation.py --evaluations {evaluations} --seeds {seeds}`
-(torch {torch}, CPU, 1 thread), written by `python docs/scripts/ablation.py --evaluations {evaluations} --seeds {seeds} --write`.
+(torch {torch}, CPU, 1 thread), written by
+`python docs/scripts/ablation.py --evaluations {evaluations} --seeds {seeds} --write`.
 
 The shipped PPO search and the same with one setting changed; each search may have {evaluations} plans scored and starts
 from the same rules. Scores are −KL to the dense model on the validation split (nats, higher is better), by the shipped
