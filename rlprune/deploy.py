@@ -65,9 +65,8 @@ def apply(
         found = refined(problem, policy, refine, Ledger(), console)
         widths = found.history[-1]
         plans.append((f"policy + {refine} evaluations", widths))
-    origin = {"method": "policy", "budget": str(budget), "metric": problem.metric, "refine": refine}
-    if builds is not None:
-        origin["builds"] = builds
+    origin: dict[str, Any] = {"method": "policy", "budget": str(budget), "metric": problem.metric}
+    origin |= {"builds": builds, "refine": refine}
     _save(problem, widths, origin, out)
     notes = _probes_note(problem, str(policy.meta["base_rule"])) + _experience_note(problem, policy)
     return _score_table(problem, plans) + notes

@@ -90,9 +90,8 @@ def test_the_share_of_a_gain_is_relative_to_the_best_rule() -> None:
     assert transfer.share([found, other], "policy", "score") == 0.75
     table = transfer.table({7: found}, "score")
     assert "-1.5000 (50%)" in table and "model seed 7" in table and "test loss" not in table
-    assert "-3.0000 (50%)" in transfer.table({7: found}, "test") and "0.5000" in transfer.table(
-        {7: found}, "test"
-    )
+    tested = transfer.table({7: found}, "test")
+    assert "-3.0000 (50%)" in tested and "0.5000" in tested
 
 
 def test_the_fidelity_page_says_what_is_open_and_what_is_below_the_best() -> None:

@@ -23,9 +23,8 @@ PNG = b"\x89PNG"
 def script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("results_script", DOCS / "scripts" / "results.py")
     assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(
-        spec
-    )  # dataclasses look their module up
+    # Dataclasses look their module up.
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 

@@ -2,7 +2,7 @@
 
     python docs/scripts/ablation.py [--evaluations 120] [--workloads digits tiny_llama] [--only NAME ...] [--write]
 
-Each search of a workload has its own seed and, where CHECKPOINTS says so, its own dense model; every change meets the
+Each search of a workload has its own seed and, where WORKLOADS says so, its own dense model; every change meets the
 same ones. What a search has found is scored with the shipped settings on the validation split, whatever it was
 searched with; the test split is not read. Finished searches are kept in --out; --write writes the page from them.
 """
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from rlprune.config import load_config
+from rlprune.inspection import hardware
 from rlprune.ledger import Ledger
 from rlprune.problem import Problem, prepare, search
 from rlprune.report import markdown_table
@@ -136,7 +137,8 @@ def table(arguments: argparse.Namespace, name: str) -> str:
             ]
         )
     header = ["change", "", "mean score", "− shipped (seeds ahead)", "of each seed"]
-    return markdown_table(header, lines)
+    lacking = ", ".join(f'"{label}"' for label in CHANGES if label not in records)
+    return markdown_table(header, lines) + (f"\n\nNot run: {lacking}." if lacking else "")
 
 
 def main() -> int:
@@ -159,7 +161,8 @@ def main() -> int:
         for name, (budget, own) in WORKLOADS.items()
     ]
     text = PAGE.format(
-        evaluations=arguments.evaluations, seeds=arguments.seeds, torch=torch.__version__, parts="\n".join(parts)
+        evaluations=arguments.evaluations, seeds=arguments.seeds, torch=torch.__version__,
+        processor=hardware()["processor"], parts="\n".join(parts),
     )  # fmt: skip
     (DOCS / "ablation.md").write_text(text, encoding="utf-8")
     return 0
@@ -167,8 +170,8 @@ def main() -> int:
 
 PAGE = """# One change at a time
 
-Measured by `python docs/scripts/ablation.py --evaluations {evaluations} --seeds {seeds}`
-(torch {torch}, CPU, 1 thread), written by
+Measured by `python docs/scripts/ablation.py --evaluations {evaluations} --seeds {seeds}
+--workloads WORKLOAD --only CHANGE ...` (torch {torch}, {processor}, 1 thread; seeds from 0), written by
 `python docs/scripts/ablation.py --evaluations {evaluations} --seeds {seeds} --write`.
 
 The shipped PPO search and the same with one setting changed; each search may have {evaluations} plans scored and starts

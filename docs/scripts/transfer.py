@@ -7,7 +7,8 @@ several brings their best plans along (`agents/experience.py`) and builds models
 it compares with the dense ones on unlabelled images. Each is applied without an evaluation to checkpoints of yet other
 seeds, beside uniform, the best rule, the best widths of the first checkpoint copied and those of all averaged, the same
 number of builds without a policy, and a full search on the checkpoint itself; with `--refine` evaluations as well.
-Every score is -KL to the checkpoint's own dense model on its validation split, under the same recovery.
+Every score is -KL to the checkpoint's own dense model on its validation split, under the same recovery; finished plans
+are reported on the test split, too.
 Finished parts are kept in --out, so that a stopped run goes on where it was.
 """
 
@@ -30,6 +31,7 @@ from rlprune.agents.proposals import neighbours
 from rlprune.config import Config, load_config
 from rlprune.deploy import refined
 from rlprune.envs.task import Task
+from rlprune.inspection import hardware
 from rlprune.ledger import Ledger
 from rlprune.problem import Problem, prepare, search
 from rlprune.progress import Console
@@ -251,6 +253,7 @@ def main() -> int:
         refine=arguments.refine, builds=" ".join(map(str, arguments.builds)), together=together,
         trained=", ".join(map(str, TRAINED)), unseen=", ".join(map(str, UNSEEN)), parts="\n".join(parts),
         note=f"\n{arguments.note}\n" if arguments.note else "", threads=arguments.threads, torch=torch.__version__,
+        processor=hardware()["processor"],
     )  # fmt: skip
     (DOCS / "transfer.md").write_text(text, encoding="utf-8")
     return 0
@@ -260,7 +263,7 @@ PAGE = """# A policy on checkpoints it has not seen
 
 Written by `python docs/scripts/transfer.py --config {config} --budgets {budgets} --evaluations {evaluations}
 --train-evaluations {together} --builds {builds} --refine {refine}`
-(torch {torch}, CPU, {threads} thread(s)).
+(torch {torch}, {processor}, {threads} thread(s)).
 {note}
 Policies trained on model seeds {trained} (the first of them alone with {evaluations} evaluations, all of them with
 {together} on each) and applied to model seeds {unseen}: dense models of the same settings, trained with other
