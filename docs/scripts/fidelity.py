@@ -38,17 +38,45 @@ class Study:
 
 
 _TUNED = ("finish.method=full", "finish.steps=100")
+_LORA = ("finish.method=lora", "finish.steps=20", "finish.batch_size=4")
+_SMOLLM2 = (
+    "model.name=hf:SmolLM2-135M-Instruct.Q4_1.gguf",
+    "data.files.calibration=wikitext2_valid.txt",
+    "data.files.test=wikitext2_test.txt",
+)
+_CIFAR10 = ("data.root=cifar10-jpeg", "model.train.lr=0.01")
+# What a CPU fine-tunes within minutes: fewer images, and one epoch after the cut.
+_SMALL_CIFAR10 = (
+    *_CIFAR10,
+    "data.train=3000",
+    "data.calibration=128",
+    "data.validation=1000",
+    "finish.epochs=1",
+)
+_RESNET20 = "model.checkpoint=resnet20_cifar10.safetensors"
+# No published weights without a download: trained from scratch on the images of CIFAR-10, enlarged.
+_FOLDER = (
+    *("data.root=cifar10-jpeg", "data.image_size=64", "data.train=4000", "data.validation=1000"),
+    *("data.calibration=256", "model.weights=null", "model.train.epochs=10", "model.train.lr=0.05"),
+    *("finish.epochs=1", "finish.lr=0.02"),
+)
 STUDIES = {
     "digits-50": Study("digits", (), 30),
     "digits-30": Study("digits", ("budget.target=0.3",), 30),
     "tiny_llama": Study("tiny_llama", (*_TUNED, "finish.batch_size=16"), 24),
     "fashion_mnist_resnet20": Study("fashion_mnist_resnet20", (), 12),
-    "cifar10_resnet20": Study("cifar10_resnet20", (), 30, "a GPU and CIFAR-10"),
-    "cifar10_resnet56": Study("cifar10_resnet56", (), 30, "a GPU, CIFAR-10 and a trained ResNet-56"),
-    "image_folder_mobilenet_v2": Study(
-        "image_folder_mobilenet_v2", ("data.root=images",), 30, "a GPU and images of yours"
+    "cifar10_resnet20": Study(
+        "cifar10_resnet20", (*_SMALL_CIFAR10, _RESNET20, "model.train.epochs=6"), 16, "CIFAR-10 and weights"
     ),
-    "smollm2_135m": Study("smollm2_135m", _TUNED, 30, "a GPU, the model and the texts"),
+    "cifar10_resnet56": Study(
+        "cifar10_resnet56", (*_SMALL_CIFAR10, "model.train.epochs=3"), 10, "CIFAR-10 and weights"
+    ),
+    "image_folder_mobilenet_v2": Study("image_folder_mobilenet_v2", _FOLDER, 12, "an image folder"),
+    "smollm2_135m": Study("smollm2_135m", (*_SMOLLM2, *_LORA), 10, "the model and the texts"),
+    "cifar10_resnet20-full": Study("cifar10_resnet20", (*_CIFAR10, _RESNET20), 30, "a GPU and CIFAR-10"),
+    "cifar10_resnet56-full": Study("cifar10_resnet56", _CIFAR10, 30, "a GPU and CIFAR-10"),
+    "image_folder_mobilenet_v2-full": Study("image_folder_mobilenet_v2", (), 30, "a GPU and ImageNet"),
+    "smollm2_135m-full": Study("smollm2_135m", (*_SMOLLM2, *_TUNED), 30, "a GPU, the model and the texts"),
 }
 
 
