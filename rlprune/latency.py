@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import DataError
+from .memory import settle_heap
 
 DEFAULT_BATCH_SIZES = (1, 64)
 Clock = Callable[[], float]
@@ -82,6 +83,7 @@ def in_turns(
     settle: int = 0,
 ) -> dict[str, list[float]]:
     """Seconds of every call of each function, taken in interleaved rounds (see `measure`)."""
+    settle_heap()
     for call in calls.values():
         for _ in range(warmup):
             call()

@@ -7,6 +7,10 @@ import ctypes
 import os
 import sys
 
+import torch
+
+# Just below the 32 MiB at which glibc stops raising its threshold (mallopt(3): M_MMAP_THRESHOLD).
+_LARGE_BLOCK = 31 * 2**20
 # Compiled products that oneDNN, and torch's layer above it, keep: a candidate has fewer shapes.
 _KERNELS = 128
 
@@ -20,6 +24,17 @@ def return_freed_memory() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library has no malloc_trim
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def settle_heap() -> None:
+    """Bring the C library to where a process is that has freed a large tensor: before anything is timed.
+
+    A young process gives every freed block of a megabyte back to the system, and the next forward pass pays for the
+    same pages again; a layer alone may take twice its time, and which one does depends on what lies behind it on the
+    heap. glibc raises its limit to the largest block that has been freed, 32 MiB at most (mallopt(3)). Elsewhere
+    the block is just allocated and freed.
+    """
+    torch.empty(_LARGE_BLOCK, dtype=torch.uint8)
 
 
 def bound_kernel_caches() -> None:

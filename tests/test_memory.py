@@ -55,3 +55,34 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
     bound_kernel_caches()
     assert os.environ["LRU_CACHE_CAPACITY"] == "7" and os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "128"
+
+
+FAULTS = """
+import resource
+import sys
+import torch
+from rlprune.memory import settle_heap
+
+def run(passes):
+    for _ in range(passes):
+        [torch.ones(3 * 2**18) for _ in range(4)]  # alive together, like the outputs of neighbouring layers
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+if sys.argv[1] == "settled":
+    settle_heap()
+before = run(3)
+print(run(10) - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's thresholds")
+def test_no_pass_of_a_settled_process_pays_for_its_pages_again() -> None:
+    # A tensor has 768 pages of 4 KiB.
+    faults = {}
+    for how in ("young", "settled"):
+        words = [sys.executable, "-c", FAULTS, how]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+        run = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+        faults[how] = int(run.stdout)
+    assert faults["settled"] < 768, faults
+    assert faults["young"] > 768, faults
