@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from language_workload import evaluator_of, workload_of
 from lm import tiny_lm
-from test_language import evaluator_of, workload_of
 
 from rlprune.agents import StateDir, make_agent
 from rlprune.envs.task import Task
