@@ -62,6 +62,7 @@ FLOORS = {
     "catalogue": 6,
     "options": 6,
     "commands": 6,
+    "pruning_commands": 6,
     "cli": 6,
     "__main__": 6,
     "__init__": 7,  # the public surface: it may name everything
