@@ -14,7 +14,7 @@ from lm import tiny_lm
 from rlprune.agents import StateDir, make_agent
 from rlprune.envs.task import Task
 from rlprune.ledger import Account, Ledger
-from rlprune.report import learning_curves
+from rlprune.run_results import learning_curves
 from rlprune.search_settings import GPConfig, PPOConfig, SearchConfig
 from rlprune.workloads import LanguageWorkload
 

@@ -11,7 +11,7 @@ from small import SMALL_DIGITS
 from rlprune import cli, profiling
 from rlprune.artifacts import read_plan
 from rlprune.profiling import TABLE_FILE, read_table
-from rlprune.report import read_results
+from rlprune.run_results import read_results
 
 SETS = [w for o in (*SMALL_DIGITS, "budget.metric=latency", "budget.batch_size=16") for w in ("--set", o)]
 

@@ -47,6 +47,7 @@ FLOORS = {
     "tuning_trainer": 5,
     "tuning_stages": 5,
     "report": 5,
+    "run_results": 5,
     "run": 5,
     "comparison": 5,
     "benchmark": 5.5,
