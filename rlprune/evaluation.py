@@ -24,12 +24,13 @@ from .kept_logits import KeptLogits
 from .memory import return_freed_memory
 from .pruning import grams as gram_matrices
 from .pruning import statistics
-from .pruning.importance import Scores, compute
+from .pruning.importance import compute
 from .pruning.plan import Plan, make_plan
 from .pruning.recovery import Recovery
 from .pruning.space import PruningSpace
 from .pruning.surgery import prune
 from .pruning.tracing import trace
+from .pruning.unit_scores import Scores
 from .rules.context import Context
 from .workloads.judge import Judge, Judgement
 from .workloads.language import scoring_dtype

@@ -28,6 +28,7 @@ from torch import nn
 from . import plots
 from .agents.proposals import random_plans
 from .artifacts import library_versions
+from .comparison import SCORE_UNITS
 from .config import Config, RecoveryConfig
 from .envs.task import Task
 from .errors import ConfigError
@@ -39,7 +40,6 @@ from .inspection import hardware
 from .problem import Problem, prepare
 from .progress import Console
 from .pruning.recovery import LANGUAGE_BATCH, LESSON_BATCH
-from .report import SCORE_UNITS
 from .workloads.causal import is_causal
 from .workloads.judge import Judge
 

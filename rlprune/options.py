@@ -141,9 +141,10 @@ def existing_folder(path: Path, what: str) -> None:
 
 def show_run(out: Path) -> None:
     """The table of a finished run and where its report is."""
-    from . import report
+    from .report import markdown
+    from .run_results import read_results
 
-    print(report.markdown(report.read_results(out)))
+    print(markdown(read_results(out)))
     if (out / "report.html").is_file():
         print(f"report: {out / 'report.html'}")
 

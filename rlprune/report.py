@@ -9,22 +9,30 @@ from __future__ import annotations
 import base64
 import html
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import comparison, plots
 from .comparison import SCORE_UNITS
-from .errors import ArtifactError
 from .files import write_text_atomic
-from .ledger import charged_scores
+from .run_results import (
+    as_list,
+    as_mapping,
+    best,
+    best_rule,
+    budget_points,
+    is_finite,
+    kind_of,
+    learned,
+    learning_curves,
+    read_ledger,
+    read_results,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RESULTS_VERSION = 1
-LEARNED = ("ppo",)  # methods whose plan counts as learned when a run does not say `"kind": "agent"`
 _MEGA, _KILO = 1e6, 1e3
 
 
@@ -41,48 +49,9 @@ def build(run_dir: str | Path) -> Path:
     return target
 
 
-def read_results(folder: Path) -> dict[str, Any]:
-    """Read and check RUN/results.json; see `build` for the errors."""
-    path = folder / "results.json"
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: not found; a report needs a run that reached its results") from None
-    except NotADirectoryError:
-        raise ArtifactError(f"{folder}: not a run folder") from None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: damaged or unreadable ({_one_line(error)})") from None
-    if not isinstance(results, dict) or "version" not in results:
-        raise ArtifactError(f"{path}: not a results file of rlprune (no version)")
-    if not isinstance(results["version"], int) or results["version"] > RESULTS_VERSION:
-        found = results["version"]
-        raise ArtifactError(f"{path}: version {found!r}; this rlprune reads up to {RESULTS_VERSION}")
-    rows = results.get("rows")
-    if not _list(rows) or not all(isinstance(row, dict) and "method" in row for row in _list(rows)):
-        raise ArtifactError(f"{path}: rows: need a list of objects with a method")
-    return results
-
-
-def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """Rows of a ledger; a torn last line (a killed run) is left out, as is a missing file."""
-    rows = []
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
-
-
 def render(results: Mapping[str, Any], folder: Path) -> str:
     """The page's HTML text."""
-    workload = _mapping(results.get("workload"))
+    workload = as_mapping(results.get("workload"))
     title = f"rlprune: {workload.get('name', folder.name)}"
     config_path = folder / "config.yaml"
     config = config_path.read_text(encoding="utf-8", errors="replace") if config_path.is_file() else ""
@@ -109,11 +78,11 @@ def figures(results: Mapping[str, Any], folder: Path) -> list[tuple[Figure, str]
     """The report's pictures, each with a text for those who cannot see it; one without data is left out."""
     found: list[tuple[Figure, str]] = []
     unit = _score_unit(results)
-    groups = [group for group in _list(results.get("groups")) if isinstance(group, dict)]
+    groups = [group for group in as_list(results.get("groups")) if isinstance(group, dict)]
     series = {
         label: row["widths"]
         for label, row in (("learned", learned(results)), ("best rule", best_rule(results)))
-        if row is not None and groups and len(_list(row.get("widths"))) == len(groups)
+        if row is not None and groups and len(as_list(row.get("widths"))) == len(groups)
     }
     series = {f"{label} ({_row_of(results, label)['method']})": widths for label, widths in series.items()}
     if groups:
@@ -123,67 +92,17 @@ def figures(results: Mapping[str, Any], folder: Path) -> list[tuple[Figure, str]
     if curves:
         figure = plots.learning(curves, _references(results), unit)
         found.append((figure, "Best score so far against the evaluations spent, for every search method"))
-    points = _budget_points(folder / "budgets.json")
+    points = budget_points(folder / "budgets.json")
     if points:
-        metric = str(points[0].get("metric") or _mapping(results.get("budget")).get("metric", "macs"))
+        metric = str(points[0].get("metric") or as_mapping(results.get("budget")).get("metric", "macs"))
         picture = plots.quality(points, metric, unit), "Score against the budget, for every method"
         # A policy over a range of budgets is about this curve.
-        found.insert(0 if _mapping(results.get("budget")).get("range") else len(found), picture)
+        found.insert(0 if as_mapping(results.get("budget")).get("range") else len(found), picture)
     return found
-
-
-def learning_curves(
-    results: Mapping[str, Any], ledger: Iterable[Mapping[str, Any]]
-) -> dict[str, list[list[float]]]:
-    """{search method: one list of scores per seed, in the order charged}; no rules, no dense model.
-
-    See `ledger.charged_scores` for plans that cannot be the best.
-    """
-    rows = _list(results.get("rows"))
-    target: Any = _mapping(results.get("budget")).get("target")
-    limit = float(target) if _finite(target) else math.inf
-    searchers = [str(row["method"]) for row in rows if _kind(row) not in ("rule", "dense")]
-    runs: dict[str, dict[tuple[str, str], list[Mapping[str, Any]]]] = {
-        method: {} for method in dict.fromkeys(searchers)
-    }
-    for row in ledger:
-        if str(row.get("method")) in runs:
-            key = (str(row.get("seed")), str(row.get("task", "")))
-            runs[str(row["method"])].setdefault(key, []).append(row)
-    curves = {
-        method: [charged_scores(rows, limit) for rows in seeds.values()] for method, seeds in runs.items()
-    }
-    return {method: found for method, seeds in curves.items() if (found := [s for s in seeds if s])}
-
-
-def best_rule(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The rule's row with the best score, or None."""
-    return _best(row for row in _list(results.get("rows")) if _kind(row) == "rule")
-
-
-def learned(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The learned plan's row with the best score, or None."""
-    return _best(row for row in _list(results.get("rows")) if _kind(row) == "agent")
 
 
 def _row_of(results: Mapping[str, Any], label: str) -> Mapping[str, Any]:
     return (best_rule(results) if label == "best rule" else learned(results)) or {}
-
-
-def _kind(row: Mapping[str, Any]) -> str:
-    if isinstance(row.get("kind"), str):
-        return str(row["kind"])
-    from .rules import RULES
-
-    method = str(row.get("method"))
-    if method == "dense" or method in RULES:
-        return "dense" if method == "dense" else "rule"
-    return "agent" if method.startswith(LEARNED) else "baseline"
-
-
-def _best(rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    scored = [row for row in rows if _finite(row.get("score"))]
-    return max(scored, key=lambda row: row["score"]) if scored else None
 
 
 def _references(results: Mapping[str, Any]) -> dict[str, float]:
@@ -191,34 +110,26 @@ def _references(results: Mapping[str, Any]) -> dict[str, float]:
     rule = best_rule(results)
     if rule is not None:
         references[f"best rule: {rule['method']}"] = float(rule["score"])
-    for row in _list(results.get("rows")):
-        if row.get("method") == "uniform" and _finite(row.get("score")) and row is not rule:
+    for row in as_list(results.get("rows")):
+        if row.get("method") == "uniform" and is_finite(row.get("score")) and row is not rule:
             references.setdefault("uniform", float(row["score"]))
     return references
 
 
-def _budget_points(path: Path) -> list[dict[str, Any]]:
-    try:
-        points = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    return [p for p in _list(points) if isinstance(p, dict) and _finite(p.get("budget")) and "method" in p]
-
-
 def _score_unit(results: Mapping[str, Any]) -> str:
-    kind = results.get("score") or _mapping(results.get("workload")).get("score", "kl")
+    kind = results.get("score") or as_mapping(results.get("workload")).get("score", "kl")
     return SCORE_UNITS.get(str(kind), "score")
 
 
 def _headline(results: Mapping[str, Any]) -> str:
-    budget, rows = _mapping(results.get("budget")), _list(results.get("rows"))
+    budget, rows = as_mapping(results.get("budget")), as_list(results.get("rows"))
     share = _ratio(budget.get("target"), budget.get("dense"))
     sentences = []
     if share is not None:
         sentences.append(f"Budget: {_percent(share)} of the dense {_text(budget.get('metric', 'macs'))}.")
     means = _means(rows, results)
     for label, kind in (("Dense", "dense"), ("Best rule", "rule"), ("Learned", "agent")):
-        row = _best(row for row in means if _kind(row) == kind)
+        row = best(row for row in means if kind_of(row) == kind)
         if row is not None:
             facts = [f"{name} {value}" for name, value in _shown_quality(row) if value != "–"]
             method = "" if label == "Dense" else f" ({_text(row['method'])})"
@@ -228,7 +139,7 @@ def _headline(results: Mapping[str, Any]) -> str:
 
 def _means(rows: list[Any], results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row a method, the mean over its seeds; of a benchmark of several budgets at the first of them."""
-    first = next((budget.get("asked") for budget in _list(results.get("budgets"))), None)
+    first = next((budget.get("asked") for budget in as_list(results.get("budgets"))), None)
     by_method: dict[str, list[Any]] = {}
     for row in rows:
         if row.get("budget") in (None, first):
@@ -238,7 +149,7 @@ def _means(rows: list[Any], results: Mapping[str, Any]) -> list[dict[str, Any]]:
         | {
             name: sum(row[name] for row in found) / len(found)
             for name in ("score", "test", "test_finetuned")
-            if all(_finite(row.get(name)) for row in found)
+            if all(is_finite(row.get(name)) for row in found)
         }
         for found in by_method.values()
     ]
@@ -254,8 +165,8 @@ def _shown_quality(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def table_columns(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """Header and cells of every column of the big table, as plain text; empty columns are left out."""
-    rows = _list(results.get("rows"))
-    budget = _mapping(results.get("budget"))
+    rows = as_list(results.get("rows"))
+    budget = as_mapping(results.get("budget"))
     metric, dense = str(budget.get("metric", "macs")), budget.get("dense")
     scale, unit = (1.0, "ms") if metric == "latency" else (_MEGA, "M")
     columns = [
@@ -272,8 +183,8 @@ def table_columns(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         ("test loss", [_number(row.get("test_loss")) for row in rows]),
         ("test, fine-tuned", [_number(row.get("test_finetuned")) for row in rows]),
         ("test loss, fine-tuned", [_number(row.get("test_loss_finetuned")) for row in rows]),
-        ("latency b1 (ms)", [_number(_mapping(row.get("latency_ms")).get("1"), 3) for row in rows]),
-        ("latency b64 (ms)", [_number(_mapping(row.get("latency_ms")).get("64"), 3) for row in rows]),
+        ("latency b1 (ms)", [_number(as_mapping(row.get("latency_ms")).get("1"), 3) for row in rows]),
+        ("latency b64 (ms)", [_number(as_mapping(row.get("latency_ms")).get("64"), 3) for row in rows]),
         ("seconds", [_number(row.get("seconds"), 3) for row in rows]),
     ]
     return [(header, cells) for header, cells in columns if any(cell != "–" for cell in cells)]
@@ -314,7 +225,7 @@ def _table(results: Mapping[str, Any]) -> str:
     head = "".join(f"<th>{_text(header)}</th>" for header, _ in columns)
     marked = {id(row) for row in (best_rule(results), learned(results)) if row is not None}
     body = []
-    for index, row in enumerate(_list(results.get("rows"))):
+    for index, row in enumerate(as_list(results.get("rows"))):
         cells = "".join(f"<td>{_text(cells[index])}</td>" for _, cells in columns)
         body.append(f"<tr{' class=mark' if id(row) in marked else ''}>{cells}</tr>")
     rows = "".join(body)
@@ -322,13 +233,13 @@ def _table(results: Mapping[str, Any]) -> str:
 
 
 def _facts(results: Mapping[str, Any], folder: Path) -> str:
-    sections = [(name, _mapping(results.get(name))) for name in ("workload", "budget", "hardware")]
+    sections = [(name, as_mapping(results.get(name))) for name in ("workload", "budget", "hardware")]
     try:
         plan = json.loads((folder / "pruned" / "plan.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         plan = {}
     wanted = ("version", "fingerprint", "costs", "libraries", "versions")
-    sections.append(("pruned model", {key: plan[key] for key in wanted if key in _mapping(plan)}))
+    sections.append(("pruned model", {key: plan[key] for key in wanted if key in as_mapping(plan)}))
     rows = [
         f"<tr><th>{_text(section)}</th><td>{_text(key)}</td><td>{_text(value)}</td></tr>"
         for section, values in sections
@@ -354,24 +265,8 @@ def _text(value: Any) -> str:
     return html.escape(str(value), quote=True)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _ratio(part: Any, whole: Any) -> float | None:
-    return float(part) / float(whole) if _finite(part) and _finite(whole) and whole else None
+    return float(part) / float(whole) if is_finite(part) and is_finite(whole) and whole else None
 
 
 def _percent(share: float) -> str:
@@ -388,11 +283,11 @@ def _count(value: Any) -> str:
 
 
 def _scaled(value: Any, scale: float) -> str:
-    return f"{value / scale:.2f}" if _finite(value) else "–"
+    return f"{value / scale:.2f}" if is_finite(value) else "–"
 
 
 def _number(value: Any, digits: int = 4) -> str:
-    if not _finite(value):
+    if not is_finite(value):
         return "–" if value is None or isinstance(value, float) else str(value)
     return f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:.0f}"
 

@@ -1,4 +1,4 @@
-"""A workload of random token sequences for a tiny language model, and random plans for its space."""
+"""Workloads of random tokens for tiny language models, their evaluators, and random plans for their spaces."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ import torch.nn.functional as F
 from lm import tokens
 from torch import nn
 
+from rlprune.config import RecoveryConfig, ScoreConfig
+from rlprune.evaluation import Evaluator
 from rlprune.pruning.plan import Plan
+from rlprune.workloads import SPLITS, LanguageWorkload
 from rlprune.workloads.base import Workload
+from rlprune.workloads.text import Text as TextOf
+from rlprune.workloads.text import TextRequest, split_text
 
 
 class Sentences(Workload):
@@ -40,3 +45,30 @@ def plan_of(space: Any, seed: int = 0) -> Plan:
     rng = np.random.default_rng(seed)
     kept = tuple(np.sort(rng.permutation(g.width)[: max(1, g.width // 2)]) for g in space.groups)
     return Plan(space, np.array([len(k) for k in kept]), kept)
+
+
+def workload_of(model, *, sizes=(4, 6, 8, 5), length=16, seed=0, **options) -> LanguageWorkload:
+    """A language workload on a stream of 1000 random ids; ``sizes`` are the sequences of the four splits."""
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(0, 96, (1000,), generator=generator).tolist()
+    request = TextRequest(length=length, sizes=sizes, seed=seed, **options)
+    data = split_text("random", dict.fromkeys(SPLITS, TextOf("random", "x")), request, lambda _: ids)
+    return LanguageWorkload(model, None, data)
+
+
+def evaluator_of(workload, *, rungs=(), dtype="float32", importance="l2", steps=("none",), **score):
+    """An evaluator by the divergence in float32; without a recovery unless ``steps`` asks for one."""
+    return Evaluator(
+        workload,
+        importance=importance,
+        recovery=RecoveryConfig(steps=steps),
+        score=ScoreConfig(rungs=rungs, dtype=dtype, top_k=20, **score),
+        metric="params",
+    )
+
+
+def plans(evaluator, count, seed=0, budget=0.7):
+    """Random widths (G,) at a budget of the blocks' parameters, ``count`` of them."""
+    rng = np.random.default_rng(seed)
+    groups = len(evaluator.space.groups)
+    return [evaluator.space.project(d, budget, "block_params") for d in rng.random((count, groups))]

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from language_workload import evaluator_of, workload_of
 from lm import tiny_lm
-from test_language import evaluator_of, workload_of
 
 from rlprune.agents import StateDir, make_agent
 from rlprune.envs.task import Task
 from rlprune.ledger import Account, Ledger
-from rlprune.report import learning_curves
+from rlprune.run_results import learning_curves
 from rlprune.search_settings import GPConfig, PPOConfig, SearchConfig
 from rlprune.workloads import LanguageWorkload
 

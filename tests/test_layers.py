@@ -47,6 +47,7 @@ FLOORS = {
     "tuning_trainer": 5,
     "tuning_stages": 5,
     "report": 5,
+    "run_results": 5,
     "run": 5,
     "comparison": 5,
     "benchmark": 5.5,
@@ -62,6 +63,7 @@ FLOORS = {
     "catalogue": 6,
     "options": 6,
     "commands": 6,
+    "pruning_commands": 6,
     "cli": 6,
     "__main__": 6,
     "__init__": 7,  # the public surface: it may name everything

@@ -21,8 +21,8 @@ from rlprune.artifacts import read_plan
 from rlprune.config import Config
 from rlprune.errors import ConfigError
 from rlprune.ledger import Ledger
-from rlprune.report import read_results
 from rlprune.rules import RULES
+from rlprune.run_results import read_results
 from rlprune.workloads.build import build_workload
 
 OWN_RULES = [name for name, rule in RULES.items() if not rule.peer]

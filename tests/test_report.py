@@ -15,6 +15,7 @@ from run_fixture import write_run
 
 from rlprune import plots, report
 from rlprune.errors import ArtifactError
+from rlprune.run_results import best_rule, learned, learning_curves, read_ledger
 
 PNG = b"\x89PNG"
 
@@ -92,19 +93,19 @@ def test_learning_curves_hold_the_searches_by_seed_and_survive_a_torn_line(tmp_p
     results = write_run(tmp_path, seeds=2, evaluations=10)
     with open(tmp_path / "ledger.jsonl", "a") as file:
         file.write('{"method": "ppo", "seed": 0, "sco')
-    curves = report.learning_curves(results, report.read_ledger(tmp_path / "ledger.jsonl"))
+    curves = learning_curves(results, read_ledger(tmp_path / "ledger.jsonl"))
     assert set(curves) == {"random", "ppo"}
     assert [len(seed) for seed in curves["ppo"]] == [10, 10]
 
 
 def test_plans_over_the_budget_count_but_are_never_the_best(tmp_path: Path) -> None:
     results = write_run(tmp_path, seeds=1, evaluations=4)
-    rows = report.read_ledger(tmp_path / "ledger.jsonl")
+    rows = read_ledger(tmp_path / "ledger.jsonl")
     for row in rows:
         row["cost"] = results["budget"]["target"]
     over = next(row for row in rows if row["method"] == "ppo")
     over |= {"cost": 1.01 * results["budget"]["target"], "score": 0.0}
-    (scores,) = report.learning_curves(results, rows)["ppo"]
+    (scores,) = learning_curves(results, rows)["ppo"]
     assert math.isnan(scores[0]) and not any(math.isnan(score) for score in scores[1:])
     line = plots.learning({"ppo": [scores]}, {}).axes[0].lines[0]
     assert max(line.get_ydata()) == max(scores[1:])
@@ -112,7 +113,7 @@ def test_plans_over_the_budget_count_but_are_never_the_best(tmp_path: Path) -> N
 
 def test_best_rule_and_learned_are_told_apart_by_kind_and_score(tmp_path: Path) -> None:
     results = write_run(tmp_path)
-    rule, plan = report.best_rule(results), report.learned(results)
+    rule, plan = best_rule(results), learned(results)
     assert rule is not None and rule["method"] == "global_taylor"
     best = max(row["score"] for row in results["rows"] if row["method"] == "ppo")
     assert plan is not None and plan["score"] == best
@@ -140,7 +141,7 @@ def test_methods_without_a_kind_are_told_apart_by_the_registry(tmp_path: Path) -
     results = write_run(tmp_path)
     for row in results["rows"]:
         del row["kind"]
-    rule, plan = report.best_rule(results), report.learned(results)
+    rule, plan = best_rule(results), learned(results)
     assert rule is not None and rule["method"] == "global_taylor"
     assert plan is not None and plan["method"] == "ppo"
 

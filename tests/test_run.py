@@ -18,8 +18,8 @@ from rlprune import cli, deploy, inspection, run
 from rlprune.artifacts import read_plan
 from rlprune.errors import ArtifactError, ConfigError
 from rlprune.ledger import Ledger
-from rlprune.report import read_results
 from rlprune.rules import RULES
+from rlprune.run_results import read_results
 
 VISION_RULES = [name for name, rule in RULES.items() if not (rule.language or rule.peer)]
 

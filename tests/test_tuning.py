@@ -1,4 +1,4 @@
-"""The fine-tune of language models: losses, adapters and their merge, determinism, resuming, stages."""
+"""The fine-tune of language models: it learns, is deterministic, resumes, and refuses what cannot run."""
 
 from __future__ import annotations
 
@@ -14,21 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from lm import VOCABULARY, tiny_lm, tokens
-from torch import Tensor, nn
+from echo import FAMILIES, QUICK, Echo, Killed, pruned, same
+from lm import tiny_lm
+from torch import Tensor
 
 from rlprune import tuning, tuning_trainer
-from rlprune.config import FinishConfig
-from rlprune.errors import ArtifactError, ConfigError, DataError, RlpruneError
-from rlprune.pruning.language_training import CHUNK_TOKENS, TokenLoss, full_precision, train_language
+from rlprune.errors import ArtifactError, ConfigError, DataError
+from rlprune.pruning.language_training import TokenLoss, full_precision
 from rlprune.tuning import METHODS, learning_rate, tune
-from rlprune.tuning_adapters import GROUP_COLUMNS, GroupScale, RowColumn, attached, target_layers
 from rlprune.tuning_trainer import share_batch
-from rlprune.workloads.base import Batch, Workload
-
-FAMILIES = ["llama-mha-tied", "gpt2", "phi3", "opt"]
-QUICK = FinishConfig(method="lora", steps=12, batch_size=4, lr=5e-3, dropout=0.1)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,198 +32,6 @@ def _short_collections() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-class Echo(Workload):
-    """Sequences in which every token comes twice: half of the tokens can be learned."""
-
-    language = True
-    metric_name = "perplexity"
-    name = "echo"
-
-    def __init__(self, family: str = "llama-mha-tied", length: int = 12) -> None:
-        self.model = tiny_lm(family, seed=7)
-        self.example_inputs = tokens(length)
-        drawn = torch.randint(2, 30, (48, length // 2), generator=torch.Generator().manual_seed(3))
-        self.rows = drawn.repeat_interleave(2, dim=1)
-
-    def batches(self, split: str, limit: int | None = None) -> Iterator[Batch]:
-        for rows in self.rows[:limit].split(8):
-            yield rows, rows
-
-    def evaluate_loss(self, model: nn.Module) -> float:
-        with torch.no_grad():
-            return float(model(self.rows, labels=self.rows).loss)
-
-    def train_batches(self, generator: torch.Generator, batch_size: int | None = None) -> Iterator[Batch]:
-        order = torch.randperm(len(self.rows), generator=generator)
-        for index in order.split(batch_size or 8):
-            yield self.rows[index], self.rows[index]
-
-
-class Killed(Exception):
-    pass
-
-
-def pruned(family: str = "llama-mha-tied") -> nn.Module:
-    """A student: some other random model of the family, as if it had been cut."""
-    return tiny_lm(family, seed=1)
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
-    return all(m == n and torch.equal(x, y) for (m, x), (n, y) in pairs)
-
-
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(ids).logits
-
-
-# The loss
-
-
-@pytest.mark.parametrize("family", [*FAMILIES, "gpt_neox", "bloom", "cohere", "granite", "opt-project"])
-def test_the_loss_is_that_of_transformers(family: str) -> None:
-    model, ids = tiny_lm(family), tokens(12, batch=3)
-    expected = model(ids, labels=ids).loss
-    expected.backward()
-    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    loss = TokenLoss(model)(ids)
-    loss.backward()
-    assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
-    for name, parameter in model.named_parameters():
-        if name in wanted:
-            torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-3, atol=1e-5)
-
-
-def test_the_distillation_is_the_formula_and_leaves_the_teacher_alone() -> None:
-    student, teacher = pruned(), tiny_lm("llama-mha-tied", seed=2)
-    teacher.train()
-    ids, t, soft = tokens(40, batch=9), 3.0, 0.6  # 351 tokens: two chunks
-    loss = TokenLoss(student, teacher, t, soft)(ids)
-    loss.backward()
-    s, d = student(ids).logits[:, :-1].flatten(0, 1), logits(teacher, ids)[:, :-1].flatten(0, 1)
-    hard = F.cross_entropy(s, ids[:, 1:].flatten())
-    p, q = (d / t).softmax(-1), (s / t).softmax(-1)
-    kl = (p * (p / q).log()).sum(-1).mean()
-    assert float(loss.detach()) == pytest.approx(
-        float(((1 - soft) * hard + soft * t * t * kl).detach()), rel=1e-4
-    )
-    assert all(p.grad is None for p in teacher.parameters())
-    assert all(m.training for m in teacher.modules())
-
-
-def test_logits_exist_for_a_chunk_at_a_time() -> None:
-    model, seen = tiny_lm("llama-mha-tied"), []
-    head = model.get_output_embeddings()
-    head.register_forward_hook(lambda module, args, out: seen.append(out.numel() // VOCABULARY))
-    TokenLoss(model, tiny_lm("llama-mha-tied"))(tokens(101, batch=8)).backward()
-    assert max(seen) == CHUNK_TOKENS
-    assert len(seen) >= 2 * 4  # four chunks, each made again in the backward pass
-
-
-def test_a_model_that_cannot_be_split_is_run_whole() -> None:
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.out = nn.Embedding(20, 8), nn.Linear(8, 20)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.out(self.embed(ids))
-
-    model, ids = Plain(), torch.randint(20, (3, 9))
-    expected = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    assert float(TokenLoss(model)(ids).detach()) == pytest.approx(float(expected.detach()), abs=1e-6)
-    with pytest.raises(RlpruneError, match="no next token"):
-        TokenLoss(model)(ids[:, :1])
-
-
-# The adapters
-
-
-@pytest.mark.parametrize("method", ["lora", "group", "spp"])
-@pytest.mark.parametrize("family", [*FAMILIES, "gpt_neox", "falcon-mqa"])
-def test_the_merged_model_is_plain_and_equals_the_adapted_one(family: str, method: str) -> None:
-    model, ids = tiny_lm(family), tokens(10)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    kinds, flags = [type(m) for m in model.modules()], [p.requires_grad for p in model.parameters()]
-    own = set(vars(model))
-    with attached(model, replace(QUICK, method=method, rank=3)) as handle:
-        model.eval()  # the dropout of new adapters trains
-        torch.testing.assert_close(logits(model, ids), logits(tiny_lm(family), ids))  # starts as it was
-        learned = [p for p in model.parameters() if p.requires_grad]
-        assert handle.trained == sum(p.numel() for p in learned) > 0
-        with torch.no_grad():
-            for p in learned:
-                p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-        adapted = logits(model, ids)
-    torch.testing.assert_close(logits(model, ids), adapted, rtol=1e-5, atol=1e-5)
-    assert (adapted - logits(tiny_lm(family), ids)).abs().max() > 1e-2
-    after = model.state_dict()
-    assert list(after) == list(before)
-    assert {n: t.shape for n, t in after.items()} == {n: t.shape for n, t in before.items()}
-    assert [type(m) for m in model.modules()] == kinds
-    assert [p.requires_grad for p in model.parameters()] == flags
-    assert set(vars(model)) == own
-    changed = {n.removesuffix(".weight") for n in after if not torch.equal(after[n], before[n])}
-    assert changed == set(target_layers(model))
-
-
-def test_the_layers_that_are_adapted() -> None:
-    llama = {name.split(".")[-1] for name in target_layers(tiny_lm("llama-mha-tied"))}
-    assert llama == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert {n.split(".")[-1] for n in target_layers(tiny_lm("gpt2"))} == {"c_attn", "c_proj", "c_fc"}
-    assert {n.split(".")[-1] for n in target_layers(tiny_lm("phi3"))} == {
-        "qkv_proj", "o_proj", "gate_up_proj", "down_proj"
-    }  # fmt: skip
-    assert not [n for n in target_layers(tiny_lm("opt-project")) if "project" in n]
-
-
-def test_dropped_layers_are_left_out() -> None:
-    model = tiny_lm("llama-mha-tied")
-    for name in ("gate_proj", "up_proj"):
-        getattr(model.model.layers[1].mlp, name).weight.data = torch.empty(0, 32)
-    model.model.layers[1].mlp.down_proj.weight.data = torch.empty(32, 0)
-    for method in ("lora", "group", "spp"):
-        with attached(model, replace(QUICK, method=method)):
-            assert not [n for n in target_layers(model) if n.startswith("model.layers.1.mlp")]
-
-
-def test_the_adapters_are_taken_off_after_an_error() -> None:
-    for method in METHODS:
-        model = pruned()
-        with pytest.raises(Killed), attached(model, replace(QUICK, method=method)):
-            raise Killed
-        assert same(model, pruned())
-        assert [type(m) for m in model.modules()] == [type(m) for m in pruned().modules()]
-
-
-def test_group_scales_and_row_column_factors_are_their_formulas() -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows, columns, rank = 7, GROUP_COLUMNS + 5, 3
-    weight = torch.randn(rows, columns, generator=generator)
-    weight[2, 4] = 0.0
-    group, factors = GroupScale(rows, columns, rank, 6.0, False), RowColumn(rows, columns, rank, 6.0, False)
-    for module in (group, factors):
-        for parameter in module.parameters():
-            nn.init.normal_(parameter, generator=generator)
-    scaled, multiplied = group(weight).detach(), factors(weight).detach()
-    runs = [0, 0, 0, 1, 1, 2, 2]
-    for i in range(rows):
-        for j in range(columns):
-            low = 2.0 * float((group.b[i] @ group.a[:, j]).detach())
-            wanted = float(weight[i, j]) * (1 + float(group.scale.detach()[i, j // GROUP_COLUMNS])) + low
-            assert float(scaled[i, j]) == pytest.approx(wanted, abs=1e-4)
-            factor = float((factors.row[i, 0] * factors.column[runs[i], j]).detach())
-            assert float(multiplied[i, j]) == pytest.approx(
-                float(weight[i, j]) * (1 + 2.0 * factor), abs=1e-4
-            )
-    assert float(multiplied[2, 4]) == 0.0
-    turned = RowColumn(rows, columns, rank, 6.0, True)
-    turned.load_state_dict(factors.state_dict())
-    torch.testing.assert_close(turned(weight.T.contiguous()), multiplied.T)
 
 
 # The fine-tune
@@ -396,22 +198,3 @@ def test_wrong_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_learning_rate_fits_the_method() -> None:
     assert learning_rate(None, "full") < learning_rate(None, "lora")
     assert learning_rate(0.5, "spp") == 0.5
-
-
-# The short recovery
-
-
-def test_the_loop_of_the_recovery_learns_and_repeats() -> None:
-    workload = Echo()
-    batches = list(workload.batches("train"))
-    first, again = pruned("gpt2"), pruned("gpt2")  # GPT-2 has dropout
-    before = workload.evaluate_loss(first)
-    result = train_language(first, batches, steps=20, lr=3e-3, seed=1)
-    torch.manual_seed(5)
-    kept = torch.get_rng_state()
-    train_language(again, batches, steps=20, lr=3e-3, seed=1)
-    assert torch.equal(kept, torch.get_rng_state())
-    assert same(first, again) and not first.training and result.steps == 20
-    assert workload.evaluate_loss(first) < before - 0.2
-    with pytest.raises(RlpruneError, match="no batch"):
-        train_language(first, [], steps=1)
