@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -113,6 +114,27 @@ def test_the_committed_results_give_the_same_page(
     assert kept["rows"] == results["rows"] and kept["settings"] == {"finish.epochs": 7}
     assert script.main(["--docs", str(docs)]) == 0
     assert before == {path.name: path.read_bytes() for path in [docs / "results.md", *docs.glob("results/*")]}
+
+
+def test_another_model_under_a_shipped_config_has_a_name_of_its_own(
+    taken: tuple[Path, dict[str, Any]], script: ModuleType, tmp_path: Path
+) -> None:
+    _, results = taken
+    run, docs = tmp_path / "run", tmp_path / "docs"
+    run.mkdir()
+    (run / "results.json").write_text(json.dumps(results))
+    settings = ["model.name=mobilenet_v2", "model.arguments={width_mult: 0.25}"]
+    (run / "config.yaml").write_text(load_config("digits", settings).to_yaml())
+    assert script.main(["--take", str(run), "--variant", "digits_mobilenet", "--docs", str(docs)]) == 0
+    text = (docs / "results.md").read_text()
+    assert "rlprune benchmark digits --methods" in text
+    words = shlex.split(
+        next(line for line in text.splitlines() if line.startswith("rlprune benchmark digits"))
+    )
+    given = words[words.index("--set") + 1 :]
+    assert load_config("digits", given).model == load_config("digits", settings).model
+    wanted = script.Wanted("digits", ("0.5",), 5, variant="digits_mobilenet")
+    assert f"--out runs/{wanted.name}" in wanted.command(["0.5"]) and wanted.name == "digits_mobilenet"
 
 
 def test_a_method_that_is_not_beaten_is_said(script: ModuleType) -> None:

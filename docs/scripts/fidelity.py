@@ -145,10 +145,10 @@ calibration data of `bn` and the batches of the gradient steps.
 {lines}
 
 A shipped default is changed where it is significantly below the best. It is not always the fastest that is not:
-`reconstruct + bn` stays where `reconstruct` alone ranks plans as well, because the recovery is also all that a pruned model
-gets without a fine-tune (`rlprune prune`, `rlprune apply`), and there the new batch-norm statistics are worth most of it
-([negative-results.md](negative-results.md), "Recovery") for a fifth more time a candidate. These are random plans: a search that
-pushes the score to its end leaves this range, see there.
+`reconstruct + bn` stays where `reconstruct` alone ranks plans as well, because the recovery is also all that a pruned
+model gets without a fine-tune (`rlprune prune`, `rlprune apply`), and there the new batch-norm statistics are worth
+most of it ([negative-results.md](negative-results.md), "Recovery"), for a fifth more time a candidate. These are
+random plans: a search that pushes the score to its end leaves this range, see there.
 
 {parts}
 ## Open

@@ -3,14 +3,16 @@
     rlprune benchmark digits --budgets 0.5 0.3 --checkpoints 5 --evaluations 300 --jobs 2 --out runs/digits-benchmark
     python docs/scripts/results.py --take runs/digits-benchmark
 
---take copies a run's results.json, in a compact form, to docs/results/NAME.json (NAME is that of the shipped config);
-without it the page is written anew from what is there. Nothing is measured here.
+--take copies a run's results.json, in a compact form, to docs/results/NAME.json (NAME is that of the shipped config,
+or --variant's where the model is another); without it the page is written anew from what is there. Nothing is
+measured here.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ from typing import Any
 from rlprune import comparison, plots
 from rlprune.benchmark.statistics import difference
 from rlprune.config import load_config
-from rlprune.report import markdown_table, read_results
+from rlprune.report import markdown_table
+from rlprune.run_results import read_results
 
 EVALUATIONS = 300
 DOCS = Path(__file__).resolve().parents[1]
@@ -35,6 +38,12 @@ class Wanted:
     budgets: tuple[str, ...]
     seeds: int
     options: str = ""
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        """Of the file in docs/results/: the variant's, where it is not the config as it was shipped."""
+        return self.variant or self.config
 
     def missing(self, results: Mapping[str, Any]) -> list[str]:
         """The budgets that the results lack, or have fewer seeds or shorter searches of."""
@@ -47,31 +56,39 @@ class Wanted:
         """What measures them."""
         words = f"rlprune benchmark {self.config} --budgets {' '.join(budgets)} --evaluations {EVALUATIONS}"
         options = f" {self.options}" if self.options else ""
-        return f"{words} --seeds {self.seeds}{options} --out runs/{self.config}"
+        return f"{words} --seeds {self.seeds}{options} --out runs/{self.name}"
 
 
 _CIFAR = "--set data.root=cifar10-jpeg model.checkpoint=resnet{depth}_cifar10.safetensors"
+_MOBILENET = "--set model.name=mobilenet_v2 'model.arguments={width_mult: 0.25}'"
+_GOOGLENET = "--set model.name=googlenet 'model.arguments={}'"
 # What the page names as open, with the command, until as much has been taken; a GPU makes it an hour's work.
 WANTED = (
     Wanted("digits", ("0.5", "0.3"), 5, "--checkpoints 5 --jobs 2"),
     Wanted("fashion_mnist_resnet20", ("0.5", "0.3"), 3),
+    Wanted("fashion_mnist_resnet20", ("0.5",), 3, _MOBILENET, "fashion_mnist_mobilenet_v2"),
+    Wanted("fashion_mnist_resnet20", ("0.5",), 3, _GOOGLENET, "fashion_mnist_googlenet"),
     Wanted("tiny_llama", ("0.5",), 3, "--checkpoints 3"),
     Wanted("cifar10_resnet20", ("0.5",), 3, _CIFAR.format(depth=20)),
     Wanted("cifar10_resnet56", ("0.5",), 3, _CIFAR.format(depth=56)),
     Wanted("smollm2_135m", ("0.8",), 3),
 )
-KEPT = ("version", "workload", "budget", "score", "hardware", "groups", "budgets", "protocol", "settings")
+_SETTINGS = ("version", "config", "settings", "protocol")
+KEPT = (*_SETTINGS, "workload", "budget", "score", "hardware", "groups", "budgets")
 
 
-def take(run: Path, folder: Path) -> Path:
+def take(run: Path, folder: Path, variant: str | None = None) -> Path:
     """Copy a run's results with the settings that differ from the shipped config; one row or entry a line."""
     config = load_config(run / "config.yaml")
-    results = read_results(run) | {"settings": changed(config.to_dict(), config.name)}
+    results = read_results(run) | {
+        "config": config.name,
+        "settings": changed(config.to_dict(), config.name),
+    }
     lines = [f'"{key}": {json.dumps(results[key])}' for key in KEPT if key in results]
     for key in ("rows", "summary"):
         lines.append(f'"{key}": [\n' + ",\n".join(json.dumps(row) for row in results[key]) + "\n]")
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{config.name}.json"
+    target = folder / f"{variant or config.name}.json"
     target.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     return target
 
@@ -86,14 +103,16 @@ def changed(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
 def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        # The arguments of a model are another model's as a whole.
+        deeper = isinstance(value, Mapping) and key != "arguments"
+        found |= dotted(value, f"{prefix}{key}.") if deeper else {prefix + key: value}
     return found
 
 
 def command(name: str, results: Mapping[str, Any]) -> str:
     """The command that measures these results."""
     protocol = results["protocol"]
-    words = ["rlprune benchmark", name, "--methods", ",".join(protocol["methods"])]
+    words = ["rlprune benchmark", results.get("config", name), "--methods", ",".join(protocol["methods"])]
     words += ["--budgets", *[str(budget["asked"]) for budget in results["budgets"]]]
     words += [
         f"--seeds {protocol['seeds']} --evaluations {protocol['evaluations']} --jobs {protocol['jobs']}"
@@ -101,7 +120,7 @@ def command(name: str, results: Mapping[str, Any]) -> str:
     if protocol.get("checkpoints", 1) > 1:
         words.append(f"--checkpoints {protocol['checkpoints']}")
     if results["settings"]:
-        words += ["--set", *[f"{key}={value}" for key, value in results["settings"].items()]]
+        words += ["--set", *[shlex.quote(f"{key}={value}") for key, value in results["settings"].items()]]
     return " ".join(words)
 
 
@@ -256,7 +275,7 @@ def _needed(found: Mapping[str, Any] | None) -> str:
 
 def still_open(every: Mapping[str, Mapping[str, Any]]) -> str:
     """What has not been measured, with the command."""
-    missing = {wanted: wanted.missing(every.get(wanted.config, {})) for wanted in WANTED}
+    missing = {wanted: wanted.missing(every.get(wanted.name, {})) for wanted in WANTED}
     lines = [wanted.command(budgets) for wanted, budgets in missing.items() if budgets]
     if not lines:
         return ""
@@ -298,11 +317,18 @@ def write(folder: Path, docs: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--take", nargs="+", type=Path, default=[], metavar="RUN")
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="with --take of one run: its name, where the config's name would mislead",
+    )
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder that the page is written into")
     arguments = parser.parse_args(argv)
+    if arguments.variant and len(arguments.take) != 1:
+        parser.error("--variant: names one run; --take has to name it")
     folder = arguments.docs / "results"
     for run in arguments.take:
-        print(f"taken: {take(run, folder)}")
+        print(f"taken: {take(run, folder, arguments.variant)}")
     write(folder, arguments.docs)
     print(f"written: {arguments.docs / 'results.md'}")
     return 0
