@@ -69,7 +69,7 @@ STUDIES = {
         "cifar10_resnet20", (*_SMALL_CIFAR10, _RESNET20, "model.train.epochs=6"), 16, "CIFAR-10 and weights"
     ),
     "cifar10_resnet56": Study(
-        "cifar10_resnet56", (*_SMALL_CIFAR10, "model.train.epochs=3"), 10, "CIFAR-10 and weights"
+        "cifar10_resnet56", (*_SMALL_CIFAR10, "model.train.epochs=2"), 8, "CIFAR-10 and weights"
     ),
     "image_folder_mobilenet_v2": Study("image_folder_mobilenet_v2", _FOLDER, 12, "an image folder"),
     "smollm2_135m": Study("smollm2_135m", (*_SMOLLM2, *_LORA), 10, "the model and the texts"),
