@@ -108,7 +108,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         f"fine-tune.\n\n{markdown_table(header, lines)}\n\n"
         f"Recommended: `{content['recommended']}`, the fastest that is not significantly below the best "
         f"(`{content['best']}`); in use: `{content['used']}`{verdict}. The final losses on the two halves agree with "
-        f"Spearman {content['ceiling']:.2f}: more can hardly be asked of a score.\n\n"
+        f"Spearman {content['ceiling']:.2f}: their noise limits every row.\n\n"
         f"Spearman by what a score reads:\n\n{markdown_table(['recovery before scoring', *sizes], curves)}"
     )
 

@@ -1,4 +1,4 @@
-"""Memory that libraries keep although no tensor needs it."""
+"""Memory that the C library and compiled kernels keep: returned, bounded, or settled before something is timed."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def settle_heap() -> None:
 
     A young process gives every freed block of a megabyte back to the system, and the next forward pass pays for the
     same pages again; a layer alone may take twice its time, and which one does depends on what lies behind it on the
-    heap. glibc raises its limit to the largest block that has been freed, 32 MiB at most (mallopt(3)). Elsewhere
-    the block is just allocated and freed.
+    heap. glibc raises its limit to the largest block that has been freed; blocks above 32 MiB do not count
+    (mallopt(3)). Elsewhere the block is just allocated and freed.
     """
     torch.empty(_LARGE_BLOCK, dtype=torch.uint8)
 

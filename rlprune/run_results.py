@@ -16,7 +16,7 @@ LEARNED = ("ppo",)  # methods whose plan counts as learned when a run does not s
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """Read and check RUN/results.json; see `report.build` for the errors."""
+    """RUN/results.json; ArtifactError where it is missing, damaged or newer than this version reads."""
     path = folder / "results.json"
     try:
         results = json.loads(path.read_text(encoding="utf-8"))

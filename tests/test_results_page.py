@@ -123,8 +123,11 @@ def test_another_model_under_a_shipped_config_has_a_name_of_its_own(
     run, docs = tmp_path / "run", tmp_path / "docs"
     run.mkdir()
     (run / "results.json").write_text(json.dumps(results))
-    settings = ["model.name=mobilenet_v2", "model.arguments={width_mult: 0.25}"]
+    settings = ["model.name=mobilenet_v2", "model.arguments={width_mult: 0.25}", "finish.lr=null"]
     (run / "config.yaml").write_text(load_config("digits", settings).to_yaml())
+    with pytest.raises(SystemExit, match="--variant"):
+        script.take(run, docs)
+    assert not docs.exists()
     assert script.main(["--take", str(run), "--variant", "digits_mobilenet", "--docs", str(docs)]) == 0
     text = (docs / "results.md").read_text()
     assert "rlprune benchmark digits --methods" in text
@@ -132,7 +135,7 @@ def test_another_model_under_a_shipped_config_has_a_name_of_its_own(
         next(line for line in text.splitlines() if line.startswith("rlprune benchmark digits"))
     )
     given = words[words.index("--set") + 1 :]
-    assert load_config("digits", given).model == load_config("digits", settings).model
+    assert load_config("digits", given) == load_config("digits", settings)
     wanted = script.Wanted("digits", ("0.5",), 5, variant="digits_mobilenet")
     assert f"--out runs/{wanted.name}" in wanted.command(["0.5"]) and wanted.name == "digits_mobilenet"
 

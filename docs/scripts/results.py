@@ -84,6 +84,8 @@ def take(run: Path, folder: Path, variant: str | None = None) -> Path:
         "config": config.name,
         "settings": changed(config.to_dict(), config.name),
     }
+    if not variant and any(key.startswith(("model.name", "model.arguments")) for key in results["settings"]):
+        raise SystemExit(f"{run}: another model than that of {config.name}: give it a name with --variant")
     lines = [f'"{key}": {json.dumps(results[key])}' for key in KEPT if key in results]
     for key in ("rows", "summary"):
         lines.append(f'"{key}": [\n' + ",\n".join(json.dumps(row) for row in results[key]) + "\n]")
@@ -120,8 +122,13 @@ def command(name: str, results: Mapping[str, Any]) -> str:
     if protocol.get("checkpoints", 1) > 1:
         words.append(f"--checkpoints {protocol['checkpoints']}")
     if results["settings"]:
-        words += ["--set", *[shlex.quote(f"{key}={value}") for key, value in results["settings"].items()]]
+        words += ["--set", *[shlex.quote(f"{k}={plain(v)}") for k, v in results["settings"].items()]]
     return " ".join(words)
+
+
+def plain(value: Any) -> Any:
+    """A setting as the command line reads it back: null and mappings in YAML's words."""
+    return json.dumps(value) if value is None or isinstance(value, dict | bool) else value
 
 
 def verdict(results: Mapping[str, Any], agent: str = "ppo") -> list[str]:
