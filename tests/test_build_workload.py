@@ -1,6 +1,7 @@
 """Workloads built from settings: dense training and its cache, checkpoints, models and workloads of users."""
 
 from collections.abc import Iterator
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,8 @@ def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tests_own_models.py").write_text(MODELS)
     (tmp_path / "tests_own_workload.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
+    for name in ("tests_own_models", "tests_own_workload"):  # an earlier test's file may be gone
+        monkeypatch.delitem(sys.modules, name, raising=False)
 
 
 def own(name: str, *overrides: str) -> Config:
