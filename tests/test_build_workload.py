@@ -1,7 +1,7 @@
 """Workloads built from settings: dense training and its cache, checkpoints, models and workloads of users."""
 
-from collections.abc import Iterator
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
