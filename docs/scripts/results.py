@@ -196,8 +196,8 @@ def section(name: str, results: Mapping[str, Any], folder: Path) -> str:
     sizes = ", ".join(f"{count} {split}" for split, count in workload["sizes"].items())
     parts = [
         f"## {workload['name']}\n",
-        f"{protocol['seeds']} seeds, {_models(protocol)}, {protocol['evaluations']} evaluations for each search; "
-        f"{sizes} samples; "
+        f"{protocol['seeds']} seed{'s' if protocol['seeds'] > 1 else ''}, {_models(protocol)}, "
+        f"{protocol['evaluations']} evaluations for each search; {sizes} samples; "
         f"{hardware['device']} ({hardware['processor']}, {protocol['jobs']} processes of {hardware['threads']} "
         f"threads), torch {hardware['libraries'].get('torch', 'unknown')}.\n",
         f"```sh\n{command(name, results)}\n```\n",
@@ -258,7 +258,7 @@ def overview(every: Mapping[str, Mapping[str, Any]]) -> comparison.Table:
             others = [n for n, e in summary.items() if e["kind"] != "rule" and n not in ("ppo", "random")]
             other = min(others, key=lambda n: summary[n]["test_loss"]["mean"], default=None)
             cells = [_losses(summary, name, name) for name in (rule, other)]
-            needed = _needed(summary["ppo"].get("evaluations_to_random"))
+            needed = _needed(summary["ppo"].get("evaluations_to_random"), view["protocol"]["evaluations"])
             budget = f"{comparison.share(view)} of the {view['budget']['metric']}"
             name, seeds = f"{view['workload']['name']}, {budget}", str(view["protocol"]["seeds"])
             ours, random = (_losses(summary, method) for method in ("ppo", "random"))
@@ -274,10 +274,10 @@ def _losses(summary: Mapping[str, Any], name: str | None, mark: str = "") -> str
     return f"{text} ({mark})" if mark else text
 
 
-def _needed(found: Mapping[str, Any] | None) -> str:
+def _needed(found: Mapping[str, Any] | None, evaluations: int) -> str:
     if not found or not found["seeds"]:
         return "–"
-    return "never" if found["median"] is None else f"{found['median']:g}"
+    return "never" if found["median"] is None else f"{found['median']:g} of {evaluations}"
 
 
 def still_open(every: Mapping[str, Mapping[str, Any]]) -> str:
@@ -296,12 +296,11 @@ def still_open(every: Mapping[str, Mapping[str, Any]]) -> str:
 
 def write_readme(readme: Path, every: Mapping[str, Mapping[str, Any]]) -> None:
     """Put the overview between the marks of the README."""
-    budgets = sorted({results["protocol"]["evaluations"] for results in every.values()})
     text = (
-        "Test loss before / after the same fine-tune (mean over the seeds), "
-        f"{' or '.join(map(str, budgets))} evaluations for each search; the last column is how many of them "
-        "PPO needs for the score that random search ends with. Written by `python docs/scripts/results.py`; intervals, "
-        "paired differences, hardware and the commands are in [docs/results.md](docs/results.md).\n\n"
+        "Test loss before / after the same fine-tune (mean over the seeds), equal evaluations for each search; the "
+        "last column is how many of them PPO needs for the score that random search ends with. Written by `python "
+        "docs/scripts/results.py`; intervals, paired differences, hardware and the commands are in "
+        "[docs/results.md](docs/results.md).\n\n"
         f"{markdown_table(*overview(every))}"
     )
     before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
