@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import strategies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,11 +16,8 @@ from rlprune.pruning.cost import AxisSize, CostFormula, FormulaBuilder
 @st.composite
 def spaces(draw: st.DrawFn) -> tuple[CostFormula, Limits]:
     """A chain of layers with random widths, steps and minimums; some axes carry fixed slots."""
-    groups = draw(st.integers(1, 6))
-    dense = np.array(draw(st.lists(st.integers(1, 70), min_size=groups, max_size=groups)))
-    step = np.minimum(draw(st.sampled_from([1, 1, 2, 8])), dense)
-    lowest = draw(st.integers(1, 9))
-    minimum = np.minimum(-(-lowest // step) * step, dense)
+    limits = draw(strategies.limits(6, 70))
+    groups = len(limits.dense)
     builder = FormulaBuilder(groups)
     builder.add(draw(st.integers(0, 50)))
     eye = np.eye(groups)
@@ -28,7 +26,7 @@ def spaces(draw: st.DrawFn) -> tuple[CostFormula, Limits]:
         there = AxisSize(draw(st.integers(0, 3)), eye[(i + 1) % groups] * draw(st.integers(0, 3)))
         builder.add(draw(st.integers(1, 40)), here, there)
         builder.add(draw(st.integers(1, 5)), here)
-    return builder.build(), Limits(dense, minimum, step)
+    return builder.build(), limits
 
 
 def distributions(groups: int) -> st.SearchStrategy[list[float]]:

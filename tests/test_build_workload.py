@@ -12,11 +12,7 @@ from rlprune.config import Config
 from rlprune.errors import ArtifactError, ConfigError, GraphError, RlpruneError
 from rlprune.workloads import VisionWorkload, build_model, build_workload
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("RLPRUNE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def settings() -> Config:
@@ -32,14 +28,14 @@ def settings() -> Config:
     return Config.from_dict(values)
 
 
-def test_dense_training_is_cached_by_content(cache: Path) -> None:
+def test_dense_training_is_cached_by_content(own_cache: Path) -> None:
     config = settings()
     calls: list[tuple] = []
     workload = build_workload(config, progress=lambda *a: calls.append(a))
     assert calls[-1][:3] == ("dense training", 36, 36)
     assert workload.evaluate(workload.model, "validation").metric > 0.2  # by chance 0.1
     assert not workload.model.training
-    files = list((cache / "dense").iterdir())
+    files = list((own_cache / "dense").iterdir())
     assert [p.suffix for p in files] == [".safetensors"]
     calls.clear()
     again = build_workload(config, progress=lambda *a: calls.append(a))
@@ -51,14 +47,14 @@ def test_dense_training_is_cached_by_content(cache: Path) -> None:
     seeded = build_workload(config, seed_override=9)
     assert not torch.equal(seeded.model.conv1.weight, workload.model.conv1.weight)
     build_workload(config.override(["model.train.lr=0.04"]))
-    assert len(list((cache / "dense").iterdir())) == 3
+    assert len(list((own_cache / "dense").iterdir())) == 3
 
 
-def test_killed_dense_training_goes_on(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_dense_training_goes_on(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings()
-    monkeypatch.setenv("RLPRUNE_CACHE", str(cache / "whole"))
+    monkeypatch.setenv("RLPRUNE_CACHE", str(own_cache / "whole"))
     whole = build_workload(config)
-    monkeypatch.setenv("RLPRUNE_CACHE", str(cache / "killed"))
+    monkeypatch.setenv("RLPRUNE_CACHE", str(own_cache / "killed"))
     monkeypatch.setattr("rlprune.pruning.finetune._State.due", lambda self: True)
 
     original, count = VisionWorkload.train_batches, 0
@@ -78,7 +74,7 @@ def test_killed_dense_training_goes_on(cache: Path, monkeypatch: pytest.MonkeyPa
     resumed = build_workload(config)
     for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    assert [p.suffix for p in (cache / "killed" / "dense").iterdir()] == [".safetensors"]
+    assert [p.suffix for p in (own_cache / "killed" / "dense").iterdir()] == [".safetensors"]
 
 
 def test_checkpoints_are_fine_tuned_or_taken_as_they_are(tmp_path: Path) -> None:
@@ -184,11 +180,11 @@ def test_a_users_workload_from_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("own_code")
-def test_divergence_and_missing_devices_are_one_line(cache: Path) -> None:
+def test_divergence_and_missing_devices_are_one_line(own_cache: Path) -> None:
     wild = [f"model.train.{setting}" for setting in ("lr=10.0", "weight_decay=1.0", "epochs=20")]
     with pytest.raises(RlpruneError, match=r"lower model\.train\.lr, now 10\.0"):
         build_workload(own("good", *wild))
-    assert list((cache / "dense").glob("*")) == []
+    assert list((own_cache / "dense").glob("*")) == []
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="device: cuda:7"):
             build_workload(settings().override(["device=cuda:7"]))

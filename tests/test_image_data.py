@@ -12,11 +12,7 @@ from rlprune.errors import ConfigError, DataError
 from rlprune.workloads import SPLITS, load_data
 from rlprune.workloads.data import Request, VisionData
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("RLPRUNE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def rows(data: VisionData, split: str) -> list[bytes]:
@@ -136,7 +132,7 @@ def write_images(root: Path, count: int, side: int = 8, shape: tuple[int, int] |
             Image.new("RGB", size, (100 * label, i, 7)).save(root / name / f"{i:03}.png")
 
 
-def test_image_folder_with_an_official_test_part(tmp_path: Path, cache: Path) -> None:
+def test_image_folder_with_an_official_test_part(tmp_path: Path, own_cache: Path) -> None:
     write_images(tmp_path / "train", 20)
     write_images(tmp_path / "test", 5)
     data = load_data("image_folder", Request(root=tmp_path))
@@ -146,7 +142,7 @@ def test_image_folder_with_an_official_test_part(tmp_path: Path, cache: Path) ->
         part = data.splits[split]
         assert torch.equal(part.images[:, 0, 0, 0], (100 * part.labels).to(torch.uint8))
         assert (part.images[:, 2] == 7).all()
-    kept = sorted((cache / "data").iterdir())
+    kept = sorted((own_cache / "data").iterdir())
     assert len(kept) == 2
     # The first images of a split are a sample of all classes, although files are read class by class.
     for split in ("train", "test"):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import strategies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -62,11 +63,8 @@ def test_a_flat_table_rises_a_little_and_an_empty_layer_costs_nothing() -> None:
 @st.composite
 def costs(draw: st.DrawFn) -> tuple[TableCost, Limits]:
     """A ring of layers with random monotone tables, widths, steps and minimums; some axes carry fixed slots."""
-    groups = draw(st.integers(1, 4))
-    dense = np.array(draw(st.lists(st.integers(1, 40), min_size=groups, max_size=groups)))
-    step = np.minimum(draw(st.sampled_from([1, 1, 2, 8])), dense)
-    lowest = draw(st.integers(1, 9))
-    minimum = np.minimum(-(-lowest // step) * step, dense)
+    limits = draw(strategies.limits(4, 40))
+    dense, groups = limits.dense, len(limits.dense)
     generator = np.random.default_rng(draw(st.integers(0, 2**32)))
     terms = []
     for i in range(groups):
@@ -84,7 +82,7 @@ def costs(draw: st.DrawFn) -> tuple[TableCost, Limits]:
         raw = generator.exponential(size=(len(nodes[0]), len(nodes[1])))
         table = LayerTable("any", nodes[0], nodes[1], rising(np.round(raw, 1), *nodes), float(i % 2))
         terms.append((table, draw(st.floats(0.1, 3.0)), draw(st.floats(0.0, 0.01)), *axes))
-    return TableCost(terms, draw(st.floats(0, 1)), groups), Limits(dense, minimum, step)
+    return TableCost(terms, draw(st.floats(0, 1)), groups), limits
 
 
 @settings(max_examples=60, deadline=None)

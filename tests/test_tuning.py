@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import gc
 import random
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +22,7 @@ from rlprune.pruning.language_training import TokenLoss, full_precision
 from rlprune.tuning import METHODS, learning_rate, tune
 from rlprune.tuning_trainer import share_batch
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _short_collections() -> Iterator[None]:
-    """The Trainer collects garbage at every start: what the imports left need not be looked at each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("short_collections")
 
 
 # The fine-tune

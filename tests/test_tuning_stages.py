@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +30,7 @@ from rlprune.workloads.text import TextData, TextSplit
 LENGTH = 12
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _short_collections() -> Iterator[None]:
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("short_collections")
 
 
 def echo(config: Any = None) -> LanguageWorkload:
