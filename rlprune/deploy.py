@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .agents.experience import Experience
+from .agents.experience import Experience, can_build
 from .agents.experience import builds as builds_of
 from .agents.policy import PortablePolicy, load_policy
 from .artifacts import save
@@ -51,8 +51,7 @@ def apply(
         policy = PortablePolicy(policy.network, policy.meta)
     elif builds is not None and _experience(problem, policy) is None:
         raise ConfigError(
-            f"--builds {builds}: only for a policy of several checkpoints of this architecture, pruned at one budget; "
-            "allowed here: 0"
+            f"--builds {builds}: only for a policy of several checkpoints and an image model; allowed here: 0"
         )
     widths = policy.plan(problem.evaluator, budget, problem.metric, builds=builds).widths
     plans = [
@@ -73,10 +72,10 @@ def apply(
 
 
 def _experience(problem: Problem, policy: PortablePolicy) -> Experience | None:
-    """The policy's experience, where it speaks of this checkpoint."""
+    """The policy's experience, where builds on this checkpoint can go on from it."""
     known = policy.experience
     task = policy.task(problem.evaluator, problem.budget, problem.metric)
-    return known if known is not None and known.knows(task) else None
+    return known if known is not None and can_build(task) else None
 
 
 def _experience_note(problem: Problem, policy: PortablePolicy) -> str:
@@ -85,9 +84,11 @@ def _experience_note(problem: Problem, policy: PortablePolicy) -> str:
     if known is None:
         return ""
     models, images = builds_of(policy.task(problem.evaluator, problem.budget, problem.metric))
+    other = "" if known.fingerprint == problem.space.fingerprint else " of another architecture"
     return (
-        f"\nthe policy knows plans of {len(known.tasks.unique())} other checkpoints; here it built {models} models and "
-        f"compared their logits with the dense one's on {images} calibration and training images, without labels"
+        f"\nthe policy knows plans of {len(known.tasks.unique())} other checkpoints{other}; here it built {models} "
+        f"models and compared their logits with the dense one's on {images} calibration and training images, without "
+        "labels"
     )
 
 

@@ -241,9 +241,11 @@ def _automatic_base(problems: Sequence[Problem]) -> str:
     """The base rule of actions where none is configured: the best one at the budget.
 
     Over a range of budgets of an image model it is uniform: no rule is the best one throughout, and from
-    uniform the best plans of all budgets are within an action's reach.
+    uniform the best plans of all budgets are within an action's reach. Of several checkpoints too: a rule's plan is
+    another one on each, so that what their best plans have in common would not be one action.
     """
-    if problems[0].config.search.budget_range and not problems[0].workload.language:
+    several = problems[0].config.search.budget_range or len(problems) > 1
+    if several and not problems[0].workload.language:
         return "uniform"
     return best_start_rule(problems)
 

@@ -213,7 +213,7 @@ def test_the_mode_of_the_returned_policy_has_been_scored(kind):
 
 
 def test_several_tasks_share_one_policy_without_a_bias(monkeypatch):
-    monkeypatch.setattr("rlprune.agents.distill._STEPS", 20)
+    monkeypatch.setattr("rlprune.agents.distill._COMMON_STEPS", 20)
     tasks = [make_synthetic_task(6, s, (0.3, 0.6)) for s in range(2)]
     accounts = [FakeAccount(t.evaluator, 24) for t in tasks]
     result = search("surrogate", tasks, accounts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,15 @@ from synthetic import FakeAccount, FakeCandidate, FakeEvaluator, make_space
 from torch import nn
 
 from rlprune.agents import StateDir, make_agent
-from rlprune.agents.experience import PROBES, Experience, ProbedModel, builds, collect, planned
+from rlprune.agents.experience import (
+    PROBES,
+    Experience,
+    ProbedModel,
+    builds,
+    can_build,
+    collect,
+    planned,
+)
 from rlprune.agents.policy import PortablePolicy, load_policy, portable_state, save_policy
 from rlprune.envs.task import Task
 from rlprune.errors import ArtifactError
@@ -142,7 +152,7 @@ class TestPlan:
             alone = task.space.project(portable.distribution(task, 0.35), 0.35)
             plan = portable.widths(task, 0.35)
             assert task.space.cost(plan) <= task.space.target(0.35)
-            others = [alone, *portable.experience.plans(task, 0.35)]
+            others = [alone, *portable.experience.starts(task, 0.35)]
             gains.append(score(task, plan) - max(score(task, w) for w in others))
         assert np.mean(gains) > 0
 
@@ -191,6 +201,23 @@ class TestPlan:
         assert planned(task, 1.0, task.space.widths[None]).tolist() == task.space.widths.tolist()
 
 
+class TestNetworkAlone:
+    """It is taught what the best plans of the training checkpoints have in common."""
+
+    def test_is_better_than_uniform_on_other_checkpoints(self, portable):
+        for seed in range(40, 46):
+            task = task_of(seed)
+            own = portable.widths(task, 0.35, builds=0)
+            assert score(task, own) > score(task, task.uniform_widths(0.35))
+
+    def test_comes_near_the_plans_it_was_taught(self, portable):
+        for seed in range(3):
+            task = task_of(seed)
+            best = max(score(task, plan) for plan in portable.experience.starts(task, 0.35))
+            uniform = score(task, task.uniform_widths(0.35))
+            assert score(task, portable.widths(task, 0.35, builds=0)) - uniform > 0.5 * (best - uniform)
+
+
 class TestPlansOfOthers:
     def test_collected_are_those_that_no_cheaper_one_beats(self):
         tasks = [task_of(0), task_of(1)]
@@ -204,12 +231,12 @@ class TestPlansOfOthers:
             tasks, [scored((dear, -0.2), (middle, -0.1), (cheap, -0.5)), scored((dear, -0.1), (cheap, -0.3))]
         )
         assert found is not None and found.tasks.tolist() == [0, 0, 1, 1]
-        assert found.plans(tasks[0], 0.4).tolist() == [
+        assert found.starts(tasks[0], 0.4).tolist() == [
             middle.tolist(),
             space.project(1 - cheap / space.widths, 0.4).tolist(),
         ]
         # Below what any of them costs, the cheapest one is brought down.
-        assert (found.plans(tasks[0], 0.1) <= cheap).all()
+        assert (found.starts(tasks[0], 0.1) <= cheap).all()
 
     def test_one_checkpoint_gives_none(self):
         single = make_agent("ppo", SETTINGS).search([task_of(1)], [FakeAccount(task_of(1).evaluator, 12)])
@@ -219,8 +246,20 @@ class TestPlansOfOthers:
         plain = Task(FakeEvaluator(GROUPS, 3), 0.35)  # tells nothing of its logits
         own = plain.space.project(portable.distribution(plain, 0.35), 0.35)
         assert portable.widths(plain, 0.35).tolist() == own.tolist()
-        assert not portable.experience.knows(Task(Checkpoint(1), (0.3, 0.5)))
-        assert not portable.experience.knows(Task(FakeEvaluator(GROUPS + 1), 0.35))
+        assert can_build(task_of(1)) and not can_build(plain)
+        assert not can_build(Task(Checkpoint(1), (0.3, 0.5))), "of a range there is no one plan"
+
+    def test_the_rules_take_their_place_on_another_architecture(self, portable, monkeypatch):
+        other = task_of(19)
+        rules = other.widths(np.random.default_rng(0).uniform(-1, 1, size=(5, GROUPS)), 0.35)
+        monkeypatch.setattr(Task, "rule_plans", lambda task, budget: rules)
+        assert not any((rules == plan).all(axis=1).any() for plan in portable.experience.starts(other, 0.35))
+        renamed = replace(portable.experience, fingerprint="another")
+        assert renamed.starts(other, 0.35).tolist() == rules.tolist()
+        assert renamed.starts(other, 0.35, 8).tolist() == rules[:2].tolist(), "a quarter of the builds"
+        plan = PortablePolicy(portable.network, portable.meta, renamed).widths(other, 0.35)
+        assert builds(other)[0] == PROBES * GROUPS
+        assert score(other, plan) > max(score(other, rule) for rule in rules)
 
 
 def test_evaluations_on_the_new_checkpoint_correct_the_expectation(portable):

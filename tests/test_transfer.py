@@ -26,10 +26,12 @@ def done(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return out
 
 
+@pytest.mark.filterwarnings("default:the policy was trained on another architecture")
 def test_apply_refines_the_plan_of_several_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rlprune.agents.distill._COMMON_STEPS", 50)
     done(capsys, "train", "digits", *SETS, "search.model_seeds=[1, 2]", "--out", "run")
     known = load_policy("run/policy").experience
     assert known is not None and known.tasks.unique().tolist() == [0, 1, 2]
@@ -57,3 +59,10 @@ def test_apply_refines_the_plan_of_several_checkpoints(
     assert "here it built 20 models" in text
     assert json.loads(Path("built/plan.json").read_text())["origin"]["builds"] == 20
     assert "here it built" not in done(capsys, *command, "--builds", "0", "--out", "network")
+
+    # Another depth: the policy's network and the rules are what its builds start from.
+    deeper = ["apply", "run", "digits", *SETS, "model.name=cifar_resnet32", "--budget", "0.4"]
+    text = done(capsys, *deeper, "--out", "deeper")
+    assert "plans of 3 other checkpoints of another architecture; here it built 18 models" in text
+    plan = json.loads(Path("deeper/plan.json").read_text())
+    assert len(plan["groups"]) == 18 and plan["cost"]["macs"] <= 0.4 * plan["dense_cost"]["macs"]

@@ -5,6 +5,10 @@ plans themselves are known exactly. After the last evaluation the shared network
 actions that give those plans (behaviour cloning, Pomerleau 1991; the cloned expert is the search itself), and
 between the budgets that were searched on plans in between, so that the policy interpolates the incumbents.
 
+Of one checkpoint the plans are wanted exactly. Of several, what they have in common is wanted: the network is new,
+learns several good plans of each, and sees the importances of their units, which tell a checkpoint rather
+than a layer, through noise.
+
 Shape legend: G groups, K budgets.
 """
 
@@ -20,10 +24,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..envs.distribution import DistributionEnv
+from ..envs.observation import FEATURES
 from ..envs.task import ACTION_SCALE, BASE_FLOOR, Floats, Ints, Task
-from .policy import GroupPolicy
+from .policy import GroupNetwork, GroupPolicy
 
 _STEPS = 2000
+# Of several checkpoints: steps, plans of each, deviation of the noise on the columns of their importances. Chosen on
+# the eight training checkpoints of docs/transfer.md at 30% of the MACs, each left out in turn.
+_COMMON_STEPS, COMMON_PLANS, _NOISE = 1000, 5, 0.5
+_OWN = [i for i, name in enumerate(FEATURES) if "importance" in name]
 # At most; a few seconds each.
 _ROUNDS = 3
 _LEARNING_RATE = 2e-3
@@ -38,6 +47,8 @@ _WEIGHT_BETWEEN = 0.1
 _BETWEEN = 3
 # A group that loses nothing gives a part of a step, which the projection floors away: these are tried.
 _TRACES = (0.1, 0.3, 0.5, 0.7)
+# Parts of the network that no lesson touches.
+_UNTAUGHT = ("critic", "log_std")
 # Common shifts that are tried, where not all of an action is within reach.
 _SHIFTS = np.linspace(-1.5, 1.5, 31)
 
@@ -83,30 +94,47 @@ def distill(
 ) -> None:
     """Regress the portable part of the policy on the lessons of every task, in place.
 
-    In rounds, until the scored plans come out as they are wanted. The bias of each group, which stays behind when
-    the policy is saved, is set to zero first.
+    Of one task in rounds, until the scored plans come out as they are wanted. The bias of each group, which stays
+    behind when the policy is saved, is set to zero first.
     """
     policy.reach = REACH
     observations, actions, weights = _table(env, tasks, wanted)
     if policy.bias is not None:
         policy.bias.data.zero_()
+    if len(tasks) > 1:
+        fresh = GroupNetwork(observations.shape[-1], policy.hidden)
+        kept = {n: p for n, p in policy.network.state_dict().items() if n.startswith(_UNTAUGHT)}
+        policy.network.load_state_dict(fresh.state_dict() | kept)
+        _regress(policy, observations, actions, weights, _COMMON_STEPS, _NOISE)
+        return
     for _ in range(_ROUNDS):
-        _regress(policy, observations, actions, weights)
+        _regress(policy, observations, actions, weights, _STEPS)
         if _learned(policy, observations, actions, tasks, wanted):
             break
 
 
-def _regress(policy: GroupPolicy, observations: Tensor, actions: Tensor, weights: Tensor) -> None:
+def _regress(
+    policy: GroupPolicy,
+    observations: Tensor,
+    actions: Tensor,
+    weights: Tensor,
+    steps: int,
+    noise: float = 0.0,
+) -> None:
     """One round of Adam, the learning rate falling to zero by a cosine."""
     named = policy.network.named_parameters()
-    trained = [p for name, p in named if not name.startswith(("critic", "log_std"))]
+    trained = [p for name, p in named if not name.startswith(_UNTAUGHT)]
     optimizer = torch.optim.Adam(trained, lr=_LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
-    for _ in range(_STEPS):
-        error, mask = _means(policy, observations) - actions, observations[..., 0]
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    mask = observations[..., :1]
+    for _ in range(steps):
+        seen = observations.clone()
+        if noise:
+            seen[..., _OWN] += noise * mask * torch.randn(*mask.shape[:-1], len(_OWN))
+        error = _means(policy, seen) - actions
         # Distributions ignore a common shift, and so does the loss.
         shift = (error * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True)
-        loss = (weights * ((error - shift) * mask) ** 2).sum()
+        loss = (weights * ((error - shift) * mask[..., 0]) ** 2).sum()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

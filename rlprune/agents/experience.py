@@ -1,10 +1,10 @@
 """What searches on other checkpoints have found, and how a plan for a new one is made of it without an evaluation.
 
-The best plans of the other checkpoints, brought to the budget, are built on the new one, and so are the policy's
-plan and the uniform one. From their logits on unlabelled images a process of the logits
-(:class:`rlprune.expectation.LogitProbes`) tells what other plans would cost; those that it expects most of, or knows
-least of, are built next. Every build is counted (`PROBES` a group), and the validation split is not read. Where the
-plan is then refined, every plan that is evaluated is a further build.
+The best plans of the other checkpoints, brought to the budget, are built on the new one (those of the rules, where
+its architecture is another one), and so are the policy's plan and the uniform one. From their logits on unlabelled
+images a process of the logits (:class:`rlprune.expectation.LogitProbes`) tells what other plans would cost; those that
+it expects most of, or knows least of, are built next. Every build is counted (`PROBES` a group), and the validation
+split is not read. Where the plan is then refined, every plan that is evaluated is a further build.
 
 Shape legend: N plans, P new plans, G groups.
 """
@@ -74,26 +74,25 @@ class Experience:
             raise ArtifactError("policy: its experience is damaged (the tensors' sizes do not fit)")
         return cls(ratios.double(), targets.double(), tasks.long(), fingerprint)
 
-    def knows(self, task: Task) -> bool:
-        """Whether it speaks of this architecture at one budget, and the checkpoint's logits can be had."""
-        same = self.fingerprint == task.space.fingerprint and self.ratios.shape[1] == len(task.space.groups)
-        return (
-            same
-            and not task.is_range
-            and hasattr(task.evaluator, "logit_probes")
-            and _logits(task) is not None
-        )
+    def starts(self, task: Task, budget: Any, most: int | None = None) -> Ints:
+        """Plans (N, G) at a budget that are worth a build on a task's checkpoint.
 
-    def plans(self, task: Task, budget: Any, most: int | None = None) -> Ints:
-        """The best plan (N, G) of every checkpoint, brought to a budget; of so many as ``most`` builds allow."""
+        The other checkpoints' best ones, or, where those were of another architecture, what the rules that need no
+        probes give; of ``most`` builds they take a quarter.
+        """
+        room = max(1, int(_OTHERS * (PROBES * len(task.space.groups) if most is None else most)))
+        same = self.fingerprint == task.space.fingerprint and self.ratios.shape[1] == len(task.space.groups)
+        return self._plans(task, budget, room) if same else task.rule_plans(budget)[:room]
+
+    def _plans(self, task: Task, budget: Any, room: int) -> Ints:
+        """The best plan of every checkpoint, brought to a budget."""
         space, limit = task.space, task.space.target(budget, task.metric) * (1 + 1e-9)
         widths = np.rint(np.exp(self.ratios.numpy()) * space.widths).astype(np.int64)
         costs = np.array([space.cost(w, task.metric) for w in widths])
         # The best one that the budget allows; where none is, the cheapest.
         order = np.lexsort((-self.targets.numpy(), np.maximum(costs - limit, 0.0)))
         first = {int(self.tasks[i]): i for i in order[::-1]}
-        room = int(_OTHERS * (PROBES * len(space.groups) if most is None else most))
-        rows = [first[task] for task in sorted(first)][: max(1, room)]
+        rows = [first[task] for task in sorted(first)][:room]
         return space.project(np.maximum(1.0 - widths[rows] / space.widths, 1e-4), budget, task.metric)
 
 
@@ -120,6 +119,11 @@ def collect(tasks: Sequence[Task], scored: Sequence[Mapping[Any, Any]]) -> Exper
                 owners.append(index)
     tensors = torch.from_numpy(np.array(ratios)), torch.from_numpy(np.array(targets)), torch.tensor(owners)
     return Experience(*tensors, tasks[0].space.fingerprint)
+
+
+def can_build(task: Task) -> bool:
+    """Whether builds can tell of a task's checkpoint: one budget, and logits of unlabelled images can be had."""
+    return not task.is_range and hasattr(task.evaluator, "logit_probes") and _logits(task) is not None
 
 
 def planned(task: Task, budget: Any, starts: Ints, most: int | None = None) -> Ints:

@@ -3,7 +3,8 @@
 A batch: fit a Gaussian process to all that an account has scored, let PPO take its thousands of steps
 on it, and score next what the process finds most promising among the policy's mode, samples of the
 policy, and small changes of the best plans. A range of budgets is searched at several of them in turn, all
-with one process; at the end the policy is taught the best plan of each (:mod:`.distill`).
+with one process; at the end the policy is taught the best plan of each, and those of several checkpoints
+(:mod:`.distill`).
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from numpy.typing import NDArray
 
 from ..envs.task import Floats, Ints, Task
 from ..ledger import SearchSpent
+from ..rules.context import is_language
 from .base import Recorder, SearchResult
 from .composite import CompositeModel
-from .distill import distill, lessons
-from .experience import ProbedModel, collect
+from .distill import COMMON_PLANS, distill, lessons
+from .experience import ProbedModel, can_build, collect
 from .policy import GroupPolicy
 from .proposals import Model, choose_batch, climb, fresh, neighbours, random_plans
 from .surrogate import Predictor, ScoreModel, SurrogateVecEnv
@@ -83,7 +85,7 @@ class Guided:
     def __init__(self, search: Search) -> None:
         self.search = search
         self.experience = None if search.policy is None else search.policy.experience
-        if self.experience is not None and not all(self.experience.knows(t) for t in search.tasks):
+        if self.experience is not None and not all(can_build(t) for t in search.tasks):
             self.experience = None
         self.models = [self._model(task) for task in search.tasks]
         settings = search.settings.ppo
@@ -164,16 +166,18 @@ class Guided:
         return task.knots[batch % len(task.knots)]
 
     def teach(self) -> None:
-        """Teach the policy the best plans at the budgets of every range."""
+        """Teach the policy the best plans: of several checkpoints of image models, and of the budgets of a range."""
         search = self.search
-        if not any(task.is_range for task in search.tasks):
+        several = len(search.tasks) > 1 and not any(is_language(task.space) for task in search.tasks)
+        if not several and not search.tasks[0].is_range:
             return
         seed_everything(search.seed, 7)
         wanted = []
         for task, recorder in zip(search.tasks, search.recorders, strict=True):
-            plans = ((b, recorder.within(task, b)) for b in task.knots)
-            best = [(task.ratio(b), np.array(found[0][-1], dtype=np.int64)) for b, found in plans if found]
-            wanted.append(lessons(best))
+            plans = [(task.ratio(b), [np.array(p[-1]) for p in recorder.within(task, b)]) for b in task.knots]
+            best = [(ratio, found[0]) for ratio, found in plans if found]
+            more = [(r, p.astype(np.float64), 1.0) for r, found in plans for p in found[1:COMMON_PLANS]]
+            wanted.append(lessons(best) + (more if several else []))
         distill(self.policy, search.env, search.tasks, wanted)
 
 

@@ -24,7 +24,7 @@ from ..artifacts import save_policy as write_policy
 from ..envs.observation import FEATURE_VERSION, FEATURES
 from ..envs.task import ACTION_SCALE, Task, deviate, make_task
 from ..errors import ArtifactError
-from .experience import Experience, planned
+from .experience import Experience, can_build, planned
 
 # The exploration noise stays within these bounds, so that neither a collapse nor a blow-up is final.
 _LOG_STD = (-3.0, 0.5)
@@ -210,8 +210,9 @@ def portable_state(policy: GroupPolicy) -> tuple[dict[str, Tensor], dict[str, An
 class PortablePolicy:
     """A trained policy away from its trainer: model in, distribution out, in one forward pass.
 
-    One that was trained on several checkpoints brings ``experience``: on another checkpoint of their
-    architecture their best plans and what lies around them are tried on unlabelled images, without an evaluation.
+    One that was trained on several checkpoints brings ``experience``: on another checkpoint their best plans (those
+    of the rules, where its architecture is another one) and what lies around them are tried on unlabelled images,
+    without an evaluation.
     """
 
     def __init__(
@@ -297,8 +298,8 @@ class PortablePolicy:
     ) -> NDArray[np.int64]:
         """Widths (G,) for a model under a budget: no search, and no evaluation but the base rule's probes.
 
-        With experience of the architecture, the best plan that builds from its plans on find on unlabelled images
-        (:mod:`.experience`); else, and with fewer than two ``builds``, the distribution, projected.
+        With experience, the best plan that builds find on unlabelled images (:mod:`.experience`); else, for language
+        models and with fewer than two ``builds``, the distribution, projected.
 
         Args:
             builds: models that are built for that, the dense one included; eight a group by default. A later call
@@ -307,9 +308,9 @@ class PortablePolicy:
         task = self.task(source, budget, metric)
         own = task.space.project(self.distribution(task, budget, metric), budget, task.metric)
         alone = builds is not None and builds < 2
-        if alone or self.experience is None or not self.experience.knows(task):
+        if alone or self.experience is None or not can_build(task):
             return own
-        starts = [own, task.uniform_widths(budget), *self.experience.plans(task, budget, builds)]
+        starts = [own, task.uniform_widths(budget), *self.experience.starts(task, budget, builds)]
         return planned(task, budget, np.array(starts), builds)
 
     def plan(

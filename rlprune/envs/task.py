@@ -166,6 +166,12 @@ class Task:
     def uniform_widths(self, budget: Any) -> Ints:
         return self.space.project(np.ones(len(self.space.groups)), budget, self.metric)
 
+    def rule_plans(self, budget: Any) -> Ints:
+        """What the rules that need no probes give, uniform aside: (N, G)."""
+        names = [n for n, rule in rules_for(self.space).items() if n != "uniform" and not rule.probes]
+        plans = [self.space.project(self._rule(n, budget), budget, self.metric) for n in names]
+        return np.array(plans, dtype=np.int64).reshape(-1, len(self.space.groups))
+
     def scale(self, budget: Any) -> RewardScale:
         """The reward's scale at a budget; costs one evaluation, of uniform pruning."""
         return self._cached(("scale", budget), lambda: self._scale(budget))
@@ -224,10 +230,7 @@ class Task:
 
     def _rule_scores(self, budget: Any) -> list[float]:
         """Scores of the rules that cost nothing to compute; charged like everything else."""
-        found = rules_for(self.space)
-        names = [n for n, rule in found.items() if n != "uniform" and not rule.probes]
-        plans = [self.space.project(self._rule(n, budget), budget, self.metric) for n in names]
-        return [self.evaluate([plan]).score for plan in plans]
+        return [self.evaluate([plan]).score for plan in self.rule_plans(budget)]
 
     def _static(self) -> NDArray[np.float32]:
         space = self.space
