@@ -88,10 +88,50 @@ def test_the_share_of_a_gain_is_relative_to_the_best_rule() -> None:
     # Gains of 0.5 and 0.25 of 1 and 0: of the mean gain of 0.5, 0.375 is a share of 75%.
     other = none | {"policy": transfer.Way((1, 2), -1.75, -3.5, 0.5)}
     assert transfer.share([found, other], "policy", "score") == 0.75
-    table = transfer.table({7: found}, "score")
+    table = transfer.table({"model seed 7": found}, "score")
     assert "-1.5000 (50%)" in table and "model seed 7" in table and "test loss" not in table
-    tested = transfer.table({7: found}, "test")
+    tested = transfer.table({"model seed 7": found}, "test")
     assert "-3.0000 (50%)" in tested and "0.5000" in tested
+
+
+def test_a_way_that_is_on_record_is_not_measured_again(tmp_path: Path) -> None:
+    transfer = load("transfer")
+    record, asked = tmp_path / "ways-7.json", []
+
+    def way(name: str, score: float) -> transfer.Way:
+        asked.append(name)
+        return transfer.Way((1, 2), score, score, 0.5)
+
+    first = {"uniform": lambda: way("uniform", -1.0)}
+    assert transfer.recorded(record, first)["uniform"].score == -1.0
+    more = {"policy": lambda: way("policy", -0.5), "uniform": lambda: way("uniform", -9.0)}
+    found = transfer.recorded(record, more)
+    assert asked == ["uniform", "policy"]
+    assert list(found) == ["policy", "uniform"] and found["uniform"] == transfer.Way((1, 2), -1.0, -1.0, 0.5)
+
+
+def test_the_summary_of_places_leaves_out_what_a_place_has_not() -> None:
+    script = load("transfer_elsewhere")
+
+    def result(**scores: float) -> dict[str, dict[str, object]]:
+        names = {
+            "rule": "best rule",
+            "full": "full search",
+            "policy": "policy, 8 checkpoints ({}), and evaluations",
+        }
+        builds = 96 if "copied" in scores else 144
+        return {
+            "model seed 7": {
+                names.get(n, "widths copied").format(builds): script.Way((1,), score, 2 * score, 0.5)
+                for n, score in scores.items()
+            }
+        }
+
+    near, far = result(rule=-2, copied=-1.5, policy=-1, full=-1), result(rule=-2, policy=-1.25, full=-1)
+    rows = script.summary({"recipe": near, "depth": far}).splitlines()[2:]
+    cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in rows}
+    assert cells["widths copied"] == ["50%", "50%", "–", "–"]
+    assert cells["policy, 8 checkpoints, and evaluations"] == ["100%", "100%", "75%", "75%"]
 
 
 def test_the_fidelity_page_says_what_is_open_and_what_is_below_the_best() -> None:

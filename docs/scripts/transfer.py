@@ -17,7 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +28,14 @@ import numpy as np
 import torch
 
 import rlprune
-from rlprune.agents.experience import builds, planned
+from rlprune.agents.experience import builds as builds_of
+from rlprune.agents.experience import planned
 from rlprune.agents.policy import PortablePolicy, save_policy
 from rlprune.agents.proposals import neighbours
 from rlprune.config import Config, load_config
 from rlprune.deploy import refined
 from rlprune.envs.task import Task
+from rlprune.files import read_json, write_json_atomic
 from rlprune.inspection import hardware
 from rlprune.ledger import Ledger
 from rlprune.problem import Problem, prepare, search
@@ -129,67 +134,112 @@ def by_process(target: Problem, most: int) -> Any:
     return planned(task, target.budget, rule_plans(target), most)
 
 
+OTHERWISE = {"no policy, local search": by_chance, "no policy, same process": by_process}
+
+
 def ways(
-    target: Problem, single: Any, several: Any, plans: dict[str, Any], full: dict[str, Any], arguments: Any
-) -> dict[str, Way]:
-    """Every way to prune an unseen checkpoint; only refined policies and the full search spend evaluations on it."""
-    judge, budget = target.evaluator, target.budget
+    target: Problem,
+    policies: dict[str, PortablePolicy],
+    plans: dict[str, Any],
+    full: dict[str, Any],
+    builds: Sequence[int],
+    refine: int,
+) -> dict[str, Callable[[], Way]]:
+    """Every way to prune an unseen checkpoint; only refined policies and the full search spend evaluations on it.
+
+    Args:
+        policies: by the name of their rows; those with experience build models as well.
+        plans: widths that are given, by the name of their rows.
+        full: what a search on this checkpoint has found.
+        builds: numbers of models that may be built; refine: evaluations after them.
+    """
+    found: dict[str, Callable[[], Way]] = {
+        "uniform": lambda: way(target, target.rule_widths("uniform")),
+        "best rule": lambda: way(target, best_rule(target)),
+    } | {name: partial(way, target, widths) for name, widths in plans.items()}
+    for name, policy in policies.items():
+        label = name if policy.experience is None else f"{name}, network alone"
+        found[label] = partial(alone, target, PortablePolicy(policy.network, policy.meta))
+    for most in builds:
+        for label, search_on in OTHERWISE.items():
+            found[f"{label} ({most})"] = partial(unguided, target, search_on, most)
+        for name, policy in policies.items():
+            if policy.experience is not None:
+                found[f"{name} ({most})"] = partial(built, target, policy, most, 0)
+                found[f"{name} ({most}), and evaluations"] = partial(built, target, policy, most, refine)
+    found["full search"] = lambda: way(target, full["widths"], evaluations=full["spent"])
+    return found
+
+
+def best_rule(target: Problem) -> Any:
     rules = {name: target.rule_widths(name) for name in target.start_rules()}
-    best = max(rules, key=lambda name: judge.evaluate(rules[name]).score)
-    network = PortablePolicy(several.network, several.meta)
-    name = f"policy, {len(TRAINED)} checkpoints"
-    plans = {"uniform": rules["uniform"], "best rule": rules[best]} | plans | {
-        "policy, 1 checkpoint": single.plan(judge, budget).widths,
-        f"{name}, network alone": network.plan(judge, budget).widths,
-    }  # fmt: skip
-    rows = {label: way(target, widths) for label, widths in plans.items()}
-    for most in arguments.builds:
-        for label, search_on in (
-            ("no policy, local search", by_chance),
-            ("no policy, same process", by_process),
-        ):
-            rows[f"{label} ({most})"] = way(target, search_on(target, most), builds=most)
-        # A fork knows of no builds, so that each number of them is a search of its own.
-        here = replace(target, evaluator=judge.fork())
-        task = Task(here.evaluator, budget, target.metric)
-        widths = several.plan(here.evaluator, budget, builds=most).widths
-        rows[f"{name} ({most})"] = way(target, widths, builds=builds(task)[0])
-        found = refined(here, several, arguments.refine, Ledger(), Console(False))
-        rows[f"{name} ({most}), and evaluations"] = way(
-            target, found.history[-1], builds=builds(task)[0], evaluations=found.account.spent
-        )
-    return rows | {"full search": way(target, full["widths"], evaluations=full["spent"])}
+    return rules[max(rules, key=lambda name: target.evaluator.evaluate(rules[name]).score)]
 
 
-def study(config: Config, training: Config, out: Path, arguments: Any) -> dict[int, dict[str, Way]]:
-    """Every way on every unseen checkpoint: {model seed: {name: way}}; nothing is trained where all is known."""
-    records = {seed: out / f"ways-{seed}.json" for seed in UNSEEN}
-    if not all(record.exists() for record in records.values()):
-        problems = [problem(training, seed) for seed in TRAINED]
-        single = trained(config, [problem(config, TRAINED[0])], out / "trained-1")
-        folder = out / f"trained-{len(TRAINED)}"
-        trained(training, problems, folder)
-        plans = {
-            "widths copied": single["widths"],
-            "widths averaged": averaged(problems, Ledger(folder / "ledger.jsonl")),
-        }
-        policies = [rlprune.load_policy(f / "policy") for f in (out / "trained-1", folder)]
-    result = {}
-    for seed, record in records.items():
-        if not record.exists():
-            target = problem(config, seed)
-            full = trained(config, [target], out / f"full-{seed}")
-            found = ways(target, *policies, plans, full, arguments)
-            record.write_text(
-                json.dumps({name: asdict(way) for name, way in found.items()}), encoding="utf-8"
+def alone(target: Problem, network: PortablePolicy) -> Way:
+    return way(target, network.plan(target.evaluator, target.budget).widths)
+
+
+def unguided(target: Problem, search_on: Callable[[Problem, int], Any], most: int) -> Way:
+    return way(target, search_on(target, most), builds=most)
+
+
+def built(target: Problem, policy: PortablePolicy, most: int, refine: int) -> Way:
+    """The policy's plan of so many builds, refined by evaluations where there are any."""
+    # A fork knows of no builds, so that each number of them is a search of its own.
+    here = replace(target, evaluator=target.evaluator.fork())
+    task, spent = Task(here.evaluator, target.budget, target.metric), 0
+    widths = policy.plan(here.evaluator, target.budget, builds=most).widths
+    if refine:
+        found = refined(here, policy, refine, Ledger(), Console(False))
+        widths, spent = found.history[-1], found.account.spent
+    return way(target, widths, builds=builds_of(task)[0], evaluations=spent)
+
+
+def recorded(record: Path, ways: dict[str, Callable[[], Way]]) -> dict[str, Way]:
+    """Every way by name, taken from the record where it is there; each is written as soon as it is known."""
+    known: dict[str, Any] = read_json(record) if record.exists() else {}
+    for name, find in ways.items():
+        if name not in known:
+            started = time.perf_counter()
+            known[name] = asdict(find())
+            write_json_atomic(record, known)
+            print(
+                f"{record.stem}: {name} {known[name]['score']:.4f}, {time.perf_counter() - started:.0f} s",
+                flush=True,
             )
-        kept = json.loads(record.read_text(encoding="utf-8"))
-        result[seed] = {name: Way(**(way | {"widths": tuple(way["widths"])})) for name, way in kept.items()}
-        print(seed, {name: round(way.score, 4) for name, way in result[seed].items()}, flush=True)
+    return {name: Way(**(known[name] | {"widths": tuple(known[name]["widths"])})) for name in ways}
+
+
+def policies(config: Config, training: Config, out: Path) -> tuple[dict[str, PortablePolicy], dict[str, Any]]:
+    """The policy of one checkpoint and that of several, and widths for others of their architecture: by rows' names."""
+    problems = [problem(training, seed) for seed in TRAINED]
+    single = trained(config, [problem(config, TRAINED[0])], out / "trained-1")
+    folder = out / f"trained-{len(TRAINED)}"
+    trained(training, problems, folder)
+    found = {
+        "policy, 1 checkpoint": rlprune.load_policy(out / "trained-1" / "policy"),
+        f"policy, {len(TRAINED)} checkpoints": rlprune.load_policy(folder / "policy"),
+    }
+    return found, {
+        "widths copied": single["widths"],
+        "widths averaged": averaged(problems, Ledger(folder / "ledger.jsonl")),
+    }
+
+
+def study(config: Config, training: Config, out: Path, arguments: Any) -> dict[str, dict[str, Way]]:
+    """Every way on every unseen checkpoint: {checkpoint: {name: way}}."""
+    known, plans = policies(config, training, out)
+    result = {}
+    for seed in UNSEEN:
+        target = problem(config, seed)
+        full = trained(config, [target], out / f"full-{seed}")
+        found = ways(target, known, plans, full, arguments.builds, arguments.refine)
+        result[target.name] = recorded(out / f"ways-{seed}.json", found)
     return result
 
 
-def table(result: dict[int, dict[str, Way]], of: str) -> str:
+def table(result: dict[str, dict[str, Way]], of: str) -> str:
     """One line a way: the score (``of``: "score" or "test") on each checkpoint, shares of the gain, and the cost."""
     lines = []
     for name in next(iter(result.values())):
@@ -204,9 +254,8 @@ def table(result: dict[int, dict[str, Way]], of: str) -> str:
         together = f"{100 * share(list(result.values()), name, of):.0f}%"
         loss = [f"{np.mean([way.loss for way in ways]):.4f}"] if of == "test" else []
         lines.append([name, *cost, *cells, mean, together, *loss])
-    seeds = [f"model seed {seed}" for seed in result]
     last = ["mean share", "share of the mean gain", *(["mean test loss"] if of == "test" else [])]
-    return markdown_table(["", "builds", "evaluations", *seeds, *last], lines)
+    return markdown_table(["", "builds", "evaluations", *result, *last], lines)
 
 
 def share(found: list[dict[str, Way]], name: str, of: str) -> float:
