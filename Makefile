@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 demo: install
-	$(BIN)/rlprune demo --out runs/demo
+	$(BIN)/rlprune demo --resume --out runs/demo
 
 test: install
 	$(BIN)/python -m pytest -q -n 2

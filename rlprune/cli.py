@@ -109,7 +109,8 @@ class _Parser(argparse.ArgumentParser):
             hint = near_miss(chosen[1], allowed)
             message = f"{name} {chosen[1]!r}: unknown{hint}; allowed: {', '.join(allowed)}"
         elif unknown and unknown[1].startswith("-"):
-            message += near_miss(unknown[1].partition("=")[0], _all_options(self))
+            option, known = unknown[1].partition("=")[0], _all_options(self)
+            message += ", which another command has" if option in known else near_miss(option, known)
         raise UsageError(f"{message}; see {self.prog} --help")
 
     def _allowed(self, message: str) -> list[str]:

@@ -39,6 +39,9 @@ def _add_demo(commands: Any) -> None:
         "the whole path on handwritten digits, in a few minutes",
         "rlprune demo --out runs/demo",
     )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out, where there is one"
+    )
     add_out(parser, "runs/demo")
     add_seed(parser)
     parser.set_defaults(action=_demo)
@@ -47,9 +50,9 @@ def _add_demo(commands: Any) -> None:
 def _demo(args: argparse.Namespace) -> None:
     from . import run
 
-    out = args.out or free_folder("demo")
+    out = args.out or (Path("runs") / "demo" if args.resume else free_folder("demo"))
     args.resumable.append(out)
-    run.demo(out, args.seed or 0)
+    run.demo(out, args.seed or 0, resume=args.resume)
     show_run(out)
 
 
@@ -159,7 +162,9 @@ def _add_fidelity(commands: Any) -> None:
         type=whole_number(0),
         help="gradient steps of the dearest recovery (20; none for language models)",
     )
-    add_out(parser, "runs/NAME-fidelity")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help="folder (runs/NAME-fidelity); what it holds is reused"
+    )
     add_seed(parser)
     parser.set_defaults(action=_fidelity)
 
@@ -169,7 +174,7 @@ def _fidelity(args: argparse.Namespace) -> None:
     check_packages(config, config.finish.steps)
     from . import fidelity
 
-    out = args.out or free_folder(f"{config.name}-fidelity")
+    out = args.out or Path("runs") / f"{config.name}-fidelity"
     show(fidelity.run(config, args.candidates, out, args.steps), out)
 
 

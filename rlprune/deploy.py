@@ -84,11 +84,12 @@ def _experience_note(problem: Problem, policy: PortablePolicy) -> str:
     if known is None:
         return ""
     models, images = builds_of(policy.task(problem.evaluator, problem.budget, problem.metric))
-    other = "" if known.fingerprint == problem.space.fingerprint else " of another architecture"
+    fits = known.fingerprint == problem.space.fingerprint
+    others = f"{len(known.tasks.unique())} other checkpoints"
+    start = "; here" if fits else ", which do not fit here; from the rules' plans"
     return (
-        f"\nthe policy knows plans of {len(known.tasks.unique())} other checkpoints{other}; here it built {models} "
-        f"models and compared their logits with the dense one's on {images} calibration and training images, without "
-        "labels"
+        f"\nthe policy knows plans of {others}{start} it built {models} models and compared their logits with the "
+        f"dense one's on {images} calibration and training images, without labels"
     )
 
 

@@ -71,7 +71,7 @@ def add_out(parser: argparse.ArgumentParser, default: str) -> None:
 
 def add_seed(parser: argparse.ArgumentParser) -> None:
     """--seed."""
-    parser.add_argument("--seed", metavar="N", type=whole_number(0), help="seed of the search")
+    parser.add_argument("--seed", metavar="N", type=whole_number(0), help="seed of all that is random")
 
 
 def add_budget(parser: argparse.ArgumentParser) -> None:

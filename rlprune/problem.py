@@ -13,6 +13,7 @@ import torch
 
 from .agents import StateDir, make_agent
 from .agents.policy import PortablePolicy
+from .agents.ppo import PPOAgent
 from .candidate import Candidate, History
 from .config import Config
 from .envs.task import Task
@@ -237,15 +238,15 @@ def best_start_rule(problems: Sequence[Problem]) -> str:
     return max(scores, key=scores.__getitem__)
 
 
-def _automatic_base(problems: Sequence[Problem]) -> str:
+def _automatic_base(problems: Sequence[Problem], agent: Any) -> str:
     """The base rule of actions where none is configured: the best one at the budget.
 
     Over a range of budgets of an image model it is uniform: no rule is the best one throughout, and from
-    uniform the best plans of all budgets are within an action's reach. Of several checkpoints too: a rule's plan is
-    another one on each, so that what their best plans have in common would not be one action.
+    uniform the best plans of all budgets are within an action's reach. A policy that is taught what the best plans of
+    several checkpoints have in common has it too: a rule's plan is another one on each of them.
     """
-    several = problems[0].config.search.budget_range or len(problems) > 1
-    if several and not problems[0].workload.language:
+    taught = len(problems) > 1 and isinstance(agent, PPOAgent) and agent.settings.mode == "surrogate"
+    if (taught or problems[0].config.search.budget_range) and not problems[0].workload.language:
         return "uniform"
     return best_start_rule(problems)
 
@@ -264,9 +265,9 @@ def search(
 ) -> Found:
     """Let an agent search; the first problem is the one whose plan is wanted, the others train the policy.
 
-    The starts are scored first and charged; with a ``policy`` the search starts from its
-    weights and its plan instead, and its base rule stays; the base rule of the actions is the best of them, or the
-    configured one.
+    The starts are scored first and charged, and the best rule among them is what actions deviate from (see
+    ``search.base_rule``). With a ``policy`` the search starts from its plan and its weights instead, and its base rule
+    stays.
     """
     started = time.perf_counter()
     settings = problems[0].config.search
@@ -276,7 +277,7 @@ def search(
     if policy is not None:
         base = str(policy.meta["base_rule"])
     else:
-        base = settings.base_rule if settings.base_rule != "auto" else _automatic_base(problems)
+        base = settings.base_rule if settings.base_rule != "auto" else _automatic_base(problems, agent)
     tasks = [
         Task(
             p.evaluator,

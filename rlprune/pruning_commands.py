@@ -43,7 +43,8 @@ def add_apply(commands: Any) -> None:
         "--builds",
         metavar="N",
         type=whole_number(0),
-        help="models that a policy of several checkpoints builds to compare plans without labels (default: 8 a group)",
+        help="models that a policy of several checkpoints builds to compare plans without labels "
+        "(8 a group; 0 or 1: its network alone)",
     )
     parser.add_argument(
         "--refine", metavar="N", type=whole_number(0), default=0, help="then spend N evaluations"
@@ -103,7 +104,7 @@ def add_prune(commands: Any) -> None:
         "--steps",
         metavar="N",
         type=whole_number(0),
-        help="optimizer steps after each round (finish.steps / N)",
+        help="optimizer steps after each round (finish.steps / N; none for a single round)",
     )
     parser.add_argument(
         "--same-widths",

@@ -65,10 +65,10 @@ def train(config: Config, out: Path, *, resume: bool = False, progress: bool = T
     return folder
 
 
-def demo(out: Path, seed: int = 0) -> Path:
+def demo(out: Path, seed: int = 0, *, resume: bool = False) -> Path:
     """The embedded default: digits, a small ResNet, PPO against the rules, then a second checkpoint."""
     config = load_config("digits", [f"seed={seed}"])
-    train(config, out)
+    train(config, out, resume=resume)
     other = config.override([f"model.seed={config.model.seed + 1}"])
     target = config.budget.target
     print("\nthe learned policy on a second checkpoint, without a search:")

@@ -70,19 +70,17 @@ def learning_curves(
 ) -> dict[str, list[list[float]]]:
     """{search method: one list of scores per seed, in the order charged}; no rules, no dense model.
 
+    Only the plans of the run's own checkpoint count: those of others, which train the policy, have a task's name.
     See `ledger.charged_scores` for plans that cannot be the best.
     """
     rows = as_list(results.get("rows"))
     target: Any = as_mapping(results.get("budget")).get("target")
     limit = float(target) if is_finite(target) else math.inf
     searchers = [str(row["method"]) for row in rows if kind_of(row) not in ("rule", "dense")]
-    runs: dict[str, dict[tuple[str, str], list[Mapping[str, Any]]]] = {
-        method: {} for method in dict.fromkeys(searchers)
-    }
+    runs: dict[str, dict[str, list[Mapping[str, Any]]]] = {method: {} for method in dict.fromkeys(searchers)}
     for row in ledger:
-        if str(row.get("method")) in runs:
-            key = (str(row.get("seed")), str(row.get("task", "")))
-            runs[str(row["method"])].setdefault(key, []).append(row)
+        if str(row.get("method")) in runs and not row.get("task"):
+            runs[str(row["method"])].setdefault(str(row.get("seed")), []).append(row)
     curves = {
         method: [charged_scores(rows, limit) for rows in seeds.values()] for method, seeds in runs.items()
     }

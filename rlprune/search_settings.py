@@ -251,7 +251,11 @@ class SearchConfig(Section):
     )
     evaluations: int = setting(300, "Distinct plans that the agent may have scored.", low=1)
     stages: int = setting(1, "Prune and recover in this many stages an episode (incremental pruning).", low=1)
-    base_rule: str = setting("auto", "Rule that action 0 stands for; `auto` takes the best-scoring rule.")
+    base_rule: str = setting(
+        "auto",
+        "Rule that action 0 stands for; `auto` takes the best-scoring rule, and for image models uniform where the "
+        "policy learns a range of budgets or several checkpoints.",
+    )
     baselines: tuple[str, ...] = setting(
         ("random",), "Agents searched with beside it, with as many evaluations."
     )

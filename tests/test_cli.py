@@ -88,6 +88,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("train digits --seed x", "--seed: must be a whole number of 0 and more, got 'x'"),
         ("train digits --threads 0", "--threads: must be a whole number of 1 and more"),
         ("train digits --out", "--out: expected one argument"),
+        ("apply runs/a digits --resume", "unrecognized arguments: --resume, which another command has"),
         ("train digts", "did you mean 'digits'?"),
         ("train digits --set search.evalutions=3", "did you mean 'evaluations'?"),
         ("train digits --set nonsense", "must look like"),

@@ -13,6 +13,7 @@ from rlprune.agents.policy import PortablePolicy, portable_state
 from rlprune.agents.surrogate import ScoreModel
 from rlprune.envs.distribution import DistributionEnv
 from rlprune.envs.task import KNOTS, deviate
+from rlprune.ledger import SearchSpent
 from rlprune.search_settings import PPOConfig, SearchConfig
 
 SETTINGS = SearchConfig(ppo=PPOConfig(hidden=32, surrogate_steps=256, surrogate_envs=32), batch=10)
@@ -89,7 +90,7 @@ def test_of_several_tasks_what_they_have_in_common_is_learned():
         for t in tasks
     ]
     torch.manual_seed(0)
-    distill(policy, DistributionEnv(tasks=tasks), tasks, wanted)
+    distill(policy, DistributionEnv(tasks=tasks), tasks, wanted, common=True)
     other = make_synthetic_task(6, 9, RANGE)
     for budget in (0.3, 0.7):
         plan = other.widths(common, budget)
@@ -100,22 +101,51 @@ def test_of_several_tasks_what_they_have_in_common_is_learned():
     )
 
 
-def test_interrupted_and_resumed_over_a_range_is_the_same_search(tmp_path, monkeypatch):
-    monkeypatch.setattr("rlprune.agents.distill._STEPS", 20)
+@pytest.mark.parametrize(("seeds", "budget"), [((0,), RANGE), ((0, 1), 0.5)], ids=["range", "checkpoints"])
+def test_interrupted_and_resumed_is_the_same_search(tmp_path, monkeypatch, seeds, budget):
+    for steps in ("_STEPS", "_COMMON_STEPS"):
+        monkeypatch.setattr(f"rlprune.agents.distill.{steps}", 20)
 
     def result(state, stop=None):
-        task = make_synthetic_task(6, 0, RANGE)
-        account = FakeAccount(task.evaluator, 50, stop_after=stop)
-        found = search(task, account, state=state)
-        return list(account.seen), portable_state(found.policy)[0]
+        tasks = [make_synthetic_task(6, seed, budget) for seed in seeds]
+        accounts = [FakeAccount(task.evaluator, 50, stop_after=stop) for task in tasks]
+        found = make_agent("ppo", SETTINGS).search(tasks, accounts, seed=0, state=state)
+        return [list(account.seen) for account in accounts], portable_state(found.policy)[0]
 
     plans, weights = result(None)
     state = StateDir(tmp_path, "range")
     with pytest.raises(KeyboardInterrupt):
         result(state, stop=33)
+    torch.manual_seed(5)  # what the process has drawn before does not matter
     again, resumed = result(state)
     assert again == plans
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize(("language", "budget"), [(False, 0.5), (False, RANGE), (True, RANGE)])
+def test_language_models_are_taught_their_own_plans(monkeypatch, language, budget):
+    taught = []
+    monkeypatch.setattr("rlprune.agents.guided.is_language", lambda space: language)
+    monkeypatch.setattr(
+        "rlprune.agents.guided.distill",
+        lambda policy, env, tasks, wanted, *, common: taught.append((common, [len(own) for own in wanted])),
+    )
+    tasks = [make_synthetic_task(6, seed, budget) for seed in (0, 1)]
+    make_agent("ppo", SETTINGS).search(tasks, [FakeAccount(t.evaluator, 12) for t in tasks], seed=0)
+    ((common, counts),) = taught
+    assert common is not language
+    alone = 1 if budget == 0.5 else len(lessons([(float(b), np.ones(6)) for b in tasks[0].knots]))
+    assert all(0 < count <= alone if language else count > alone for count in counts)
+
+
+def test_a_base_rule_that_has_nothing_left_to_ask_leaves_the_policy_as_it_is(monkeypatch):
+    def spent(*args, **kwargs):
+        raise SearchSpent("spent")
+
+    monkeypatch.setattr("rlprune.agents.guided.distill", spent)
+    task = make_synthetic_task(6, 0, RANGE)
+    account = FakeAccount(task.evaluator, 12)
+    assert search(task, account).policy.reach == 1.0 and account.spent == 12
 
 
 def test_the_score_model_orders_plans_at_every_budget():

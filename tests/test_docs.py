@@ -117,7 +117,7 @@ def test_the_summary_of_places_leaves_out_what_a_place_has_not() -> None:
         names = {
             "rule": "best rule",
             "full": "full search",
-            "policy": "policy, 8 checkpoints ({}), and evaluations",
+            "policy": "policy, 8 checkpoints ({}), and 20 evaluations",
         }
         builds = 96 if "copied" in scores else 144
         return {
@@ -131,7 +131,7 @@ def test_the_summary_of_places_leaves_out_what_a_place_has_not() -> None:
     rows = script.summary({"recipe": near, "depth": far}).splitlines()[2:]
     cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in rows}
     assert cells["widths copied"] == ["50%", "50%", "–", "–"]
-    assert cells["policy, 8 checkpoints, and evaluations"] == ["100%", "100%", "75%", "75%"]
+    assert cells["policy, 8 checkpoints, and 20 evaluations"] == ["100%", "100%", "75%", "75%"]
 
 
 def test_the_fidelity_page_says_what_is_open_and_what_is_below_the_best() -> None:

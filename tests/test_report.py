@@ -96,6 +96,10 @@ def test_learning_curves_hold_the_searches_by_seed_and_survive_a_torn_line(tmp_p
     curves = learning_curves(results, read_ledger(tmp_path / "ledger.jsonl"))
     assert set(curves) == {"random", "ppo"}
     assert [len(seed) for seed in curves["ppo"]] == [10, 10]
+    # Plans of the checkpoints that only train the policy have a task's name.
+    rows = read_ledger(tmp_path / "ledger.jsonl")
+    others = [row | {"task": "seed1", "score": 0.0} for row in rows]
+    assert learning_curves(results, [*rows, *others]) == curves
 
 
 def test_plans_over_the_budget_count_but_are_never_the_best(tmp_path: Path) -> None:

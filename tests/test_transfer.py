@@ -14,7 +14,7 @@ from rlprune.agents.policy import load_policy
 SETS = [
     "--set", "model.arguments={width: 4}", "model.train.epochs=1", "data.train=64", "data.calibration=32",
     "data.validation=48", "data.test=32", "search.evaluations=10", "search.batch=10",
-    "search.ppo.surrogate_steps=64", "search.ppo.surrogate_envs=8", "search.base_rule=uniform", "finish.epochs=0",
+    "search.ppo.surrogate_steps=64", "search.ppo.surrogate_envs=8", "finish.epochs=0",
     "finish.candidates=1", "finish.rules=false", "threads=1", "budget.target=0.4",
 ]  # fmt: skip
 
@@ -33,7 +33,9 @@ def test_apply_refines_the_plan_of_several_checkpoints(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("rlprune.agents.distill._COMMON_STEPS", 50)
     done(capsys, "train", "digits", *SETS, "search.model_seeds=[1, 2]", "--out", "run")
-    known = load_policy("run/policy").experience
+    policy = load_policy("run/policy")
+    assert policy.meta["base_rule"] == "uniform", "what several checkpoints have in common is no rule's plan"
+    known = policy.experience
     assert known is not None and known.tasks.unique().tolist() == [0, 1, 2]
     files = {path.suffix for path in Path("run/policy").iterdir()}
     assert files == {".json", ".safetensors"}, "no pickle crosses a file"
@@ -63,6 +65,7 @@ def test_apply_refines_the_plan_of_several_checkpoints(
     # Another depth: the policy's network and the rules are what its builds start from.
     deeper = ["apply", "run", "digits", *SETS, "model.name=cifar_resnet32", "--budget", "0.4"]
     text = done(capsys, *deeper, "--out", "deeper")
-    assert "plans of 3 other checkpoints of another architecture; here it built 18 models" in text
+    note = "plans of 3 other checkpoints, which do not fit here; from the rules' plans it built 18 models"
+    assert note in text
     plan = json.loads(Path("deeper/plan.json").read_text())
     assert len(plan["groups"]) == 18 and plan["cost"]["macs"] <= 0.4 * plan["dense_cost"]["macs"]

@@ -9,13 +9,12 @@ seeds, beside uniform, the best rule, the best widths of the first checkpoint co
 number of builds without a policy, and a full search on the checkpoint itself; with `--refine` evaluations as well.
 Every score is -KL to the checkpoint's own dense model on its validation split, under the same recovery; finished plans
 are reported on the test split, too.
-Finished parts are kept in --out, so that a stopped run goes on where it was.
+Finished parts are kept in --out, so that a stopped run goes on where it was; they are of the code that found them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +31,7 @@ from rlprune.agents.experience import builds as builds_of
 from rlprune.agents.experience import planned
 from rlprune.agents.policy import PortablePolicy, save_policy
 from rlprune.agents.proposals import neighbours
+from rlprune.benchmark.statistics import bootstrap
 from rlprune.config import Config, load_config
 from rlprune.deploy import refined
 from rlprune.envs.task import Task
@@ -55,6 +55,7 @@ def problem(config: Config, seed: int) -> Problem:
 def trained(config: Config, problems: list[Problem], out: Path) -> dict[str, Any]:
     """Search on some checkpoints; the policy is saved in `out`, and what was found is returned."""
     record = out / "found.json"
+    asked = {"evaluations": config.search.evaluations, "checkpoints": len(problems)}
     if not record.exists():
         out.mkdir(parents=True, exist_ok=True)
         ledger = Ledger(out / "ledger.jsonl")
@@ -62,8 +63,11 @@ def trained(config: Config, problems: list[Problem], out: Path) -> dict[str, Any
         save_policy(found.policy, out / "policy")
         spent = len(ledger.rows)
         content = {"widths": list(found.history[-1]), "score": found.best.score, "spent": spent}
-        record.write_text(json.dumps(content), encoding="utf-8")
-    return dict(json.loads(record.read_text(encoding="utf-8")))
+        write_json_atomic(record, content | {"asked": asked})
+    content = read_json(record)
+    if content["asked"] != asked:
+        raise SystemExit(f"{record}: found with {content['asked']}, not {asked}; another --out is needed")
+    return dict(content)
 
 
 def averaged(problems: list[Problem], ledger: Ledger) -> Any:
@@ -166,7 +170,9 @@ def ways(
         for name, policy in policies.items():
             if policy.experience is not None:
                 found[f"{name} ({most})"] = partial(built, target, policy, most, 0)
-                found[f"{name} ({most}), and evaluations"] = partial(built, target, policy, most, refine)
+                found[f"{name} ({most}), and {refine} evaluations"] = partial(
+                    built, target, policy, most, refine
+                )
     found["full search"] = lambda: way(target, full["widths"], evaluations=full["spent"])
     return found
 
@@ -245,17 +251,25 @@ def table(result: dict[str, dict[str, Way]], of: str) -> str:
     for name in next(iter(result.values())):
         ways = [found[name] for found in result.values()]
         shares = [share([found], name, of) for found in result.values()]
-        mean = f"{100 * np.mean(shares):.0f}%" if np.isfinite(shares).all() else "–"
         cells = [
             f"{getattr(way, of):.4f}" + (f" ({100 * x:.0f}%)" if np.isfinite(x) else "")
             for way, x in zip(ways, shares, strict=True)
         ]
         cost = [str(max(way.builds for way in ways)), str(max(way.evaluations for way in ways))]
-        together = f"{100 * share(list(result.values()), name, of):.0f}%"
+        together = percent(list(result.values()), name, of)
         loss = [f"{np.mean([way.loss for way in ways]):.4f}"] if of == "test" else []
-        lines.append([name, *cost, *cells, mean, together, *loss])
-    last = ["mean share", "share of the mean gain", *(["mean test loss"] if of == "test" else [])]
+        lines.append([name, *cost, *cells, together, *loss])
+    last = ["share of the mean gain", *(["mean test loss"] if of == "test" else [])]
     return markdown_table(["", "builds", "evaluations", *result, *last], lines)
+
+
+def percent(found: list[dict[str, Way]], name: str, of: str) -> str:
+    """The share in percent, and its 95% interval over the checkpoints where the search gains in every resample."""
+    low, high = bootstrap(lambda drawn: share([found[i] for i in drawn], name, of), len(found))
+    interval = (
+        f" [{100 * low:.0f}, {100 * high:.0f}]" if np.isfinite([low, high]).all() and low < high else ""
+    )
+    return f"{100 * share(found, name, of):.0f}%{interval}"
 
 
 def share(found: list[dict[str, Way]], name: str, of: str) -> float:
@@ -317,17 +331,20 @@ Written by `python docs/scripts/transfer.py --config {config} --budgets {budgets
 Policies trained on model seeds {trained} (the first of them alone with {evaluations} evaluations, all of them with
 {together} on each) and applied to model seeds {unseen}: dense models of the same settings, trained with other
 seeds. Scores are −KL to the checkpoint's own dense model (nats, higher is better); in brackets the share of the full
-search's gain over the best rule. "Evaluations" are plans scored on the validation split of the checkpoint. "Builds"
-(the number in brackets; plans that are evaluated afterwards are built as well) are models cut and recovered on the
-checkpoint whose logits were compared with the dense model's on unlabelled images of the calibration and the train
-split: searches in all but name, which cost a build each and read no label and no validation image (an evaluation costs
-a build as well). "Best rule" is the best of all rules on validation, with hindsight; "widths copied" are those that the
-search found on the first model seed, "widths averaged" the mean of the logarithms of the best plans' keep ratios.
+search's gain over the best rule; in the column of the mean gain the 95% bootstrap interval over the checkpoints, which
+are few (none where the search gains nothing in some resamples). "Evaluations" are plans scored on the validation split
+of the checkpoint. "Builds" (the number in brackets; plans that are evaluated afterwards are built as well) are models
+cut and recovered on the checkpoint whose logits were compared with the dense model's on unlabelled images of the
+calibration and the train split: searches in all but name, which cost a build each and read no label and no validation
+image (an evaluation costs a build as well). "Best rule" is the best of all rules on validation, with hindsight; "widths
+copied" are those that the search found on the first model seed, "widths averaged" the mean of the logarithms of the
+best plans' keep ratios.
 
-A policy of several checkpoints starts its builds from their best plans and its network's, and a Gaussian process
-of the logits says what to build next (`rlprune/expectation.py`). "No policy, same process" does that from the rules'
-plans, "no policy, local search" changes the best plans so far at random; "network alone" builds nothing. What the
-policy itself adds is the difference to these.
+A policy of several checkpoints has been taught what their best plans have in common (`rlprune/agents/distill.py`):
+"network alone" is what it answers then, without a build. Its builds start from that plan, the uniform one and the
+checkpoints' best plans, and a Gaussian process of the logits says what to build next (`rlprune/expectation.py`). "No
+policy, same process" does that from the rules' plans, "no policy, local search" changes the best plans so far at
+random. What the policy itself adds is the difference to these.
 
 Every budget has two tables. The first is of the validation split, by which the full search and the refined policies
 choose (the full search among 300 plans) and the others do not: it flatters who has seen more of it. The second reports

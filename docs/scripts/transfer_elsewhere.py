@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transfer import DOCS, TRAINED, Way, policies, problem, recorded, share, table, trained, ways
+from transfer import DOCS, TRAINED, Way, percent, policies, problem, recorded, table, trained, ways
 
 from rlprune.agents.experience import PROBES
-from rlprune.config import load_config
+from rlprune.agents.policy import PortablePolicy
+from rlprune.config import Config, load_config
 from rlprune.inspection import hardware
 from rlprune.problem import Problem
 from rlprune.report import markdown_table
@@ -67,16 +68,30 @@ def brought(widths: Any, target: Problem) -> Any:
     return target.space.project(shares, target.budget, target.metric)
 
 
-def study(place: str, arguments: Any) -> dict[str, dict[str, Way]]:
-    """Every way on every checkpoint of a place: {checkpoint: {name: way}}."""
+def studies(arguments: Any) -> dict[str, dict[str, dict[str, Way]]]:
+    """Every way on every checkpoint of every place: {place: {checkpoint: {name: way}}}."""
     settings = [f"budget.target={arguments.budget}", f"search.evaluations={arguments.evaluations}"]
     config = load_config(arguments.config, settings)
     together = load_config(arguments.config, [*settings, f"search.evaluations={arguments.train_evaluations}"])
-    home = arguments.policies / f"{arguments.config}-{arguments.budget}-{arguments.evaluations}"
-    known, plans = policies(config, together, home)
+    folder = f"{arguments.config}-{arguments.budget}-{arguments.evaluations}"
+    known, plans = policies(config, together, arguments.policies / folder)
     architecture = problem(config, TRAINED[0]).space.fingerprint
-    config = load_config(arguments.config, [*settings, *PLACES[place].settings])
-    out = arguments.out / f"{arguments.config}-{arguments.budget}-{arguments.evaluations}" / place
+    results = {}
+    for place in arguments.places:
+        there = load_config(arguments.config, [*settings, *PLACES[place].settings])
+        results[place] = study(there, known, plans, architecture, arguments.out / folder / place, arguments)
+    return results
+
+
+def study(
+    config: Config,
+    known: dict[str, PortablePolicy],
+    plans: dict[str, Any],
+    architecture: str,
+    out: Path,
+    arguments: Any,
+) -> dict[str, dict[str, Way]]:
+    """Every way on every checkpoint of a place: {checkpoint: {name: way}}."""
     result = {}
     for seed in arguments.seeds:
         target = problem(config, seed)
@@ -100,7 +115,7 @@ def summary(results: dict[str, dict[str, dict[str, Way]]]) -> str:
         for result in results.values():
             found = list(result.values())
             exact = [n for n in found[0] if general(n) == name]
-            line += [f"{100 * share(found, exact[0], of):.0f}%" if exact else "–" for of in ("score", "test")]
+            line += [percent(found, exact[0], of) if exact else "–" for of in ("score", "test")]
         lines.append(line)
     heads = [f"{PLACES[place].title.lower()}, {of}" for place in results for of in ("validation", "test")]
     return markdown_table(["", *heads], lines)
@@ -128,19 +143,20 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    results = {place: study(place, arguments) for place in arguments.places}
+    kept = f"{100 * float(arguments.budget):.0f}"
+    results = studies(arguments)
     if set(arguments.places) != set(PLACES):
         return 0
-    percent = f"{100 * float(arguments.budget):.0f}"
     parts = [
-        f"## {PLACES[place].title}\n\n{PLACES[place].text.format(budget=percent)}\n\n{table(result, 'score')}\n\n"
+        f"## {PLACES[place].title}\n\n{PLACES[place].text.format(budget=kept)}\n\n{table(result, 'score')}\n\n"
         f"The same plans on the test split, whose images no way has seen:\n\n{table(result, 'test')}\n"
         for place, result in results.items()
     ]
     text = PAGE.format(
-        config=arguments.config, budget=arguments.budget, percent=percent, evaluations=arguments.evaluations,
+        config=arguments.config, budget=arguments.budget, kept=kept, evaluations=arguments.evaluations,
         train_evaluations=arguments.train_evaluations, refine=arguments.refine,
-        seeds=" ".join(map(str, arguments.seeds)), trained=len(TRAINED), summary=summary(results),
+        seeds=" ".join(map(str, arguments.seeds)), checkpoints=len(arguments.seeds), trained=len(TRAINED),
+        summary=summary(results),
         parts="\n".join(parts), threads=arguments.threads, torch=torch.__version__, processor=hardware()["processor"],
     )  # fmt: skip
     (DOCS / "transfer-elsewhere.md").write_text(text, encoding="utf-8")
@@ -153,10 +169,10 @@ Written by `python docs/scripts/transfer_elsewhere.py --config {config} --budget
 --train-evaluations {train_evaluations} --refine {refine} --seeds {seeds}`
 (torch {torch}, {processor}, {threads} thread(s)).
 
-The policies of [transfer.md](transfer.md), trained on ResNet-20 of digits at {percent}% of the MACs (one checkpoint,
+The policies of [transfer.md](transfer.md), trained on ResNet-20 of digits at {kept}% of the MACs (one checkpoint,
 and {trained} of them), on checkpoints that differ from those by more than the seed; what the rows mean stands there.
-Every place has three checkpoints, a full search on each, and eight builds a group. Nothing was chosen by what came out
-here.
+Every place has {checkpoints} checkpoints, a full search on each, and eight builds a group. Nothing was chosen by what
+came out here.
 
 Shares of the mean gain of the full search over the best rule (hindsight):
 

@@ -1,13 +1,13 @@
-"""Distillation of incumbents: the policy learns by heart the best plans that its own search has scored.
+"""Distillation of incumbents: the policy learns the best plans that its own search has scored.
 
 PPO follows the surrogate, and over a range of budgets its policy is a compromise of all of them; the best
 plans themselves are known exactly. After the last evaluation the shared network is therefore regressed on the
 actions that give those plans (behaviour cloning, Pomerleau 1991; the cloned expert is the search itself), and
 between the budgets that were searched on plans in between, so that the policy interpolates the incumbents.
 
-Of one checkpoint the plans are wanted exactly. Of several, what they have in common is wanted: the network is new,
-learns several good plans of each, and sees the importances of their units, which tell a checkpoint rather
-than a layer, through noise.
+Of one checkpoint the plans are wanted exactly. Of several, what they have in common is wanted (`common`): a new network
+takes the place of the one that PPO has trained, learns several good plans of each, and sees the importances of
+their units, which tell a checkpoint rather than a layer, through noise.
 
 Shape legend: G groups, K budgets.
 """
@@ -47,13 +47,13 @@ _WEIGHT_BETWEEN = 0.1
 _BETWEEN = 3
 # A group that loses nothing gives a part of a step, which the projection floors away: these are tried.
 _TRACES = (0.1, 0.3, 0.5, 0.7)
-# Parts of the network that no lesson touches.
+# Parts of the network that no lesson touches; a search that goes on from the policy trains them again.
 _UNTAUGHT = ("critic", "log_std")
 # Common shifts that are tried, where not all of an action is within reach.
 _SHIFTS = np.linspace(-1.5, 1.5, 31)
 
 # A budget, the widths (G,) wanted there (between searched budgets they need not be whole), and its weight.
-Lesson = tuple[float, Floats, float]
+Lesson = tuple[Any, Floats, float]
 
 
 def lessons(best: Sequence[tuple[float, Ints]]) -> list[Lesson]:
@@ -90,18 +90,24 @@ def wanted_action(task: Task, budget: Any, widths: Floats) -> Floats:
 
 
 def distill(
-    policy: GroupPolicy, env: DistributionEnv, tasks: Sequence[Task], wanted: Sequence[Sequence[Lesson]]
+    policy: GroupPolicy,
+    env: DistributionEnv,
+    tasks: Sequence[Task],
+    wanted: Sequence[Sequence[Lesson]],
+    *,
+    common: bool = False,
 ) -> None:
     """Regress the portable part of the policy on the lessons of every task, in place.
 
-    Of one task in rounds, until the scored plans come out as they are wanted. The bias of each group, which stays
-    behind when the policy is saved, is set to zero first.
+    In rounds, until the scored plans come out as they are wanted; or, with ``common``, once from a new network,
+    for what the plans of the tasks share. The bias of each group, which stays behind when the policy is saved, is
+    set to zero first.
     """
     policy.reach = REACH
     observations, actions, weights = _table(env, tasks, wanted)
     if policy.bias is not None:
         policy.bias.data.zero_()
-    if len(tasks) > 1:
+    if common:
         fresh = GroupNetwork(observations.shape[-1], policy.hidden)
         kept = {n: p for n, p in policy.network.state_dict().items() if n.startswith(_UNTAUGHT)}
         policy.network.load_state_dict(fresh.state_dict() | kept)

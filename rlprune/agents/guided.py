@@ -9,6 +9,7 @@ with one process; at the end the policy is taught the best plan of each, and tho
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import Any, Protocol
 
@@ -174,15 +175,16 @@ class Guided:
         seed_everything(search.seed, 7)
         wanted = []
         for task, recorder in zip(search.tasks, search.recorders, strict=True):
-            plans = [(task.ratio(b), [np.array(p[-1]) for p in recorder.within(task, b)]) for b in task.knots]
-            best = [(ratio, found[0]) for ratio, found in plans if found]
-            more = [(r, p.astype(np.float64), 1.0) for r, found in plans for p in found[1:COMMON_PLANS]]
+            plans = [(b, [np.array(p[-1]) for p in recorder.within(task, b)]) for b in task.knots]
+            best = [(budget, found[0]) for budget, found in plans if found]
+            more = [(b, p.astype(np.float64), 1.0) for b, found in plans for p in found[1:COMMON_PLANS]]
             wanted.append(lessons(best) + (more if several else []))
-        distill(self.policy, search.env, search.tasks, wanted)
+        distill(self.policy, search.env, search.tasks, wanted, common=several)
 
 
 def guided_search(search: Search) -> SearchResult:
-    """Spend the accounts batch by batch; the last batch holds the mode of the policy that is returned."""
+    """Spend the accounts batch by batch; the last batch holds the mode of the policy that is returned, unless that
+    is taught other plans at the end."""
     guided = Guided(search)
     saved = search.load(MODE)
     batch = 0
@@ -200,7 +202,9 @@ def guided_search(search: Search) -> SearchResult:
                 break  # nothing left that has not been scored: the space is smaller than the account
     except SearchSpent:
         pass
-    guided.teach()
+    # A base rule that probes may have nothing left to ask at the budgets between those that were searched.
+    with contextlib.suppress(SearchSpent):
+        guided.teach()
     scored = [recorder.scores for recorder in search.recorders]
     guided.policy.experience = collect(search.tasks, scored)
     return search.result(guided.policy)

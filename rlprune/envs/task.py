@@ -167,8 +167,9 @@ class Task:
         return self.space.project(np.ones(len(self.space.groups)), budget, self.metric)
 
     def rule_plans(self, budget: Any) -> Ints:
-        """What the rules that need no probes give, uniform aside: (N, G)."""
-        names = [n for n, rule in rules_for(self.space).items() if n != "uniform" and not rule.probes]
+        """What the shipped rules that need no probes give, uniform aside: (N, G)."""
+        rules = {n: rule for n, rule in rules_for(self.space).items() if rule.shipped and not rule.probes}
+        names = [name for name in rules if name != "uniform"]
         plans = [self.space.project(self._rule(n, budget), budget, self.metric) for n in names]
         return np.array(plans, dtype=np.int64).reshape(-1, len(self.space.groups))
 
