@@ -86,6 +86,8 @@ def take(run: Path, folder: Path, variant: str | None = None) -> Path:
     }
     if not variant and any(key.startswith(("model.name", "model.arguments")) for key in results["settings"]):
         raise SystemExit(f"{run}: another model than that of {config.name}: give it a name with --variant")
+    for split in results["workload"].get("protocol", {}).get("splits", {}).values():
+        split["text"] = Path(split["text"]).name  # where a file lay is nobody's business
     lines = [f'"{key}": {json.dumps(results[key])}' for key in KEPT if key in results]
     for key in ("rows", "summary"):
         lines.append(f'"{key}": [\n' + ",\n".join(json.dumps(row) for row in results[key]) + "\n]")

@@ -41,7 +41,6 @@ from rlprune.ledger import Ledger
 from rlprune.problem import Problem, prepare, search
 from rlprune.progress import Console
 from rlprune.report import markdown_table
-from rlprune.rules import RULES
 
 DOCS = Path(__file__).resolve().parents[1]
 TRAINED, UNSEEN = tuple(range(8)), (101, 102, 103, 104, 105)
@@ -115,9 +114,9 @@ def on_test(workload: Any, model: torch.nn.Module) -> tuple[float, float]:
     return -total / count, loss
 
 
-def rule_plans(target: Problem) -> Any:
-    """What the rules give that need no probes: (number, G)."""
-    return np.array([target.rule_widths(name) for name in target.start_rules() if not RULES[name].probes])
+def from_rules(task: Task) -> Any:
+    """The plans that a search without a policy starts from: uniform, and the rules that need no probes (number, G)."""
+    return np.vstack([task.uniform_widths(task.budget), task.rule_plans(task.budget)])
 
 
 def by_chance(target: Problem, most: int) -> Any:
@@ -125,7 +124,7 @@ def by_chance(target: Problem, most: int) -> Any:
     task = Task(target.evaluator.fork(), target.budget, target.metric)
     model = task.evaluator.logit_probes(target.target)
     generator = np.random.default_rng(0)
-    for widths in rule_plans(target):
+    for widths in from_rules(task):
         model.measure(widths)
     while model.builds < most:
         model.measure(neighbours(task, model.best(5), target.budget, 1, generator)[0])
@@ -135,7 +134,7 @@ def by_chance(target: Problem, most: int) -> Any:
 def by_process(target: Problem, most: int) -> Any:
     """Widths that the process of the logits finds from the rules, without a policy."""
     task = Task(target.evaluator.fork(), target.budget, target.metric)
-    return planned(task, target.budget, rule_plans(target), most)
+    return planned(task, target.budget, from_rules(task), most)
 
 
 OTHERWISE = {"no policy, local search": by_chance, "no policy, same process": by_process}
