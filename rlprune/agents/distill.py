@@ -134,8 +134,9 @@ def _regress(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     mask = observations[..., :1]
     for _ in range(steps):
-        seen = observations.clone()
+        seen = observations
         if noise:
+            seen = observations.clone()
             seen[..., _OWN] += noise * mask * torch.randn(*mask.shape[:-1], len(_OWN))
         error = _means(policy, seen) - actions
         # Distributions ignore a common shift, and so does the loss.
