@@ -179,6 +179,7 @@ OWN: dict[str, Callable[[], nn.Module]] = {
 NETS: dict[str, Callable[[], nn.Module]] = OWN | {
     "tiny_densenet": _tiny_densenet,
     "cifar_resnet20": lambda: build_model("cifar_resnet20", 10, 3, arguments={"width": 4}),
+    "cifar_googlenet": lambda: build_model("cifar_googlenet", 5, 3, arguments={"width": 0.05}),
     "resnet18": lambda: torchvision.models.resnet18(num_classes=5),
     "mobilenet_v3_small": lambda: torchvision.models.mobilenet_v3_small(num_classes=5),
 }

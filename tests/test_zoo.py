@@ -28,6 +28,20 @@ def test_cifar_resnet_has_the_layers_of_the_paper() -> None:
     assert {"layer1.0.conv1.weight", "layer3.8.bn2.running_var", "linear.bias"} <= set(deep.state_dict())
 
 
+def test_cifar_googlenet_has_the_modules_of_the_paper() -> None:
+    model = build_model("cifar_googlenet")
+    theirs, ours = (
+        [m for m in net.modules() if type(m).__name__ == "Inception"]
+        for net in (build_model("googlenet"), model)
+    )
+    assert [[p.shape for p in m.parameters()] for m in ours] == [
+        [p.shape for p in m.parameters()] for m in theirs
+    ]
+    narrow = build_model("cifar_googlenet", classes=7, channels=1, arguments={"width": 0.125})
+    assert narrow(torch.rand(2, 1, 28, 28)).shape == (2, 7)
+    assert narrow.linear.in_features == 128
+
+
 def test_cifar_shortcut_pads_and_subsamples() -> None:
     model = build_model("cifar_resnet20", arguments={"width": 4})
     block = model.layer2[0]
@@ -59,7 +73,7 @@ def test_seed_decides_the_weights_and_leaves_the_global_state() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet20", "resnet18", "googlenet"])
+@pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_googlenet", "resnet18", "googlenet"])
 def test_rebuild_gives_the_same_architecture(name: str) -> None:
     model = build_model(name, classes=5, channels=1)
     twin = rebuild(base_of(name, 5, 1))
@@ -144,7 +158,7 @@ def test_user_function_is_found_in_the_current_folder(
 
 def test_list_models_names_can_be_built() -> None:
     names = [name for name, _ in list_models()]
-    assert {"cifar_resnet110", "resnet50", "timm:NAME", "module:function"} <= set(names)
+    assert {"cifar_resnet110", "cifar_googlenet", "resnet50", "timm:NAME", "module:function"} <= set(names)
     assert len(names) == len(set(names))
 
 

@@ -42,6 +42,7 @@ ARCHITECTURES: dict[str, int] = {  # name -> side of the square input, in pixels
     "mobilenet_v3_large": 64, "efficientnet_b0": 64, "efficientnet_v2_s": 64, "mnasnet1_0": 64,
     "squeezenet1_1": 64, "regnet_y_400mf": 64, "regnet_x_400mf": 64, "shufflenet_v2_x1_0": 64, "alexnet": 64,
     "convnext_tiny": 64, "vit_b_16": 224, "swin_t": 224, "cifar_resnet20": 32, "cifar_resnet56": 32,
+    "cifar_googlenet": 32,
     "timm:resnetv2_50": 64, "timm:convmixer_768_32": 64, "timm:resnest26d": 64, "timm:seresnet50": 64,
     "timm:ghostnet_100": 64, "timm:repvgg_b0": 64, "timm:dla34": 64, "timm:hrnet_w18_small": 64,
     "timm:res2net50_26w_4s": 64, "timm:darknet53": 64, "timm:convnextv2_atto": 64, "timm:mixer_b16_224": 224,

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import ArtifactError
 from ..pruning.tracing import fingerprint
+from .googlenet_cifar import CifarGoogLeNet
 from .resnet_cifar import CifarResNet
 from .zoo import CIFAR_DEPTHS, rebuild
 
@@ -47,6 +48,9 @@ def _candidates(model: nn.Module, dense_params: float) -> Iterator[dict[str, Any
         yield from (
             {"source": "zoo", "name": f"cifar_resnet{d}", "arguments": arguments} for d in CIFAR_DEPTHS
         )
+    elif isinstance(model, CifarGoogLeNet):
+        arguments = {"width": model.width, "classes": classes, "channels": channels}
+        yield {"source": "zoo", "name": "cifar_googlenet", "arguments": arguments}
     elif home.startswith("torchvision.models."):
         arguments = {"num_classes": classes, "channels": channels}
         for name in _torchvision_names(home, dense_params):

@@ -42,7 +42,6 @@ class CifarResNet(nn.Module):
     def __init__(self, depth: int, width: int = 16, classes: int = 10, channels: int = 3) -> None:
         super().__init__()
         blocks = (depth - 2) // 6
-        self.width = width
         self.width = width  # of the dense model: pruning leaves it as it is
         self.conv1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)

@@ -1,6 +1,6 @@
-"""Models by name: CIFAR ResNets, torchvision and timm classifiers, and a user's own function.
+"""Models by name: those for small images, torchvision and timm classifiers, and a user's own function.
 
-Names: ``cifar_resnet20``; a bare torchvision name or ``torchvision:NAME``; ``timm:NAME``;
+Names: ``cifar_resnet20``, ``cifar_googlenet``; a bare torchvision name or ``torchvision:NAME``; ``timm:NAME``;
 ``module:function`` for any function that returns a torch.nn.Module.
 """
 
@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -19,10 +20,14 @@ from torch import nn
 
 from ..errors import ArtifactError, ConfigError, DataError, near_miss
 from .checkpoint import SUFFIXES, load_checkpoint, put_weights
+from .googlenet_cifar import CifarGoogLeNet
 from .resnet_cifar import CifarResNet
 
 CIFAR_DEPTHS = (20, 32, 44, 56, 110)
-_CIFAR = {f"cifar_resnet{depth}": depth for depth in CIFAR_DEPTHS}
+_ZOO: dict[str, Callable[..., nn.Module]] = {
+    **{f"cifar_resnet{depth}": partial(CifarResNet, depth) for depth in CIFAR_DEPTHS},
+    "cifar_googlenet": CifarGoogLeNet,
+}
 # Their heads that only training uses are built away; the prefixes are those of the heads' tensors.
 _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 # Arguments that would fetch or read files; a saved artifact must not be able to ask for that.
@@ -31,7 +36,8 @@ _FORBIDDEN = ("weights", "weights_backbone", "progress", "checkpoint_path", "cac
 
 def list_models() -> list[tuple[str, str]]:
     """(name, one line) of every model that can be named here, timm's summed up in one line."""
-    rows = [(n, f"CIFAR ResNet of depth {d}; arguments: width (16)") for n, d in _CIFAR.items()]
+    rows = [(f"cifar_resnet{d}", f"CIFAR ResNet of depth {d}; arguments: width (16)") for d in CIFAR_DEPTHS]
+    rows.append(("cifar_googlenet", "GoogLeNet for small images; arguments: width (1.0, a factor)"))
     rows += [(n, "torchvision classifier") for n in _torchvision_names()]
     rows.append(("timm:NAME", f"timm classifier ({_timm_state()})"))
     rows.append(("module:function", "your own function that returns a torch.nn.Module"))
@@ -165,7 +171,7 @@ def _timm_state() -> str:
 
 def _resolve(name: str) -> tuple[str, str]:
     """Split a model name into its source and the name there; raises ConfigError for an unknown one."""
-    if name in _CIFAR:
+    if name in _ZOO:
         return "zoo", name
     source, colon, bare = name.partition(":")
     if not colon:
@@ -174,7 +180,7 @@ def _resolve(name: str) -> tuple[str, str]:
         allowed = _torchvision_names()
         if bare in allowed:
             return source, bare
-        hint = near_miss(bare, [*_CIFAR, *allowed])
+        hint = near_miss(bare, [*_ZOO, *allowed])
         raise ConfigError(f"model.name {name!r}: no such model{hint}; see 'rlprune list models'")
     if source == "timm":
         return source, _timm_name(name, bare)
@@ -199,7 +205,7 @@ def _construct(base: dict[str, Any], seed: int, *, trusted: bool) -> nn.Module:
     """Build ``base`` with weights drawn from ``seed``. Untrusted bases (from files) never import user code."""
     source, name, arguments = base["source"], base["name"], dict(base["arguments"])
     builders: dict[str, Callable[..., nn.Module]] = {
-        "zoo": lambda **a: CifarResNet(_CIFAR[name], **a),
+        "zoo": lambda **a: _ZOO[name](**a),
         "torchvision": lambda **a: _torchvision(name, trusted, **a),
         "timm": lambda **a: _timm(name, **a),
     }
