@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from .agents.experience import Experience, can_build
+from .agents.experience import Experience, agreed, can_build
 from .agents.experience import builds as builds_of
 from .agents.policy import PortablePolicy, load_policy
 from .artifacts import save
 from .config import Config
 from .errors import ConfigError
 from .ledger import Ledger
-from .problem import Problem, find_rule, prepare, search
+from .problem import Problem, finalists, find_rule, prepare, search
 from .progress import Console
 from .rules import RULES, rules_for
 from .rules.blocks import block_cosines, block_count
@@ -110,11 +110,14 @@ def _probes_note(problem: Problem, rule: str) -> str:
 def refined(
     problem: Problem, policy: PortablePolicy, evaluations: int, ledger: Ledger, console: Console
 ) -> Any:
-    """A search of a few evaluations that starts from a policy's plan and weights."""
+    """A search of a few evaluations that starts from a policy's plan and weights.
+
+    Where the policy has builds of this checkpoint, the plan is chosen by the images of these as well (`agreed`).
+    """
     # Few evaluations are spent in small batches: the surrogate is fitted again after each.
     batch = max(4, min(problem.config.search.batch, evaluations // 4))
     settings = replace(problem.config.search, batch=batch)
-    return search(
+    found = search(
         settings.agent,
         [replace(problem, config=replace(problem.config, search=settings))],
         ledger,
@@ -123,6 +126,11 @@ def refined(
         progress=console.search("refine"),
         policy=policy,
     )
+    if _experience(problem, policy) is None or problem.config.score.kind != "kl":
+        return found
+    task = policy.task(problem.evaluator, problem.budget, problem.metric)
+    plans = {h: found.account.plans[h] for h in finalists(problem, found.account, evaluations)}
+    return replace(found, history=agreed(task, plans))
 
 
 def prune_rule(config: Config, rule: str, budget: Any, out: Path) -> str:

@@ -22,6 +22,7 @@ class FakeCandidate:
     loss: float
     metric: float
     seconds: float = 0.01
+    samples: int = 0
 
 
 def make_space(groups: int = 6, width: int = 16, seed: int = 0) -> PruningSpace:

@@ -15,12 +15,14 @@ from rlprune.agents.experience import (
     PROBES,
     Experience,
     ProbedModel,
+    agreed,
     builds,
     can_build,
     collect,
     planned,
 )
 from rlprune.agents.policy import PortablePolicy, load_policy, portable_state, save_policy
+from rlprune.agents.proposals import neighbours
 from rlprune.envs.task import Task
 from rlprune.errors import ArtifactError
 from rlprune.expectation import MOST_LOGITS, LogitProbes
@@ -28,6 +30,7 @@ from rlprune.search_settings import PPOConfig, SearchConfig
 
 SETTINGS = SearchConfig(ppo=PPOConfig(hidden=16, surrogate_steps=256, surrogate_envs=32), batch=10)
 GROUPS, INPUTS, CLASSES = 4, 8, 5
+RNG = np.random.default_rng(0)
 
 
 class Additive(nn.Module):
@@ -276,6 +279,23 @@ def test_evaluations_on_the_new_checkpoint_correct_the_expectation(portable):
     joint_mean, joint = after.covariance(plans)
     assert joint_mean == pytest.approx(mean) and np.sqrt(np.diag(joint)) == pytest.approx(std, rel=1e-3)
     assert std[:20].mean() < std[20:].mean(), "what was scored is known best"
+
+
+def test_a_plan_is_chosen_by_all_images_and_not_by_the_luck_of_a_few():
+    task = task_of(7)
+    checkpoint = task.evaluator
+    plans = [
+        tuple(int(w) for w in plan)
+        for plan in neighbours(task, task.uniform_widths(0.35)[None], 0.35, 30, RNG)
+    ]
+    scored = {(plan,): replace(checkpoint.evaluate(np.array(plan)), samples=200) for plan in plans}
+    both = torch.cat([checkpoint.validation, checkpoint.unlabelled])
+    found = agreed(task, scored)
+    assert found == min(scored, key=lambda history: checkpoint.divergence(np.array(history[-1]), both))
+    assert builds(task)[0] == 1 + len(scored), "what has not been built is built, and the dense model"
+    # One image decides nothing, however good its score is.
+    lucky = max(scored, key=lambda history: checkpoint.divergence(np.array(history[-1]), both))
+    assert agreed(task, scored | {lucky: replace(scored[lucky], score=0.0, samples=1)}) != lucky
 
 
 def test_refining_starts_from_the_plan_and_resumes_to_the_same(portable, tmp_path):

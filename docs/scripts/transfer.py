@@ -168,9 +168,11 @@ def ways(
             found[f"{label} ({most})"] = partial(unguided, target, search_on, most)
         for name, policy in policies.items():
             if policy.experience is not None:
-                found[f"{name} ({most})"] = partial(built, target, policy, most, 0)
+                # A fork knows of no builds, so that each number of them is a search of its own.
+                here = replace(target, evaluator=target.evaluator.fork())
+                found[f"{name} ({most})"] = partial(built, here, policy, most, 0)
                 found[f"{name} ({most}), and {refine} evaluations"] = partial(
-                    built, target, policy, most, refine
+                    built, here, policy, most, refine
                 )
     found["full search"] = lambda: way(target, full["widths"], evaluations=full["spent"])
     return found
@@ -191,12 +193,10 @@ def unguided(target: Problem, search_on: Callable[[Problem, int], Any], most: in
 
 def built(target: Problem, policy: PortablePolicy, most: int, refine: int) -> Way:
     """The policy's plan of so many builds, refined by evaluations where there are any."""
-    # A fork knows of no builds, so that each number of them is a search of its own.
-    here = replace(target, evaluator=target.evaluator.fork())
-    task, spent = Task(here.evaluator, target.budget, target.metric), 0
-    widths = policy.plan(here.evaluator, target.budget, builds=most).widths
+    task, spent = Task(target.evaluator, target.budget, target.metric), 0
+    widths = policy.plan(target.evaluator, target.budget, builds=most).widths
     if refine:
-        found = refined(here, policy, refine, Ledger(), Console(False))
+        found = refined(target, policy, refine, Ledger(), Console(False))
         widths, spent = found.history[-1], found.account.spent
     return way(target, widths, builds=builds_of(task)[0], evaluations=spent)
 
@@ -289,7 +289,7 @@ def main() -> int:
         "--train-evaluations", type=int, help="per checkpoint of those that train the policy together"
     )
     parser.add_argument(
-        "--builds", type=int, nargs="+", default=[96, 192], help="models built on an unseen checkpoint"
+        "--builds", type=int, nargs="+", default=[48, 96, 192], help="models built on an unseen checkpoint"
     )
     parser.add_argument("--refine", type=int, default=20, help="evaluations on an unseen checkpoint")
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"))
@@ -345,9 +345,9 @@ checkpoints' best plans, and a Gaussian process of the logits says what to build
 policy, same process" does that from the rules' plans, "no policy, local search" changes the best plans so far at
 random. What the policy itself adds is the difference to these.
 
-Every budget has two tables. The first is of the validation split, by which the full search and the refined policies
-choose (the full search among 300 plans) and the others do not: it flatters who has seen more of it. The second reports
-the same plans on the test split, which none of them has read.
+Every budget has two tables. The first is of the validation split: the full search chooses among 300 plans by it, the
+refined policies among 20 by it and the unlabelled images together, the others do not read it: it flatters who has seen
+more of it. The second reports the same plans on the test split, which none of them has read.
 
 {parts}"""
 

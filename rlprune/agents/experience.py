@@ -4,7 +4,8 @@ The best plans of the other checkpoints, brought to the budget, are built on the
 its architecture is another one), and so are the policy's plan and the uniform one. From their logits on unlabelled
 images a process of the logits (:class:`rlprune.expectation.LogitProbes`) tells what other plans would cost; those that
 it expects most of, or knows least of, are built next. Every build is counted (`PROBES` a group), and the validation
-split is not read. Where the plan is then refined, every plan that is evaluated is a further build.
+split is not read. Where the plan is then refined, every plan that is evaluated is a further build, and what is kept
+of them is chosen by all images, the unlabelled and those of validation.
 
 Shape legend: N plans, P new plans, G groups.
 """
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..candidate import Candidate, History
 from ..envs.task import Floats, Ints, Task
 from ..errors import ArtifactError
 from ..expectation import LogitProbes
@@ -178,6 +180,25 @@ def _measure_new(
         found = fresh(neighbours(task, best, budget, _WIDTH, generator), known)
     if len(found):
         model.measure(found[0])
+
+
+def agreed(task: Task, scored: Mapping[History, Candidate]) -> History:
+    """The plan of the smallest mean divergence over the validation and the unlabelled images together.
+
+    A few hundred validation images and as many plans to choose from flatter the plan that suits their peculiarities.
+
+    Args:
+        scored: the plans (one stage) to choose from, scored by `kl`; those that have not been built are built.
+    """
+    model = _logits(task)
+
+    def divergence(history: History) -> float:
+        candidate = scored[history]
+        on_validation = task.evaluator.dense.score - candidate.score
+        total = candidate.samples * on_validation + model.images * model.measure(history[-1])
+        return float(total / (candidate.samples + model.images))
+
+    return min(scored, key=divergence)
 
 
 class ProbedModel:

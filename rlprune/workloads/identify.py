@@ -43,6 +43,7 @@ def identify(
 def _candidates(model: nn.Module, dense_params: float) -> Iterator[dict[str, Any]]:
     home = type(model).__module__
     classes, channels = _ends(model)
+    arguments: dict[str, Any]
     if isinstance(model, CifarResNet):
         arguments = {"width": model.width, "classes": classes, "channels": channels}
         yield from (
