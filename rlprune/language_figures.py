@@ -187,7 +187,9 @@ class _Decoder:
         self._model = model
         with torch.inference_mode():
             output = model(prompt, use_cache=True)
-        self._cache = output.past_key_values
+        # Since transformers 5.24 the argument and the field are called `cache`.
+        self._name = "cache" if "cache" in output else "past_key_values"
+        self._cache = output[self._name]
         self._next = output.logits[:, -1:].argmax(-1)
 
     def decode(self, tokens: int) -> float:
@@ -195,8 +197,8 @@ class _Decoder:
         start = time.perf_counter()
         with torch.inference_mode():
             for _ in range(tokens):
-                output = self._model(self._next, past_key_values=self._cache, use_cache=True)
-                self._cache, self._next = output.past_key_values, output.logits[:, -1:].argmax(-1)
+                output = self._model(self._next, use_cache=True, **{self._name: self._cache})
+                self._cache, self._next = output[self._name], output.logits[:, -1:].argmax(-1)
         if self._next.is_cuda:  # kernels are queued; the clock has to wait for them
             torch.cuda.synchronize(self._next.device)
         return time.perf_counter() - start

@@ -46,17 +46,18 @@ from .workloads.data import cache_folder
 
 TABLE_FILE = "latency_table.json"
 # Part of the cache key: raise it when what or how is measured changes.
-_METHOD = 4
+_METHOD = 5
 _REPEATS, _ROW_SECONDS = 7, 0.4
-_MODELS, _MODELS_OF_A_LARGE_ONE, _LARGE = 14, 6, 50_000_000
-_MODEL_REPEATS, _MODEL_SECONDS = 60, 20.0
-# Kernels compute channels in blocks of 16 (AVX-512 and tensor cores alike): time jumps from 16 to 17, so the grid of a
-# narrow layer has both sides of such a step. In a wide layer one block more is a small share.
-_BLOCK = 16
-_BOTH_SIDES = 64
+_MODELS, _MODELS_OF_A_LARGE_ONE, _LARGE = 24, 8, 50_000_000
+_MODEL_REPEATS, _MODEL_SECONDS = 150, 60.0
+# Kernels compute channels in blocks of 8 (AVX2) or 16 (AVX-512 and tensor cores): time jumps from 8 to 9, so the grid
+# of a narrow layer has both sides of such steps. In a wide layer one block more is a small share.
+_BLOCKS = (8, 16)
+_BOTH_SIDES = (32, 64)
 _POINTS = 8
-# Weight of the dense model in the calibration, because ratios are ratios to it; and of the tables as measured.
-_DENSE_WEIGHT, _PRIOR = 3.0, 0.1
+# Weight of the dense model in the calibration and its turns in each round of it, because ratios are ratios to it; and
+# the weight of the tables as measured.
+_DENSE_WEIGHT, _DENSE_TURNS, _PRIOR = 3.0, 3, 0.1
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
@@ -234,12 +235,13 @@ def _grid(axis: AxisSize | None, space: PruningSpace, dense: int) -> Ints:
     top = round(axis.constant + float(axis.slope @ space.widths))
     lowest = round(axis.constant + float(axis.slope @ space.minimums))
     step = math.gcd(*(round(s * n) for s, n in zip(axis.slope, space.steps, strict=True) if s > 0))
-    wanted = {lowest, lowest + 3 * step, 8, _BLOCK, top}
-    narrow = min(top, _BOTH_SIDES)
-    wanted |= {size + more for size in range(_BLOCK, narrow + 1, _BLOCK) for more in (0, 1)}
-    if top > _BOTH_SIDES:
-        wanted |= {_BLOCK * round(x / _BLOCK) for x in np.linspace(_BOTH_SIDES, top, _POINTS)[1:-1]}
-        wanted -= {3 * _BLOCK, 3 * _BLOCK + 1}
+    wanted = {lowest, lowest + 3 * step, top}
+    for block, most in zip(_BLOCKS, _BOTH_SIDES, strict=True):
+        wanted |= {size + more for size in range(block, min(top, most) + 1, block) for more in (0, 1)}
+    if top > _BOTH_SIDES[-1]:
+        coarse = _BLOCKS[-1]
+        wanted |= {coarse * round(x / coarse) for x in np.linspace(_BOTH_SIDES[-1], top, _POINTS)[1:-1]}
+        wanted -= {24, 25, 48, 49}
     # A rounding multiple leaves only its multiples within reach; a grid point is the next one above.
     reachable = {math.ceil(size / step) * step for size in wanted if lowest <= size <= top}
     return np.array(sorted({s for s in reachable if lowest <= s < top} | {lowest, top}), dtype=np.int64)
@@ -357,12 +359,14 @@ def _calibrated(table: LatencyTable, space: PruningSpace, model: nn.Module, inpu
     count = _MODELS if space.dense_cost("params") < _LARGE else _MODELS_OF_A_LARGE_ONE
     widths = _random_widths(space, count)
     models = {str(i): _narrow(model, space, w) for i, w in enumerate(widths)}
+    models |= {f"dense {i}": models["0"] for i in range(_DENSE_TURNS - 1)}
     batch = len(inputs)
     clock = quiet_clock(inputs.device)
     times = measure(
         models, inputs, (batch,), _MODEL_REPEATS, _MODEL_SECONDS, 2, clock, settle=1, statistic=min
     )
     ms = np.array([times[str(i)][batch] for i in range(len(widths))])
+    ms[0] = min(times[name][batch] for name, m in models.items() if m is models["0"])
     parts = [Calibration(1, 0, 0, 0), Calibration(0, 1, 0, 0), Calibration(0, 0, 1, 0)]
     columns = [table_cost(replace(table, calibration=p), space)(widths) for p in parts]
     features = np.stack([*columns, np.ones(len(widths))], axis=1) / ms[:, None]
@@ -383,12 +387,21 @@ def _calibrated(table: LatencyTable, space: PruningSpace, model: nn.Module, inpu
 
 
 def _random_widths(space: PruningSpace, count: int) -> Ints:
-    """The dense widths, then random ones from nearly dense to nearly empty; (count, G), the same every time."""
+    """The dense widths, the smallest ones, and random ones in between; (count, G), the same every time.
+
+    Levels between the two are taken in turn as shares of the units and as shares of their logarithms: narrow layers
+    cost other than their table says (what a call takes), and plans at low budgets are full of them. Every third
+    cuts all groups alike.
+    """
     generator = np.random.default_rng(0)
-    levels = np.linspace(0.95, 0.1, count - 1)[:, None]
-    shares = np.clip(levels + generator.normal(0.0, 0.2, (count - 1, len(space.groups))), 0.0, 1.0)
-    real = (space.minimums + shares * (space.widths - space.minimums)).astype(np.float64)
-    return np.concatenate([space.widths[None], space.limits.floor(real)])
+    levels = np.linspace(0.95, 0.05, count - 2)[:, None]
+    noise = generator.normal(0.0, 0.25, (count - 2, len(space.groups)))
+    noise[::3] = 0.0
+    shares = np.clip(levels + noise, 0.0, 1.0)
+    dense, least = space.widths.astype(np.float64), np.maximum(space.minimums, 1).astype(np.float64)
+    real = least + shares * (dense - least)
+    real[1::2] = (least * (dense / least) ** shares)[1::2]
+    return np.concatenate([space.widths[None], space.limits.floor(np.vstack([least, real]))])
 
 
 def _narrow(model: nn.Module, space: PruningSpace, widths: Ints) -> nn.Module:

@@ -286,6 +286,9 @@ def set_attribute(module: Any, attribute: str, value: int) -> None:
 
 # Parts that are gone
 
+# What versions and families of transformers call the cache that an attention is handed.
+_CACHES = ("cache", "past_key_values", "layer_past")
+
 
 class DroppedAttention(nn.Module):
     """An attention of no heads: it adds its output layer's bias, or nothing, and keeps the cache's length.
@@ -300,10 +303,9 @@ class DroppedAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """Hidden states (B, L, H) -> the part's contribution (B, L, H), and no attention weights."""
-        cache = kwargs.get("past_key_values")
-        cache = kwargs.get("layer_past") if cache is None else cache
-        if cache is not None:
-            _advance(cache, self.layer_idx, hidden_states)
+        caches = [kwargs[name] for name in _CACHES if kwargs.get(name) is not None]
+        if caches:
+            _advance(caches[0], self.layer_idx, hidden_states)
         return _nothing(self, hidden_states, args, kwargs), None
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import GraphError
 from . import families
+from .counting import flop_counter
 from .plan import Plan
 from .space import PruningSpace
 from .surgery import masked, prune
@@ -91,8 +91,7 @@ def counted(model: nn.Module, ids: Tensor) -> tuple[Tensor, float]:
     The angles of rotary embeddings are left out: some versions of transformers get them from a product of
     positions and frequencies, others from a plain multiplication, and no width changes them.
     """
-    counter = FlopCounterMode(display=False)
-    with counter, torch.enable_grad():  # without gradients a fused attention would escape the counter
+    with flop_counter() as counter:
         logits = model(input_ids=ids, use_cache=False).logits.detach()
     angles = {name for name, part in model.named_modules() if "Rotary" in type(part).__name__}
     counts = counter.get_flop_counts()

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import GraphError, near_miss
+from .counting import flop_counter
 from .graph import (
     CONV,
     MIXERS,
@@ -119,9 +119,8 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def count_macs(model: nn.Module, example_inputs: Any) -> float:
-    """Multiply-accumulates of one sample: half of what torch's FLOP counter finds, with gradients enabled."""
-    counter = FlopCounterMode(display=False)
-    with counter, torch.enable_grad():
+    """Multiply-accumulates of one sample: half of what torch's FLOP counter finds."""
+    with flop_counter() as counter:
         run(model, example_inputs)
     return counter.get_total_flops() / 2 / _batch_size(example_inputs)
 
