@@ -12,8 +12,10 @@ import tomllib
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import yaml
+from synthetic import FakeEvaluator
 
 import rlprune
 from rlprune import cli
@@ -92,6 +94,24 @@ def test_the_share_of_a_gain_is_relative_to_the_best_rule() -> None:
     assert "-1.5000 (50%)" in table and "model seed 7" in table and "test loss" not in table
     tested = transfer.table({"model seed 7": found}, "test")
     assert "-3.0000 (50%)" in tested and "0.5000" in tested
+
+
+def test_a_view_hides_columns_and_adds_probes() -> None:
+    script = load("features")
+    columns = {name: i for i, name in enumerate(script.FEATURES)}
+
+    def seen(name: str) -> np.ndarray:
+        return script.Viewed(FakeEvaluator(4), 0.5, view=script.VIEWS[name]).observe(0.5)
+
+    whole, hidden, probed = seen("as shipped"), seen("depth alone"), seen("probes around the base plan")
+    shown = [columns[name] for name in script.SHOWN_ALWAYS]
+    assert (hidden[:, shown] == whole[:, shown]).all() and np.count_nonzero(hidden.any(axis=0)) <= len(shown)
+    added = [columns[name] for name in script.PROBED]
+    assert not whole[:, added].any() and probed[:, added].all()
+    others = [i for i in columns.values() if i not in added]
+    assert (probed[:, others] == whole[:, others]).all()
+    rows = [{"answer": -0.5, "rule": -1.0, "search": 0.0}, {"answer": -1.0, "rule": -1.0, "search": 0.0}]
+    assert script.share(rows) == 0.25
 
 
 def test_a_way_that_is_on_record_is_not_measured_again(tmp_path: Path) -> None:

@@ -78,11 +78,11 @@ print(run(10) - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's thresholds")
 def test_no_pass_of_a_settled_process_pays_for_its_pages_again() -> None:
     # A tensor has 768 pages of 4 KiB.
-    faults = {}
-    for how in ("young", "settled"):
+    def faults(how: str) -> int:
         words = [sys.executable, "-c", FAULTS, how]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-        run = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
-        faults[how] = int(run.stdout)
-    assert faults["settled"] < 768, faults
-    assert faults["young"] > 768, faults
+        return int(subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout)
+
+    assert faults("settled") < 768
+    # Where the system lays out a young process's heap is chance, and some layouts are settled from the start.
+    assert any(faults("young") > 768 for _ in range(6))
