@@ -26,7 +26,7 @@ from .errors import ArtifactError, BudgetError
 from .files import exclusive, write_json_atomic
 from .latency import batched, in_turns, measure, processor, quiet_clock, timed
 from .pruning import families
-from .pruning.cost import AxisSize
+from .pruning.cost import AxisSize, Floats
 from .pruning.latency_table import (
     FORMAT,
     VERSION,
@@ -49,9 +49,9 @@ TABLE_FILE = "latency_table.json"
 _METHOD = 5
 _REPEATS, _ROW_SECONDS = 7, 0.4
 _MODELS, _MODELS_OF_A_LARGE_ONE, _LARGE = 24, 8, 50_000_000
-_MODEL_REPEATS, _MODEL_SECONDS = 150, 60.0
+_MODEL_REPEATS, _MODEL_SECONDS = 60, 20.0  # at each of three moments
 # Kernels compute channels in blocks of 8 (AVX2) or 16 (AVX-512 and tensor cores): time jumps from 8 to 9, so the grid
-# of a narrow layer has both sides of such steps. In a wide layer one block more is a small share.
+# has both sides of such steps; in a wide layer, where one block more is a small share, of some.
 _BLOCKS = (8, 16)
 _BOTH_SIDES = (32, 64)
 _POINTS = 8
@@ -240,7 +240,8 @@ def _grid(axis: AxisSize | None, space: PruningSpace, dense: int) -> Ints:
         wanted |= {size + more for size in range(block, min(top, most) + 1, block) for more in (0, 1)}
     if top > _BOTH_SIDES[-1]:
         coarse = _BLOCKS[-1]
-        wanted |= {coarse * round(x / coarse) for x in np.linspace(_BOTH_SIDES[-1], top, _POINTS)[1:-1]}
+        spread = {coarse * round(x / coarse) for x in np.linspace(_BOTH_SIDES[-1], top, _POINTS)[1:-1]}
+        wanted |= {size + more for size in spread for more in (0, 1)}
         wanted -= {24, 25, 48, 49}
     # A rounding multiple leaves only its multiples within reach; a grid point is the next one above.
     reachable = {math.ceil(size / step) * step for size in wanted if lowest <= size <= top}
@@ -259,15 +260,19 @@ def _measure_all(
     progress: Progress | None,
 ) -> LatencyTable:
     distinct = {p.key: p for p in planned}
+    whole = _WholeModels(space, model, inputs)
     tables, numbers, sizes = [], {}, SpaceSizes(space)
     for done, (key, plan) in enumerate(distinct.items()):
+        if done in (0, len(distinct) // 2):
+            whole.time()
         numbers[key] = done
         tables.append(_layer_table(plan, model, sizes, inputs.device))
         if progress is not None:
             progress("latency table", done + 1, len(distinct) + 1, {})
+    whole.time()
     uses = tuple(LayerUse(p.layer.module, numbers[p.key], p.calls) for p in planned)
     raw = LatencyTable(space.fingerprint, len(inputs), where, tuple(tables), uses)
-    found = _calibrated(raw, space, model, inputs)
+    found = _calibrated(raw, space, whole.widths, whole.milliseconds)
     if progress is not None:
         progress("latency table", len(distinct) + 1, len(distinct) + 1, {})
     return found
@@ -348,25 +353,44 @@ def _input(
 # Whole models
 
 
-def _calibrated(table: LatencyTable, space: PruningSpace, model: nn.Module, inputs: Tensor) -> LatencyTable:
+class _WholeModels:
+    """Whole models of many widths, timed at several moments.
+
+    What a neighbour on the machine takes of the caches makes a wide model slower for a while, and a narrow one hardly.
+    """
+
+    def __init__(self, space: PruningSpace, model: nn.Module, inputs: Tensor) -> None:
+        count = _MODELS if space.dense_cost("params") < _LARGE else _MODELS_OF_A_LARGE_ONE
+        self.widths = _random_widths(space, count)
+        self._models = {str(i): _narrow(model, space, w) for i, w in enumerate(self.widths)}
+        self._inputs = inputs
+        self.milliseconds = np.full(count, np.inf)
+        """Of the shortest pass so far, (N,) as ``widths`` (N, G); the dense model is the first."""
+
+    def time(self) -> None:
+        """One of the moments."""
+        again = {f"dense {i}": self._models["0"] for i in range(_DENSE_TURNS - 1)}
+        batch, clock = len(self._inputs), quiet_clock(self._inputs.device)
+        times = measure(
+            self._models | again, self._inputs, (batch,), _MODEL_REPEATS, _MODEL_SECONDS, 2, clock, settle=1,
+            statistic=min,
+        )  # fmt: skip
+        found = np.array([times[name][batch] for name in self._models])
+        found[0] = min(found[0], *(times[name][batch] for name in again))
+        self.milliseconds = np.minimum(self.milliseconds, found)
+
+
+def _calibrated(table: LatencyTable, space: PruningSpace, widths: Ints, ms: Floats) -> LatencyTable:
     """Fit what ties the tables to whole models, by non-negative least squares of the relative error.
 
     measured = a * (weighted layers) + b * (other layers) + c * (output elements) + d: layers in a row find
     other caches than alone, and functions between them (additions, activations, pooling) have no table.
+
+    Args:
+        widths: (N, G) of the whole models, the dense one first; ms: (N,) milliseconds of each.
     """
     from scipy.optimize import nnls
 
-    count = _MODELS if space.dense_cost("params") < _LARGE else _MODELS_OF_A_LARGE_ONE
-    widths = _random_widths(space, count)
-    models = {str(i): _narrow(model, space, w) for i, w in enumerate(widths)}
-    models |= {f"dense {i}": models["0"] for i in range(_DENSE_TURNS - 1)}
-    batch = len(inputs)
-    clock = quiet_clock(inputs.device)
-    times = measure(
-        models, inputs, (batch,), _MODEL_REPEATS, _MODEL_SECONDS, 2, clock, settle=1, statistic=min
-    )
-    ms = np.array([times[str(i)][batch] for i in range(len(widths))])
-    ms[0] = min(times[name][batch] for name, m in models.items() if m is models["0"])
     parts = [Calibration(1, 0, 0, 0), Calibration(0, 1, 0, 0), Calibration(0, 0, 1, 0)]
     columns = [table_cost(replace(table, calibration=p), space)(widths) for p in parts]
     features = np.stack([*columns, np.ones(len(widths))], axis=1) / ms[:, None]

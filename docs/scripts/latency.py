@@ -1,6 +1,6 @@
 """Measured latency against MACs, and latency budgets against measured latency -> docs/latency.md, latency.json.
 
-    python docs/scripts/latency.py [--threads 1] [--seconds 40] [--evaluations 60]
+    python docs/scripts/latency.py [--threads 1] [--seconds 12] [--evaluations 60]
 
 For each model and batch size all cut models and the dense one run in turns, in one process; figures are ratios to
 the dense model. With one thread the clock is the processor time of the thread, which other work on the machine
@@ -40,7 +40,7 @@ from rlprune.workloads.zoo import build_model
 DOCS = Path(__file__).resolve().parents[1]
 BUDGETS = (0.8, 0.6, 0.5, 0.4)
 ROUNDINGS = (1, 8)
-REPEATS, DENSE_TURNS = 150, 3
+REPEATS, DENSE_TURNS, MOMENTS = 60, 3, 3
 
 
 @dataclass(frozen=True)
@@ -116,41 +116,56 @@ def cut(subject: Subject, space: PruningSpace, widths: np.ndarray) -> nn.Module:
     return rlprune.prune(subject.model, rlprune.make_plan(space, importance=importance, widths=widths)).eval()
 
 
-def measured(subject: Subject, batch: int, seconds: float) -> dict[str, Any]:
-    """All plans of one model at one batch size, in turns."""
-    started, before = time.perf_counter(), os.getloadavg()[0]
-    spaces = {
-        r: with_latency(
-            rlprune.trace(subject.model, subject.example, round_to=r), subject.model, subject.example, batch
+class Measurement:
+    """All plans of one model at one batch size; they are timed in turns, at several moments (`time`)."""
+
+    def __init__(self, subject: Subject, batch: int) -> None:
+        started = time.perf_counter()
+        self.subject, self.batch = subject, batch
+        model, example = subject.model, subject.example
+        self.spaces = {
+            r: with_latency(rlprune.trace(model, example, round_to=r), model, example, batch)
+            for r in ROUNDINGS
+        }
+        self.table_seconds = time.perf_counter() - started
+        self.half = halves(subject, self.spaces)
+        plans, self.refused = budgeted(self.spaces)
+        self.plans = self.half | plans
+        # Every ratio is one to the dense model: it has several turns in each round.
+        self._dense = [f"dense {i}" for i in range(DENSE_TURNS)]
+        self._models = {name: model.eval() for name in self._dense}
+        self._models |= {n: cut(subject, self.spaces[_rounding(n)], w) for n, w in self.plans.items()}
+        self.shortest = dict.fromkeys(["dense", *self.plans], float("inf"))
+        self.load: list[float] = []
+
+    def time(self, seconds: float) -> None:
+        """One of the moments."""
+        clock, example = quiet_clock(self.subject.example.device), self.subject.example
+        self.load.append(os.getloadavg()[0])
+        times = measure(
+            self._models, example, (self.batch,), REPEATS, seconds, clock=clock, settle=1, statistic=min
         )
-        for r in ROUNDINGS
-    }
-    took = time.perf_counter() - started
-    half = halves(subject, spaces)
-    plans, refused = budgeted(spaces)
-    everything = half | plans
-    # Every ratio is one to the dense model: it has several turns in each round.
-    turns = [f"dense {i}" for i in range(DENSE_TURNS)]
-    models = {name: subject.model.eval() for name in turns}
-    models |= {name: cut(subject, spaces[_rounding(name)], w) for name, w in everything.items()}
-    clock = quiet_clock(subject.example.device)
-    times = measure(models, subject.example, (batch,), REPEATS, seconds, clock=clock, settle=1, statistic=min)
-    dense = min(times[name][batch] for name in turns)
+        for name, found in times.items():
+            known = "dense" if name in self._dense else name
+            self.shortest[known] = min(self.shortest[known], found[self.batch])
+
+
+def facts(m: Measurement) -> dict[str, Any]:
+    dense = m.shortest["dense"]
     rows = [
         {
             "plan": name,
-            "kind": "macs" if name in half else "latency",
+            "kind": "macs" if name in m.half else "latency",
             "macs": space.cost(w) / space.dense_cost(),
             "table": space.cost(w, "latency") / space.dense_cost("latency"),
-            "measured": times[name][batch] / dense,
+            "measured": m.shortest[name] / dense,
         }
-        for name, w in everything.items()
-        for space in [spaces[_rounding(name)]]
+        for name, w in m.plans.items()
+        for space in [m.spaces[_rounding(name)]]
     ]
-    low, high = spaces[1].feasible("latency")
-    facts = {"model": subject.name, "batch": batch, "dense_ms": dense, "refused": refused, "rows": rows}
-    loads = [before, os.getloadavg()[0]]
-    return facts | {"lowest": low / high, "table_seconds": took, "load": loads}
+    low, high = m.spaces[1].feasible("latency")
+    found = {"model": m.subject.name, "batch": m.batch, "dense_ms": dense, "refused": m.refused, "rows": rows}
+    return found | {"lowest": low / high, "table_seconds": m.table_seconds, "load": m.load}
 
 
 def _rounding(name: str) -> int:
@@ -215,7 +230,8 @@ TEXT = """# Latency
 
 Written by `{command}`: {threads} thread(s), {machine}; torch {torch}, Python {python}, float32.
 Load of the machine (1 minute) during the run: {low:.1f} to {high:.1f} on {cores} cores, other work on the machine.
-Every figure is the ratio to the dense model of the shortest of at most {repeats} passes; in every round all models of
+Every figure is the ratio to the dense model of the shortest of at most {repeats} passes at each of {moments} moments,
+minutes apart; in every round all models of
 one line's model and batch size take turns, each timed pass right after an untimed one; {clock}.
 The process has freed a large block before (`rlprune.memory.settle_heap`): a young one pays for its pages in every pass.
 Absolute milliseconds are shown for scale only. Took {minutes:.1f} minutes, {tables:.0f} s of them for the tables.
@@ -256,6 +272,7 @@ def write(cells: list[dict[str, Any]], args: argparse.Namespace, seconds: float)
         high=max(loads),
         cores=os.cpu_count(),
         repeats=REPEATS,
+        moments=MOMENTS,
         clock="the clock is the thread's processor time" if quiet else "the clock is the one on the wall",
         minutes=seconds / 60,
         tables=sum(cell["table_seconds"] for cell in cells),
@@ -274,7 +291,10 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--seconds", type=float, default=40.0, help="limit for measuring one model and batch size"
+        "--seconds",
+        type=float,
+        default=12.0,
+        help="limit for timing one model and batch size at each of three moments",
     )
     parser.add_argument("--evaluations", type=int, default=60, help="of the PPO search on digits")
     parser.add_argument("--doc", type=Path, default=DOCS / "latency.md")
@@ -282,12 +302,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     started = time.perf_counter()
-    cells = []
-    for subject in subjects(args.evaluations):
-        for batch in subject.batches:
-            cells.append(measured(subject, batch, args.seconds))
-            write(cells, args, time.perf_counter() - started)
-            print(f"{subject.name}, batch {batch}: {time.perf_counter() - started:.0f} s", flush=True)
+    measurements = [
+        Measurement(subject, b) for subject in subjects(args.evaluations) for b in subject.batches
+    ]
+    for moment in range(MOMENTS):
+        for m in measurements:
+            m.time(args.seconds)
+        write([facts(m) for m in measurements], args, time.perf_counter() - started)
+        print(f"moment {moment + 1} of {MOMENTS}: {time.perf_counter() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
