@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlprune import profiling
+from rlprune import calibration, profiling
 
 
 def fake_seconds(module: nn.Module) -> float:
@@ -23,7 +23,7 @@ def fake_clock(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(profiling, "timed", lambda module, inputs: (module(inputs), fake_seconds(module))[1])
     patch.setattr(profiling, "in_turns", lambda calls, *_: {n: [s] for n, s in calls.items()})
-    patch.setattr(profiling, "measure", measure)
+    patch.setattr(calibration, "measure", measure)
 
 
 def called(model: nn.Module, inputs: torch.Tensor) -> list[nn.Module]:

@@ -25,6 +25,7 @@ FLOORS = {
     "workloads": 1.5,
     "latency": 1,
     "profiling": 2,
+    "calibration": 2,
     "rules": 2,
     "expectation": 2,
     "kept_logits": 2,
