@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 from .latency import measure, quiet_clock
 from .pruning.cost import Floats
-from .pruning.latency_table import Calibration, Ints, LatencyTable, table_cost
+from .pruning.latency_cost import table_cost
+from .pruning.latency_table import Calibration, Ints, LatencyTable
 from .pruning.plan import Plan
 from .pruning.space import PruningSpace
 from .pruning.surgery import prune
 
 _MODELS, _MODELS_OF_A_LARGE_ONE, _LARGE = 24, 8, 50_000_000
-_MODEL_REPEATS, _MODEL_SECONDS = 60, 20.0  # at each of three moments
-# Weight of the dense model in the calibration and its turns in each round of it, because ratios are ratios to it; and
-# the weight of the tables as measured.
-_DENSE_WEIGHT, _DENSE_TURNS, _PRIOR = 3.0, 3, 0.1
+_MODEL_REPEATS, _MODEL_SECONDS = 60, 14.0  # at each moment
+# Weights of the layers as measured alone, and of functions between layers that take no time.
+_LAYERS, _NOTHING = 0.1, 0.05
 
 
 class WholeModels:
@@ -37,39 +37,39 @@ class WholeModels:
 
     def time(self) -> None:
         """One of the moments."""
-        again = {f"dense {i}": self._models["0"] for i in range(_DENSE_TURNS - 1)}
         batch, clock = len(self._inputs), quiet_clock(self._inputs.device)
         times = measure(
-            self._models | again, self._inputs, (batch,), _MODEL_REPEATS, _MODEL_SECONDS, 2, clock, settle=1,
+            self._models, self._inputs, (batch,), _MODEL_REPEATS, _MODEL_SECONDS, 2, clock, settle=1,
             statistic=min,
         )  # fmt: skip
         found = np.array([times[name][batch] for name in self._models])
-        found[0] = min(found[0], *(times[name][batch] for name in again))
         self.milliseconds = np.minimum(self.milliseconds, found)
 
 
 def calibrated(table: LatencyTable, space: PruningSpace, widths: Ints, ms: Floats) -> LatencyTable:
     """Fit what ties the tables to whole models, by non-negative least squares of the relative error.
 
-    measured = a * (weighted layers) + b * (other layers) + c * (output elements) + d: layers in a row find
-    other caches than alone, and functions between them (additions, activations, pooling) have no table.
+    measured = a * (weighted layers) + b * (other layers) + sum over r of c_r * (output elements of layers with r
+    elements a channel) + d: layers in a row find other caches than alone, and functions between them (additions,
+    activations, pooling) have no table.
 
     Args:
         widths: (N, G) of the whole models, the dense one first; ms: (N,) milliseconds of each.
     """
     from scipy.optimize import nnls
 
-    parts = [Calibration(1, 0, 0, 0), Calibration(0, 1, 0, 0), Calibration(0, 0, 1, 0)]
+    elements = sorted({t.elements for t in table.tables if t.elements})
+    parts = [Calibration(1, 0), Calibration(0, 1), *(Calibration(0, 0, {e: 1.0}) for e in elements)]
     columns = [table_cost(replace(table, calibration=p), space)(widths) for p in parts]
     features = np.stack([*columns, np.ones(len(widths))], axis=1) / ms[:, None]
-    weight = np.ones(len(widths))
-    weight[0] = _DENSE_WEIGHT
+    # Every column is a part of the time now; the scales are those of the largest part.
     scale = np.maximum(features.max(axis=0), 1e-30)
-    prior = np.zeros((2, 4))
-    prior[0, 0], prior[1, 1] = _PRIOR / scale[0], _PRIOR / scale[1]
-    matrix = np.concatenate([features / scale * weight[:, None], prior])
-    found, _ = nnls(matrix, np.concatenate([weight, [_PRIOR, _PRIOR]]))
-    fitted = replace(table, calibration=Calibration(*(found / scale).tolist()))
+    prior = np.diag([_LAYERS / scale[0], _LAYERS / scale[1], *[_NOTHING] * len(elements), 0.0])
+    wanted = [_LAYERS, _LAYERS, *[0.0] * len(elements), 0.0]
+    found, _ = nnls(np.concatenate([features / scale, prior]), np.concatenate([np.ones(len(ms)), wanted]))
+    weighted, other, *each, constant = (found / scale).tolist()
+    slopes = dict(zip(elements, each, strict=True))
+    fitted = replace(table, calibration=Calibration(weighted, other, slopes, constant, float(ms[0])))
     values = table_cost(fitted, space)(widths)
     checks = tuple(
         {"widths": w.tolist(), "measured": float(m), "table": float(v)}

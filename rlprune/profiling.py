@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .calibration import WholeModels, calibrated
@@ -28,23 +29,16 @@ from .files import exclusive, write_json_atomic
 from .latency import batched, in_turns, processor, quiet_clock, timed
 from .pruning import families
 from .pruning.cost import AxisSize
-from .pruning.latency_table import (
-    FORMAT,
-    VERSION,
-    Ints,
-    LatencyTable,
-    LayerTable,
-    LayerUse,
-    SpaceSizes,
-    rising,
-    table_cost,
-)
+from .pruning.latency_cost import SpaceSizes, table_cost
+from .pruning.latency_table import FORMAT, VERSION, Ints, LatencyTable, LayerTable, LayerUse, rising
 from .pruning.space import PruningSpace
 from .workloads.data import cache_folder
 
 TABLE_FILE = "latency_table.json"
 # Part of the cache key: raise it when what or how is measured changes.
-_METHOD = 5
+_METHOD = 6
+# Layers and whole models are timed at several moments: a slow one lasts for seconds and may hold a whole table.
+_MOMENTS = 3
 _REPEATS, _ROW_SECONDS = 7, 0.4
 # Kernels compute channels in blocks of 8 (AVX2) or 16 (AVX-512 and tensor cores): time jumps from 8 to 9, so the grid
 # has both sides of such steps; in a wide layer, where one block more is a small share, of some.
@@ -227,7 +221,8 @@ def _grid(axis: AxisSize | None, space: PruningSpace, dense: int) -> Ints:
     top = round(axis.constant + float(axis.slope @ space.widths))
     lowest = round(axis.constant + float(axis.slope @ space.minimums))
     step = math.gcd(*(round(s * n) for s, n in zip(axis.slope, space.steps, strict=True) if s > 0))
-    wanted = {lowest, lowest + 3 * step, top}
+    # A depthwise layer of two channels takes other code than that of one.
+    wanted = {lowest, lowest + step, lowest + 3 * step, top}
     for block, most in zip(_BLOCKS, _BOTH_SIDES, strict=True):
         wanted |= {size + more for size in range(block, min(top, most) + 1, block) for more in (0, 1)}
     if top > _BOTH_SIDES[-1]:
@@ -252,26 +247,30 @@ def _measure_all(
     progress: Progress | None,
 ) -> LatencyTable:
     distinct = {p.key: p for p in planned}
-    whole = WholeModels(space, model, inputs)
-    tables, numbers, sizes = [], {}, SpaceSizes(space)
-    for done, (key, plan) in enumerate(distinct.items()):
-        if done in (0, len(distinct) // 2):
-            whole.time()
-        numbers[key] = done
-        tables.append(_layer_table(plan, model, sizes, inputs.device))
-        if progress is not None:
-            progress("latency table", done + 1, len(distinct) + 1, {})
-    whole.time()
+    whole, sizes = WholeModels(space, model, inputs), SpaceSizes(space)
+    shortest = {key: np.full((len(p.outs), len(p.ins)), np.inf) for key, p in distinct.items()}
+    done, total = 0, _MOMENTS * len(distinct) + 1
+    for _ in range(_MOMENTS):
+        whole.time()
+        for key, plan in distinct.items():
+            shortest[key] = np.minimum(shortest[key], _layer_times(plan, model, sizes, inputs.device))
+            done += 1
+            if progress is not None:
+                progress("latency table", done, total, {})
+    tables = tuple(_layer_table(plan, model, shortest[key]) for key, plan in distinct.items())
+    numbers = {key: number for number, key in enumerate(distinct)}
     uses = tuple(LayerUse(p.layer.module, numbers[p.key], p.calls) for p in planned)
-    raw = LatencyTable(space.fingerprint, len(inputs), where, tuple(tables), uses)
+    raw = LatencyTable(space.fingerprint, len(inputs), where, tables, uses)
     found = calibrated(raw, space, whole.widths, whole.milliseconds)
     if progress is not None:
-        progress("latency table", len(distinct) + 1, len(distinct) + 1, {})
+        progress("latency table", total, total, {})
     return found
 
 
-def _layer_table(plan: _Planned, model: nn.Module, sizes: SpaceSizes, device: torch.device) -> LayerTable:
-    """Shortest of a few runs at every grid point: another process can only make a run longer."""
+def _layer_times(
+    plan: _Planned, model: nn.Module, sizes: SpaceSizes, device: torch.device
+) -> NDArray[np.float64]:
+    """Shortest milliseconds of a few runs at every grid point: another process can only make a run longer."""
     module = model.get_submodule(plan.layer.module)
     values = np.zeros((len(plan.outs), len(plan.ins)))
     for i, out in enumerate(plan.outs.tolist()):
@@ -282,6 +281,11 @@ def _layer_table(plan: _Planned, model: nn.Module, sizes: SpaceSizes, device: to
                 calls[str(j)] = timed(twin, _input(plan.layer, module, twin, out, plan.outs[-1], device))
         for column, seconds in in_turns(calls, _REPEATS, _ROW_SECONDS, 2, quiet_clock(device), 1).items():
             values[i, int(column)] = 1e3 * min(seconds)
+    return values
+
+
+def _layer_table(plan: _Planned, model: nn.Module, values: NDArray[np.float64]) -> LayerTable:
+    module = model.get_submodule(plan.layer.module)
     kind = f"{type(module).__name__}({module.extra_repr()}) on {'x'.join(map(str, plan.layer.input_shape))}"
     return LayerTable(kind, plan.outs, plan.ins, rising(values, plan.outs, plan.ins), plan.elements)
 

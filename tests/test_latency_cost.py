@@ -15,12 +15,8 @@ from rlprune.config import BudgetConfig
 from rlprune.errors import BudgetError, ConfigError
 from rlprune.pruning.budget import Limits, parse_budget, project
 from rlprune.pruning.cost import AxisSize
-from rlprune.pruning.latency_table import (
-    LayerTable,
-    TableCost,
-    monotone,
-    rising,
-)
+from rlprune.pruning.latency_cost import TableCost
+from rlprune.pruning.latency_table import LayerTable, monotone, rising
 
 GRIDS = hnp.arrays(
     np.float64, hnp.array_shapes(min_dims=2, max_dims=2, max_side=6), elements=st.floats(0, 100)
@@ -82,7 +78,12 @@ def costs(draw: st.DrawFn) -> tuple[TableCost, Limits]:
         raw = generator.exponential(size=(len(nodes[0]), len(nodes[1])))
         table = LayerTable("any", nodes[0], nodes[1], rising(np.round(raw, 1), *nodes), float(i % 2))
         terms.append((table, draw(st.floats(0.1, 3.0)), draw(st.floats(0.0, 0.01)), *axes))
-    return TableCost(terms, draw(st.floats(0, 1)), groups), limits
+    plain = TableCost(terms, draw(st.floats(0, 1)), groups)
+    measured = draw(st.none() | st.floats(0.7, 1.3))
+    if measured is None:
+        return plain, limits
+    dense = limits.dense, measured * float(plain(limits.dense))
+    return TableCost(terms, plain.constant, groups, dense=dense), limits
 
 
 @settings(max_examples=60, deadline=None)
@@ -127,6 +128,22 @@ def test_between_grid_points_the_value_is_bilinear() -> None:
     cost = TableCost([(table, 2.0, 0.5, *axes)], 7.0, 2)
     # out 3 is a quarter of the way, in 1 + 2 * 1 = 3 half of it: (3 + (7 - 3) / 4) * 2 + 3 * 0.5 + 7.
     assert float(cost([3, 1])) == pytest.approx(16.5, abs=1e-8)
+
+
+@pytest.mark.parametrize("measured", [0.7, 0.96, 1.0, 1.2])
+def test_the_dense_model_takes_what_was_measured(measured: float) -> None:
+    nodes = np.array([1, 100])
+    table = LayerTable("any", nodes, np.array([1]), np.array([[1.0], [100.0]]), 0.0)
+    terms = [(table, 1.0, 0.0, AxisSize(0.0, np.array([1.0])), None)]
+    dense = 100.0 * measured
+    cost = TableCost(terms, 0.0, 1, dense=(np.array([100]), dense))
+    widths = np.arange(1, 101)[:, None]
+    values = cost(widths)
+    assert values[-1] == pytest.approx(dense, abs=1e-6)
+    assert (np.diff(values) > 0).all()
+    # Well below the dense model the sum of the layers stands.
+    alone = widths[:, 0] <= 0.97 * min(dense, 100.0)
+    np.testing.assert_allclose(values[alone], widths[alone, 0], atol=1e-8)
 
 
 # Budgets

@@ -15,16 +15,11 @@ from lm import tiny_lm
 from nets import NETS, build, example
 from torch import nn
 
-from rlprune import profiling
+from rlprune import calibration, profiling
 from rlprune.errors import ArtifactError, BudgetError
 from rlprune.profiling import read_table, with_latency
-from rlprune.pruning.latency_table import (
-    Calibration,
-    LatencyTable,
-    LayerTable,
-    TableCost,
-    table_cost,
-)
+from rlprune.pruning.latency_cost import TableCost, table_cost
+from rlprune.pruning.latency_table import Calibration, LatencyTable, LayerTable
 from rlprune.pruning.plan import Plan
 from rlprune.pruning.surgery import prune
 from rlprune.pruning.tracing import trace
@@ -101,6 +96,64 @@ def test_the_calibration_finds_what_models_take_beside_their_layers(name: str, n
         assert space.cost(widths, "latency") == pytest.approx(expected, rel=0.05)
 
 
+class Early(nn.Module):
+    """A pooling after the first layer, which a sum over the output elements of all layers alike does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1)
+        self.last = nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.max_pool2d(self.first(x).relu(), 4)
+        return self.last(self.second(x).relu().mean((2, 3)))
+
+
+def test_functions_between_layers_are_told_apart_by_the_size_of_the_image(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_clock(monkeypatch)
+    monkeypatch.setenv("RLPRUNE_CACHE", str(tmp_path))
+    pooled = 1e-3  # ms of each element that the pooling reads
+
+    def measure(models: Any, inputs: Any, sizes: Any, *_: Any, **__: Any) -> Any:
+        def ms(model: nn.Module) -> float:
+            return (
+                1e3 * sum(map(fake_seconds, called(model, inputs))) + pooled * 256 * model.first.out_channels
+            )
+
+        return {name: {sizes[0]: ms(model)} for name, model in models.items()}
+
+    monkeypatch.setattr(calibration, "measure", measure)
+    model, inputs = Early(), torch.randn(1, 3, 16, 16)
+    space = with_latency(trace(model, inputs), model, inputs)
+    for first, second in ((2, 12), (12, 2), (6, 6)):
+        widths = np.array([first if g.name == "first" else second for g in space.groups])
+        small = built(model, space, widths)
+        expected = measure({"": small}, inputs, (1,))[""][1]
+        assert space.cost(widths, "latency") == pytest.approx(expected, rel=0.05)
+    slopes = space.costs["latency"].table.calibration.element
+    assert slopes[256.0] == pytest.approx(pooled, rel=0.1)
+
+
+def test_a_slow_moment_does_not_reach_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_clock(monkeypatch)
+    monkeypatch.setenv("RLPRUNE_CACHE", str(tmp_path))
+    model, inputs, space = tiny()
+    quiet = with_latency(space, model, inputs).costs["latency"].table
+    plain, calls = profiling._layer_times, []
+
+    def slow_at_first(*args: Any) -> Any:
+        calls.append(args)
+        return plain(*args) * (2.0 if len(calls) <= len(quiet.tables) else 1.0)
+
+    monkeypatch.setattr(profiling, "_layer_times", slow_at_first)
+    monkeypatch.setenv("RLPRUNE_CACHE", str(tmp_path / "again"))
+    busy = with_latency(space, model, inputs).costs["latency"].table
+    assert len(calls) == 3 * len(quiet.tables)
+    assert busy.to_dict() == quiet.to_dict()
+
+
 def test_rounding_leaves_only_reachable_grid_points(no_clock: None) -> None:
     model, inputs = build("resnet18", torch.float32), example(torch.float32)[:1]
     space = with_latency(trace(model, inputs, round_to=8), model, inputs)
@@ -175,6 +228,8 @@ def broken(change: str) -> dict[str, Any]:
         found["layers"] = [{"module": "a", "table": 1, "calls": 1}]
     elif change == "negative":
         found["calibration"]["constant"] = -1.0
+    elif change == "infinite":
+        found["calibration"]["dense"] = float("inf")
     elif change == "text":
         found["tables"][0]["ins"] = ["three"]
     elif change == "missing":
@@ -184,7 +239,18 @@ def broken(change: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("change", ["falls", "grid", "layer", "negative", "text", "missing", "newer"])
+def test_a_table_of_version_1_is_read() -> None:
+    document = broken("")
+    document["version"] = 1
+    del document["calibration"]["dense"]
+    document["calibration"]["element"] = 0.5
+    found = LatencyTable.from_dict(document)
+    assert found.calibration == Calibration(element={1.0: 0.5})
+
+
+@pytest.mark.parametrize(
+    "change", ["falls", "grid", "layer", "negative", "infinite", "text", "missing", "newer"]
+)
 def test_a_damaged_table_is_refused_in_one_line(change: str, tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text(json.dumps(broken("")))
     assert read_table(tmp_path / "t.json").tables[0].outs.tolist() == [1, 2]

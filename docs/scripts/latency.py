@@ -40,7 +40,7 @@ from rlprune.workloads.zoo import build_model
 DOCS = Path(__file__).resolve().parents[1]
 BUDGETS = (0.8, 0.6, 0.5, 0.4)
 ROUNDINGS = (1, 8)
-REPEATS, DENSE_TURNS, MOMENTS = 60, 3, 3
+REPEATS, MOMENTS = 60, 3
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,7 @@ class Measurement:
         self.half = halves(subject, self.spaces)
         plans, self.refused = budgeted(self.spaces)
         self.plans = self.half | plans
-        # Every ratio is one to the dense model: it has several turns in each round.
-        self._dense = [f"dense {i}" for i in range(DENSE_TURNS)]
-        self._models = {name: model.eval() for name in self._dense}
+        self._models = {"dense": model.eval()}
         self._models |= {n: cut(subject, self.spaces[_rounding(n)], w) for n, w in self.plans.items()}
         self.shortest = dict.fromkeys(["dense", *self.plans], float("inf"))
         self.load: list[float] = []
@@ -146,8 +144,7 @@ class Measurement:
             self._models, example, (self.batch,), REPEATS, seconds, clock=clock, settle=1, statistic=min
         )
         for name, found in times.items():
-            known = "dense" if name in self._dense else name
-            self.shortest[known] = min(self.shortest[known], found[self.batch])
+            self.shortest[name] = min(self.shortest[name], found[self.batch])
 
 
 def facts(m: Measurement) -> dict[str, Any]:
