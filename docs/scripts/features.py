@@ -160,15 +160,19 @@ def share(rows: Sequence[dict[str, float]]) -> float:
     return float(np.mean([row["answer"] - row["rule"] for row in rows]) / gain)
 
 
+def searches(arguments: argparse.Namespace, budget: str) -> Path:
+    """The folder of what `docs/scripts/transfer.py` has found on the eight checkpoints."""
+    return arguments.runs / f"{arguments.config}-{budget}-{arguments.evaluations}" / f"trained-{len(TRAINED)}"
+
+
 def study(arguments: argparse.Namespace, budget: str) -> dict[str, list[dict[str, float]]]:
     """Every view at one budget; finished ones are taken from the record."""
     config = load_config(arguments.config, [f"budget.target={budget}"])
-    runs = arguments.runs / f"{arguments.config}-{budget}-{arguments.evaluations}" / f"trained-{len(TRAINED)}"
     record = arguments.out / f"{arguments.config}-{budget}-{arguments.networks}.json"
     known: dict[str, Any] = read_json(record) if record.exists() else {}
     if set(VIEWS) <= set(known):
         return {name: known[name] for name in VIEWS}
-    ledger = Ledger(runs / "ledger.jsonl")
+    ledger = Ledger(searches(arguments, budget) / "ledger.jsonl")
     problems = [prepare(config, model_seed=seed, name=f"model seed {seed}") for seed in TRAINED]
     for name, view in VIEWS.items():
         if name not in known:
@@ -205,7 +209,9 @@ def main() -> int:
     torch.set_num_threads(1)
     parts = [f"## {float(b):.0%} of the MACs\n\n{table(study(arguments, b))}\n" for b in arguments.budgets]
     if arguments.write:
+        asked = [read_json(searches(arguments, b) / "found.json")["asked"] for b in arguments.budgets]
         text = PAGE.format(
+            evaluations=" and ".join(sorted({str(a["evaluations"]) for a in asked})),
             config=arguments.config, budgets=" ".join(arguments.budgets), networks=arguments.networks,
             torch=torch.__version__, processor=hardware()["processor"], parts="\n".join(parts),
         )  # fmt: skip
@@ -216,7 +222,8 @@ def main() -> int:
 PAGE = """# What a policy has to see
 
 Written by `python docs/scripts/features.py --config {config} --budgets {budgets} --networks {networks} --write`
-(torch {torch}, {processor}, 1 thread), from the searches of `docs/scripts/transfer.py`.
+(torch {torch}, {processor}, 1 thread), from searches of `docs/scripts/transfer.py` with {evaluations} evaluations on
+each checkpoint.
 
 Each of the eight training checkpoints of [transfer.md](transfer.md) is left out in turn: {networks} networks are taught
 the best plans of the other seven and answer for it, without a build. What they see is changed one thing at a time. The
