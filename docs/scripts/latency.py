@@ -59,10 +59,12 @@ def subjects(evaluations: int) -> list[Subject]:
     found = []
     resnet20 = build_model("cifar_resnet20", 10, 1, arguments={"width": 16})
     mobilenet = build_model("mobilenet_v2", 10, arguments={"width_mult": 0.5})
+    googlenet = build_model("cifar_googlenet", 10, 1, arguments={"width": 0.125})
     for name, model, shape, batches in (
         ("ResNet-20, width 16, 28 px", resnet20, (1, 1, 28, 28), (1, 64)),
         ("MobileNetV2, width 0.5, 96 px", mobilenet, (1, 3, 96, 96), (1,)),
         ("ResNet-18, 224 px", build_model("resnet18", 1000), (1, 3, 224, 224), (1,)),
+        ("GoogLeNet, width 0.125, 28 px", googlenet, (1, 1, 28, 28), (1, 64)),
     ):
         found.append(Subject(name, model.eval(), torch.randn(shape), batches, {}))
     return [digits(evaluations), *found]
@@ -243,7 +245,8 @@ shapes: they stand for allocations that are not uniform, not for good ones.
 ## Budgets of latency
 
 `budget.metric: latency`: the promise is about the table's value, which never exceeds the target. "Off by" is the
-measured ratio against the target.
+measured ratio against the target. How tables are measured and fitted was settled on the other models; GoogLeNet
+has had no say in it.
 {summary}
 
 {second}
