@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,8 @@ from .pruning.surgery import prune
 
 _MODELS, _MODELS_OF_A_LARGE_ONE, _LARGE = 24, 8, 50_000_000
 _MODEL_REPEATS, _MODEL_SECONDS = 60, 14.0  # at each moment
+PARTS = 3
+"""Unknowns of the fit beside one for each size of the image: weighted layers, other layers, and the constant."""
 # Weights of the layers as measured alone, and of functions between layers that take no time.
 _LAYERS, _NOTHING = 0.1, 0.05
 
@@ -25,10 +28,14 @@ class WholeModels:
     """Whole models of many widths, timed at several moments.
 
     What a neighbour on the machine takes of the caches makes a wide model slower for a while, and a narrow one hardly.
+
+    Args:
+        unknowns: of the fit; there are at least twice as many models.
     """
 
-    def __init__(self, space: PruningSpace, model: nn.Module, inputs: Tensor) -> None:
+    def __init__(self, space: PruningSpace, model: nn.Module, inputs: Tensor, unknowns: int) -> None:
         count = _MODELS if space.dense_cost("params") < _LARGE else _MODELS_OF_A_LARGE_ONE
+        count = max(count, 2 * unknowns)
         self.widths = _random_widths(space, count)
         self._models = {str(i): _narrow(model, space, w) for i, w in enumerate(self.widths)}
         self._inputs = inputs
@@ -58,11 +65,12 @@ def calibrated(table: LatencyTable, space: PruningSpace, widths: Ints, ms: Float
     """
     from scipy.optimize import nnls
 
-    elements = sorted({t.elements for t in table.tables if t.elements})
+    elements = image_sizes(t.elements for t in table.tables)
     parts = [Calibration(1, 0), Calibration(0, 1), *(Calibration(0, 0, {e: 1.0}) for e in elements)]
     columns = [table_cost(replace(table, calibration=p), space)(widths) for p in parts]
     features = np.stack([*columns, np.ones(len(widths))], axis=1) / ms[:, None]
-    # Every column is a part of the time now; the scales are those of the largest part.
+    # Each column in parts of its largest entry: for layers, about their largest share of a model's time. The dense
+    # model counts as much as any other here; `TableCost` makes up for what it is off by.
     scale = np.maximum(features.max(axis=0), 1e-30)
     prior = np.diag([_LAYERS / scale[0], _LAYERS / scale[1], *[_NOTHING] * len(elements), 0.0])
     wanted = [_LAYERS, _LAYERS, *[0.0] * len(elements), 0.0]
@@ -76,6 +84,11 @@ def calibrated(table: LatencyTable, space: PruningSpace, widths: Ints, ms: Float
         for w, m, v in zip(widths, ms, values, strict=True)
     )
     return replace(fitted, checks=checks)
+
+
+def image_sizes(elements: Iterable[float]) -> list[float]:
+    """The distinct numbers of output elements a channel among weighted layers; others have 0."""
+    return sorted({e for e in elements if e})
 
 
 def _random_widths(space: PruningSpace, count: int) -> Ints:

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .calibration import WholeModels, calibrated
+from .calibration import PARTS, WholeModels, calibrated, image_sizes
 from .documents import check_fields, read_document
 from .errors import ArtifactError, BudgetError
 from .files import exclusive, write_json_atomic
@@ -36,8 +36,8 @@ from .workloads.data import cache_folder
 
 TABLE_FILE = "latency_table.json"
 # Part of the cache key: raise it when what or how is measured changes.
-_METHOD = 6
-# Layers and whole models are timed at several moments: a slow one lasts for seconds and may hold a whole table.
+_METHOD = 7
+# Layers and whole models are timed at several moments, each all the others apart: a slow one lasts for seconds.
 _MOMENTS = 3
 _REPEATS, _ROW_SECONDS = 7, 0.4
 # Kernels compute channels in blocks of 8 (AVX2) or 16 (AVX-512 and tensor cores): time jumps from 8 to 9, so the grid
@@ -247,7 +247,8 @@ def _measure_all(
     progress: Progress | None,
 ) -> LatencyTable:
     distinct = {p.key: p for p in planned}
-    whole, sizes = WholeModels(space, model, inputs), SpaceSizes(space)
+    unknowns = PARTS + len(image_sizes(p.elements for p in planned))
+    whole, sizes = WholeModels(space, model, inputs, unknowns), SpaceSizes(space)
     shortest = {key: np.full((len(p.outs), len(p.ins)), np.inf) for key, p in distinct.items()}
     done, total = 0, _MOMENTS * len(distinct) + 1
     for _ in range(_MOMENTS):

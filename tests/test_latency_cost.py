@@ -107,6 +107,16 @@ def test_a_projection_meets_the_target_and_no_step_more_fits(space, data, share)
             assert more[g] == found[g] or float(cost(more)) > target
 
 
+def test_the_price_of_a_unit_is_that_of_its_layers_whatever_the_dense_model_takes() -> None:
+    axis = AxisSize(0.0, np.array([1.0]))
+    nodes, into = np.array([1, 10]), np.array([3])
+    term = (LayerTable("any", nodes, into, np.array([[1.0], [10.0]]), 1.0), 1.0, 0.0, axis, None)
+    for measured in (9.3, 10.0, 10.7):
+        cost = TableCost([term], 0.0, 1, dense=(np.array([10]), measured))
+        assert float(cost(np.array([10]))) == pytest.approx(measured)
+        assert cost.unit_costs(np.array([10.0])) == pytest.approx([1.0])
+
+
 @settings(max_examples=60, deadline=None)
 @given(costs(), st.data())
 def test_an_increase_is_the_difference_of_two_costs_to_the_last_bit(space, data) -> None:

@@ -136,22 +136,40 @@ def test_functions_between_layers_are_told_apart_by_the_size_of_the_image(
     assert slopes[256.0] == pytest.approx(pooled, rel=0.1)
 
 
-def test_a_slow_moment_does_not_reach_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", range(3))
+def test_a_slow_moment_does_not_reach_the_table(
+    moment: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     fake_clock(monkeypatch)
     monkeypatch.setenv("RLPRUNE_CACHE", str(tmp_path))
     model, inputs, space = tiny()
     quiet = with_latency(space, model, inputs).costs["latency"].table
-    plain, calls = profiling._layer_times, []
+    layers, whole, calls = profiling._layer_times, calibration.measure, {"layers": 0, "whole": 0}
 
-    def slow_at_first(*args: Any) -> Any:
-        calls.append(args)
-        return plain(*args) * (2.0 if len(calls) <= len(quiet.tables) else 1.0)
+    def slow_layers(*args: Any) -> Any:
+        now = calls["layers"] // len(quiet.tables)
+        calls["layers"] += 1
+        return layers(*args) * (2.0 if now == moment else 1.0)
 
-    monkeypatch.setattr(profiling, "_layer_times", slow_at_first)
+    def slow_models(*args: Any, **settings: Any) -> Any:
+        slowness = 2.0 if calls["whole"] == moment else 1.0
+        calls["whole"] += 1
+        found = whole(*args, **settings)
+        return {name: {size: slowness * ms for size, ms in times.items()} for name, times in found.items()}
+
+    monkeypatch.setattr(profiling, "_layer_times", slow_layers)
+    monkeypatch.setattr(calibration, "measure", slow_models)
     monkeypatch.setenv("RLPRUNE_CACHE", str(tmp_path / "again"))
     busy = with_latency(space, model, inputs).costs["latency"].table
-    assert len(calls) == 3 * len(quiet.tables)
+    assert calls == {"layers": 3 * len(quiet.tables), "whole": 3}
     assert busy.to_dict() == quiet.to_dict()
+
+
+def test_there_are_twice_as_many_whole_models_as_unknowns(no_clock: None) -> None:
+    model, inputs = build("Residual", torch.float32), example(torch.float32)[:1]
+    space = trace(model, inputs)
+    assert len(calibration.WholeModels(space, model, inputs, 5).widths) == 24
+    assert len(calibration.WholeModels(space, model, inputs, 20).widths) == 40
 
 
 def test_rounding_leaves_only_reachable_grid_points(no_clock: None) -> None:
@@ -217,6 +235,9 @@ def test_a_broken_cache_file_is_measured_again(
     assert read_table(file).fingerprint == space.fingerprint
 
 
+BEYOND = "1e999"  # a JSON number that float64 has no room for
+
+
 def broken(change: str) -> dict[str, Any]:
     layer = LayerTable("any", np.array([1, 2]), np.array([3]), np.array([[1.0], [2.0]]), 1.0)
     found = LatencyTable("mark", 1, {}, (layer,), ()).to_dict()
@@ -229,7 +250,17 @@ def broken(change: str) -> dict[str, Any]:
     elif change == "negative":
         found["calibration"]["constant"] = -1.0
     elif change == "infinite":
-        found["calibration"]["dense"] = float("inf")
+        found["calibration"]["constant"] = BEYOND
+    elif change == "nothing":
+        found["calibration"]["dense"] = 0
+    elif change == "null":
+        found["calibration"]["weighted"] = None
+    elif change == "elements":
+        found["tables"][0]["elements"] = BEYOND
+    elif change == "too long":
+        found["calibration"]["dense"] = 10**400
+    elif change == "too wide":
+        found["tables"][0]["outs"] = [1, 10**30]
     elif change == "text":
         found["tables"][0]["ins"] = ["three"]
     elif change == "missing":
@@ -239,23 +270,41 @@ def broken(change: str) -> dict[str, Any]:
     return found
 
 
-def test_a_table_of_version_1_is_read() -> None:
+def test_a_table_of_version_1_is_read(tmp_path: Path) -> None:
     document = broken("")
     document["version"] = 1
     del document["calibration"]["dense"]
     document["calibration"]["element"] = 0.5
-    found = LatencyTable.from_dict(document)
-    assert found.calibration == Calibration(element={1.0: 0.5})
+    document["tables"] += [document["tables"][0] | {"elements": e} for e in (16.0, 0.0)]
+    (tmp_path / "t.json").write_text(json.dumps(document))
+    # One number for all weighted layers' elements; layers without any had none then, either.
+    assert read_table(tmp_path / "t.json").calibration == Calibration(element={1.0: 0.5, 16.0: 0.5})
 
 
-@pytest.mark.parametrize(
-    "change", ["falls", "grid", "layer", "negative", "infinite", "text", "missing", "newer"]
-)
+# The reason that a person sees, for each damage.
+DAMAGES = {
+    "falls": "never fall",
+    "grid": "does not fit",
+    "layer": "without a table",
+    "negative": "is negative",
+    "infinite": "not finite",
+    "nothing": "more than 0 ms",
+    "null": "damaged",
+    "elements": "elements must be finite",
+    "too long": "damaged",
+    "too wide": "damaged",
+    "text": "damaged",
+    "missing": "machine",
+    "newer": "version",
+}
+
+
+@pytest.mark.parametrize("change", DAMAGES)
 def test_a_damaged_table_is_refused_in_one_line(change: str, tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text(json.dumps(broken("")))
     assert read_table(tmp_path / "t.json").tables[0].outs.tolist() == [1, 2]
-    (tmp_path / "t.json").write_text(json.dumps(broken(change)))
-    with pytest.raises(ArtifactError, match="t.json") as error:
+    (tmp_path / "t.json").write_text(json.dumps(broken(change)).replace(f'"{BEYOND}"', BEYOND))
+    with pytest.raises(ArtifactError, match=f"t.json.*{DAMAGES[change]}") as error:
         read_table(tmp_path / "t.json")
     assert "\n" not in str(error.value)
 

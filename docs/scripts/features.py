@@ -207,9 +207,12 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="write the page from what is there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    records = [searches(arguments, budget) / "found.json" for budget in arguments.budgets]
+    if missing := [str(record) for record in records if not record.exists()]:
+        raise SystemExit(f"{', '.join(missing)}: not there yet; docs/scripts/transfer.py searches first")
+    asked = [read_json(record)["asked"] for record in records]
     parts = [f"## {float(b):.0%} of the MACs\n\n{table(study(arguments, b))}\n" for b in arguments.budgets]
     if arguments.write:
-        asked = [read_json(searches(arguments, b) / "found.json")["asked"] for b in arguments.budgets]
         text = PAGE.format(
             evaluations=" and ".join(sorted({str(a["evaluations"]) for a in asked})),
             config=arguments.config, budgets=" ".join(arguments.budgets), networks=arguments.networks,

@@ -230,7 +230,7 @@ TEXT = """# Latency
 Written by `{command}`: {threads} thread(s), {machine}; torch {torch}, Python {python}, float32.
 Load of the machine (1 minute) during the run: {low:.1f} to {high:.1f} on {cores} cores, other work on the machine.
 Every figure is the ratio to the dense model of the shortest of at most {repeats} passes at each of {moments} moments,
-minutes apart; in every round all models of
+with all other lines measured in between; in every round all models of
 one line's model and batch size take turns, each timed pass right after an untimed one; {clock}.
 The process has freed a large block before (`rlprune.memory.settle_heap`): a young one pays for its pages in every pass.
 Absolute milliseconds are shown for scale only. Took {minutes:.1f} minutes, {tables:.0f} s of them for the tables.

@@ -29,6 +29,9 @@ class Cost(Protocol):
     def increase(self, widths: Floats, steps: Floats) -> Floats:
         """Cost added by widening one group at a time; shapes (..., G), (..., G) -> (..., G)."""
 
+    def unit_costs(self, widths: Floats) -> Floats:
+        """Cost of one unit of each group at these widths, to compare groups by; (..., G) -> (..., G)."""
+
     def root(self, start: Floats, end: Floats, target: float) -> Floats:
         """The t in [0, 1], shape (N,), with ``cost(start + t (end - start)) = target``; rows (N, G) that fall."""
 
@@ -62,6 +65,10 @@ class CostFormula:
         """Cost added by widening one group at a time; shapes (..., G), (..., G) -> (..., G)."""
         slope = self.linear + 2.0 * (widths @ self.quadratic)
         return steps * slope + steps**2 * np.diagonal(self.quadratic)
+
+    def unit_costs(self, widths: Floats) -> Floats:
+        """What one unit less of each group saves; (..., G) -> (..., G)."""
+        return -self.increase(widths, -np.ones_like(widths))
 
     def root(self, start: Floats, end: Floats, target: float) -> Floats:
         """The t in [0, 1], shape (N,), with ``cost(start + t (end - start)) = target``: a quadratic's root."""

@@ -25,7 +25,7 @@ _NO_AXIS = -1
 class TableCost:
     """Milliseconds of a model as a sum over its layers, interpolated bilinearly; a ``pruning.cost.Cost``.
 
-    The dense model is an exception to its layers: all its widths are multiples of what kernels compute at once, so
+    The dense model is an exception to its layers: its widths are mostly multiples of what kernels compute at once, so
     it is some percent faster than wide models with other widths say, and ratios to it would all be off by that.
     Where its measured time is known, sums in the last part below it (``_BEND``) are stretched or squeezed on a
     straight line so that the dense model takes what was measured.
@@ -94,6 +94,18 @@ class TableCost:
 
     def increase(self, widths: Floats, steps: Floats) -> Floats:
         """Cost added by widening one group at a time; shapes (..., G), (..., G) -> (..., G)."""
+        sums, change = self._changes(widths, steps)
+        return self._bent(sums + change) - self._bent(sums)
+
+    def unit_costs(self, widths: Floats) -> Floats:
+        """What the layers of one unit less of each group save, without the exception for the dense model.
+
+        Its line next to the dense model may be steep or flat; a unit's price there would not hold any further.
+        """
+        return -self._changes(widths, -np.ones_like(widths))[1]
+
+    def _changes(self, widths: Floats, steps: Floats) -> tuple[Floats, Floats]:
+        """The sum (..., 1) at these widths and what each step adds to it (..., G)."""
         sizes, layers, groups = self.sizes(widths), self._pair_layers, self._pair_groups
         now = self._lookup(sizes[0], sizes[1], slice(None))
         wider = [
@@ -101,8 +113,7 @@ class TableCost:
             for side in (0, 1)
         ]
         change = (self._lookup(wider[0], wider[1], layers) - now[..., layers]) @ self._owner
-        sums = (now.sum(axis=-1) + self.constant)[..., None]
-        return self._bent(sums + change) - self._bent(sums)
+        return (now.sum(axis=-1) + self.constant)[..., None], change
 
     def root(self, start: Floats, end: Floats, target: float) -> Floats:
         """The smallest t in [0, 1], (N,), with ``cost(start + t (end - start)) <= target``, by bisection."""

@@ -96,7 +96,8 @@ class LatencyTable:
             "fingerprint": self.fingerprint,
             "batch_size": self.batch_size,
             "machine": dict(self.machine),
-            "calibration": asdict(self.calibration),
+            "calibration": asdict(self.calibration)
+            | {"element": {str(k): v for k, v in self.calibration.element.items()}},
             "tables": tables,
             "layers": [asdict(use) for use in self.layers],
             "checks": [dict(check) for check in self.checks],
@@ -129,7 +130,7 @@ class LatencyTable:
                 calibration,
                 tuple(data["checks"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ArtifactError(f"latency table: damaged ({type(error).__name__}: {error})") from None
         _check(found)
         return found
@@ -137,7 +138,7 @@ class LatencyTable:
 
 def _calibration(data: Mapping[str, Any], tables: Sequence[LayerTable]) -> Calibration:
     """Of a document; version 1 had one number for the elements of all layers."""
-    plain = {k: float(v) for k, v in data.items() if k != "element" and v is not None}
+    plain = {k: float(v) for k, v in data.items() if k != "element" and (k, v) != ("dense", None)}
     element = data.get("element", {})
     if not isinstance(element, Mapping):
         element = {t.elements: element for t in tables if t.elements}
@@ -153,6 +154,10 @@ def _check(table: LatencyTable) -> None:
         falls = any((np.diff(ms, axis=a) < 0).any() for a in (0, 1))
         if not np.isfinite(ms).all() or (ms < 0).any() or falls:
             raise ArtifactError(f"latency table: {t.kind}: values must be finite, 0 and more, and never fall")
+        if not 0 <= t.elements < np.inf:
+            raise ArtifactError(
+                f"latency table: {t.kind}: elements must be finite, 0 and more, not {t.elements}"
+            )
     if any(not 0 <= use.table < len(table.tables) or use.calls < 1 for use in table.layers):
         raise ArtifactError("latency table: damaged (a layer without a table)")
     c = table.calibration
@@ -161,6 +166,8 @@ def _check(table: LatencyTable) -> None:
         raise ArtifactError("latency table: a calibration factor is not finite")
     if min(numbers) < 0:
         raise ArtifactError("latency table: a calibration factor is negative")
+    if c.dense == 0:
+        raise ArtifactError("latency table: the dense model takes more than 0 ms")
 
 
 def monotone(values: Floats, rounds: int = 100) -> Floats:

@@ -169,9 +169,11 @@ class PruningSpace:
         return project(distribution, target, formula(self.costs, metric), self.limits, metric=metric)
 
     def unit_costs(self, widths: Any, metric: str = "macs") -> Floats:
-        """Cost saved by taking one unit from each group at these widths; shape (G,) -> (G,)."""
-        w = self._checked(widths).astype(np.float64)
-        return -formula(self.costs, metric).increase(w, -np.ones_like(w))
+        """Cost saved by taking one unit from each group at these widths; shape (G,) -> (G,).
+
+        For latency, what the layers take less: the exception for the dense model (``TableCost``) is left out.
+        """
+        return formula(self.costs, metric).unit_costs(self._checked(widths).astype(np.float64))
 
     def with_rounding(self, round_to: int = 1, minimum: int = 1) -> PruningSpace:
         """The same space whose kept channels are multiples of ``round_to`` and at least ``minimum``."""
