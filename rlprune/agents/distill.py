@@ -7,7 +7,7 @@ between the budgets that were searched on plans in between, so that the policy i
 
 Of one checkpoint the plans are wanted exactly. Of several, what they have in common is wanted (`common`): a new network
 takes the place of the one that PPO has trained, learns several good plans of each, and sees the importances of
-their units, which tell a checkpoint rather than a layer, through noise.
+their units and the probes, which tell a checkpoint rather than a layer, through noise.
 
 Shape legend: G groups, K budgets.
 """
@@ -29,10 +29,10 @@ from ..envs.task import ACTION_SCALE, BASE_FLOOR, Floats, Ints, Task
 from .policy import GroupNetwork, GroupPolicy
 
 _STEPS = 2000
-# Of several checkpoints: steps, plans of each, deviation of the noise on the columns of their importances. Chosen on
+# Of several checkpoints: steps, plans of each, deviation of the noise on the columns that are their own. Chosen on
 # the eight training checkpoints of docs/transfer.md at 30% of the MACs, each left out in turn.
 _COMMON_STEPS, COMMON_PLANS, _NOISE = 1000, 5, 0.5
-_OWN = [i for i, name in enumerate(FEATURES) if "importance" in name]
+_OWN = [i for i, name in enumerate(FEATURES) if "importance" in name or "sensitivity" in name]
 # At most; a few seconds each.
 _ROUNDS = 3
 _LEARNING_RATE = 2e-3
@@ -133,11 +133,12 @@ def _regress(
     optimizer = torch.optim.Adam(trained, lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     mask = observations[..., :1]
+    own = [i for i in _OWN if observations[..., i].any()]  # a policy without probes has zeros there
     for _ in range(steps):
         seen = observations
         if noise:
             seen = observations.clone()
-            seen[..., _OWN] += noise * mask * torch.randn(*mask.shape[:-1], len(_OWN))
+            seen[..., own] += noise * mask * torch.randn(*mask.shape[:-1], len(own))
         error = _means(policy, seen) - actions
         # Distributions ignore a common shift, and so does the loss.
         shift = (error * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True)
