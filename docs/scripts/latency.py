@@ -2,10 +2,10 @@
 
     python docs/scripts/latency.py [--threads 1] [--seconds 12] [--evaluations 60]
 
-For each model and batch size all cut models and the dense one run in turns, in one process; figures are ratios to
-the dense model. With one thread the clock is the processor time of the thread, which other work on the machine
-does not lengthen (`rlprune.latency.quiet_clock`); the machine's load is written down. Weights do not change a
-model's speed: only digits is trained, for its PPO plan.
+For each model and batch size all cut models and the dense one run in turns, at three moments in a process each; figures
+are ratios to the dense model. With one thread the clock is the processor time of the thread, which other work on the
+machine does not lengthen (`rlprune.latency.quiet_clock`); the machine's load is written down. Weights do not change
+a model's speed: only digits is trained, for its PPO plan.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import json
 import os
 import platform
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +121,7 @@ def cut(subject: Subject, space: PruningSpace, widths: np.ndarray) -> nn.Module:
 
 
 class Measurement:
-    """All plans of one model at one batch size; they are timed in turns, at several moments (`time`)."""
+    """All plans of one model at one batch size; they are timed in turns, at several moments (`moment`)."""
 
     def __init__(self, subject: Subject, batch: int) -> None:
         started = time.perf_counter()
@@ -138,15 +140,30 @@ class Measurement:
         self.shortest = dict.fromkeys(["dense", *self.plans], float("inf"))
         self.load: list[float] = []
 
-    def time(self, seconds: float) -> None:
-        """One of the moments."""
+    def time(self, seconds: float) -> dict[str, float]:
+        """{plan: milliseconds of its shortest pass}, now and in this process."""
         clock, example = quiet_clock(self.subject.example.device), self.subject.example
-        self.load.append(os.getloadavg()[0])
         times = measure(
             self._models, example, (self.batch,), REPEATS, seconds, clock=clock, settle=1, statistic=min
         )
-        for name, found in times.items():
-            self.shortest[name] = min(self.shortest[name], found[self.batch])
+        return {name: found[self.batch] for name, found in times.items()}
+
+    def add(self, load: float, times: dict[str, float]) -> None:
+        """What one moment found."""
+        self.load.append(load)
+        self.shortest = {name: min(ms, times[name]) for name, ms in self.shortest.items()}
+
+
+def measurements(evaluations: int, threads: int) -> list[Measurement]:
+    """The same in every process, once the tables are in the cache."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    return [Measurement(subject, b) for subject in subjects(evaluations) for b in subject.batches]
+
+
+def moment(evaluations: int, threads: int, seconds: float) -> list[tuple[float, dict[str, float]]]:
+    """Loads and times of every measurement."""
+    return [(os.getloadavg()[0], m.time(seconds)) for m in measurements(evaluations, threads)]
 
 
 def facts(m: Measurement) -> dict[str, Any]:
@@ -230,10 +247,11 @@ TEXT = """# Latency
 Written by `{command}`: {threads} thread(s), {machine}; torch {torch}, Python {python}, float32.
 Load of the machine (1 minute) during the run: {low:.1f} to {high:.1f} on {cores} cores, other work on the machine.
 Every figure is the ratio to the dense model of the shortest of at most {repeats} passes at each of {moments} moments,
-with all other lines measured in between; in every round all models of
+each in a process of its own, with all other lines measured in between; in every round all models of
 one line's model and batch size take turns, each timed pass right after an untimed one; {clock}.
 The process has freed a large block before (`rlprune.memory.settle_heap`): a young one pays for its pages in every pass.
-Absolute milliseconds are shown for scale only. Took {minutes:.1f} minutes, {tables:.0f} s of them for the tables.
+Absolute milliseconds are shown for scale only. Took {minutes:.1f} minutes, {tables:.0f} s of them
+for the tables (none for what the cache had).
 
 ## Half of the MACs is not half of the time
 
@@ -299,17 +317,16 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=60, help="of the PPO search on digits")
     parser.add_argument("--doc", type=Path, default=DOCS / "latency.md")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
     started = time.perf_counter()
-    measurements = [
-        Measurement(subject, b) for subject in subjects(args.evaluations) for b in subject.batches
-    ]
-    for moment in range(MOMENTS):
-        for m in measurements:
-            m.time(args.seconds)
-        write([facts(m) for m in measurements], args, time.perf_counter() - started)
-        print(f"moment {moment + 1} of {MOMENTS}: {time.perf_counter() - started:.0f} s", flush=True)
+    cells = measurements(args.evaluations, args.threads)
+    for number in range(MOMENTS):
+        # Where a process's tensors happen to lie on its heap makes some models slower for as long as it lives.
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            found = pool.submit(moment, args.evaluations, args.threads, args.seconds).result()
+        for cell, (load, times) in zip(cells, found, strict=True):
+            cell.add(load, times)
+        write([facts(cell) for cell in cells], args, time.perf_counter() - started)
+        print(f"moment {number + 1} of {MOMENTS}: {time.perf_counter() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
