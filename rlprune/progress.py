@@ -58,7 +58,10 @@ class Console:
             self.close()
             self._phase = phase
             if self.visible:
-                self._bar = tqdm(total=total, desc=phase, file=_stderr(), leave=True, dynamic_ncols=True)
+                # What was done before the bar appeared says nothing about the pace.
+                self._bar = tqdm(
+                    total=total, initial=done, desc=phase, file=_stderr(), leave=True, dynamic_ncols=True
+                )
         if self._bar is not None:
             self._bar.set_postfix_str(facts, refresh=False)
             self._bar.update(done - self._bar.n)
