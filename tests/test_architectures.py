@@ -14,7 +14,7 @@ import rlprune
 
 SCRIPT = Path(__file__).parent.parent / "docs" / "scripts" / "architectures.py"
 FAST = ("cifar_resnet20", "resnet18", "mobilenet_v3_small", "squeezenet1_1", "regnet_y_400mf", "googlenet")
-REFUSED = ("shufflenet_v2_x1_0", "swin_t")
+REFUSED = ("shufflenet_v2_x1_0", "swin_t", "timm:convnextv2_atto")
 
 
 def _script() -> ModuleType:
@@ -58,6 +58,15 @@ def test_channel_shuffle_is_refused_in_one_line() -> None:
     with pytest.raises(rlprune.GraphError) as error:
         script.examine("shufflenet_v2_x1_0")
     assert "\n" not in str(error.value) and "ShuffleNetV2" in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_norm_over_the_channels_of_the_whole_image_is_refused_in_one_line() -> None:
+    pytest.importorskip("timm")
+    # GlobalResponseNorm divides by the mean over all channels: a cut changes what is kept.
+    with pytest.raises(rlprune.GraphError, match="differs from the masked dense model") as error:
+        script.examine("timm:convnextv2_atto")
+    assert "\n" not in str(error.value) and "ConvNeXt" in str(error.value)
 
 
 def test_tracing_that_explodes_is_stopped_by_its_limit() -> None:
