@@ -320,7 +320,7 @@ def main() -> None:
     started = time.perf_counter()
     cells = measurements(args.evaluations, args.threads)
     for number in range(MOMENTS):
-        # Where a process's tensors happen to lie on its heap makes some models slower for as long as it lives.
+        # In one process some models stayed slower from moment to moment, probably for where their tensors lie.
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             found = pool.submit(moment, args.evaluations, args.threads, args.seconds).result()
         for cell, (load, times) in zip(cells, found, strict=True):
