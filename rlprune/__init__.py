@@ -16,13 +16,12 @@ if TYPE_CHECKING:
     from . import agents, artifacts, config, evaluation, pruning, rules, workloads
     from .agents import agent
     from .agents.policy import load_policy
-    from .artifacts import load, save
+    from .api import load, save, trace
     from .config import Config, load_config
     from .pruning import importance, recovery
     from .pruning.plan import Plan, make_plan
     from .pruning.space import Group, PruningSpace
     from .pruning.surgery import masked, prune
-    from .pruning.tracing import trace
     from .rules import Context, rule
     from .workloads import Workload, build_workload
 
@@ -37,15 +36,15 @@ _NAMES = {
     "Workload": "workloads",
     "agent": "agents",
     "build_workload": "workloads",
-    "load": "artifacts",
+    "load": "api",
     "load_config": "config",
     "load_policy": "agents.policy",
     "make_plan": "pruning.plan",
     "masked": "pruning.surgery",
     "prune": "pruning.surgery",
     "rule": "rules",
-    "save": "artifacts",
-    "trace": "pruning.tracing",
+    "save": "api",
+    "trace": "api",
 }
 _MODULES = {
     "agents": "agents",

@@ -2,22 +2,21 @@
 
 A pruned model's folder holds `model.safetensors` and `plan.json`. Loading builds the dense
 architecture (from an allow-list, or the model passed in), puts the small tensors in by name and sets the
-integer attributes that surgery changed: nothing is traced and no code is named by the files. The folder of
-a language model also holds what transformers needs to load it alone (`pretrained`).
+integer attributes that surgery changed: nothing is traced and no code is named by the files. An adapter may add what
+other tools need to load the folder alone.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.metadata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import pretrained
 from .documents import PLAN_FILE, VERSION, check_fields, is_count, read_document, read_plan
 from .errors import ArtifactError, near_miss
 from .files import (
@@ -32,22 +31,20 @@ from .files import (
 from .pruning.plan import Plan
 from .pruning.surgery import attributes, axis_indices
 from .pruning.tracing import fingerprint
-from .tensorfiles import MAX_SHARD_SIZE, Entry, parse_size, write_checkpoint
-from .workloads.identify import identify
-from .workloads.zoo import rebuild
 
 __all__ = [
     "PLAN_FILE",
     "POLICY_VERSION",
     "VERSION",
-    "load",
+    "example_of",
+    "load_pruned",
     "lock_run",
     "read_json",
     "read_plan",
     "read_policy_files",
     "read_tensors",
-    "save",
     "save_policy",
+    "save_pruned",
     "write_json_atomic",
     "write_tensors_atomic",
     "write_text_atomic",
@@ -68,98 +65,22 @@ _LIBRARIES = (
 )
 
 
-def save(
-    slim: nn.Module,
-    plan: Plan,
-    directory: str | Path,
-    *,
-    base: Mapping[str, Any] | None = None,
-    tokenizer: Any = None,
-    max_shard_size: str | int = MAX_SHARD_SIZE,
-) -> Path:
-    """Write a pruned model into a folder, which is replaced as a whole or not at all.
-
-    A causal language model of transformers also gets config.json with the sizes of each layer, the code that
-    ``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`` needs, and its generation config.
+def save_pruned(slim: nn.Module, plan: Plan, directory: str | Path, base: Mapping[str, Any]) -> None:
+    """Write the tensors and the plan of a pruned model into a folder, which is replaced as a whole or not at all.
 
     Args:
-        slim: what `rlprune.prune(model, plan)` made, fine-tuned or not.
-        plan: the plan it was made with.
-        directory: new, empty, or an earlier pruned model of ours.
-        base: how to build the dense architecture, ``{"source", "name", "arguments"}`` (a workload's
-            `.base`). Without it, models of torchvision, timm and our zoo are recognised; for others the
-            folder says that `load` needs ``base=model``. For language models only its "name" is used.
-        tokenizer: the language model's tokenizer, or a folder that has one; its files are written beside it.
-        max_shard_size: language models above it ("5GB", "500MB") are written as several files.
+        base: how to build the dense architecture, ``{"source", "name", "arguments"}``; {"source": "given"} means
+            that loading needs the model.
 
     Raises ArtifactError: tensors that do not fit the plan, NaN weights, or a folder that cannot be written.
     """
-    if pretrained.is_language_model(slim):
-        return _save_language_model(slim, plan, directory, base, tokenizer, max_shard_size)
-    if tokenizer is not None:
-        raise ArtifactError(f"save: a tokenizer was given, but {type(slim).__name__} is no language model")
     tensors = {name: tensor.detach() for name, tensor in slim.state_dict().items()}
     _refuse_nan(tensors, "the model")
-    _check_against_plan(tensors, plan)
-    if base is None:
-        params = plan.space.dense_cost("params")
-        base = identify(slim, plan.space.fingerprint, params, attributes(plan.space, plan))
-    source = dict(base) if base is not None else {"source": "given"}
-    document = plan_document(plan, source, {name: tensor.shape for name, tensor in tensors.items()})
+    check_against_plan(tensors, plan)
+    document = plan_document(plan, base, {name: tensor.shape for name, tensor in tensors.items()})
     with replacing_folder(directory, PLAN_FILE) as folder:
         write_tensors_atomic(folder / MODEL_FILE, tensors, {"format": "pt", "rlprune": str(VERSION)})
         write_json_atomic(folder / PLAN_FILE, document)
-    return Path(directory)
-
-
-def _save_language_model(
-    slim: nn.Module,
-    plan: Plan,
-    directory: str | Path,
-    base: Mapping[str, Any] | None,
-    tokenizer: Any,
-    max_shard_size: str | int,
-) -> Path:
-    tensors = slim.state_dict()
-    stored = pretrained.stored_entries(slim)
-
-    def stream(names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        for name in names:
-            pretrained.refuse_nan(name, tensors[name], "the model")
-            yield name, tensors[name]
-
-    return write_language_model(slim, plan, directory, stored, stream, base, tokenizer, max_shard_size)
-
-
-def write_language_model(
-    slim: nn.Module,
-    plan: Plan,
-    directory: str | Path,
-    stored: Mapping[str, Entry],
-    stream: Callable[[Sequence[str]], Iterator[tuple[str, Tensor]]],
-    base: Mapping[str, Any] | None = None,
-    tokenizer: Any = None,
-    max_shard_size: str | int = MAX_SHARD_SIZE,
-) -> Path:
-    """The folder of a language model whose tensors come from a stream; ``slim`` may be on ``meta``.
-
-    Args:
-        stored: the tensors to write, in order; of tied ones the first.
-        stream: gives (name, tensor) for a list of these names.
-    """
-    parse_size(max_shard_size)
-    _check_against_plan(slim.state_dict(), plan)
-    dense = pretrained.dense_config(slim, plan.space.fingerprint)
-    config = pretrained.pruned_config(slim, dense)
-    source = {"source": pretrained.SOURCE, "name": (base or {}).get("name"), "config": dense}
-    document = plan_document(plan, source, {name: entry.shape for name, entry in stored.items()})
-    document |= pretrained.plan_fields(slim, config)
-    with replacing_folder(directory, PLAN_FILE) as folder:
-        metadata = {"format": "pt", "rlprune": str(VERSION)}
-        write_checkpoint(folder, stored, stream, max_shard_size, metadata)
-        pretrained.write_side_files(folder, config, slim, tokenizer)
-        write_json_atomic(folder / PLAN_FILE, document)
-    return Path(directory)
 
 
 def plan_document(plan: Plan, base: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
@@ -177,37 +98,34 @@ def plan_document(plan: Plan, base: Mapping[str, Any], shapes: Mapping[str, Sequ
     }
 
 
-def load(directory: str | Path, base: nn.Module | None = None) -> nn.Module:
-    """The pruned model in a folder, on the CPU, in eval mode.
+def load_pruned(
+    folder: Path,
+    document: Mapping[str, Any],
+    base: nn.Module | None,
+    rebuild: Callable[[Mapping[str, Any]], nn.Module],
+) -> nn.Module:
+    """The pruned model that `save_pruned` wrote, on the CPU, in eval mode.
 
     Args:
-        base: the dense model, where the file cannot say how to build it (a model of your own); it is
-            not changed, and only its architecture counts.
+        document: the content of its plan.json.
+        base: the dense model, where the file cannot say how to build it; it is not changed.
+        rebuild: builds the dense architecture from the document's ``base``.
 
-    Raises ArtifactError: missing, truncated, foreign or newer files, tensors that do not fit the plan or
-    the base, NaN weights.
+    Raises ArtifactError: missing, truncated or foreign tensors, or ones that do not fit the plan or the base.
     """
-    folder = Path(directory)
-    document = read_plan(folder)
-    if document["base"].get("source") == pretrained.SOURCE:
-        _check_base(base, document, folder)
-        _check_roots(document["tensors"], document, str(folder / PLAN_FILE))
-        return pretrained.load_folder(folder, document).cpu().eval()  # type: ignore[no-any-return]
     tensors = read_tensors(folder / MODEL_FILE)
     where = str(folder / MODEL_FILE)
     _check_tensors(tensors, document, where)
     _refuse_nan(tensors, where)
-    if base is None:
-        model = rebuild(document["base"])
-    else:
-        model = copy.deepcopy(base)
-    _check_base(model, document, folder)
+    model = rebuild(document["base"]) if base is None else copy.deepcopy(base)
+    check_base(model, document, folder)
     _put_tensors(model, tensors, where)
     _set_attributes(model, document["attributes"], str(folder / PLAN_FILE))
     return model.cpu().eval()
 
 
-def _check_base(model: nn.Module | None, document: Mapping[str, Any], folder: Path) -> None:
+def check_base(model: nn.Module | None, document: Mapping[str, Any], folder: Path) -> None:
+    """ArtifactError where a dense model that was given is of another architecture than the saved one."""
     if model is None:
         return
     found = fingerprint(model)
@@ -216,6 +134,14 @@ def _check_base(model: nn.Module | None, document: Mapping[str, Any], folder: Pa
             f"{folder}: was made from another architecture than {type(model).__name__} as given "
             f"(fingerprint {document['fingerprint']}, here {found})"
         )
+
+
+def example_of(document: Mapping[str, Any]) -> Tensor:
+    """One zero sample of the shape that plan.json records; ArtifactError where it records none."""
+    shape = document.get("input")
+    if not shape:
+        raise ArtifactError("plan.json: does not say the input's shape; give CONFIG")
+    return torch.zeros(1, *shape[1:])
 
 
 def save_policy(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], directory: str | Path) -> Path:
@@ -278,7 +204,7 @@ def _roots(plan: Plan) -> dict[str, dict[str, Any]]:
     return roots
 
 
-def _check_against_plan(tensors: Mapping[str, Tensor], plan: Plan) -> None:
+def check_against_plan(tensors: Mapping[str, Tensor], plan: Plan) -> None:
     """Every tensor that the plan cuts has the size that the plan gives it."""
     indices = axis_indices(plan.space, plan.kept)
     for cut in plan.space.cuts:
@@ -308,10 +234,10 @@ def _check_tensors(tensors: Mapping[str, Tensor], document: Mapping[str, Any], w
             raise ArtifactError(
                 f"{where}: {name!r} has shape {list(tensor.shape)}, the JSON says {listed[name]}"
             )
-    _check_roots({name: tensor.shape for name, tensor in tensors.items()}, document, where)
+    check_roots({name: tensor.shape for name, tensor in tensors.items()}, document, where)
 
 
-def _check_roots(shapes: Mapping[str, Sequence[int]], document: Mapping[str, Any], where: str) -> None:
+def check_roots(shapes: Mapping[str, Sequence[int]], document: Mapping[str, Any], where: str) -> None:
     """The tensors' sizes are those that the groups' kept units give them."""
     widths = {group["name"]: len(group["kept"]) for group in document.get("groups", [])}
     for name, root in document.get("roots", {}).items():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .config import Config, settings_reference, shipped_configs
 from .errors import ConfigError, near_miss
 from .search_settings import SB3Config
+
+if TYPE_CHECKING:
+    from .pruning.importance import Importance
 
 KINDS = ("models", "rules", "agents", "importances", "recoveries", "data", "configs", "settings")
 
@@ -36,10 +39,7 @@ def rows(kind: str) -> list[tuple[str, str]]:
 
         return [(name, agent.summary) for name, agent in AGENTS.items()]
     if kind == "importances":
-        from .pruning.importance import IMPORTANCES, LANGUAGE_IMPORTANCES
-
-        found = {**IMPORTANCES, **LANGUAGE_IMPORTANCES}
-        return [(name, _first_line(function)) for name, function in found.items()]
+        return [(name, found.summary) for name, found in _importances().items()]
     from .pruning.recovery import RECOVERIES
 
     return list(RECOVERIES.items())
@@ -48,11 +48,10 @@ def rows(kind: str) -> list[tuple[str, str]]:
 def check_names(config: Config) -> None:
     """Refuse unknown names at once, not after minutes of training; raises ConfigError with the near miss."""
     from .agents import AGENTS, make_agent
-    from .pruning.importance import IMPORTANCES, LANGUAGE_IMPORTANCES
     from .rules import RULES
 
     wanted = [
-        ("prune.importance", config.prune.importance, [*IMPORTANCES, *LANGUAGE_IMPORTANCES]),
+        ("prune.importance", config.prune.importance, list(_importances())),
         ("search.agent", config.search.agent, list(AGENTS)),
         ("search.base_rule", config.search.base_rule, ["auto", *RULES]),
         *((f"search.baselines[{i}]", name, list(AGENTS)) for i, name in enumerate(config.search.baselines)),
@@ -67,28 +66,37 @@ def check_names(config: Config) -> None:
         make_agent("sb3", config.search)  # which knows the algorithm's arguments
 
 
-def check_side(config: Config, rules: Sequence[str] = ()) -> None:
-    """Refuse, before a classifier is trained, what only language models have; raises ConfigError."""
-    from .pruning.importance import IMPORTANCES
+def check_wing(config: Config, rules: Sequence[str] = ()) -> None:
+    """Refuse, before anything is trained, what the models of the config's wing do not have; raises ConfigError."""
     from .rules import RULES
-    from .workloads.causal import is_causal
+    from .workloads.adapter import adapter_named, adapters
+    from .workloads.build import expected_adapter
 
-    if config.workload is not None or is_causal(config.model.name):
+    adapter = expected_adapter(config)
+    if adapter is None:
         return
-    common = [name for name, rule in RULES.items() if not rule.language]
-    steps = ["none", "reconstruct", "bn", "finetune"]
-    wanted = [("prune.importance", config.prune.importance, list(IMPORTANCES))]
-    wanted += [("recovery.steps", step, steps) for step in config.recovery.steps]
-    wanted += [("rule", rule, common) for rule in (config.search.base_rule, *rules) if rule in RULES]
-    for field, name, allowed in wanted:
-        if name not in allowed:
+    importances, wing = _importances(), adapter.wing
+    settings = [("prune.importance", config.prune.importance, {n: i.wing for n, i in importances.items()})]
+    known = {name: rule.wing for name, rule in RULES.items()}
+    settings += [("rule", rule, known) for rule in (config.search.base_rule, *rules) if rule in RULES]
+    steps = {s: None if s in adapter.recovery_steps else a.wing for a in adapters() for s in a.recovery_steps}
+    settings += [("recovery.steps", step, steps) for step in config.recovery.steps]
+    for field, name, wings in settings:
+        owner = wings.get(name)
+        if owner not in (None, wing):
+            allowed = ", ".join(n for n, w in wings.items() if w in (None, wing))
             raise ConfigError(
-                f"{field}: {name!r} is for language models only; allowed here: {', '.join(allowed)}"
+                f"{field}: {name!r} is for {adapter_named(owner).models} only; allowed here: {allowed}"
             )
 
 
-def _first_line(function: Callable[..., Any]) -> str:
-    return (function.__doc__ or "").strip().partition("\n")[0]
+def _importances() -> dict[str, Importance]:
+    """Every registered importance; the wings register theirs when they are imported."""
+    from .pruning.importance import IMPORTANCES
+    from .workloads.adapter import adapters
+
+    adapters()
+    return IMPORTANCES
 
 
 def _first_comment(path: Path) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .catalogue import KINDS, check_side, rows
+from .catalogue import KINDS, check_wing, rows
 from .errors import ConfigError
 from .options import (
     add_config,
@@ -134,7 +134,7 @@ def _add_benchmark(commands: Any) -> None:
 def _benchmark(args: argparse.Namespace) -> None:
     config = read_config(args)
     check_packages(config, config.finish.steps)
-    check_side(config, args.methods or ())
+    check_wing(config, args.methods or ())
     from . import benchmark
 
     out = args.out or Path("runs") / f"{config.name}-benchmark"
@@ -227,15 +227,10 @@ def _add_export(commands: Any) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     existing_folder(args.directory, "DIR")
-    if args.to == "hf":
-        from . import uniform
-
-        written, needs = uniform.export_folder(args.directory, args.out)
-        print(f"written: {written} ({needs})")
-        return
     from . import export
 
-    print(f"written: {export.export(args.directory, args.to, args.out)}")
+    written = export.export(args.directory, args.to, args.out)
+    print(f"written: {written.path}" + (f" ({written.needs})" if written.needs else ""))
 
 
 def _add_report(commands: Any) -> None:

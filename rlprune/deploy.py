@@ -14,7 +14,6 @@ import numpy as np
 from .agents.experience import Experience, agreed, can_build
 from .agents.experience import builds as builds_of
 from .agents.policy import PortablePolicy, load_policy
-from .artifacts import save
 from .config import Config
 from .errors import ConfigError
 from .ledger import Ledger
@@ -183,8 +182,7 @@ def prune_stages(config: Config, rule: str, budget: Any, stages: int, steps: int
         problem, rule, stages=stages, steps=steps, seed=config.seed, out=state, console=console
     )
     console.close()
-    tokenizer = getattr(problem.workload, "tokenizer", None)
-    save(found.model, found.plan, out, base=problem.workload.base, tokenizer=tokenizer)
+    problem.workload.save(found.model, found.plan, out)
     shutil.rmtree(state, ignore_errors=True)
     total, name = problem.space.dense_cost(problem.metric), problem.workload.metric_name
     lines = [f"{'stage':<8} {problem.metric + ' kept':>18} {'loss':>8} {name:>10}"]
@@ -203,9 +201,8 @@ def _with_budget(config: Config, budget: Any) -> Config:
 def _save(problem: Problem, widths: Any, origin: dict[str, Any], out: Path) -> Any:
     """Write the pruned and recovered model of ``widths``, and return it."""
     plan = problem.evaluator.plan(widths, origin)
-    tokenizer = getattr(problem.workload, "tokenizer", None)
     slim = problem.evaluator.build(widths)
-    save(slim, plan, out, base=problem.workload.base, tokenizer=tokenizer)
+    problem.workload.save(slim, plan, out)
     return slim
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,19 +20,17 @@ from .config import RecoveryConfig, ScoreConfig
 from .errors import BudgetError, ConfigError
 from .expectation import CALIBRATION_IMAGES, TRAIN_IMAGES, LogitProbes
 from .kept_logits import KeptLogits
-from .memory import return_freed_memory
-from .pruning import grams as gram_matrices
-from .pruning import statistics
-from .pruning.importance import compute
+from .pruning.calibration_cache import CURVES, CalibrationCache
+from .pruning.importance import find_importance
 from .pruning.plan import Plan, make_plan
 from .pruning.recovery import Recovery
 from .pruning.space import PruningSpace
 from .pruning.surgery import prune
-from .pruning.tracing import trace
+from .pruning.tracing import TraceOptions
 from .pruning.unit_scores import Scores
 from .rules.context import Context
+from .workloads.base import Workload
 from .workloads.judge import Judge, Judgement
-from .workloads.language import scoring_dtype
 
 
 @dataclass
@@ -51,8 +48,8 @@ class _Stage:
 class Evaluator:
     """Builds, recovers and scores candidates of one workload; every distinct plan once.
 
-    Candidates of a language model are scored in ``score.dtype`` and share what no plan cuts with one
-    another; what is built for keeps is a full copy in the dense model's format.
+    Where the adapter scores candidates in a format of their own (``score.dtype``), they share what no plan cuts with
+    one another; what is built for keeps is a full copy in the dense model's format.
 
     Args:
         space: traced from the workload's model when not given.
@@ -62,7 +59,7 @@ class Evaluator:
 
     def __init__(
         self,
-        workload: Any,
+        workload: Workload,
         space: PruningSpace | None = None,
         *,
         importance: str | Sequence[Any] = "taylor",
@@ -72,20 +69,23 @@ class Evaluator:
         seed: int = 0,
     ) -> None:
         self.workload = workload
-        self.space = space or trace(workload.model, workload.example_inputs)
+        self.adapter = workload.adapter
+        if space is None:
+            space = self.adapter.trace(workload.model, workload.example_inputs, TraceOptions())
+        self.space = space
         self.metric = metric
         self.score_settings = score or ScoreConfig()
         self.seed = seed
         self._recovery_settings = recovery or RecoveryConfig()
         self._importance_name = importance if isinstance(importance, str) else None
-        self._dtype = scoring_dtype(workload, self.score_settings.dtype)
+        self._dtype = self.adapter.scoring_dtype(workload, self.score_settings.dtype)
         self._judges = {False: self._new_judge(self.score_settings.images)}
-        # What the rules measure once, for all contexts.
-        self._measured: dict[str, Any] = {}
         self._logit_probes: dict[float, LogitProbes] = {}
         self._kept_logits: KeptLogits | None = None
         given = None if isinstance(importance, str) else [np.asarray(s, dtype=np.float64) for s in importance]
-        self.importance, recover = self._prepared(workload.model, self.space, given, self._measured)
+        # What importances and rules measure once, for all contexts.
+        self.calibration = self._calibration(workload.model, self.space)
+        self.importance, recover = self._prepared(self.calibration, given)
         self._dense_stage = _Stage(workload.model, None, self.space, self.importance, recover)
         # What has been scored for this evaluator's forks, by plan, split (whole or not) and samples.
         self._bank: dict[tuple[History, bool, int | None], Candidate] = {}
@@ -95,7 +95,7 @@ class Evaluator:
         self._begun: dict[History, list[Judgement]] = {}
         self._last: dict[History, _Stage] = {}
         self.reused = 0.0
-        self._prepared_names = frozenset(self._measured)
+        self._prepared_names = self.calibration.names
         self._visible: frozenset[str] | None = None
 
     def fork(self) -> Evaluator:
@@ -103,7 +103,7 @@ class Evaluator:
 
         Forks share the prepared statistics and score no plan twice. What one of them does changes nothing
         for the others: each counts in ``reused`` the seconds that it was spared, so that a method's time does
-        not depend on who came before, and sees in ``measured`` only what the preparation has measured.
+        not depend on who came before, and ``has_measured`` only what the preparation has measured.
         """
         other = copy.copy(self)
         other._memo, other._full, other._partial, other._begun, other._last = {}, {}, {}, {}, {}
@@ -117,38 +117,27 @@ class Evaluator:
         judge: Judge = self.workload.judge(settings.kind, limit, top_k=settings.top_k)
         return judge
 
-    def _prepared(
-        self, model: nn.Module, space: PruningSpace, given: Scores | None, measured: dict[str, Any]
-    ) -> tuple[Scores, Recovery]:
-        """Unit scores (computed unless ``given``) and the recovery of a model; Gram matrices serve both once."""
-        settings, name, workload = self._recovery_settings, self._importance_name, self.workload
+    def _calibration(self, model: nn.Module, space: PruningSpace) -> CalibrationCache:
+        settings = self._recovery_settings
+        return self.adapter.calibration(
+            self.workload, space, model, seed=self.seed, ridge=settings.ridge, recovery_limit=settings.images
+        )
 
-        @functools.cache
-        def grams() -> gram_matrices.Grams:
-            return gram_matrices.collect(model, space, workload.batches("calibration", settings.images))
-
+    def _prepared(self, calibration: CalibrationCache, given: Scores | None) -> tuple[Scores, Recovery]:
+        """Unit scores (computed unless ``given``) and the recovery of a model; what is measured serves both."""
         if given is None:
-            assert name is not None
-            if name in ("wanda_sp", "flap") and workload.language:
-                batches = workload.batches("calibration")
-                measured["statistics"] = statistics.collect(model, space, batches)
-            found = compute(
-                name,
-                workload,
-                space,
-                self.seed,
-                model,
-                grams=grams if workload.language else None,
-                statistics=measured.get("statistics"),
-                ridge=settings.ridge,
-                measured=measured,
-            )
+            assert self._importance_name is not None
+            found = find_importance(self._importance_name).function(calibration)
             given = [np.asarray(s, dtype=np.float64) for s in found]
-        # Frees each Gram matrix as soon as it is factorised; nobody else holds them from here on.
-        shared = grams() if workload.language and "reconstruct" in settings.steps else None
-        recovery = Recovery(workload, space, settings, model, importance=given, grams=shared)
-        if workload.language:
-            return_freed_memory()
+        recovery = Recovery(
+            self.workload,
+            calibration.space,
+            self._recovery_settings,
+            calibration.model,
+            importance=given,
+            calibration=calibration,
+        )
+        self.adapter.release_memory()
         return given, recovery
 
     @property
@@ -221,7 +210,7 @@ class Evaluator:
     def build(self, widths: Any, *, scoring: bool = False) -> nn.Module:
         """The cut and recovered model of widths (G,) or of a history of stages; new at every call.
 
-        ``scoring``: as a candidate is scored, not for keeps: a language model then is in the scoring format and
+        ``scoring``: as a candidate is scored, not for keeps: where there is a scoring format, the model is in it and
         shares what no plan cuts.
         """
         return self._built(as_history(widths), scoring=scoring)[0]
@@ -242,12 +231,12 @@ class Evaluator:
             workload=self.workload,
             probe=probe or (lambda widths: self.evaluate(widths).loss),
             seed=self.seed,
-            shared=self._measured,
+            calibration=self.calibration,
         )
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Number format in which a language model's candidates are scored; None elsewhere."""
+        """Number format in which candidates are scored; None for the dense model's own."""
         return self._dtype
 
     @property
@@ -255,19 +244,17 @@ class Evaluator:
         """What a candidate of one stage receives before it is scored."""
         return self._dense_stage.recovery
 
-    @property
-    def measured(self) -> Mapping[str, Any]:
-        """What importances and rules have measured of the dense model so far, by name (see `fork`)."""
-        visible = self._visible
-        return {n: v for n, v in self._measured.items() if visible is None or n in visible}
+    def has_measured(self, name: str) -> bool:
+        """Whether something that an importance or a rule measures of the dense model is there (see `fork`)."""
+        return self.calibration.known(name) and (self._visible is None or name in self._visible)
 
     def expected(self, widths: Any) -> NDArray[np.float64] | None:
         """Divergence (N, G) that each group's cut is expected to cost at widths (N, G), before any evaluation.
 
-        Known where the importance `obs_fisher` has measured it (or the rule `fisher`); None elsewhere, and 0
+        Known where an importance or a rule has measured it (see ``CalibrationCache.curves``); None elsewhere, and 0
         for groups without such a curve.
         """
-        curves = self.measured.get("fisher")
+        curves = self.calibration.curves if self.has_measured(CURVES) else None
         if curves is None:
             return None
         cut = self.space.widths - np.asarray(widths, dtype=np.int64)
@@ -279,9 +266,10 @@ class Evaluator:
     def logit_probes(self, target: float) -> LogitProbes | None:
         """What this checkpoint's logits tell of plans of a cost (absolute); nothing is known at the first call.
 
-        Images of the calibration and the train split are read, without labels. None for language models.
+        Images of the calibration and the train split are read, without labels. None where builds on them tell
+        nothing (``ModelAdapter.unlabelled_builds``).
         """
-        if self.workload.language:
+        if not self.adapter.unlabelled_builds:
             return None
         if target not in self._logit_probes:
             parts = (("calibration", CALIBRATION_IMAGES), ("train", TRAIN_IMAGES))
@@ -305,8 +293,7 @@ class Evaluator:
         model = self._built(history, scoring=True)[0]
         found: Tensor = self._judge(model, [], full=False, samples=None).outputs
         del model
-        if self.workload.language:
-            return_freed_memory()
+        self.adapter.release_memory()
         return found
 
     def standard_error(self, candidate: Candidate) -> float:
@@ -331,8 +318,7 @@ class Evaluator:
         if samples is not None:
             self._begun[history] = parts
         del slim
-        if self.workload.language:  # candidates of many sizes leave holes that add up to a second model
-            return_freed_memory()
+        self.adapter.release_memory()  # candidates of many sizes leave holes that add up to a second model
         if self._kept_logits is not None and not full:
             self._kept_logits.keep(history, joint.outputs)
         values = joint.scores
@@ -382,7 +368,7 @@ class Evaluator:
         return slim, Plan(self.space, widths, kept)
 
     def _for_scoring(self, stage: _Stage, cut: Plan) -> nn.Module:
-        """A candidate of a language model in the scoring format, without copies of what is never cut."""
+        """A candidate in the scoring format, without copies of what is never cut."""
         if "finetune" in self._recovery_settings.steps:  # which would train what is shared
             return prune(stage.model, cut, dtype=self._dtype)
         slim = prune(stage.model, cut, dtype=self._dtype, shared=stage.shared)
@@ -399,7 +385,7 @@ class Evaluator:
             given = None
             if self._importance_name is None:
                 given = [s[k] for s, k in zip(self.importance, plan.kept, strict=True)]
-            importance, recovery = self._prepared(model, space, given, {})
+            importance, recovery = self._prepared(self._calibration(model, space), given)
             self._last = {h: s for h, s in self._last.items() if h == history[:-1]}
             self._last[history] = _Stage(model, plan, space, importance, recovery)
         return self._last[history]

@@ -7,23 +7,70 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .artifacts import load, read_plan
+from .artifacts import read_plan
 from .errors import ArtifactError, ConfigError, near_miss
-from .pretrained import SOURCE
 from .pruning.tracing import count_macs
 from .uniform import export_folder
+from .workloads.adapter import ModelAdapter, adapter_of_base
 
 CHECKED_BATCHES = (1, 2, 5)
 TOLERANCE = 1e-4  # of the largest output; other runtimes sum in another order, in float32
 _SIDES = (32, 224, 28, 8, 64, 16, 96, 128, 160, 192, 256, 288, 299, 320, 384, 448, 512)
 
 Runner = Callable[[Tensor], Tensor]
+Writer = Callable[[nn.Module, Tensor, Path], None]
+Reader = Callable[[Path], Runner]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an export wrote: a file or folder, and in words what it takes to load it, where that is more than usual."""
+
+    path: Path
+    needs: str = ""
+
+
+@dataclass(frozen=True)
+class Format:
+    """An export format: one line on it, and the function that writes it and checks what it wrote."""
+
+    name: str
+    summary: str
+    write: Callable[[Export], Written]
+
+
+FORMATS: dict[str, Format] = {}
+
+
+def export_format(
+    summary: str, *, name: str | None = None
+) -> Callable[[Callable[[Export], Written]], Callable[[Export], Written]]:
+    """Register an export format under the name of the function below, or under ``name``.
+
+    The function takes an :class:`Export`, writes the model, checks it, and says where it is. It raises ArtifactError
+    where the folder holds what it cannot write.
+
+    Raises (when applied):
+        ConfigError: the name is taken, or the summary is missing.
+    """
+    if not isinstance(summary, str):
+        raise ConfigError('export_format: needs a summary, as in @export_format("what it is")')
+
+    def register(write: Callable[[Export], Written]) -> Callable[[Export], Written]:
+        own = name or write.__name__
+        if own in FORMATS and FORMATS[own].write.__module__ != "__main__":
+            raise ConfigError(f"export_format: the name {own!r} is taken; choose another")
+        FORMATS[own] = Format(own, summary, write)
+        return write
+
+    return register
 
 
 def export(
@@ -33,18 +80,14 @@ def export(
     *,
     example_inputs: Tensor | None = None,
     base: nn.Module | None = None,
-) -> Path:
-    """Write a saved pruned model as another format and return the file's path.
+) -> Written:
+    """Write a saved pruned model as another format; returns the path and what it needs.
 
-    The batch size stays free. The file is written beside its place, run on batches of 1, 2 and 5
-    random inputs, compared with PyTorch, and only then moved to its place.
-
-    Language models are written as a folder (``hf``, see `uniform.export_folder`), with stock transformers'
-    own logits as the check.
+    Each format says in `FORMATS` what it is and how it is checked against PyTorch's own outputs.
 
     Args:
         directory: a folder written by `rlprune.save`.
-        to: a name in `FORMATS`, or "hf".
+        to: a name in `FORMATS`.
         out: the file or folder; by default `model.<suffix>` or `hf` in the folder.
         example_inputs: one sample, (1, ...). Without it the plan's record is used, or a square image
             whose MACs equal the recorded ones.
@@ -54,34 +97,34 @@ def export(
         ConfigError: an unknown format, or a package that it needs is not installed.
         ArtifactError: the folder is unusable, the model cannot be exported, or the outputs differ.
     """
-    known = (*FORMATS, "hf")
-    if to not in known:
-        raise ConfigError(f"--to: unknown format {to!r}; use one of {', '.join(known)}{near_miss(to, known)}")
-    if to == "hf":
-        return export_folder(directory, out)[0]
-    if read_plan(directory)["base"].get("source") == SOURCE:
-        # Caches, masks and positions of a language model are Python state that these formats would freeze.
-        raise ArtifactError(
-            f"--to {to}: not for language models; use --to hf, a folder that other tools load"
+    if to not in FORMATS:
+        raise ConfigError(
+            f"--to: unknown format {to!r}; use one of {', '.join(FORMATS)}{near_miss(to, FORMATS)}"
         )
-    suffix, packages, write, read = FORMATS[to]
-    _need(packages, to)
-    model = load(directory, base=base)
-    document = read_plan(directory)
-    example = example_inputs if example_inputs is not None else find_example(model, document)
-    target = Path(out) if out is not None else Path(directory) / f"model{suffix}"
-    if target.is_dir():
-        raise ArtifactError(f"{target}: is a folder, where a file is to be written")
-    export_model(model, example, target, write, read)
-    return target
+    return FORMATS[to].write(Export(Path(directory), to, out, example_inputs, base))
+
+
+@dataclass(frozen=True)
+class Export:
+    """One export that was asked for; see `export` for the fields."""
+
+    directory: Path
+    to: str
+    out: str | Path | None = None
+    example_inputs: Tensor | None = None
+    base: nn.Module | None = None
+
+    def adapter(self) -> ModelAdapter:
+        """The adapter of the saved model."""
+        return adapter_of_base(read_plan(self.directory)["base"])
 
 
 def export_model(
     model: nn.Module,
     example: Tensor,
     target: Path,
-    write: Callable[[nn.Module, Tensor, Path], None],
-    read: Callable[[Path], Runner],
+    write: Writer,
+    read: Reader,
 ) -> None:
     """Write, check and only then move a file into place; see `export`."""
     try:
@@ -205,11 +248,37 @@ def _need(packages: Sequence[str], to: str) -> None:
         )
 
 
-FORMATS: dict[
-    str, tuple[str, tuple[str, ...], Callable[[nn.Module, Tensor, Path], None], Callable[[Path], Runner]]
-]
-FORMATS = {
-    "onnx": (".onnx", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _read_onnx),
-    "torch-export": (".pt2", (), _write_program, _read_program),
-}
-"""name -> (suffix, packages it needs, writer, reader); a new format is one line here."""
+def _file(job: Export, suffix: str, packages: Sequence[str], write: Writer, read: Reader) -> Written:
+    """A format of one file: the batch size stays free, and batches of 1, 2 and 5 random inputs are compared."""
+    adapter = job.adapter()
+    if not adapter.one_file:
+        # Caches, masks and positions are Python state that these formats would freeze.
+        raise ArtifactError(
+            f"--to {job.to}: not for {adapter.models}; use --to hf, a folder that other tools load"
+        )
+    _need(packages, job.to)
+    document = read_plan(job.directory)
+    model = adapter.load(job.directory, document, job.base)
+    example = job.example_inputs if job.example_inputs is not None else find_example(model, document)
+    target = Path(job.out) if job.out is not None else job.directory / f"model{suffix}"
+    if target.is_dir():
+        raise ArtifactError(f"{target}: is a folder, where a file is to be written")
+    export_model(model, example, target, write, read)
+    return Written(target)
+
+
+@export_format("ONNX, checked by onnxruntime (extra `export`)", name="onnx")
+def _onnx(job: Export) -> Written:
+    return _file(job, ".onnx", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _read_onnx)
+
+
+@export_format("a program of torch.export", name="torch-export")
+def _torch_export(job: Export) -> Written:
+    return _file(job, ".pt2", (), _write_program, _read_program)
+
+
+@export_format("a folder of transformers; plain where all layers are alike (language models)", name="hf")
+def _hf(job: Export) -> Written:
+    """Checked by stock transformers' own logits (`uniform.export_folder`)."""
+    path, needs = export_folder(job.directory, job.out)
+    return Written(path, needs)

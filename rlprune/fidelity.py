@@ -35,23 +35,14 @@ from .errors import ConfigError
 from .evaluation import Evaluator
 from .fidelity_table import Point, markdown, summarise
 from .files import lock_run, write_bytes_atomic, write_json_atomic, write_text_atomic
-from .finish import fine_tune, forget_training
+from .finish import forget_training
 from .inspection import hardware
 from .problem import Problem, prepare
 from .progress import Console
-from .pruning.recovery import LANGUAGE_BATCH, LESSON_BATCH
-from .workloads.causal import is_causal
+from .workloads.adapter import ModelAdapter, RecoveryLadder, TuneJob
+from .workloads.build import expected_adapter
 from .workloads.judge import Judge
 
-RECOVERIES: tuple[tuple[str, ...], ...] = (("none",), ("bn",), ("reconstruct",), ("reconstruct", "bn"))
-LANGUAGE_RECOVERIES: tuple[tuple[str, ...], ...] = (
-    ("none",),
-    ("bias",),
-    ("reconstruct",),
-    ("bias", "reconstruct"),
-)
-SGD_STEPS = 20
-"""Gradient steps of the dearest tier; on language models it is left out unless it is asked for."""
 _WORST = 1e9  # a diverged model is the worst there is, not a hole in the table
 
 
@@ -70,7 +61,7 @@ def run(config: Config, candidates: int, out: str | Path, steps: int | None = No
     where it was, a fine-tune in its middle too, and more candidates or tiers reuse what is there.
 
     Args:
-        steps: gradient steps of the last tier; None for 20 on images and none on language models.
+        steps: gradient steps of the last tier; None for those of the adapter's ladder.
 
     Returns the Markdown text: Spearman's rho between score and final quality with its 95% interval, the
     difference to the best tier, and the cost, per tier; which tier is recommended; and rho for fewer samples.
@@ -80,14 +71,15 @@ def run(config: Config, candidates: int, out: str | Path, steps: int | None = No
     """
     if candidates < 4:
         raise ConfigError(f"--candidates: must be at least 4, got {candidates}")
-    if config.workload is None:  # before anything is trained
-        _length(config, is_causal(config.model.name))
+    expected = expected_adapter(config)
+    if expected is not None:  # before anything is trained
+        _length(config, expected)
     console = Console(True)
     with lock_run(out, worth="cells.jsonl") as folder:
         problem = prepare(config, console=console)
-        length = _length(config, problem.workload.language)
+        length = _length(config, problem.workload.adapter)
         study = _Study(problem, folder, console)
-        rows = tiers(config, problem.workload.language, steps)
+        rows = tiers(config, problem.workload.adapter.ladder, steps)
         points = study.points(rows, candidates)
         content = {"version": 2, "hardware": hardware(), "length": length, "candidates": candidates}
         content |= study.facts() | summarise(points, own_tier(config).name, study.samples)
@@ -103,15 +95,12 @@ def own_tier(config: Config) -> Tier:
     return Tier(_name(config.recovery), config.recovery)
 
 
-def tiers(config: Config, language: bool, steps: int | None = None) -> list[Tier]:
-    """The recoveries that are compared: the one in use, the closed forms, and the best of them with SGD steps."""
-    if steps is None:
-        steps = 0 if language else SGD_STEPS
-    combinations = LANGUAGE_RECOVERIES if language else RECOVERIES
-    wanted = [dataclasses.replace(config.recovery, steps=s, finetune_steps=0) for s in combinations]
+def tiers(config: Config, ladder: RecoveryLadder, steps: int | None = None) -> list[Tier]:
+    """The recoveries that are compared: the one in use, the closed forms, and the best of them with gradient steps."""
+    steps = ladder.steps if steps is None else steps
+    wanted = [dataclasses.replace(config.recovery, steps=s, finetune_steps=0) for s in ladder.closed]
     if steps:
-        trained = ("reconstruct", "finetune") if language else ("reconstruct", "bn", "finetune")
-        wanted.append(dataclasses.replace(config.recovery, steps=trained, finetune_steps=steps))
+        wanted.append(dataclasses.replace(config.recovery, steps=ladder.trained, finetune_steps=steps))
     found = {own.name: own for own in (own_tier(config), *(Tier(_name(r), r) for r in wanted))}
     return list(found.values())
 
@@ -152,15 +141,14 @@ class _Study:
 
     def facts(self) -> dict[str, Any]:
         """What the table says about the workload."""
-        workload: Any = self.problem.workload
-        config = self.config
+        workload, config = self.problem.workload, self.config
         return {
             "name": workload.name,
             "score": config.score.kind,
             "budget": config.budget.target,
             "metric": config.budget.metric,
-            "unit": "tokens" if workload.language else "images",
-            "tokens": workload.length("validation") - 1 if workload.language else 1,
+            "unit": workload.adapter.score_unit,
+            "tokens": workload.scored("validation"),
         }
 
     def _scores(self, tier: Tier, plans: Sequence[list[int]]) -> list[dict[str, Any]]:
@@ -211,7 +199,7 @@ class _Study:
     def _reads(self, recovery: RecoveryConfig) -> int:
         """Samples that the recovery of one candidate runs through it, beside those of the score."""
         size = self.problem.workload.size("calibration")
-        batch = LANGUAGE_BATCH if self.problem.workload.language else LESSON_BATCH
+        batch = self.problem.workload.adapter.ladder.batch
         calibration = min(recovery.images or size, size) if "bn" in recovery.steps else 0
         return calibration + batch * recovery.finetune_steps
 
@@ -225,7 +213,8 @@ class _Study:
             started = time.perf_counter()
             slim = problem.evaluator.build(plan)
             training = self.folder / f"final-{key[:16]}.state"
-            fine_tune(problem, slim, seed=config.seed, training=training, label=label, console=self.console)
+            job = TuneJob(config.seed, state=training, progress=self.console.training, phase=label)
+            problem.workload.fine_tune(slim, config.finish, job)
             cell = self._quality(slim) | {"seconds": time.perf_counter() - started}
             self.cells.put(key, cell)
             forget_training(training)
@@ -283,15 +272,14 @@ def _name(recovery: RecoveryConfig) -> str:
     return " + ".join(steps)
 
 
-def _length(config: Config, language: bool) -> str:
+def _length(config: Config, adapter: ModelAdapter) -> str:
     """How long the final fine-tune is, in words; ConfigError where the settings leave it out."""
-    field = "steps" if language else "epochs"
-    count = getattr(config.finish, field)
+    count, unit = adapter.fine_tune_length(config.finish)
     if count < 1:
         raise ConfigError(
-            f"finish.{field}: fidelity compares with the final fine-tune, so it must be at least 1"
+            f"finish.{unit}: fidelity compares with the final fine-tune, so it must be at least 1"
         )
-    return f"{count} {field}"
+    return f"{count} {unit}"
 
 
 def _finite(value: float, otherwise: float) -> float:

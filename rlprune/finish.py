@@ -9,30 +9,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from .artifacts import read_json, read_tensors, write_json_atomic, write_tensors_atomic
 from .candidate import History
 from .errors import ArtifactError
-from .latency import DEFAULT_BATCH_SIZES, measure
+from .latency import measure
 from .problem import Found, Problem, finalists
 from .progress import Console
-from .pruning.finetune import DistillTargets, fit
 from .pruning.plan import Plan
 from .pruning.surgery import prune
-from .tuning import tune
-
-SGD_LR = 0.02
-"""Peak learning rate of the fine-tune on images where the settings leave it open."""
+from .workloads.adapter import TuneJob
 
 
 @dataclass(frozen=True)
 class Finished:
     """A method's model after the final fine-tune, its plan in units of the dense model, and its table row.
 
-    ``model`` is None for the rules and baselines of a language model: with all of them in memory a table of
-    twenty methods would need the weights twenty times.
+    ``model`` is None for rules and baselines where models are large (``ModelAdapter.keeps_models``): with all of them
+    in memory a table of twenty methods would need the weights twenty times.
     """
 
     row: dict[str, Any]
@@ -88,65 +83,20 @@ def finish(
         keep.save(mark, facts, model)
     console.close()
     row = _row(problem, found, model, plan, seed, facts)
-    kept = not problem.workload.language or row["kind"] in ("dense", "agent")
+    kept = problem.workload.adapter.keeps_models or row["kind"] in ("dense", "agent")
     return Finished(row, model if kept else None, plan)
 
 
-def fine_tune(
-    problem: Problem,
-    model: nn.Module,
-    *,
-    seed: int,
-    training: Path | None = None,
-    label: str = "fine-tune",
-    console: Console | None = None,
-    steps: int | None = None,
-) -> None:
-    """The final fine-tune that every method's model gets, in place; nothing where the settings leave it out.
-
-    ``finish.epochs`` of SGD, or for a language model ``finish.steps`` of `tuning.tune`. ``training`` is where the
-    state of a killed one lies: a file, for a language model a folder. ``steps``, where given, is the length.
-    """
-    workload, settings = problem.workload, problem.config.finish
-    show = (console or Console(False)).training
-    if workload.language:
-        tune(workload, model, settings, seed=seed, steps=steps, out=training, progress=show, phase=label)
-        return
-    if not (settings.epochs if steps is None else steps):
-        return
-    fit(
-        model,
-        lambda generator: workload.train_batches(generator, settings.batch_size),
-        workload.loss,
-        steps=steps,
-        epochs=settings.epochs,
-        steps_per_epoch=workload.train_steps(settings.batch_size),
-        lr=SGD_LR if settings.lr is None else settings.lr,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        distill=DistillTargets(workload.model, settings.temperature) if settings.distill else None,
-        mixed_precision=settings.mixed_precision,
-        generator=torch.Generator().manual_seed(seed),
-        progress=show,
-        phase=label,
-        checkpoint=training,
-    )
-
-
 def add_latency(finished: Sequence[Finished], problem: Problem, budget_seconds: float = 15.0) -> None:
-    """Measure all models in turns and put the medians, in milliseconds, into their rows.
-
-    Of a language model the dense one and the agent's are timed, on one sequence at a time (``example_inputs``,
-    the whole of it at once): a batch of 64 takes a CPU minutes.
-    """
+    """Measure all models that are in memory in turns and put the medians, in milliseconds, into their rows."""
     models = {str(i): f.model for i, f in enumerate(finished) if f.model is not None}
-    language = problem.workload.language
+    how = problem.workload.adapter.latency
     times = measure(
         models,
         problem.workload.example_inputs,
-        batch_sizes=(1,) if language else DEFAULT_BATCH_SIZES,
+        batch_sizes=how.batch_sizes,
         budget_seconds=budget_seconds,
-        warmup=1 if language else 3,
+        warmup=how.warmup,
     )
     for i, found in times.items():
         finished[int(i)].row["latency_ms"] = {str(batch): round(ms, 4) for batch, ms in found.items()}
@@ -171,22 +121,15 @@ def _measured(
     with workload.test_opened():
         before = workload.evaluate(model, "test")
     facts: dict[str, Any] = {"test": before.metric, "test_loss": before.loss}
-    if workload.language:
-        facts["tokens"] = _tokens(workload, before.count)
-        facts["finish"] = {"method": problem.config.finish.method, "steps": problem.config.finish.steps}
+    facts |= workload.test_facts(before.count) | workload.adapter.finish_facts(problem.config.finish)
     after = before
-    if problem.config.finish.steps if workload.language else problem.config.finish.epochs:
-        fine_tune(problem, model, seed=seed, training=training, label=label, console=console)
+    if workload.adapter.fine_tune_length(problem.config.finish)[0]:
+        job = TuneJob(seed, state=training, progress=console.training, phase=label)
+        workload.fine_tune(model, problem.config.finish, job)
         with workload.test_opened():
             after = workload.evaluate(model, "test")
     facts |= {"test_finetuned": after.metric, "test_loss_finetuned": after.loss}
     return facts | {"finish_seconds": time.perf_counter() - started}
-
-
-def _tokens(workload: Any, count: int) -> dict[str, int]:
-    """What a perplexity on the test split means: its windows' length, their stride, the tokens scored."""
-    length = int(workload.length("test"))
-    return {"length": length, "stride": int(workload.stride or length), "count": int(count)}
 
 
 def _row(

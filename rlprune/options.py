@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .catalogue import check_names, check_side
+from .catalogue import check_names, check_wing
 from .config import Config, load_config
 from .errors import ConfigError
 
@@ -88,17 +87,17 @@ def read_config(args: argparse.Namespace) -> Config:
             overrides.append(f"{field}={value}")
     config = load_config(args.config, overrides)
     check_names(config)
-    check_side(config)
+    check_wing(config)
     return config
 
 
 def check_packages(config: Config, steps: int) -> None:
     """A package that only the final fine-tune needs is missed before the search, not after it."""
-    if steps and config.finish.method == "lora" and importlib.util.find_spec("peft") is None:
-        from .workloads.causal import is_causal
+    from .workloads.build import expected_adapter
 
-        if is_causal(config.model.name):
-            raise ConfigError("finish.method: 'lora' needs peft; pip install 'rlprune[language]'")
+    adapter = expected_adapter(config) if steps else None
+    if adapter is not None and (missing := adapter.missing_package(config.finish)):
+        raise ConfigError(missing)
 
 
 def whole_number(low: int) -> Callable[[str], int]:

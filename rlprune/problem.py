@@ -15,7 +15,7 @@ from .agents import StateDir, make_agent
 from .agents.policy import PortablePolicy
 from .agents.ppo import PPOAgent
 from .candidate import Candidate, History
-from .config import Config
+from .config import Config, PruneConfig
 from .envs.task import Task
 from .errors import ConfigError, near_miss
 from .evaluation import Evaluator
@@ -23,8 +23,8 @@ from .ledger import Account, Ledger
 from .profiling import TABLE_FILE, Progress, machine, read_table, with_latency
 from .progress import Console
 from .pruning.space import Ints, PruningSpace
-from .pruning.tracing import trace
-from .rules import RULES, rules_for
+from .pruning.tracing import TraceOptions
+from .rules import RULES, Rule, rules_for
 from .workloads.base import Workload
 from .workloads.build import build_workload, train_dense
 
@@ -93,16 +93,20 @@ class Problem:
     def start_rules(self) -> list[str]:
         """The shipped rules that apply here and are worth their probes as a start, uniform first.
 
-        A rule that probes every group is left out where that would eat most of the evaluations, and one that
-        runs many passes over a language model, unless the importance has measured what it needs.
+        A rule that probes every group is left out where that would eat most of the evaluations, and a slow one
+        (`is_slow`), unless the importance has measured what it needs.
         """
         most = self.config.search.evaluations * MOST_PROBES
         names = ["uniform"]
         for name, rule in rules_for(self.space).items():
-            slow = rule.costly and self.workload.language and name not in self.evaluator.measured
+            slow = self.is_slow(rule) and not self.evaluator.has_measured(name)
             if name != "uniform" and rule.shipped and rule.probe_count(self.space) <= most and not slow:
                 names.append(name)
         return names
+
+    def is_slow(self, rule: Rule) -> bool:
+        """Whether a rule runs more passes over the model than a search should spend that did not ask for it."""
+        return rule.costly and self.workload.adapter.costly_passes
 
 
 @dataclass(frozen=True)
@@ -170,16 +174,7 @@ def dense_model(
         torch.set_num_threads(config.threads)
     console = console or Console(False)
     workload = build_workload(config, checkpoint=checkpoint, train=False)
-    settings = config.prune
-    space = trace(
-        workload.model,
-        workload.example_inputs,
-        ignore=settings.ignore,
-        round_to=settings.round_to,
-        minimum=settings.minimum,
-        drop=settings.drop,
-        hidden=settings.hidden,
-    )
+    space = workload.adapter.trace(workload.model, workload.example_inputs, trace_options(config.prune))
     if config.budget.metric == "latency":
         space = timed_space(config, workload, space, run=run, progress=console.training)
         console.close()
@@ -189,6 +184,17 @@ def dense_model(
         train_dense(workload, config.model, console.training)
         console.close()
     return workload, space
+
+
+def trace_options(settings: PruneConfig) -> TraceOptions:
+    """What section ``prune`` says of a trace."""
+    return TraceOptions(
+        ignore=settings.ignore,
+        round_to=settings.round_to,
+        minimum=settings.minimum,
+        drop=settings.drop,
+        hidden=settings.hidden,
+    )
 
 
 def timed_space(
@@ -241,13 +247,13 @@ def best_start_rule(problems: Sequence[Problem]) -> str:
 def _automatic_base(problems: Sequence[Problem], agent: Any) -> str:
     """The base rule of actions where none is configured: the best one at the budget.
 
-    Over a range of budgets of an image model it is uniform: no rule is the best one throughout, and from
-    uniform the best plans of all budgets are within an action's reach. A policy that is taught what the best plans of
-    several checkpoints have in common has it too: a rule's plan is another one on each of them.
+    Over a range of budgets it is the adapter's rule for that: no rule is the best one throughout. A policy that is
+    taught what the best plans of several checkpoints have in common has it too: a rule's plan is another one on each.
     """
     taught = len(problems) > 1 and isinstance(agent, PPOAgent) and agent.settings.mode == "surrogate"
-    if (taught or problems[0].config.search.budget_range) and not problems[0].workload.language:
-        return "uniform"
+    fixed = problems[0].workload.adapter.base_rule_over_budgets
+    if fixed is not None and (taught or problems[0].config.search.budget_range):
+        return fixed
     return best_start_rule(problems)
 
 
@@ -285,6 +291,7 @@ def search(
             p.metric,
             base_rule=find_rule(base).name,
             name=p.name,
+            common_plans=p.workload.adapter.common_plans,
         )
         for p in problems
     ]

@@ -311,7 +311,7 @@ def replica(module: nn.Module, name: str, sizes: SpaceSizes, out: int, into: int
     twin = copy.deepcopy(module, memo)
     for rule in sizes.space.attribute_rules:
         if rule.module == name:
-            families.set_attribute(twin, rule.attribute, rule.factor * _size(rule.axis, cut, sizes))
+            rule.assign(twin, rule.attribute, rule.factor * _size(rule.axis, cut, sizes))
     return twin.eval()
 
 

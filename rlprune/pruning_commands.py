@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .catalogue import check_side
+from .catalogue import check_wing
 from .errors import ConfigError, near_miss
 from .options import (
     add_budget,
@@ -138,7 +138,7 @@ def _prune(args: argparse.Namespace) -> None:
     if args.rule not in RULES:
         hint = near_miss(args.rule, RULES)
         raise ConfigError(f"--rule: unknown rule {args.rule!r}{hint}; allowed: {', '.join(RULES)}")
-    check_side(config, [args.rule])
+    check_wing(config, [args.rule])
     out = args.out or free_folder(config.name, "pruned")
     stages = args.stages or 1
     if stages == 1 and args.steps is None:
@@ -154,9 +154,10 @@ def _prune_same_widths(args: argparse.Namespace) -> None:
         if getattr(args, option) is not None:
             raise ConfigError(f"--{option}: not together with --same-widths, which is a way of its own")
     config = read_config(args)
-    from .workloads.causal import is_causal
+    from .workloads.build import expected_adapter
 
-    if config.workload is None and not is_causal(config.model.name):
+    adapter = expected_adapter(config)
+    if adapter is not None and not adapter.equal_widths:
         raise ConfigError(f"--same-widths: is for language models only; {config.model.name!r} is none")
     dropped = args.drop_blocks or 0
     if dropped and not config.prune.drop:

@@ -7,21 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
-from .artifacts import PLAN_FILE, read_plan, save
+from .artifacts import PLAN_FILE, read_plan
 from .config import Config
-from .errors import ArtifactError, ConfigError, near_miss
+from .errors import ConfigError
+from .problem import trace_options
 from .progress import Console
 from .pruning.cost import plain_amount
 from .pruning.plan import Plan
 from .pruning.recovery import Recovery
-from .pruning.space import PruningSpace
 from .pruning.surgery import prune
-from .pruning.tracing import fingerprint, trace
-from .shards import dense_skeleton, prune_shards, space_of
 from .workloads.build import build_workload, train_dense
-from .workloads.causal import PREFIX
+from .workloads.builder import builder_of
 
 
 def is_plan(source: Path) -> bool:
@@ -34,7 +31,7 @@ def is_plan(source: Path) -> bool:
 def apply_plan(source: Path, config: Config, *, checkpoint: Path | None, out: Path) -> str:
     """Cut the units that a plan cuts from the model of the settings, recover it, write it; returns a table.
 
-    Without recovery a language model's folder is cut tensor by tensor and never loaded (`shards`).
+    Without recovery the model may be cut file by file and never loaded (``WorkloadBuilder.cut_files``).
 
     Args:
         source: a plan.json, or the folder of a pruned model.
@@ -43,15 +40,15 @@ def apply_plan(source: Path, config: Config, *, checkpoint: Path | None, out: Pa
     Raises ArtifactError: no plan, or one of another architecture.
     """
     document = _read(source)
-    folder = _streamed(config, checkpoint)
-    if folder is not None:
-        _same_architecture(dense_skeleton(folder), document)
-        prune_shards(folder, source if source.is_dir() else source.parent, out)
-        return (
-            _costs(document) + "\nnot recovered: recovery.steps is none, so the weights were never in memory"
-        )
+    if config.workload is None:
+        folder = source if source.is_dir() else source.parent
+        if builder_of(config.model.name).cut_files(config, checkpoint, document, folder, out):
+            return (
+                _costs(document)
+                + "\nnot recovered: recovery.steps is none, so the weights were never in memory"
+            )
     workload = build_workload(config, checkpoint=checkpoint, train=False)
-    space = _space(workload, document, config)
+    space = workload.adapter.space_of_plan(workload, document, trace_options(config.prune))
     plan = Plan.from_dict(document, space)
     # A plan that does not fit is refused before anything is trained.
     if checkpoint is None and config.workload is None and config.model.train.epochs > 0:
@@ -68,31 +65,8 @@ def apply_plan(source: Path, config: Config, *, checkpoint: Path | None, out: Pa
         np.isin(np.arange(g.width), k).astype(float) for g, k in zip(space.groups, plan.kept, strict=True)
     ]
     Recovery(workload, space, config.recovery, importance=kept)(slim, plan)
-    save(slim, plan, out, base=workload.base, tokenizer=getattr(workload, "tokenizer", None))
+    workload.save(slim, plan, out)
     return _costs(document) + "\n" + _qualities(workload, slim)
-
-
-def _streamed(config: Config, checkpoint: Path | None) -> Path | None:
-    """The folder of a language model that can be cut file by file: nothing but its own weights is needed."""
-    if config.workload is not None or config.recovery.steps != ("none",) or config.model.dtype != "auto":
-        return None
-    name = config.model.name
-    if not name.startswith(PREFIX):
-        return None
-    folder = Path(checkpoint or config.model.checkpoint or name.removeprefix(PREFIX)).expanduser()
-    return folder if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) else None
-
-
-def _space(workload: Any, document: dict[str, Any], config: Config) -> PruningSpace:
-    """The space that the plan was made in; ArtifactError where the settings protect what it cuts."""
-    if workload.language:
-        _same_architecture(workload.model, document)
-        return space_of(workload.model, document)
-    cut = config.prune
-    space = trace(workload.model, workload.example_inputs, cut.ignore, cut.round_to, cut.minimum)
-    if document["fingerprint"] == space.fingerprint:  # else Plan.from_dict says that it is another model
-        _same_groups(document, space)
-    return space
 
 
 def _read(source: Path) -> dict[str, Any]:
@@ -101,23 +75,6 @@ def _read(source: Path) -> dict[str, Any]:
     if source.name != PLAN_FILE:
         raise ConfigError(f"RUN_OR_POLICY: {source}: a plan's file is named {PLAN_FILE}")
     return read_plan(source.parent)
-
-
-def _same_architecture(model: nn.Module, document: dict[str, Any]) -> None:
-    if fingerprint(model) != document["fingerprint"]:
-        raise ArtifactError("plan: made for another architecture (its fingerprint differs)")
-
-
-def _same_groups(document: dict[str, Any], space: PruningSpace) -> None:
-    """The settings may protect (prune.ignore) other layers than the plan's did."""
-    theirs, ours = [group["name"] for group in document["groups"]], [group.name for group in space.groups]
-    for name in theirs:
-        if name not in ours:
-            raise ArtifactError(
-                f"plan: cuts {name!r}, which prune.ignore protects here{near_miss(name, ours)}"
-            )
-    if theirs != ours:
-        raise ArtifactError("plan: its groups come in another order than the model's")
 
 
 def _costs(document: dict[str, Any]) -> str:

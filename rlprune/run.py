@@ -13,7 +13,6 @@ from . import report
 from .agents.policy import PortablePolicy, portable_state, save_policy
 from .artifacts import (
     lock_run,
-    save,
     write_json_atomic,
     write_text_atomic,
 )
@@ -30,7 +29,6 @@ from .pruning.cost import plain_amount
 from .pruning.space import PruningSpace
 from .rules import rules_for
 from .workloads.base import Workload
-from .workloads.language import LanguageWorkload
 
 _CURVE = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
@@ -193,10 +191,7 @@ def _save_outcome(
     for done in finished:
         if done.row["kind"] == "agent" and done.plan is not None:
             origin = dict(done.plan.origin) | {"method": done.row["method"], "seed": done.row["seed"]}
-            workload = problem.workload
-            tokenizer = getattr(workload, "tokenizer", None)
-            plan = replace(done.plan, origin=origin)
-            save(done.model, plan, folder / "pruned", base=workload.base, tokenizer=tokenizer)
+            problem.workload.save(done.model, replace(done.plan, origin=origin), folder / "pruned")
 
 
 def _curve(problem: Problem, rules: Sequence[Found], found: Sequence[Found]) -> list[dict[str, Any]]:
@@ -210,9 +205,7 @@ def _curve(problem: Problem, rules: Sequence[Found], found: Sequence[Found]) -> 
         low, high = searched
         budgets = sorted({low, high, *(b for b in _CURVE if low < b < high)}, reverse=True)
         names = [
-            name
-            for name, rule in rules_for(space).items()
-            if not rule.probes and not (rule.costly and problem.workload.language)
+            name for name, rule in rules_for(space).items() if not rule.probes and not problem.is_slow(rule)
         ]
     else:
         budgets = [b for b in _CURVE if b > space.feasible(metric)[0] / space.dense_cost(metric)]
@@ -247,7 +240,7 @@ def outcome(
 ) -> dict[str, Any]:
     """`results_of` where nothing has been prepared but the dense model and its space."""
     metric = config.budget.metric
-    protocol = {"protocol": workload.protocol()} if isinstance(workload, LanguageWorkload) else {}
+    protocol = workload.protocol()
     sizes = {split: workload.size(split) for split in ("train", "calibration", "validation", "test")}
     return {
         "version": 1,
@@ -258,7 +251,7 @@ def outcome(
             "metric": workload.metric_name,
             "sizes": sizes,
             "fingerprint": space.fingerprint,
-            **protocol,
+            **({"protocol": protocol} if protocol else {}),
         },
         "budget": {
             "metric": metric,

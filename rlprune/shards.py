@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from . import pretrained
-from .artifacts import write_language_model
 from .documents import PLAN_FILE, read_plan
 from .errors import ArtifactError, near_miss
 from .files import read_json
+from .language.folder import write_language_model
+from .pruning.language import language_space
 from .pruning.plan import Plan
 from .pruning.space import Ints, PruningSpace
 from .pruning.surgery import axis_indices, prune
-from .pruning.tracing import trace
+from .pruning.tracing import TraceOptions, fingerprint
 from .tensorfiles import MAX_SHARD_SIZE, Entry, TensorFiles
 
 # Buffers that older checkpoints hold and that models now compute themselves.
@@ -121,7 +122,8 @@ def space_of(model: nn.Module, document: Mapping[str, Any]) -> PruningSpace:
     drop = any(width == 0 for width in document["widths"])
 
     def traced(ignore: Sequence[str]) -> PruningSpace:
-        return trace(model, example, ignore=ignore, verify=False, drop=drop, hidden="hidden" in names)
+        options = TraceOptions(ignore=ignore, verify=False, drop=drop, hidden="hidden" in names)
+        return language_space(model, example, fingerprint(model), options)
 
     space = traced(())
     own = [group.name for group in space.groups]

@@ -1,28 +1,18 @@
 """The final fine-tune of a pruned language model: LoRA, all parameters, SAAP's groups or SPP's factors.
 
-It runs through transformers' Trainer and accelerate. On one machine with one device nothing is needed; on
-several GPUs, or sharded by FSDP, tune a saved pruned model in a process a GPU::
-
-    rlprune train CONFIG --set finish.steps=0 --out RUN       # the search, one process
-    accelerate config                                         # once: number of GPUs, FSDP or not
-    accelerate launch -m rlprune.tuning RUN/pruned CONFIG --out RUN/tuned --set finish.steps=2000
-
-``python -m rlprune.tuning ...`` is the same on one device. ``finish.batch_size`` counts the sequences of one
-optimizer step over all processes; passes are accumulated so that one holds few enough tokens. GPUs that have
-bfloat16 compute in it. Checkpoints go into ``--out``'s neighbour ``OUT.state`` and a killed fine-tune goes on.
+It runs through transformers' Trainer and accelerate: on one device with nothing set up, on several GPUs or sharded by
+FSDP in the processes that ``accelerate launch`` starts (see `rlprune.tune`). ``finish.batch_size`` counts the sequences
+of one optimizer step over all processes; passes are accumulated so that one holds few enough tokens. GPUs that have
+bfloat16 compute in it. Checkpoints go into a folder, and a killed fine-tune goes on.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
-import os
-import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,17 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .artifacts import load, read_plan, save
-from .config import Config, FinishConfig, load_config
+from .config import FinishConfig
 from .envs.randomness import isolated_randomness
-from .errors import ConfigError, DataError, RlpruneError, near_miss
+from .errors import ConfigError, DataError, near_miss
 from .pruning.finetune import Progress
 from .pruning.language_training import ADAPTER_LR, FULL_LR, TokenLoss, full_precision
-from .pruning.plan import Plan
-from .pruning.tracing import trace
 from .tuning_adapters import attached
 from .tuning_trainer import Work, run_trainer
-from .workloads.build import build_workload
 
 METHODS = {
     "lora": "low-rank adapters on the linear layers of attention and feed-forward (peft)",
@@ -141,74 +127,6 @@ def learning_rate(lr: float | None, method: str) -> float:
     return FULL_LR if method == "full" else ADAPTER_LR
 
 
-def tune_folder(
-    folder: str | Path, config: Config, out: str | Path, *, progress: Progress | None = None
-) -> str:
-    """Fine-tune a saved pruned model and save it again with the same plan; returns a table.
-
-    Runs in one process or in all that ``accelerate launch`` started; the first of them saves.
-
-    Args:
-        folder: a pruned model that a run or ``rlprune prune`` left.
-        config: the settings it was made with; ``finish`` says how it is tuned.
-        out: the new folder; the state to go on from lies beside it, in ``OUT.state``, until it is done.
-
-    Raises ConfigError: ``finish.steps`` is 0 or the workload is no language model; ArtifactError: the folder.
-    """
-    if config.finish.steps < 1:
-        raise ConfigError("finish.steps: a fine-tune needs at least 1 step, got 0")
-    workload = build_workload(config)
-    if not getattr(workload, "language", False):
-        raise ConfigError(f"model.name: {config.model.name!r} is no language model; `tune` is for those")
-    model = load(folder).to(workload.device)
-    document = read_plan(folder)
-    prune = config.prune
-    space = trace(
-        workload.model,
-        workload.example_inputs,
-        ignore=prune.ignore,
-        round_to=prune.round_to,
-        minimum=prune.minimum,
-        drop=prune.drop,
-        hidden=prune.hidden,
-    )
-    plan = Plan.from_dict(document, space)
-    state = Path(f"{Path(out)}.state")
-    result = tune(workload, model, config.finish, seed=config.seed, out=state, progress=progress)
-    if int(os.environ.get("RANK", "0")) != 0:
-        return ""
-    save(result.model, plan, out, base=workload.base, tokenizer=getattr(workload, "tokenizer", None))
-    shutil.rmtree(state, ignore_errors=True)
-    rows = [("dense", workload.model), ("tuned", result.model.to(workload.device))]
-    name = workload.metric_name
-    lines = [
-        f"{result.steps} steps of {config.finish.method}, {result.tokens:,} tokens, loss {result.loss:.4f}"
-    ]
-    for label, each in rows:
-        quality = workload.evaluate(each, "validation")
-        lines.append(f"{label:<8} validation loss {quality.loss:.4f}, {name} {quality.metric:.4f}")
-    return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``python -m rlprune.tuning DIR CONFIG --out OUT [--set a.b=c ...]``; exit codes as `rlprune`'s."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rlprune.tuning", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("folder", help="folder of a pruned model")
-    parser.add_argument("config", help="YAML file or name of the settings it was made with")
-    parser.add_argument("--out", required=True, help="folder of the tuned model")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
-    args = parser.parse_args(argv)
-    try:
-        table = tune_folder(args.folder, load_config(args.config, args.set), args.out)
-    except RlpruneError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(table, end="\n" if table else "")
-    return 0
-
-
 def _sequences(workload: Any, count: int, batch_size: int, seed: int) -> list[Tensor]:
     """The first ``count`` sequences (L,) of shuffled epochs of the train split, as int32 on the CPU."""
     generator = torch.Generator().manual_seed(seed)
@@ -229,7 +147,3 @@ def _isolated() -> Iterator[None]:
     """Leave all global random states, a GPU's too, as they were found."""
     with isolated_randomness(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         yield
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -18,15 +18,16 @@ from torch import nn
 from .candidate import History
 from .errors import ArtifactError, ConfigError
 from .files import read_json, read_tensors, write_json_atomic, write_tensors_atomic
-from .finish import fine_tune, forget_training
+from .finish import forget_training
 from .problem import Problem, find_rule
 from .progress import Console
-from .pruning.importance import compute
 from .pruning.plan import Plan, make_plan
 from .pruning.recovery import Recovery
 from .pruning.space import Ints, PruningSpace
 from .pruning.surgery import prune
 from .rules.context import Context
+from .unit_importance import compute
+from .workloads.adapter import TuneJob
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,8 @@ def incremental(
             now = _cut(problem, now, widths)
             if steps:
                 label, own = f"round {stage}/{stages}", seed + 1000 * stage
-                fine_tune(
-                    problem, now.model, seed=own, training=folder, label=label, console=console, steps=steps
-                )
+                job = TuneJob(own, steps, folder, console.training, label)
+                problem.workload.fine_tune(now.model, problem.config.finish, job)
             quality = problem.workload.evaluate(now.model, "validation")
             cost = space.cost(widths, problem.metric)
             finished = {"cost": cost, "loss": quality.loss, "metric": quality.metric}

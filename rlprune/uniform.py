@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from . import pretrained
-from .artifacts import load
 from .documents import PLAN_FILE, read_plan
 from .errors import ArtifactError, BudgetError
 from .files import replacing_folder, write_json_atomic
@@ -204,7 +203,7 @@ def export_folder(directory: str | Path, out: str | Path | None = None) -> tuple
     document = read_plan(source)
     if document["base"].get("source") != pretrained.SOURCE:
         raise ArtifactError(f"--to hf: {source} holds no language model of transformers")
-    slim = load(source)
+    slim = pretrained.load_folder(source, document)
     try:
         write_plain(slim, target, tokenizer=source)
         return target, "loads with transformers alone, without trust_remote_code"
@@ -220,7 +219,7 @@ def export_folder(directory: str | Path, out: str | Path | None = None) -> tuple
         write_checkpoint(folder, entries, stream, metadata={"format": "pt"})
         pretrained.write_side_files(folder, config, slim, source)
         shutil.copyfile(source / PLAN_FILE, folder / PLAN_FILE)
-        _same(slim, load(folder), "the folder written")
+        _same(slim, pretrained.load_folder(folder, document), "the folder written")
     return target, f"needs trust_remote_code=True: {why}"
 
 

@@ -18,8 +18,6 @@ QUICK = FinishConfig(method="lora", steps=12, batch_size=4, lr=5e-3, dropout=0.1
 class Echo(Workload):
     """Sequences in which every token comes twice: half of the tokens can be learned."""
 
-    language = True
-    metric_name = "perplexity"
     name = "echo"
 
     def __init__(self, family: str = "llama-mha-tied", length: int = 12) -> None:

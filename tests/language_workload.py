@@ -12,8 +12,9 @@ from torch import nn
 
 from rlprune.config import RecoveryConfig, ScoreConfig
 from rlprune.evaluation import Evaluator
+from rlprune.language.workload import LanguageWorkload
 from rlprune.pruning.plan import Plan
-from rlprune.workloads import SPLITS, LanguageWorkload
+from rlprune.workloads import SPLITS
 from rlprune.workloads.base import Workload
 from rlprune.workloads.text import Text as TextOf
 from rlprune.workloads.text import TextRequest, split_text
@@ -21,8 +22,6 @@ from rlprune.workloads.text import TextRequest, split_text
 
 class Sentences(Workload):
     """Sequences (B, L) of random ids; each split has its own."""
-
-    language = True
 
     def __init__(self, model: nn.Module, length: int = 12, size: int = 10) -> None:
         self.model = model

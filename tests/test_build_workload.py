@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 
 from rlprune.config import Config
 from rlprune.errors import ArtifactError, ConfigError, GraphError, RlpruneError
-from rlprune.workloads import VisionWorkload, build_model, build_workload
+from rlprune.workloads import build_workload
+from rlprune.workloads.vision import VisionWorkload
+from rlprune.workloads.zoo import build_model
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -18,8 +18,8 @@ from rlprune.config import load_config
 from rlprune.envs.task import Task
 from rlprune.expectation import LogitModel
 from rlprune.kept_logits import MOST_LOGITS, KeptLogits
+from rlprune.language.judge import OUTPUT_TOKENS, bucketed
 from rlprune.problem import Problem, prepare
-from rlprune.workloads.language import OUTPUT_TOKENS, bucketed
 
 
 @pytest.fixture(scope="module")

@@ -123,14 +123,13 @@ def test_interrupted_and_resumed_is_the_same_search(tmp_path, monkeypatch, seeds
 
 
 @pytest.mark.parametrize(("language", "budget"), [(False, 0.5), (False, RANGE), (True, RANGE)])
-def test_language_models_are_taught_their_own_plans(monkeypatch, language, budget):
+def test_tasks_without_common_plans_are_taught_their_own(monkeypatch, language, budget):
     taught = []
-    monkeypatch.setattr("rlprune.agents.guided.is_language", lambda space: language)
     monkeypatch.setattr(
         "rlprune.agents.guided.distill",
         lambda policy, env, tasks, wanted, *, common: taught.append((common, [len(own) for own in wanted])),
     )
-    tasks = [make_synthetic_task(6, seed, budget) for seed in (0, 1)]
+    tasks = [make_synthetic_task(6, seed, budget, common_plans=not language) for seed in (0, 1)]
     make_agent("ppo", SETTINGS).search(tasks, [FakeAccount(t.evaluator, 12) for t in tasks], seed=0)
     ((common, counts),) = taught
     assert common is not language

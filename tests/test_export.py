@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from rlprune import export as module
-from rlprune.artifacts import load, save
+from rlprune.api import load, save, trace
 from rlprune.errors import ArtifactError, ConfigError
 from rlprune.export import FORMATS, export, export_model, find_example
 from rlprune.pruning.plan import make_plan
 from rlprune.pruning.surgery import prune
-from rlprune.pruning.tracing import trace
 from rlprune.workloads.zoo import base_of, build_model
 
 

@@ -15,6 +15,7 @@ import scipy.stats
 from rlprune import fidelity, fidelity_table
 from rlprune.config import Config
 from rlprune.errors import ConfigError
+from rlprune.workloads.adapter import adapter_named
 
 TIERS = ["none", "bn", "reconstruct", "reconstruct + bn", "reconstruct + bn + 2 steps"]
 
@@ -191,13 +192,14 @@ def test_wrong_arguments_are_one_line_and_leave_nothing(small_digits: Config, tm
 
 def test_the_tiers_are_those_of_the_side() -> None:
     config = Config.from_dict({"model": {"name": "tiny_llama"}, "data": {"name": "help_texts"}})
+    words = adapter_named("language").ladder
     language = config.override(["recovery.steps=[reconstruct]", "recovery.shrink=0.2"])
-    names = [tier.name for tier in fidelity.tiers(language, True)]
+    names = [tier.name for tier in fidelity.tiers(language, words)]
     assert sorted(names) == sorted(["none", "bias", "reconstruct", "bias + reconstruct"])
-    assert all(tier.recovery.shrink == 0.2 for tier in fidelity.tiers(language, True))
-    assert "reconstruct + 5 steps" in [tier.name for tier in fidelity.tiers(language, True, 5)]
+    assert all(tier.recovery.shrink == 0.2 for tier in fidelity.tiers(language, words))
+    assert "reconstruct + 5 steps" in [tier.name for tier in fidelity.tiers(language, words, 5)]
     own = config.override(["recovery.steps=[bn, finetune]", "recovery.finetune_steps=7"])
-    found = fidelity.tiers(own, False)
+    found = fidelity.tiers(own, adapter_named("vision").ladder)
     assert found[0] == fidelity.own_tier(own) and found[0].name == "bn + 7 steps"
     assert [tier.name for tier in found[1:]] == [*TIERS[:4], "reconstruct + bn + 20 steps"]
     assert not any(re.search("finetune", tier.name) for tier in found)

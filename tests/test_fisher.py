@@ -10,10 +10,10 @@ from lm import tiny_lm
 from rlprune import trace
 from rlprune.pruning import fisher
 from rlprune.pruning.grams import collect, unit_consumers
-from rlprune.pruning.importance import compute
 from rlprune.pruning.plan import make_plan
 from rlprune.pruning.surgery import prune
 from rlprune.rules import RULES, Context
+from rlprune.unit_importance import compute
 
 
 def _workload(variant: str = "llama") -> tuple[Sentences, object]:
@@ -86,20 +86,22 @@ def test_identity_moments_give_the_plain_elimination():
     size = workload.model.config.hidden_size
     eye = {c.module: torch.eye(size, dtype=torch.float64) for c in unit_consumers(space)}
     weighted = fisher.fisher_eliminations(workload.model, space, grams, eye)
-    plain = compute("obs", workload, space, grams=lambda: grams)
+    known = workload.adapter.calibration(workload, space, workload.model)
+    known.give_grams(grams)
+    plain = compute("obs", workload, space, calibration=known)
     for group, found in weighted.items():
         assert np.array_equal(found.ranks, plain[group])
 
 
 def test_curves_rise_from_zero_and_the_rule_prefers_what_costs_less():
     workload, space = _workload()
-    measured: dict[str, object] = {}
-    scores = compute("obs_fisher", workload, space, measured=measured)
-    curves = measured["fisher"]
+    measured = workload.adapter.calibration(workload, space, workload.model)
+    scores = compute("obs_fisher", workload, space, calibration=measured)
+    curves = measured.curves
     for group, curve in curves.items():
         assert curve.shape == (space.groups[group].width + 1,) and curve[0] == 0.0
         assert (np.diff(curve) >= 0).all()
-    context = Context(space, workload.model, scores, 0.8, "params", workload, shared=dict(measured))
+    context = Context(space, workload.model, scores, 0.8, "params", workload, calibration=measured)
     widths = space.project(RULES["fisher"].function(context), 0.8, "params")
     uniform = space.project(np.ones(len(space.groups)), 0.8, "params")
 

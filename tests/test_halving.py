@@ -13,10 +13,10 @@ from lm import tiny_lm
 
 from rlprune.agents import StateDir, make_agent
 from rlprune.envs.task import Task
+from rlprune.language.workload import LanguageWorkload
 from rlprune.ledger import Account, Ledger
 from rlprune.run_results import learning_curves
 from rlprune.search_settings import GPConfig, PPOConfig, SearchConfig
-from rlprune.workloads import LanguageWorkload
 
 SMALL = PPOConfig(hidden=8, n_steps=8, batch_size=8, n_epochs=1, surrogate_steps=256, surrogate_envs=32)
 AGENTS = {

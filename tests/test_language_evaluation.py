@@ -14,8 +14,8 @@ import rlprune
 from rlprune.config import RecoveryConfig, ScoreConfig
 from rlprune.errors import BudgetError
 from rlprune.evaluation import Evaluator
-from rlprune.workloads import LanguageWorkload
-from rlprune.workloads.language import scoring_dtype
+from rlprune.language.dtype import scoring_dtype
+from rlprune.language.workload import LanguageWorkload
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ class TestEvaluator:
         monkeypatch.setenv("RLPRUNE_CACHE", str(tmp_path))
         clock = {"faster": torch.bfloat16}
         monkeypatch.setattr(
-            "rlprune.workloads.language._product_seconds", lambda w, d: 1.0 if d == clock["faster"] else 3.0
+            "rlprune.language.workload._product_seconds", lambda w, d: 1.0 if d == clock["faster"] else 3.0
         )
         assert scoring_dtype(workload, "auto") == torch.bfloat16
         clock["faster"] = torch.float32  # decided once: a resumed run scores as the first one did

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lm import tiny_lm
 
-from rlprune import language_figures as figures
+from rlprune.api import trace
+from rlprune.language import describe as figures
 from rlprune.pruning.plan import make_plan
 from rlprune.pruning.surgery import prune
-from rlprune.pruning.tracing import trace
 
 IDS = torch.zeros(1, 16, dtype=torch.long)
 

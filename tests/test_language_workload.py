@@ -13,9 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import rlprune
 from rlprune.errors import DataError
+from rlprune.language.workload import LanguageWorkload
 from rlprune.pruning.importance import l2
 from rlprune.pruning.plan import make_plan
-from rlprune.workloads import SPLITS, LanguageWorkload
+from rlprune.workloads import SPLITS
 from rlprune.workloads.base import check_workload
 from rlprune.workloads.text import TextData
 
@@ -28,7 +29,7 @@ def workload() -> LanguageWorkload:
 class TestContract:
     def test_batches(self, workload):
         check_workload(workload)
-        assert workload.language and workload.metric_name == "perplexity"
+        assert workload.adapter.wing == "language" and workload.metric_name == "perplexity"
         assert workload.example_inputs.shape == (1, 16) and workload.example_inputs.dtype == torch.int64
         for split in SPLITS[:3]:
             once, again = list(workload.batches(split)), list(workload.batches(split))

@@ -16,13 +16,13 @@ from nets import NETS, build, example
 from torch import nn
 
 from rlprune import calibration, profiling
+from rlprune.api import trace
 from rlprune.errors import ArtifactError, BudgetError
 from rlprune.profiling import read_table, with_latency
 from rlprune.pruning.latency_cost import TableCost, table_cost
 from rlprune.pruning.latency_table import Calibration, LatencyTable, LayerTable
 from rlprune.pruning.plan import Plan
 from rlprune.pruning.surgery import prune
-from rlprune.pruning.tracing import trace
 
 
 @pytest.fixture

@@ -14,9 +14,12 @@ from nets import build, example
 
 import rlprune
 from rlprune.errors import ConfigError, DataError
+from rlprune.language.calibration.cache import STATISTICS
 from rlprune.pruning import grams, importance, statistics
+from rlprune.unit_importance import compute
+from rlprune.workloads import Workload
 
-EVERY = [*importance.IMPORTANCES, *importance.LANGUAGE_IMPORTANCES]
+EVERY = list(importance.IMPORTANCES)
 HEAD, KV, RATIO = 8, 3, 2  # of the variant "llama": 6 query heads, 3 key-value heads
 
 
@@ -50,7 +53,7 @@ def by_kv_head(values):
 class TestActivations:
     def test_wanda_sp_written_out(self):
         workload, space = llama()
-        scores = importance.compute("wanda_sp", workload, space)
+        scores = compute("wanda_sp", workload, space)
         attention, mlp = parts(workload.model)
         for g, (layer, path) in enumerate(
             ((attention.o_proj, "self_attn.o_proj"), (mlp.down_proj, "mlp.down_proj"))
@@ -62,7 +65,7 @@ class TestActivations:
 
     def test_flap_written_out(self):
         workload, space = llama()
-        scores = importance.compute("flap", workload, space)
+        scores = compute("flap", workload, space)
         attention, mlp = parts(workload.model)
         x = activations(workload, "model.layers.0.mlp.down_proj")
         w = mlp.down_proj.weight.detach().numpy()
@@ -78,7 +81,7 @@ class TestActivations:
             workload, space = llama()
             with torch.no_grad():  # head 3 belongs to KV head 1, and 3 % 3 is 0
                 workload.model.model.layers[0].self_attn.o_proj.weight[:, 3 * HEAD : 4 * HEAD] *= 100
-            assert importance.compute(name, workload, space)[0].argmax() == 1
+            assert compute(name, workload, space)[0].argmax() == 1
 
     def test_conv1d_columns_are_its_first_dimension(self):
         workload = Sentences(tiny_lm("gpt2", dtype=torch.float64))
@@ -89,7 +92,7 @@ class TestActivations:
         w = layer.weight.detach().numpy()
         assert w.shape == (40, 32)
         wanda = (np.abs(w) * np.sqrt((x**2).mean(0))[:, None]).mean(1)
-        np.testing.assert_allclose(importance.compute("wanda_sp", workload, space)[index], wanda, rtol=1e-9)
+        np.testing.assert_allclose(compute("wanda_sp", workload, space)[index], wanda, rtol=1e-9)
         rows = workload.model.transformer.h[0].mlp.c_fc.weight.detach().numpy()
         np.testing.assert_allclose(
             importance.l2(workload.model, space)[index], np.sqrt((rows**2).sum(0)), rtol=1e-9
@@ -104,7 +107,7 @@ class TestActivations:
             ):
                 layer.weight[5] = layer.weight[4]
             workload.model.model.layers[0].mlp.down_proj.weight[:, 7] *= 50
-        scores = importance.compute("obs", workload, space)
+        scores = compute("obs", workload, space)
         for group, values in zip(space.groups, scores, strict=True):
             assert sorted(values) == list(range(group.width))
         assert min(scores[1][4], scores[1][5]) < 10 and scores[1][7] == 39
@@ -113,10 +116,13 @@ class TestActivations:
         workload, space = llama()
         collected = grams.collect(workload.model, space, workload.batches("calibration"))
         found = statistics.collect(workload.model, space, workload.batches("calibration"))
-        plain = {n: importance.compute(n, workload, space) for n in ("obs", "wanda_sp", "flap")}
+        plain = {n: compute(n, workload, space) for n in ("obs", "wanda_sp", "flap")}
         workload.batches = lambda split, limit=None: iter(())  # there is nothing to read any more
         for name, scores in plain.items():
-            again = importance.compute(name, workload, space, grams=lambda: collected, statistics=found)
+            known = workload.adapter.calibration(workload, space, workload.model)
+            known.give_grams(collected)
+            known.keep(STATISTICS, found)
+            again = compute(name, workload, space, calibration=known)
             assert all(np.array_equal(a, b) for a, b in zip(scores, again, strict=True))
         assert len(collected) == 4 and collected.nbytes > 0
 
@@ -172,14 +178,14 @@ class TestTaylor:
     @pytest.mark.parametrize("kind", ["vector", "param_first", "param_second", "param_mix"])
     def test_llm_pruners_scores_written_out(self, kind):
         workload, space = llama()
-        scores = importance.compute(f"taylor_{kind}", workload, space)
+        scores = compute(f"taylor_{kind}", workload, space)
         for index, group in enumerate(("attention", "ffn"), start=2):
             assert space.groups[index].kind == group
             np.testing.assert_allclose(scores[index], self.reference(kind, group)[0], rtol=1e-7)
 
     def test_saap_is_the_sum_of_both_parts_over_their_means(self):
         workload, space = llama()
-        scores = importance.compute("saap", workload, space)
+        scores = compute("saap", workload, space)
         for index, group in ((2, "attention"), (3, "ffn")):
             element, vector = self.reference("saap", group)
             # two unknown means (over both blocks) explain all scores of a group
@@ -193,9 +199,9 @@ class TestTaylor:
 
     def test_the_published_number_of_samples_can_be_given(self):
         workload, space = llama()
-        few = importance.compute("taylor_param_second", workload, space, limit=3)
+        few = compute("taylor_param_second", workload, space, limit=3)
         gradients = sample_gradients(workload, ["model.layers.0.mlp.down_proj.weight"], limit=3)
-        other = importance.compute("taylor_param_second", workload, space)
+        other = compute("taylor_param_second", workload, space)
         assert len(gradients["model.layers.0.mlp.down_proj.weight"]) == 3
         assert not np.allclose(few[1], other[1])
 
@@ -207,7 +213,7 @@ class TestTaylor:
         kept.grad = torch.ones_like(kept)
         parameters["model.norm.weight"].requires_grad_(False)
         before = {n: p.detach().clone() for n, p in parameters.items()}
-        importance.compute("taylor_param_mix", workload, space)
+        compute("taylor_param_mix", workload, space)
         assert model.training and (kept.grad == 1).all()
         assert [n for n, p in parameters.items() if not p.requires_grad] == ["model.norm.weight"]
         assert all(p.grad is None for p in parameters.values() if p is not kept)
@@ -230,7 +236,7 @@ class TestEveryFamily:
         consumers = grams.unit_consumers(space)
         assert [c.group for c in consumers] == list(range(len(space.groups)))
         for kind in EVERY:
-            scores = importance.compute(kind, workload, space, seed=1)
+            scores = compute(kind, workload, space, seed=1)
             assert [len(s) for s in scores] == space.widths.tolist()
             assert all(np.isfinite(s).all() and (s >= 0).all() for s in scores)
             assert all(s.std() > 0 for s, g in zip(scores, space.groups, strict=True) if g.width > 1), kind
@@ -239,22 +245,22 @@ class TestEveryFamily:
         net = build("Residual")
         space = rlprune.trace(net, example())
 
-        class Nothing:
+        class Nothing(Workload):
             model = net
 
             def batches(self, split, limit=None):
                 raise AssertionError("data were read")
 
-        for name in importance.LANGUAGE_IMPORTANCES:
+        for name in (n for n, i in importance.IMPORTANCES.items() if i.wing):
             with pytest.raises(
                 ConfigError, match=rf"{name}' works on attention and feed-forward groups"
             ) as error:
-                importance.compute(name, Nothing(), space)
+                compute(name, Nothing(), space)
             assert "\n" not in str(error.value)
 
     def test_unknown_names_are_refused_with_the_near_miss(self):
         with pytest.raises(ConfigError, match="did you mean 'wanda_sp'"):
-            importance.compute("wanda-sp", None, None)
+            compute("wanda-sp", None, None)
 
 
 class TestStatistics:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm import tokens
 from torch import Tensor, nn
-from toy_blocks import Nothing, absolute, toy, widths, with_statistics
+from toy_blocks import absolute, toy, widths, with_measured, with_statistics
 
 from rlprune import rules
 from rlprune.errors import ConfigError
@@ -238,7 +238,7 @@ def test_fisher_is_no_worse_than_any_plan(seed: int, budget: float) -> None:
         curves[g] = np.concatenate([[0.0], np.cumsum(steps) / steps.sum()])
     if budget * space.dense_cost("params") < 100:
         return
-    context = replace(context, budget=budget, workload=Nothing(), shared={"fisher": curves})
+    context = with_measured(replace(context, budget=budget), "fisher", curves)
     cut = rules.fisher(context) * space.widths
     target = space.target(budget, "params")
     assert space.cost(space.widths - cut, "params") == pytest.approx(target)

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from toy_blocks import Nothing
 
 from rlprune import rules
+from rlprune.api import trace
 from rlprune.errors import BudgetError, DataError
 from rlprune.pruning import importance
-from rlprune.pruning.tracing import trace
 from rlprune.rules import RULES, Context
 from rlprune.rules.saap import chunks, stability
 from rlprune.workloads import Workload
 
-LANGUAGE = sorted(n for n, r in RULES.items() if r.language)
+LANGUAGE = sorted(n for n, r in RULES.items() if r.wing == "language")
 
 
 class Words(Workload):
@@ -83,7 +83,7 @@ def between(context: Context, metric: str, share: float) -> Context:
 class TestContract:
     """What every rule promises on every language model; a new rule is tested by being registered."""
 
-    pytestmark = pytest.mark.parametrize("name", sorted(n for n, r in RULES.items() if not r.peer))
+    pytestmark = pytest.mark.parametrize("name", sorted(n for n, r in RULES.items() if not r.external))
 
     @pytest.mark.parametrize("metric", ["params", "block_params", "macs", "kv_cache"])
     def test_distribution(self, context: Context, name: str, metric: str) -> None:
@@ -106,10 +106,10 @@ class TestContract:
 
     def test_deterministic_and_without_effect_on_the_model(self, context: Context, name: str) -> None:
         before = {n: t.clone() for n, t in context.model.state_dict().items()}
-        first = RULES[name].function(replace(context, shared={}))
+        first = RULES[name].function(replace(context, calibration=None))
         torch.manual_seed(123)
         np.random.seed(5)
-        assert np.array_equal(first, RULES[name].function(replace(context, shared={})))
+        assert np.array_equal(first, RULES[name].function(replace(context, calibration=None)))
         assert np.array_equal(first, RULES[name].function(context))
         assert all(torch.equal(before[n], t) for n, t in context.model.state_dict().items())
         assert all(p.grad is None for p in context.model.parameters())
@@ -121,7 +121,7 @@ class TestContract:
         assert found.summary
         assert "arXiv" in (found.function.__doc__ or "") or name in ("uniform", "ffn_uniform")
         assert name in rules.rules_for(context.space)
-        bare = replace(context, workload=None, shared={})
+        bare = replace(context, workload=None, calibration=None)
         if found.needs_workload:
             with pytest.raises(DataError, match=name):
                 found.function(bare)

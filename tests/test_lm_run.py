@@ -25,7 +25,7 @@ from rlprune.rules import RULES
 from rlprune.run_results import read_results
 from rlprune.workloads.build import build_workload
 
-OWN_RULES = [name for name, rule in RULES.items() if not rule.peer]
+OWN_RULES = [name for name, rule in RULES.items() if not rule.external]
 
 # Big enough to learn which tokens are frequent in a second; enough blocks for a distribution to matter.
 TINY = (

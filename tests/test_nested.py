@@ -16,10 +16,11 @@ from lm import tiny_lm
 import rlprune
 from rlprune.config import RecoveryConfig
 from rlprune.errors import ConfigError, DataError
-from rlprune.pruning import elimination, grams, importance
+from rlprune.pruning import elimination, grams
 from rlprune.pruning.nested import NestedReconstruction, Triangles
 from rlprune.pruning.plan import Plan
 from rlprune.pruning.recovery import Recovery
+from rlprune.unit_importance import compute
 
 RIDGE = 1e-3
 
@@ -35,6 +36,15 @@ def test_gram_matrices_are_the_mean_products_whatever_the_blocks(monkeypatch):
             torch.testing.assert_close(found.mean, x.mean(0), rtol=1e-12, atol=1e-13)
             torch.testing.assert_close(found.centred(), torch.cov(x.T, correction=0), rtol=1e-9, atol=1e-12)
             assert found.count == len(x)
+
+
+def known(workload, space, given):
+    """A cache of measurements that holds Gram matrices already; None where none are given."""
+    if given is None:
+        return None
+    cache = workload.adapter.calibration(workload, space, workload.model)
+    cache.give_grams(given)
+    return cache
 
 
 class TestTriangles:
@@ -268,7 +278,12 @@ class TestRecovery:
         plan = plan_of(space, seed=6)
         built = []
         for given_ in (None, grams.Grams({n: collected[n] for n in names(space)})):
-            recover = Recovery(workload, space, RecoveryConfig(steps=("reconstruct",)), grams=given_)
+            recover = Recovery(
+                workload,
+                space,
+                RecoveryConfig(steps=("reconstruct",)),
+                calibration=known(workload, space, given_),
+            )
             slim = rlprune.prune(workload.model, plan)
             recover(slim, plan)
             assert given_ is None or len(given_) == 0
@@ -276,7 +291,8 @@ class TestRecovery:
             built.append(slim.state_dict())
         assert all(torch.equal(built[0][k], built[1][k]) for k in built[0])
         with pytest.raises(DataError, match=r"none of 'model.layers.0.self_attn.o_proj'"):
-            Recovery(workload, space, RecoveryConfig(steps=("reconstruct",)), grams=grams.Grams({}))
+            none = known(workload, space, grams.Grams({}))
+            Recovery(workload, space, RecoveryConfig(steps=("reconstruct",)), calibration=none)
 
     def test_later_stages_start_from_the_model_that_is_left(self):
         workload, space, _ = shared_llama()
@@ -319,7 +335,7 @@ def test_plans_of_a_nested_ranking_are_prefixes():
 def test_the_hidden_size_as_a_group_cuts_the_rows_of_what_is_solved():
     workload = workload_of("llama")
     space = rlprune.trace(workload.model, workload.example_inputs, hidden=True)
-    scores = importance.compute("obs", workload, space)
+    scores = compute("obs", workload, space)
     hidden = [g.kind for g in space.groups].index("hidden")
     assert scores[hidden].std() > 0
     narrow = rlprune.make_plan(space, importance=scores, widths=np.maximum(space.widths // 2, 1))

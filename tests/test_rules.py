@@ -11,15 +11,16 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from rlprune import rules
+from rlprune.api import trace
 from rlprune.errors import BudgetError, ConfigError, DataError, GraphError
 from rlprune.pruning import importance
 from rlprune.pruning.space import PruningSpace
-from rlprune.pruning.tracing import trace
 from rlprune.rules import RULES, Context
 from rlprune.rules.context import rule
 from rlprune.rules.lamp import _scores
 from rlprune.rules.threshold import threshold_distribution
-from rlprune.workloads import Workload, build_model
+from rlprune.workloads import Workload
+from rlprune.workloads.zoo import build_model
 
 
 class Noise(Workload):
@@ -52,7 +53,7 @@ def widths_of(context: Context, name: str) -> np.ndarray:
 class TestContract:
     """What every rule promises; a new rule is tested by being registered."""
 
-    pytestmark = pytest.mark.parametrize("name", sorted(n for n, r in RULES.items() if not r.language))
+    pytestmark = pytest.mark.parametrize("name", sorted(n for n, r in RULES.items() if r.wing != "language"))
 
     @pytest.mark.parametrize(
         ("budget", "metric"), [(0.8, "macs"), (0.5, "params"), ("25%", "macs"), (1.0, "macs")]
@@ -118,7 +119,7 @@ def test_rules_for_language_models_stay_out(context: Context) -> None:
     allowed = rules.rules_for(context.space)
     assert "uniform" in allowed
     assert "flap" not in allowed
-    with pytest.raises(ConfigError, match="'flap' is for causal language models; allowed here: .*uniform"):
+    with pytest.raises(ConfigError, match="'flap' is for language models; allowed here: .*uniform"):
         rules.flap(context)
 
 
@@ -237,12 +238,12 @@ def test_depgraph_is_what_torch_pruning_really_prunes() -> None:
         assert ours == widths, "the lowest ratio that meets the budget"
 
 
-def test_depgraph_is_a_peer_and_no_start(context: Context) -> None:
+def test_depgraph_is_external_and_no_start(context: Context) -> None:
     assert "depgraph" not in rules.rules_for(context.space)
-    assert "depgraph" in rules.rules_for(context.space, peers=True)
-    words = replace(context.space, groups=tuple(replace(g, kind="ffn") for g in context.space.groups))
-    assert "depgraph" not in rules.rules_for(words, peers=True)
-    with pytest.raises(ConfigError, match="^rule: 'depgraph' is not for causal language models$"):
+    assert "depgraph" in rules.rules_for(context.space, external=True)
+    words = replace(context.space, wing="language")
+    assert "depgraph" not in rules.rules_for(words, external=True)
+    with pytest.raises(ConfigError, match="^rule: 'depgraph' is for models of images; allowed here: "):
         rules.depgraph(replace(context, space=words))
 
 
@@ -254,7 +255,7 @@ def test_depgraph_says_in_a_line_that_it_cannot_follow_a_model(context: Context)
     model = copy.deepcopy(context.model)
     model.__class__ = Opaque
     with pytest.raises(GraphError, match=r"^depgraph: pruning Opaque .* \(ValueError: not\)$"):
-        rules.depgraph(replace(context, model=model, shared={}))
+        rules.depgraph(replace(context, model=model, calibration=None))
 
 
 def test_sensitivity_probes_each_group_alone_and_equalises_the_loss(context: Context) -> None:

@@ -21,7 +21,7 @@ from rlprune.ledger import Ledger
 from rlprune.rules import RULES
 from rlprune.run_results import read_results
 
-VISION_RULES = [name for name, rule in RULES.items() if not (rule.language or rule.peer)]
+VISION_RULES = [name for name, rule in RULES.items() if rule.wing is None]
 
 TINY = [
     "model.arguments={width: 4}", "model.train.epochs=2", "data.train=256", "data.calibration=64",

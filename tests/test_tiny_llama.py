@@ -8,8 +8,8 @@ from language_settings import config_of, refused
 
 from rlprune.config import Config, load_config
 from rlprune.errors import ConfigError
-from rlprune.workloads import build_workload, load_causal
-from rlprune.workloads.causal import help_tokenizer
+from rlprune.workloads import build_workload
+from rlprune.workloads.causal import help_tokenizer, load_causal
 
 
 def training(sequences: int, epochs: int, lr: float, batch: int) -> list[str]:

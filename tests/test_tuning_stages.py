@@ -15,16 +15,16 @@ from torch import Tensor, nn
 import rlprune
 from rlprune import finish as finish_module
 from rlprune import tuning, tuning_trainer
+from rlprune.api import trace
 from rlprune.config import Config
 from rlprune.errors import ArtifactError, BudgetError, ConfigError
 from rlprune.evaluation import Evaluator
 from rlprune.finish import add_latency, finish
+from rlprune.language.workload import LanguageWorkload
 from rlprune.ledger import Ledger
 from rlprune.problem import Found, Problem, score_rule, search
 from rlprune.pruning.plan import Plan
-from rlprune.pruning.tracing import trace
 from rlprune.tuning_stages import incremental
-from rlprune.workloads.language import LanguageWorkload
 from rlprune.workloads.text import TextData, TextSplit
 
 LENGTH = 12

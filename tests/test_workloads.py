@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from rlprune.errors import DataError
-from rlprune.workloads import SPLITS, VisionWorkload, Workload, build_model, load_data
+from rlprune.workloads import SPLITS, Workload
 from rlprune.workloads.base import check_workload
-from rlprune.workloads.vision import crop_and_flip
+from rlprune.workloads.data import load_data
+from rlprune.workloads.vision import VisionWorkload, crop_and_flip
+from rlprune.workloads.zoo import build_model
 
 
 def digits_workload(**options: object) -> VisionWorkload:

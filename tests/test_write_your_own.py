@@ -18,10 +18,10 @@ from test_rules import Noise
 
 from rlprune import cli, plugins
 from rlprune.agents import AGENTS, make_agent
+from rlprune.api import trace
 from rlprune.pruning import importance
-from rlprune.pruning.tracing import trace
 from rlprune.rules import RULES, Context
-from rlprune.workloads import build_model
+from rlprune.workloads.zoo import build_model
 
 PAGE = Path(__file__).parent.parent / "docs" / "write-your-own.md"
 RULE, AGENT, SCRIPT = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rlprune.errors import ArtifactError, ConfigError, DataError
-from rlprune.workloads import build_model, list_models, rebuild
+from rlprune.workloads import list_models
 from rlprune.workloads.checkpoint import load_checkpoint, put_weights
-from rlprune.workloads.zoo import base_of
+from rlprune.workloads.zoo import base_of, build_model, rebuild
 
 
 def test_cifar_resnet_has_the_layers_of_the_paper() -> None:

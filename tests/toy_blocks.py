@@ -74,7 +74,7 @@ def toy(
         "params": CostFormula(100.0, np.array(prices), nothing),
         "kv_cache": CostFormula(0.0, np.array(cache), nothing),
     }
-    space = PruningSpace(tuple(groups), {}, "toy", tuple(axes), tuple(cuts), (), costs)
+    space = PruningSpace(tuple(groups), {}, "toy", tuple(axes), tuple(cuts), (), costs, wing="language")
     return Context(space, model, importance.magnitude(model, space), 0.7, "params")
 
 
@@ -92,7 +92,15 @@ def with_statistics(context: Context, cosine: Any, seed: int = 0) -> Context:
             inputs[cut.tensor.removesuffix(".weight")] = Moments(0 * values, 2 * values, values, 10)
     cosine = np.asarray(cosine, dtype=np.float64)
     found = Statistics(inputs, cosine, cosine, cosine)
-    return replace(context, shared={"statistics": found}, workload=Nothing())
+    return with_measured(context, "statistics", found)
+
+
+def with_measured(context: Context, name: str, value: object) -> Context:
+    """The context with a measurement that is there already, and a workload that may not be read."""
+    context = replace(context, workload=Nothing(), calibration=None)
+    assert context.calibration is not None
+    context.calibration.keep(name, value)
+    return context
 
 
 class Nothing(Workload):

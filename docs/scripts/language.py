@@ -25,6 +25,7 @@ import language_tables  # the script beside this one
 import numpy as np
 import torch
 
+from rlprune.api import trace
 from rlprune.config import Config, RecoveryConfig, load_config
 from rlprune.files import write_json_atomic
 from rlprune.finish import choose
@@ -34,12 +35,11 @@ from rlprune.problem import Problem, prepare, search
 from rlprune.progress import Console
 from rlprune.pruning.grams import Grams
 from rlprune.pruning.grams import collect as collect_grams
-from rlprune.pruning.importance import compute
 from rlprune.pruning.plan import make_plan
 from rlprune.pruning.recovery import Recovery
 from rlprune.pruning.surgery import prune
-from rlprune.pruning.tracing import trace
 from rlprune.rules import Context, rules_for
+from rlprune.unit_importance import compute
 
 Rows = list[dict[str, Any]]
 

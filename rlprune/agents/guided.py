@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from ..envs.task import Floats, Ints, Task
 from ..ledger import SearchSpent
-from ..rules.context import is_language
 from .base import Recorder, SearchResult
 from .composite import CompositeModel
 from .distill import COMMON_PLANS, distill, lessons
@@ -167,9 +166,9 @@ class Guided:
         return task.knots[batch % len(task.knots)]
 
     def teach(self) -> None:
-        """Teach the policy the best plans: of several checkpoints of image models, and of the budgets of a range."""
+        """Teach the policy the best plans: of several checkpoints, where these have plans in common, and of a range."""
         search = self.search
-        several = len(search.tasks) > 1 and not any(is_language(task.space) for task in search.tasks)
+        several = len(search.tasks) > 1 and all(task.common_plans for task in search.tasks)
         if not several and not search.tasks[0].is_range:
             return
         seed_everything(search.seed, 7)

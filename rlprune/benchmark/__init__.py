@@ -23,6 +23,7 @@ from ..progress import Console
 from ..pruning.space import PruningSpace
 from ..rules import RULES, rules_for
 from ..search_settings import SB3Config, SearchConfig
+from ..workloads.adapter import adapter_named
 from .cells import DENSE, Cell, Problems, cell_key, compute, finished, reason, with_checkpoint
 from .outcome import Outcome, page, write
 from .pool import Pool, Worker
@@ -244,7 +245,11 @@ def applicable(
     methods: Sequence[str] | None, space: PruningSpace, unable: Mapping[str, str]
 ) -> tuple[list[str], dict[str, str]]:
     """The methods that can run here, and of all others why not; ConfigError where one was asked for by name."""
-    reasons = {name: "for language models only" for name in RULES if name not in rules_for(space, peers=True)}
+    reasons = {
+        name: f"for {adapter_named(rule.wing).models} only"
+        for name, rule in RULES.items()
+        if rule.wing is not None and name not in rules_for(space, external=True)
+    }
     reasons |= unable
     _refuse(methods, reasons)
     names = _checked(methods, [*RULES, *AGENTS])

@@ -13,7 +13,7 @@ import numpy as np
 from .. import comparison, plots, report
 from ..config import Config
 from ..files import write_bytes_atomic, write_json_atomic, write_text_atomic
-from ..latency import DEFAULT_BATCH_SIZES, measure
+from ..latency import measure
 from ..ledger import charged_scores
 from ..pruning.plan import make_plan
 from ..pruning.space import PruningSpace
@@ -99,21 +99,21 @@ def _results(outcome: Outcome) -> dict[str, Any]:
 def _add_latency(outcome: Outcome, rows: Sequence[Row]) -> None:
     """Measured at the end, in turns, once for all rows of the same widths; only the shapes matter.
 
-    Of a language model the first seed's plans are timed: a forward pass takes seconds there.
+    Where a forward pass takes seconds, the first seed's plans are timed only (``LatencySettings.every_seed``).
     """
-    language = outcome.workload.language
-    timed = [row for row in rows if not language or row["seed"] == outcome.config.seed]
+    how = outcome.workload.adapter.latency
+    timed = [row for row in rows if how.every_seed or row["seed"] == outcome.config.seed]
     widths = list(dict.fromkeys(tuple(row["widths"]) for row in timed))
     found: dict[tuple[int, ...], dict[int, float]] = {}
     for part in _parts(outcome.space, widths):
-        shared: dict[str, Any] = {}  # twenty copies of a language model's embeddings would not fit
-        models = {str(i): _cut(outcome, w, shared if language else None) for i, w in enumerate(part)}
+        shared: dict[str, Any] = {}
+        models = {str(i): _cut(outcome, w, shared if how.share else None) for i, w in enumerate(part)}
         times = measure(
             models,
             outcome.workload.example_inputs,
-            batch_sizes=(1,) if language else DEFAULT_BATCH_SIZES,  # as in `finish.add_latency`
+            batch_sizes=how.batch_sizes,
             budget_seconds=LATENCY_SECONDS * len(part) / len(widths),
-            warmup=1 if language else 3,
+            warmup=how.warmup,
         )
         found |= {w: times[str(i)] for i, w in enumerate(part)}
     for row in timed:

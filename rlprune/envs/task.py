@@ -16,7 +16,6 @@ from ..pruning.budget import Limits, project
 from ..pruning.cost import formula
 from ..pruning.space import PruningSpace
 from ..rules import RULES, rules_for
-from ..rules.context import is_language
 from .observation import fill_dynamic, static_features
 from .randomness import isolated_randomness
 from .reward import RewardScale, reward_scale
@@ -93,6 +92,7 @@ class Task:
         scorer: who scores candidates and charges for them; the evaluator itself by default.
         sensitivity: two ratios; each group alone is cut by them and scored (charged) for the observation.
         name: shown in messages.
+        common_plans: whether a policy of several tasks is taught what their best plans have in common.
     """
 
     evaluator: Judge
@@ -102,6 +102,7 @@ class Task:
     scorer: Scorer | None = None
     sensitivity: tuple[float, ...] = ()
     name: str = ""
+    common_plans: bool = True
     _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -212,7 +213,7 @@ class Task:
         return self._cache[key]
 
     def _rule(self, name: str, budget: Any) -> Floats:
-        if name == "uniform" and not is_language(self.space):
+        if name == "uniform" and all(g.exact and g.block < 0 for g in self.space.groups):
             return np.ones(len(self.space.groups))
         if name not in RULES:
             allowed = ", ".join(RULES)

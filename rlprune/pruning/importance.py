@@ -8,16 +8,14 @@ formula says so. Higher scores are kept. Those from gradients stand in `gradient
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
 from ..errors import ConfigError, near_miss
-from ..memory import return_freed_memory
-from .elimination import eliminations
-from .fisher import divergence_curves, fisher_eliminations, output_moments
+from .calibration_cache import CalibrationCache
 from .gradient_importance import (
     saap,
     taylor,
@@ -26,12 +24,8 @@ from .gradient_importance import (
     taylor_param_second,
     taylor_vector,
 )
-from .grams import Consumer, Grams, group_consumers
-from .grams import collect as collect_grams
 from .space import PruningSpace
-from .statistics import Statistics
-from .statistics import collect as collect_statistics
-from .unit_scores import Batches, Floats, Scores, per_unit
+from .unit_scores import Batches, Loss, Scores, per_unit
 
 
 def magnitude(model: nn.Module, space: PruningSpace, p: int = 2) -> Scores:
@@ -77,157 +71,75 @@ def random(model: nn.Module, space: PruningSpace, seed: int = 0) -> Scores:
     return [rng.random(g.width) for g in space.groups]
 
 
-def _by_column(
-    model: nn.Module, space: PruningSpace, name: str, score: Callable[[Consumer, Floats], Floats]
-) -> Scores:
-    """``score(consumer, weights (I, O))`` gives scores (units,); a hidden size that is a group gets its L2 norm."""
-    consumers = group_consumers(space, f"prune.importance: {name!r}")
-    found = {c.group: score(c, c.matrix(model).double().cpu().numpy()) for c in consumers}
-    spare = l2(model, space) if len(found) < len(space.groups) else []
-    return [found[g] if g in found else spare[g] for g in range(len(space.groups))]
+Function = Callable[[CalibrationCache], Scores]
+Gradient = Callable[[nn.Module, PruningSpace, Batches, Loss], Scores]
 
 
-def wanda_sp(model: nn.Module, space: PruningSpace, statistics: Statistics) -> Scores:
-    """Wanda-sp: mean over outputs i of |W_ij| * ||X_j||, summed over a unit's input columns j.
+@dataclass(frozen=True)
+class Importance:
+    """A registered importance: ``function(calibration)`` gives G arrays, one score a unit.
 
-    Wanda's metric (Sun et al. 2023, arXiv 2306.11695) made structured as in FLAP's code (arXiv 2312.11983);
-    ||X_j|| is the root mean square over tokens of the consumer's (o_proj's, down_proj's) input column.
+    ``wing`` names the only wing whose models have it (see ``ModelAdapter.wing``); None for all models.
     """
 
-    def score(consumer: Consumer, weights: Floats) -> Floats:
-        norms = np.sqrt(statistics.inputs[consumer.module].second)
-        return (np.abs(weights).mean(axis=1) * norms)[consumer.columns].sum(axis=1)
+    name: str
+    summary: str
+    function: Function
+    wing: str | None = None
 
-    return _by_column(model, space, "wanda_sp", score)
+
+IMPORTANCES: dict[str, Importance] = {}
 
 
-def flap(model: nn.Module, space: PruningSpace, statistics: Statistics) -> Scores:
-    """FLAP's fluctuation: Var(X_j) * ||W_:j||^2, squared in attention, averaged over a unit's input columns j.
+def register(
+    summary: str, *, wing: str | None = None, name: str | None = None
+) -> Callable[[Function], Function]:
+    """Register an importance under the name of the function below, or under ``name``.
 
-    An et al. 2023, arXiv 2312.11983, equation 5; the square is in the authors' code. Their standardisation
-    within a layer changes no ranking within it and belongs to the rule `flap`.
+    The function takes a :class:`CalibrationCache` (``model``, ``space``, ``seed``, ``batches(limit)``, and
+    ``source.loss``) and returns G arrays, one score a unit; higher scores are kept.
+
+    Raises (when applied):
+        ConfigError: the name is taken, or the summary is missing.
     """
+    if not isinstance(summary, str):
+        raise ConfigError('importance: needs a summary, as in @register("what it does")')
 
-    def score(consumer: Consumer, weights: Floats) -> Floats:
-        values = statistics.inputs[consumer.module].variance * (weights**2).sum(axis=1)
-        if space.groups[consumer.group].kind == "attention":
-            values = values**2
-        return values[consumer.columns].mean(axis=1)
+    def add(function: Function) -> Function:
+        own = name or function.__name__
+        if own in IMPORTANCES and IMPORTANCES[own].function.__module__ != "__main__":
+            raise ConfigError(f"importance: the name {own!r} is taken; choose another")
+        IMPORTANCES[own] = Importance(own, summary, function, wing)
+        return function
 
-    return _by_column(model, space, "flap", score)
-
-
-def obs(model: nn.Module, space: PruningSpace, grams: Grams, ridge: float = 1e-3) -> Scores:
-    """Greedy elimination: the unit that the others replace best, by ridge regression, goes first.
-
-    Structured Optimal Brain Surgeon (ZipLM, arXiv 2302.04089, see :mod:`.elimination`). Scores are the
-    places in that order, 0 for the first unit to go.
-    """
-    found = eliminations(model, space, grams, ridge)
-    return _by_column(model, space, "obs", lambda consumer, weights: found[consumer.group].ranks)
+    return add
 
 
-def obs_fisher(
-    model: nn.Module,
-    space: PruningSpace,
-    grams: Callable[[], Grams],
-    batches: Batches,
-    ridge: float = 1e-3,
-    seed: int = 0,
-    measured: dict[str, Any] | None = None,
-) -> Scores:
-    """Greedy elimination that counts nats: output errors are weighted by the Fisher information (`fisher`).
-
-    K-FAC (arXiv 1503.05671) in structured Optimal Brain Surgeon (ZipLM, arXiv 2302.04089). Scores are the
-    places in the order, 0 for the first unit to go. The expected divergence of every width is left in
-    ``measured["fisher"]``, where the rule `fisher` finds it. ``grams`` is called after the backward pass: the
-    matrices beside its activations would be the peak of a search's memory.
-    """
-    moments = output_moments(model, space, batches, seed)
-    return_freed_memory()
-    found = fisher_eliminations(model, space, grams(), moments, ridge)
-    if measured is not None:
-        measured["fisher"] = divergence_curves(found)
-    return _by_column(model, space, "obs_fisher", lambda consumer, weights: found[consumer.group].ranks)
+def find_importance(name: str) -> Importance:
+    """An importance by name; ConfigError with the near miss for an unknown one."""
+    if name not in IMPORTANCES:
+        hint = near_miss(name, IMPORTANCES)
+        raise ConfigError(f"prune.importance: unknown {name!r}{hint}; allowed: {', '.join(IMPORTANCES)}")
+    return IMPORTANCES[name]
 
 
-IMPORTANCES: dict[str, Callable[..., Scores]] = {
-    "l1": l1,
-    "l2": l2,
-    "bn_scale": bn_scale,
-    "taylor": taylor,
-    "taylor_vector": taylor_vector,
-    "taylor_param_first": taylor_param_first,
-    "taylor_param_second": taylor_param_second,
-    "taylor_param_mix": taylor_param_mix,
-    "saap": saap,
-    "random": random,
-}
-"""Importances that any model's units can have."""
-
-LANGUAGE_IMPORTANCES: dict[str, Callable[..., Scores]] = {
-    "wanda_sp": wanda_sp,
-    "flap": flap,
-    "obs": obs,
-    "obs_fisher": obs_fisher,
-}
-"""Importances that read the inputs of o_proj and down_proj: for language models only."""
-
-# Calibration samples of the backward pass of `obs_fisher`: (O, O) moments need fewer than (I, I) ones.
-_FISHER_SAMPLES = 64
-_ELIMINATIONS = ("obs", "obs_fisher")  # those that read Gram matrices
-
-_GRADIENTS = (taylor, taylor_vector, taylor_param_first, taylor_param_second, taylor_param_mix, saap)
+def _of_weights(function: Callable[[nn.Module, PruningSpace], Scores]) -> None:
+    register(first_sentence(function), name=function.__name__)(lambda c: function(c.model, c.space))
 
 
-def compute(
-    name: str,
-    workload: Any,
-    space: PruningSpace,
-    seed: int = 0,
-    model: nn.Module | None = None,
-    grams: Callable[[], Grams] | None = None,
-    statistics: Statistics | None = None,
-    *,
-    limit: int | None = None,
-    ridge: float = 1e-3,
-    measured: dict[str, Any] | None = None,
-) -> Scores:
-    """Scores by name for a workload's dense model (or ``model``), on its calibration split where data are read.
+def _of_gradients(function: Gradient) -> None:
+    register(first_sentence(function), name=function.__name__)(
+        lambda c: function(c.model, c.space, c.batches(c.limit), c.source.loss)
+    )
 
-    Args:
-        grams: gives what ``grams.collect`` made, for `obs` and `obs_fisher`; collected here when not given.
-        statistics: from ``statistics.collect``, for `wanda_sp` and `flap`; collected here when not given.
-        limit: calibration samples that are read (LLM-Pruner's published setting is 10); None for all.
-        ridge: penalty of `obs` and `obs_fisher`.
-        measured: takes what an importance measured on its way and a rule can use.
 
-    Raises:
-        ConfigError: unknown name, or one that this kind of model cannot use.
-    """
-    allowed = {**IMPORTANCES, **LANGUAGE_IMPORTANCES}
-    if name not in allowed:
-        hint = near_miss(name, allowed)
-        raise ConfigError(f"prune.importance: unknown {name!r}{hint}; allowed: {', '.join(allowed)}")
-    subject = workload.model if model is None else model
-    function = allowed[name]
-    if name == "random":
-        return random(subject, space, seed)
-    if function in _GRADIENTS:
-        return function(subject, space, workload.batches("calibration", limit), workload.loss)
-    if name in LANGUAGE_IMPORTANCES:
-        group_consumers(space, f"prune.importance: {name!r}")  # refuse before the data are read
-        batches = workload.batches("calibration", limit)
-        if name in _ELIMINATIONS:
-            collected = grams or (
-                lambda: collect_grams(subject, space, workload.batches("calibration", limit))
-            )
-            if name == "obs":
-                return obs(subject, space, collected(), ridge)
-            most = _FISHER_SAMPLES if limit is None else min(limit, _FISHER_SAMPLES)
-            few = workload.batches("calibration", most)
-            return obs_fisher(subject, space, collected, few, ridge, seed, measured)
-        if statistics is None:
-            statistics = collect_statistics(subject, space, batches)
-        return function(subject, space, statistics)
-    return function(subject, space)
+def first_sentence(function: Callable[..., object]) -> str:
+    """The first line of a function's docstring, as a summary."""
+    return (function.__doc__ or "").strip().partition("\n")[0]
+
+
+for _function in (l1, l2, bn_scale):
+    _of_weights(_function)
+for _gradient in (taylor, taylor_vector, taylor_param_first, taylor_param_second, taylor_param_mix, saap):
+    _of_gradients(_gradient)
+register(first_sentence(random), name="random")(lambda c: random(c.model, c.space, c.seed))

@@ -12,6 +12,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from .cost import AxisSize, CostFormula, FormulaBuilder
 from .families import Block
 from .proof import prove
 from .space import AttributeRule, Axis, Cut, DropRule, Group, Ints, Member, PruningSpace, rounded
+from .tracing import TraceOptions
 
 _CACHE_BYTES = 2 * 2  # keys and values, two bytes each (bfloat16)
 
@@ -36,15 +38,7 @@ def is_language_model(model: nn.Module) -> bool:
 
 
 def language_space(
-    model: nn.Module,
-    example_inputs: Any,
-    fingerprint: str,
-    ignore: Sequence[str] = (),
-    round_to: int = 1,
-    minimum: int = 1,
-    verify: bool = True,
-    drop: bool = False,
-    hidden: bool = False,
+    model: nn.Module, example_inputs: Any, fingerprint: str, options: TraceOptions
 ) -> PruningSpace:
     """The space of a causal LM: a group for each attention and each feed-forward part, in block order.
 
@@ -63,18 +57,18 @@ def language_space(
         blocks = families.blocks_of(model)
     except families.UnsupportedModel as error:
         raise GraphError(str(error)) from None
-    ignored = _ignored(model, blocks, ignore)
-    layout = _LanguageLayout(model, blocks, length, drop, hidden, ignored)
-    _check_rounding(layout.groups, round_to)
-    space = layout.space(fingerprint, round_to, minimum)
+    ignored = _ignored(model, blocks, options.ignore)
+    layout = _LanguageLayout(model, blocks, length, options.drop, options.hidden, ignored)
+    _check_rounding(layout.groups, options.round_to)
+    space = layout.space(fingerprint, options.round_to, options.minimum)
     if not space.groups:
         reasons = [f"{name!r}: {why}" for name, why in space.protected.items()]
         raise GraphError(f"no part of {type(model).__name__} can be pruned; " + "; ".join(reasons[:3]))
-    if verify:
+    if options.verify:
         prove(
             model,
             space,
-            lambda twin, tokens, own: _without_hidden(twin, tokens, drop, ignored if own else {}),
+            lambda twin, tokens, own: _without_hidden(twin, tokens, options.drop, ignored if own else {}),
         )
     return space
 
@@ -134,6 +128,10 @@ def _ignored(model: nn.Module, blocks: Sequence[Block], patterns: Sequence[str])
     return ignored
 
 
+def _size_rule(module: str, attribute: str, axis: int, factor: int) -> AttributeRule:
+    return AttributeRule(module, attribute, axis, factor, families.set_attribute)
+
+
 class _LanguageLayout:
     """Builds one space: numbers the units, then writes down axes, cuts, attributes, drops and costs."""
 
@@ -179,6 +177,7 @@ class _LanguageLayout:
             costs=self._costs(),
             input_shape=(1, self.length),
             drops=tuple(self.drops),
+            wing="language",
         )
 
     # Groups
@@ -211,8 +210,8 @@ class _LanguageLayout:
         self._cut_linear(block.out, "in", self._axis(queries))
         self.heads[block.index] = axis = self._axis(heads)
         for attribute, worth in families.head_attributes(self.model, block).items():
-            self.rules.append(AttributeRule(block.attention, attribute, axis, worth))
-        self.drops.append(DropRule(block.attention, axis, "attention"))
+            self.rules.append(_size_rule(block.attention, attribute, axis, worth))
+        self.drops.append(DropRule(block.attention, axis, partial(families.drop, kind="attention")))
 
     def _ffn(self, block: Block, ignored: dict[str, str]) -> None:
         reason = ignored.get(block.ffn, "" if block.neurons else "already dropped")
@@ -231,8 +230,8 @@ class _LanguageLayout:
             self._cut_linear(name, "out", axis if half == 1 else self._axis(np.tile(neurons, half)))
         self._cut_linear(block.down, "in", axis)
         for attribute, worth in families.neuron_attributes(self.model, block).items():
-            self.rules.append(AttributeRule(block.ffn, attribute, axis, worth))
-        self.drops.append(DropRule(block.ffn, axis, "ffn"))
+            self.rules.append(_size_rule(block.ffn, attribute, axis, worth))
+        self.drops.append(DropRule(block.ffn, axis, partial(families.drop, kind="ffn")))
 
     def _hidden(self) -> None:
         tensors, attributes = families.hidden_dims(self.model)
@@ -247,7 +246,7 @@ class _LanguageLayout:
         start = self._group("hidden", "hidden", size, 1, members, -1, 0)
         axis = self._axis(np.arange(start, start + size))
         self.cuts += [Cut(tensor, dim, axis, consumer) for tensor, dim, consumer in tensors]
-        self.rules += [AttributeRule(module, attribute, axis, 1) for module, attribute in attributes]
+        self.rules += [_size_rule(module, attribute, axis, 1) for module, attribute in attributes]
 
     def _group(
         self,
@@ -263,7 +262,9 @@ class _LanguageLayout:
         last = max(1, 2 * len(self.blocks) - 1)
         depth = 0.0 if block < 0 else (2 * block + second) / last
         lowest = 0 if self.drop and kind != "hidden" else 1
-        self.groups.append(Group(name, kind, width, unit, lowest, 1, members, depth, 1, 1, block))
+        self.groups.append(
+            Group(name, kind, width, unit, lowest, 1, members, depth, 1, 1, block, kind != "hidden")
+        )
         self._units += width
         return self._units - width
 
@@ -279,12 +280,12 @@ class _LanguageLayout:
         flipped = families.is_conv1d(layer)
         if side == "in":
             self.cuts.append(Cut(f"{name}.weight", 0 if flipped else 1, axis, True))
-            self.rules.append(AttributeRule(name, inputs, axis, 1))
+            self.rules.append(_size_rule(name, inputs, axis, 1))
             return
         self.cuts.append(Cut(f"{name}.weight", 1 if flipped else 0, axis, False))
         if getattr(layer, "bias", None) is not None:
             self.cuts.append(Cut(f"{name}.bias", 0, axis, False))
-        self.rules.append(AttributeRule(name, outputs, axis, 1))
+        self.rules.append(_size_rule(name, outputs, axis, 1))
 
     # Costs
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -37,7 +37,8 @@ class Group:
 
     ``unit`` is the number of channels of the first producing layer in a unit, ``depth`` that layer's
     relative position in the forward pass (0 first, 1 last), ``kernel`` and ``stride`` its geometry.
-    ``block`` is the transformer block that the group lies in, -1 where there are none.
+    ``block`` is the transformer block that the group lies in, -1 where there are none. ``exact`` is False where no
+    cut equals the masked dense model (norms cross the group): such groups are cut on request, and rules leave them.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Group:
     kernel: int
     stride: int
     block: int = -1
+    exact: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,30 +72,41 @@ class Cut:
     consumer: bool
 
 
+def set_size(module: Any, attribute: str, value: int) -> None:
+    """Set an integer attribute; a tuple of one number stays one."""
+    one = isinstance(getattr(module, attribute, None), tuple)
+    setattr(module, attribute, (value,) if one else value)
+
+
 @dataclass(frozen=True)
 class AttributeRule:
-    """An integer attribute of a module that follows the widths: ``factor * size of the axis``."""
+    """An integer attribute of a module that follows the widths: ``factor * size of the axis``.
+
+    ``assign(module, attribute, value)`` sets it.
+    """
 
     module: str
     attribute: str
     axis: int
     factor: int
+    assign: Callable[[Any, str, int], None] = set_size
 
 
 @dataclass(frozen=True)
 class DropRule:
-    """A module that is replaced by a stub when nothing is left on the axis; ``kind`` is "attention" or "ffn"."""
+    """A module of which nothing may be left on the axis: ``stub(model, module)`` then puts a stub in its place."""
 
     module: str
     axis: int
-    kind: str
+    stub: Callable[[Any, str], None]
 
 
 @dataclass(frozen=True)
 class PruningSpace:
     """The ordered groups of one model with everything that cutting and costing need; made by ``rlprune.trace``.
 
-    ``input_shape`` is that of the example input, where this was a single tensor.
+    ``input_shape`` is that of the example input, where this was a single tensor. ``wing`` names the adapter that
+    traced it (``ModelAdapter.wing``).
     """
 
     groups: tuple[Group, ...]
@@ -106,6 +119,7 @@ class PruningSpace:
     unused: tuple[str, ...] = ()
     input_shape: tuple[int, ...] | None = None
     drops: tuple[DropRule, ...] = ()
+    wing: str = "vision"
 
     @cached_property
     def widths(self) -> Ints:

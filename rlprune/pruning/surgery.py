@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GraphError
-from . import families
 from .plan import Plan
 from .space import Ints, PruningSpace
 
@@ -95,12 +94,13 @@ def prune(
         raise GraphError(f"{next(iter(by_tensor))!r}: the plan cuts a tensor that this model does not have")
     slim = _twin(model, memo)
     modules = dict(slim.named_modules())
-    for module, values in attributes(space, plan).items():
-        for attribute, value in values.items():
-            families.set_attribute(modules[module], attribute, value)
-    for rule in space.drops:
-        if _empty(indices[rule.axis]):
-            families.drop(slim, rule.module, rule.kind)
+    for rule in space.attribute_rules:
+        index = indices[rule.axis]
+        if index is not None:
+            rule.assign(modules[rule.module], rule.attribute, rule.factor * len(index))
+    for part in space.drops:
+        if _empty(indices[part.axis]):
+            part.stub(slim, part.module)
     return slim
 
 

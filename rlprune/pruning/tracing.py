@@ -1,4 +1,4 @@
-"""``trace``: find the groups of a model, and prove on the spot that cutting them is exact."""
+"""Find the groups of a model by its dependency graph, and prove on the spot that cutting them is exact."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,6 @@ from .graph import (
     trainable_copy,
     unused_modules,
 )
-from .language import is_language_model, language_space
 from .layout import Call, Layout
 from .plan import Plan
 from .space import Ints, PruningSpace
@@ -40,66 +40,45 @@ class UnusedModuleWarning(UserWarning):
     """Parts of the model take no part in its forward pass in eval mode, so they cannot follow a cut."""
 
 
-def trace(
-    model: nn.Module,
-    example_inputs: Any,
-    ignore: Sequence[str] = (),
-    round_to: int = 1,
-    minimum: int = 1,
-    verify: bool = True,
-    max_seconds: float = 120.0,
-    max_memory_gb: float = 8.0,
-    drop: bool = False,
-    hidden: bool = False,
-) -> PruningSpace:
-    """Find what can be pruned in ``model``; the model is not changed.
+@dataclass(frozen=True)
+class TraceOptions:
+    """What may be cut and how far a trace may go; the fields are the arguments of `rlprune.trace`."""
 
-    A transformers causal language model is read through its family's adapter (`language.language_space`).
+    ignore: Sequence[str] = ()
+    round_to: int = 1
+    minimum: int = 1
+    verify: bool = True
+    max_seconds: float = 120.0
+    max_memory_gb: float = 8.0
+    drop: bool = False
+    hidden: bool = False
 
-    Args:
-        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, with a batch
-            dimension first; costs are those of one sample of it.
-        ignore: names or patterns (``"layer4.*"``) of layers whose outputs keep their width.
-        round_to: kept channels are a multiple of this, where a group is cut at all.
-        minimum: smallest number of channels kept in a group.
-        verify: cut random units of all groups and compare with the masked dense model in float64; a
-            group for which they differ is protected, with the reason, instead of being cut wrongly.
-        max_seconds, max_memory_gb: limits on dependency tracing.
-        drop: language models: an attention or a feed-forward part may lose all of its units.
-        hidden: language models: the residual width is a group too, without an exact cut.
 
-    Raises:
-        GraphError: the model's forward fails, nothing can be pruned, or a limit is reached; the layer
-            and the reason are named.
-    """
-    if is_language_model(model):
-        return language_space(
-            model, example_inputs, fingerprint(model), ignore, round_to, minimum, verify, drop, hidden
-        )
-    if drop or hidden:
-        name = "prune.drop" if drop else "prune.hidden"
-        raise GraphError(f"{name}: only for language models; {type(model).__name__} is none")
+def trace_channels(model: nn.Module, example_inputs: Any, options: TraceOptions) -> PruningSpace:
+    """Find the channels of ``model`` that can be pruned, by its dependency graph; see `rlprune.trace`."""
     twin = trainable_copy(model)
     calls, total_macs = _measure(twin, example_inputs)
-    graph = channel_graph(twin, example_inputs, max_seconds=max_seconds, max_memory_gb=max_memory_gb)
-    fixed = _ignored(graph, twin, ignore)
+    graph = channel_graph(
+        twin, example_inputs, max_seconds=options.max_seconds, max_memory_gb=options.max_memory_gb
+    )
+    fixed = _ignored(graph, twin, options.ignore)
     unused = unused_modules(twin, calls, example_inputs)
     if unused:
         warnings.warn(
             f"{', '.join(unused)}: not used by the forward pass in eval mode; left as it is and not cut with "
             "the layers before it (set it to None before training the pruned model)",
             UnusedModuleWarning,
-            stacklevel=2,
+            stacklevel=4,
         )
     mark = fingerprint(model)
     shape = tuple(example_inputs.shape) if isinstance(example_inputs, Tensor) else None
     while True:
         layout = Layout(twin, graph, calls, total_macs, fixed)
-        space = layout.space(mark, unused, round_to, minimum, shape)
+        space = layout.space(mark, unused, options.round_to, options.minimum, shape)
         if not space.groups:
             reasons = [f"{name!r}: {why}" for name, why in space.protected.items()]
             raise GraphError(f"no layer of {type(model).__name__} can be pruned; " + "; ".join(reasons[:3]))
-        if not verify:
+        if not options.verify:
             return space
         wrong = _inexact_groups(_scrambled(twin), example_inputs, space)
         if not wrong:

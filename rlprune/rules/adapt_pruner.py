@@ -16,7 +16,7 @@ LIMIT = 0.99
 @rule(
     "Adapt-Pruner: sparsity grows faster where a block's input and output are alike",
     needs_workload=True,
-    language=True,
+    wing="language",
 )
 def adapt_pruner(context: Context) -> Floats:
     """Adapt-Pruner's layer-wise sparsity (Pan et al. 2025, arXiv 2502.03460, section 3.2).

@@ -13,7 +13,7 @@ from .threshold import as_distribution, mean_share
 LOWEST, HIGHEST = 0.7, 1.3
 
 
-@rule("AlphaPruning: blocks whose weight spectra have heavier tails keep more", language=True)
+@rule("AlphaPruning: blocks whose weight spectra have heavier tails keep more", wing="language")
 def alpha_pruning(context: Context) -> Floats:
     """Allocation by heavy-tailed self-regularisation (Lu et al. 2024, arXiv 2410.10912, equations 2 and 3).
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, update_wrapper
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
 from ..errors import ConfigError, DataError
+from ..language.calibration.cache import language_calibration
+from ..pruning.calibration_cache import CalibrationCache
 from ..pruning.space import PruningSpace
-from ..pruning.statistics import Statistics, collect
+from ..pruning.statistics import Statistics
+from ..workloads.adapter import adapter_named
 from ..workloads.base import Workload
 
 Floats = NDArray[np.float64]
 
-LANGUAGE_KINDS = ("attention", "ffn", "hidden")
-"""The kinds of group that only causal language models have."""
+Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,9 @@ class Context:
     ``importance`` holds one array of unit scores a group (higher is kept). ``budget`` and ``metric`` are
     those of ``PruningSpace.project``. ``probe(widths)`` returns the loss of a built candidate (lower is
     better) and is charged to the rule; without it a rule that needs losses measures them on the
-    workload's validation split. ``shared`` remembers what is slow to measure and depends on the model, the
-    space's groups and the calibration data alone; give all contexts of one model the same dict.
+    workload's validation split. ``calibration`` remembers what is slow to measure and depends on the model, the
+    space's groups and the calibration data alone; give all contexts of one model the same one (it is made where none
+    is given).
     """
 
     space: PruningSpace
@@ -41,19 +44,25 @@ class Context:
     workload: Workload | None = None
     probe: Callable[[NDArray[np.int64]], float] | None = None
     seed: int = 0
-    shared: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    calibration: CalibrationCache | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.calibration is None:
+            adapter = adapter_named(self.space.wing)
+            made = adapter.calibration(self.workload, self.space, self.model, seed=self.seed)
+            object.__setattr__(self, "calibration", made)
 
     @cached_property
     def active(self) -> NDArray[np.bool_]:
         """The groups, (G,), that the pruning is spread over: those whose units cost something in the metric.
 
         Feed-forward neurons hold no KV cache, so cutting them for that budget would be loss without gain;
-        the hidden size is left to the searches, because its cut is not exact.
+        groups without an exact cut (the hidden size) are left to the searches.
         """
         costs = self.space.unit_costs(self.space.widths, self.metric)
-        hidden = np.array([g.kind == "hidden" for g in self.space.groups], dtype=bool)
-        found: NDArray[np.bool_] = (costs > 0) & (self.space.widths > 0) & ~hidden
-        return found if found.any() else np.ones(len(hidden), dtype=bool)
+        exact = np.array([g.exact for g in self.space.groups], dtype=bool)
+        found: NDArray[np.bool_] = (costs > 0) & (self.space.widths > 0) & exact
+        return found if found.any() else np.ones(len(exact), dtype=bool)
 
     def data(self, rule: str) -> Workload:
         """The workload; DataError naming the rule where there is none."""
@@ -61,21 +70,15 @@ class Context:
             raise DataError(f"the rule {rule!r} needs a workload: it reads data; give Context(workload=...)")
         return self.workload
 
-    def cached(self, key: str, make: Callable[[], Any]) -> Any:
-        """``make()``, once for all the contexts that have the same ``shared``."""
-        if key not in self.shared:
-            self.shared[key] = make()
-        return self.shared[key]
+    def cached(self, name: str, make: Callable[[], Measured]) -> Measured:
+        """``make()``, once for all the contexts that have the same ``calibration``."""
+        assert self.calibration is not None
+        return self.calibration.cached(name, make)
 
     def statistics(self) -> Statistics:
         """Input moments and cosines of a language model on the calibration split (``pruning.statistics``)."""
-
-        def make() -> Statistics:
-            batches = self.data("statistics").batches("calibration")
-            return collect(self.model, self.space, batches)
-
-        found: Statistics = self.cached("statistics", make)
-        return found
+        assert self.calibration is not None
+        return language_calibration(self.calibration, "statistics").statistics()
 
 
 RuleFunction = Callable[[Context], Floats]
@@ -87,9 +90,10 @@ class Rule:
     """A closed-form distribution: ``function(context)`` gives non-negative numbers of shape (G,).
 
     ``counter`` belongs to a rule that scores candidates to find its distribution; they are charged to whoever
-    asks. ``language`` marks a rule for language models only, ``costly`` one that runs backward passes, or
-    dozens of forward passes, over the calibration split. ``peer`` marks another library's own method for
-    models of images: it stands in comparisons, and no search starts from it. ``shipped`` says that a rule comes
+    asks. ``wing`` names the only wing whose models have the rule (``PruningSpace.wing``), None stands for all;
+    ``costly`` marks one that runs backward passes, or dozens of forward passes, over the calibration split.
+    ``external`` marks another library's own method: it stands in comparisons, and no search starts from it.
+    ``shipped`` says that a rule comes
     with rlprune: only those are among the starts of every search, so that a rule of yours changes nobody else's
     results.
     """
@@ -99,9 +103,9 @@ class Rule:
     function: RuleFunction
     needs_workload: bool = False
     counter: ProbeCount | None = None
-    language: bool = False
+    wing: str | None = None
     costly: bool = False
-    peer: bool = False
+    external: bool = False
     shipped: bool = True
 
     @property
@@ -119,21 +123,17 @@ RESERVED = ("auto", "dense")
 """Names that mean something else where a rule or an agent is named."""
 
 
-def is_language(space: PruningSpace) -> bool:
-    """Whether a space is that of a causal language model."""
-    return any(g.kind in LANGUAGE_KINDS for g in space.groups)
+def applies(rule: Rule, space: PruningSpace) -> bool:
+    """Whether a space is of the wing that a rule is for."""
+    return rule.wing in (None, space.wing)
 
 
-def rules_for(space: PruningSpace, *, peers: bool = False) -> dict[str, Rule]:
-    """The rules that apply to a space, by name: those for language models stay out of other models.
-
-    With ``peers`` other libraries' methods are among them, where they apply.
-    """
-    language = is_language(space)
+def rules_for(space: PruningSpace, *, external: bool = False) -> dict[str, Rule]:
+    """The rules that apply to a space, by name; with ``external`` other libraries' methods are among them."""
     return {
         name: found
         for name, found in RULES.items()
-        if (language or not found.language) and (not found.peer or (peers and not language))
+        if applies(found, space) and (external or not found.external)
     }
 
 
@@ -142,9 +142,9 @@ def rule(
     *,
     needs_workload: bool = False,
     probes: ProbeCount | None = None,
-    language: bool = False,
+    wing: str | None = None,
     costly: bool = False,
-    peer: bool = False,
+    external: bool = False,
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register a function under its own name, and check what it is given and what it returns.
 
@@ -152,9 +152,9 @@ def rule(
         summary: one line for ``rlprune list rules``.
         needs_workload: refuse contexts without a workload (a probing rule is content with ``probe``).
         probes: how many candidates the rule scores on a space; None for none.
-        language: refuse the spaces of other models than causal language models.
+        wing: the only wing whose models have the rule ("language": causal language models); None for all.
         costly: the rule runs backward passes, or dozens of forward passes over the calibration split.
-        peer: another library's method: in comparisons only, and not for causal language models.
+        external: another library's method: in comparisons only.
 
     Raises (when applied):
         ConfigError: the name is taken, or the summary is missing.
@@ -167,20 +167,18 @@ def rule(
         check_free("rule", name, RULES[name].function if name in RULES else None, function)
 
         def checked(context: Context) -> Floats:
-            if language and not is_language(context.space):
+            if not applies(RULES[name], context.space):
                 raise ConfigError(
-                    f"rule: {name!r} is for causal language models; allowed here: "
+                    f"rule: {name!r} is for {adapter_named(wing or '').models}; allowed here: "
                     f"{', '.join(rules_for(context.space))}"
                 )
-            if peer and is_language(context.space):
-                raise ConfigError(f"rule: {name!r} is not for causal language models")
             if needs_workload and not (probes and context.probe):
                 context.data(name)
             return _counted(context, _valid(name, function(context), len(context.space.groups)))
 
         update_wrapper(checked, function)
         shipped = function.__module__.startswith(f"{__package__}.")
-        RULES[name] = Rule(name, summary, checked, needs_workload, probes, language, costly, peer, shipped)
+        RULES[name] = Rule(name, summary, checked, needs_workload, probes, wing, costly, external, shipped)
         return checked
 
     return register

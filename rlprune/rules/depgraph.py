@@ -26,7 +26,8 @@ _STRIDE, _HALVINGS = 0.05, 8
 
 @rule(
     "Torch-Pruning's own global pruning by group norms (DepGraph), at the ratio that meets the budget",
-    peer=True,
+    wing="vision",
+    external=True,
 )
 def depgraph(context: Context) -> Floats:
     """DepGraph (Fang et al., arXiv 2301.12900) as Torch-Pruning 1.6 runs it: ``global_pruning=True`` with

@@ -8,7 +8,7 @@ from .blocks import of_kind
 from .context import Context, Floats, rule
 
 
-@rule("the same share of neurons from every feed-forward part, attention whole", language=True)
+@rule("the same share of neurons from every feed-forward part, attention whole", wing="language")
 def ffn_uniform(context: Context) -> Floats:
     """Uniform over the feed-forward neurons: a KV head costs far more loss than the same parameters of neurons.
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..pruning import fisher as information
+from ..pruning.calibration_cache import CURVES, Curves
 from ..pruning.grams import collect
 from .context import Context, Floats, rule
 from .threshold import widths_distribution
@@ -18,7 +19,7 @@ RIDGE = 1e-3
 @rule(
     "least sum of expected KL divergences: closed-form errors weighted by the Fisher information",
     needs_workload=True,
-    language=True,
+    wing="language",
     costly=True,
 )
 def fisher(context: Context) -> Floats:
@@ -32,10 +33,10 @@ def fisher(context: Context) -> Floats:
     backward pass over the calibration split; the importance `obs_fisher` has measured the curves already.
     This rule is ours.
     """
-    return least_sum(context, context.cached("fisher", lambda: divergences(context)))
+    return least_sum(context, context.cached(CURVES, lambda: divergences(context)))
 
 
-def divergences(context: Context) -> dict[int, Floats]:
+def divergences(context: Context) -> Curves:
     """Expected divergence of each attention and feed-forward group when 0, 1, ..., all units are gone: (width + 1,)."""
     workload, model, space = context.data("fisher"), context.model, context.space
     moments = information.output_moments(model, space, workload.batches("calibration"), context.seed)

@@ -13,7 +13,7 @@ from .threshold import threshold_distribution
 @rule(
     "FLAP: standardised fluctuation scores of all heads and neurons in one pool",
     needs_workload=True,
-    language=True,
+    wing="language",
 )
 def flap(context: Context) -> Floats:
     """FLAP's adaptive structure search (An et al. 2023, arXiv 2312.11983, equations 4 to 6).

@@ -18,7 +18,9 @@ def inside(context: Context) -> NDArray[np.bool_]:
     return found if found.any() else context.active
 
 
-@rule("LLM-Pruner: uniform, the first eighth and the last sixteenth of the blocks stay whole", language=True)
+@rule(
+    "LLM-Pruner: uniform, the first eighth and the last sixteenth of the blocks stay whole", wing="language"
+)
 def llm_pruner(context: Context) -> Floats:
     """Uniform pruning of the blocks between protected ends (Ma et al. 2023, arXiv 2305.11627, section 4.1).
 

@@ -9,7 +9,7 @@ from .context import Context, Floats, rule
 from .llm_pruner import inside
 
 
-@rule("LLM-Pruner's protected ends, feed-forward parts only", language=True)
+@rule("LLM-Pruner's protected ends, feed-forward parts only", wing="language")
 def llm_pruner_ffn(context: Context) -> Floats:
     """Uniform over the feed-forward parts between LLM-Pruner's protected ends (arXiv 2305.11627, section 4.1).
 

@@ -13,7 +13,9 @@ MULTIPLE = 5.0
 BAND = 0.08
 
 
-@rule("OWL: blocks with more outliers in |weight| * ||input|| keep more", needs_workload=True, language=True)
+@rule(
+    "OWL: blocks with more outliers in |weight| * ||input|| keep more", needs_workload=True, wing="language"
+)
 def owl(context: Context) -> Floats:
     """Outlier-weighed layer-wise sparsity (Yin et al. 2023, arXiv 2310.05175, section 3.2).
 

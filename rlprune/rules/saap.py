@@ -19,7 +19,7 @@ CHUNKS = 8
 @rule(
     "SAAP-style: structures of all modules ranked by the stability of their importance",
     needs_workload=True,
-    language=True,
+    wing="language",
     costly=True,
 )
 def saap(context: Context) -> Floats:

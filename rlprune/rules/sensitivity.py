@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ..pruning.plan import make_plan
 from ..pruning.space import PruningSpace
 from ..pruning.surgery import prune
-from .context import Context, Floats, is_language, rule
+from .context import Context, Floats, rule
 from .threshold import scaled_distribution
 
 RATIOS = (0.25, 0.5)
@@ -18,14 +18,13 @@ RATIOS = (0.25, 0.5)
 
 
 def _ratios(space: PruningSpace) -> tuple[float, ...]:
-    """The shares that are probed: the first only in a language model, which has two groups in every block."""
-    return RATIOS[:1] if is_language(space) else RATIOS
+    """The shares that are probed: the first only where groups come in blocks, two in each: that makes many."""
+    return RATIOS[:1] if any(g.block >= 0 for g in space.groups) else RATIOS
 
 
 def _probe_count(space: PruningSpace) -> int:
     """At most one candidate a group and share, and the dense model."""
-    hidden = sum(g.kind == "hidden" for g in space.groups)
-    return 1 + len(_ratios(space)) * (len(space.groups) - hidden)
+    return 1 + len(_ratios(space)) * sum(g.exact for g in space.groups)
 
 
 @rule(
@@ -37,7 +36,7 @@ def sensitivity(context: Context) -> Floats:
     """Equal-loss pruning from single-group probes, in the manner of NetAdapt (Yang et al. 2018, arXiv
     1804.03230) and of NVIDIA ModelOpt's FastNAS.
 
-    Every group is cut alone at the shares RATIOS (in a language model at the first of them); the loss that
+    Every group is cut alone at the shares RATIOS (in a model of blocks at the first of them); the loss that
     this adds, made monotone, is a line through the probes that goes on beyond the last one in proportion to
     share / (1 - share), which has no end before the group is empty. One threshold on the added loss, found
     by bisection, gives every group its share. Groups are the coupled ones, so a residual stream is cut in

@@ -10,7 +10,7 @@ from .context import Context, Floats, rule
 from .threshold import widths_distribution
 
 
-@rule("ShortGPT: drop the blocks whose input and output are most alike", needs_workload=True, language=True)
+@rule("ShortGPT: drop the blocks whose input and output are most alike", needs_workload=True, wing="language")
 def shortgpt(context: Context) -> Floats:
     """Depth pruning by block influence (Men et al. 2024, arXiv 2403.03853, equation 1).
 

@@ -23,7 +23,7 @@ TRIED = 8
 @rule(
     "2SSP: drop a few attentions greedily, the rest from all neurons alike",
     needs_workload=True,
-    language=True,
+    wing="language",
     costly=True,
 )
 def two_ssp(context: Context) -> Floats:
@@ -69,7 +69,8 @@ def attention_count(context: Context, p: float) -> int:
 
 def greedy_order(context: Context, allowed: NDArray[np.bool_]) -> Iterator[int]:
     """The attention groups in the order of their removal; found one at a time and remembered."""
-    order, losses = context.cached("two_ssp", lambda: ([], {}))
+    found: tuple[list[int], dict[int, float]] = context.cached("two_ssp", lambda: ([], {}))
+    order, losses = found
     readers = {c.group: c for c in unit_consumers(context.space) if allowed[c.group]}
     for turn in range(len(readers)):
         if turn == len(order):

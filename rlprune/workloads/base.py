@@ -1,4 +1,4 @@
-"""What every workload gives: a dense model, its data splits, a loss and a metric."""
+"""What a model is for: every workload gives a dense model, its data splits, and how models are judged and trained."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import FinishConfig, ModelConfig
 from ..errors import DataError, near_miss
-from .judge import ClassJudge, Judge
+from ..pruning.finetune import FitResult, Progress
+from ..pruning.plan import Plan
+from ..tensorfiles import MAX_SHARD_SIZE
+from .adapter import ModelAdapter, Tuned, TuneJob, adapter_of
+from .judge import Judge
 
 SPLITS = ("train", "calibration", "validation", "test")
 """The four disjoint parts of the data. A search reads the first three; "test" is read once, at the end."""
@@ -39,11 +44,23 @@ def check_split(split: str) -> None:
         raise DataError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}{near_miss(split, SPLITS)}")
 
 
+class _FromAdapter:
+    """A field that the model's adapter knows; a subclass or an object may set its own."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, workload: Workload | None, owner: type) -> object:
+        return self if workload is None else getattr(workload.adapter, self._name)
+
+
 class Workload(abc.ABC):
     """A model to prune, the data that judge it, and its loss and metric.
 
-    A subclass sets ``model`` and ``example_inputs`` and implements ``batches``; the rest has defaults
-    for classification. To implement for an own model::
+    A subclass sets ``model`` and ``example_inputs`` and implements ``batches``; the rest has the defaults of the
+    model's adapter: classification, or next tokens where the model is a causal language model of transformers (its
+    batches are (input ids, targets), both (B, L); targets are the ids again, -100 where none is scored). To implement
+    for an own model::
 
         class Mine(rlprune.Workload):
             def __init__(self):
@@ -58,13 +75,17 @@ class Workload(abc.ABC):
 
     model: nn.Module
     example_inputs: Tensor
-    metric_name: str = "accuracy"
+    metric_name: str = cast(str, _FromAdapter())
+    """Name of the metric, as reports have it."""
+    sample_noun: str = cast(str, _FromAdapter())
+    """What a sample is called, in the plural."""
     name: str = ""
-    language: bool = False
-    """Whether the model is a causal language model: inputs are token ids, outputs hold next-token logits."""
+    tokenizer: Any = None
+    """What turns raw input into the model's, saved beside a pruned model where its folder can hold it."""
     base: dict[str, Any] = {"source": "given"}
     """How to rebuild the architecture; {"source": "given"} means that the user has to pass the model in."""
 
+    _adapter: ModelAdapter | None = None
     _test_open: bool = False
     _sizes: dict[str, int] | None = None
 
@@ -108,22 +129,56 @@ class Workload(abc.ABC):
         del batch_size
         return sum(1 for _ in self.batches("train"))
 
+    @property
+    def adapter(self) -> ModelAdapter:
+        """What the model is: how it is traced, repaired, trained and saved. Found once, from the model."""
+        if self._adapter is None:
+            self._adapter = adapter_of(self.model)
+        return self._adapter
+
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
-        """Mean loss of a batch, a scalar tensor; by default the cross-entropy of class scores (N, classes)."""
-        return F.cross_entropy(outputs, targets)
+        """Mean loss of a batch, a scalar tensor; by default the adapter's: cross-entropy of classes or next tokens."""
+        return self.adapter.loss(outputs, targets)
 
     def metric(self, outputs: Any, targets: Tensor) -> Tensor:
-        """Sum of the metric over a batch, a scalar tensor; by default the number of right classes."""
-        return (outputs.argmax(1) == targets).sum().float()
+        """Sum of the metric over a batch, a scalar tensor; by default the adapter's: the number of right classes."""
+        return self.adapter.metric(outputs, targets)
 
     def judge(self, kind: str = "kl", limit: int | None = None, *, top_k: int = 256) -> Judge:
         """What scores candidates on the first ``limit`` validation samples by ``kind`` (see ScoreConfig).
 
-        ``top_k`` matters to language models only: how many of the dense model's largest probabilities of
-        a token are kept. The default judges by whole outputs of shape (N, classes).
+        ``top_k`` is how many of the dense model's largest probabilities of a token are kept, where tokens are scored.
         """
-        del top_k
-        return ClassJudge(self, kind, limit)
+        return self.adapter.judge(self, kind, limit, top_k)
+
+    def fine_tune(self, model: nn.Module, settings: FinishConfig, job: TuneJob) -> Tuned:
+        """The final fine-tune of a pruned model by section ``finish``, in place where it fits on one device."""
+        return self.adapter.fine_tune(self, model, settings, job)
+
+    def save(self, slim: nn.Module, plan: Plan, directory: str | Path) -> None:
+        """Write a pruned model of this workload into a folder (see `rlprune.save`)."""
+        self.adapter.save(
+            slim,
+            plan,
+            Path(directory),
+            base=self.base,
+            tokenizer=self.tokenizer,
+            max_shard_size=MAX_SHARD_SIZE,
+        )
+
+    def scored(self, split: str) -> int:
+        """What a score counts in one sample of a split: 1, or the tokens of a sequence."""
+        check_split(split)
+        return 1
+
+    def protocol(self) -> dict[str, Any]:
+        """What the figures of this workload mean, for results.json; empty where its name says it."""
+        return {}
+
+    def test_facts(self, count: int) -> dict[str, Any]:
+        """What a row says of a metric on ``count`` scored things of the test split."""
+        del count
+        return {}
 
     @contextlib.contextmanager
     def test_opened(self) -> Iterator[None]:
@@ -141,27 +196,44 @@ class Workload(abc.ABC):
         The model is put into eval mode for the time and gets its mode back. Raises DataError when the
         split has no sample.
         """
-        was_training = model.training
-        model.eval()
-        losses: list[Tensor] = []
-        metrics: list[Tensor] = []
-        counts: list[int] = []
-        try:
-            with torch.no_grad():
-                for inputs, targets in self.batches(split, limit):
-                    outputs = model(inputs)
-                    losses.append(self.loss(outputs, targets))
-                    metrics.append(self.metric(outputs, targets))
-                    counts.append(len(targets))
-        finally:
-            model.train(was_training)
-        count = sum(counts)
-        if count == 0:
-            raise DataError(f"workload {self.name!r}: the split {split!r} is empty")
-        weights = torch.tensor(counts, dtype=torch.float64)
-        loss = torch.stack(losses).cpu().double()
-        metric = torch.stack(metrics).cpu().double()
-        return Quality(float((loss * weights).sum() / count), float(metric.sum() / count), count)
+        return self.adapter.evaluate(self, model, split, limit)
+
+
+def evaluate_outputs(workload: Workload, model: nn.Module, split: str, limit: int | None = None) -> Quality:
+    """Mean of the workload's own loss and metric over the first ``limit`` samples of a split."""
+    was_training = model.training
+    model.eval()
+    losses: list[Tensor] = []
+    metrics: list[Tensor] = []
+    counts: list[int] = []
+    try:
+        with torch.no_grad():
+            for inputs, targets in workload.batches(split, limit):
+                outputs = model(inputs)
+                losses.append(workload.loss(outputs, targets))
+                metrics.append(workload.metric(outputs, targets))
+                counts.append(len(targets))
+    finally:
+        model.train(was_training)
+    count = sum(counts)
+    if count == 0:
+        raise DataError(f"workload {workload.name!r}: the split {split!r} is empty")
+    weights = torch.tensor(counts, dtype=torch.float64)
+    loss = torch.stack(losses).cpu().double()
+    metric = torch.stack(metrics).cpu().double()
+    return Quality(float((loss * weights).sum() / count), float(metric.sum() / count), count)
+
+
+class TrainedWorkload(Workload):
+    """A workload whose dense model rlprune can train: the shipped ones, from the settings."""
+
+    @abc.abstractmethod
+    def training_facts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All that the trained weights depend on beside the model and its settings: facts, and tensors of data."""
+
+    @abc.abstractmethod
+    def train(self, settings: ModelConfig, state: Path, progress: Progress | None) -> FitResult:
+        """Train the workload's own model in place by ``settings.train``; ``state`` is a file to go on from."""
 
 
 def _guarded(batches: Callable[..., Iterator[Batch]]) -> Callable[..., Iterator[Batch]]:

@@ -84,12 +84,13 @@ class ClassJudge(Judge):
                 part = slice(first, last)
                 inputs, targets = inputs[part], targets[part]
                 outputs = model(inputs)
-                if outputs.ndim == 2:
-                    answers.append(outputs.float().cpu())
+                logits = self._workload.adapter.logits(outputs)
+                if logits.ndim == 2:
+                    answers.append(logits.float().cpu())
                 batch_loss = self._workload.loss(outputs, targets)
                 batch_metric = self._workload.metric(outputs, targets)
                 if self._kind == "kl":
-                    scores.append(-divergence(dense[i][part], outputs))
+                    scores.append(-divergence(dense[i][part], logits))
                 else:
                     value = -batch_loss if self._kind == "loss" else batch_metric / len(targets)
                     scores.append(value.reshape(1).expand(len(targets)))
@@ -111,7 +112,8 @@ class ClassJudge(Judge):
             model = self._workload.model
             with torch.no_grad(), evaluating(model):
                 batches: Any = self._workload.batches("validation", self._limit)
-                self._dense = [F.log_softmax(model(x).float(), dim=-1) for x, _ in batches]
+                logits = self._workload.adapter.logits
+                self._dense = [F.log_softmax(logits(model(x)).float(), dim=-1) for x, _ in batches]
         return self._dense
 
 

@@ -21,9 +21,15 @@ def next_token_loss(outputs: Any, targets: Tensor) -> Tensor:
     The same number as transformers' own ``model(input_ids, labels=targets).loss``; ``outputs`` is a
     transformers output, a tuple that begins with the logits, or the logits (B, L, V).
     """
-    logits = getattr(outputs, "logits", outputs)
-    logits = logits if isinstance(logits, Tensor) else logits[0]
+    logits = logits_of(outputs)
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100)
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The logits (B, L, V) in what a causal language model returns: an output of transformers, a tuple, or them."""
+    logits = getattr(outputs, "logits", outputs)
+    found: Tensor = logits if isinstance(logits, Tensor) else logits[0]
+    return found
 
 
 class ChunkedLogs:

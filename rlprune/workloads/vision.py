@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import DataError
-from .base import SPLITS, Batch, Workload, check_split
+from ..config import ModelConfig
+from ..errors import ArtifactError, DataError
+from ..pruning.finetune import FitResult, Progress, fit
+from .base import SPLITS, Batch, TrainedWorkload, check_split
 from .data import Augment, Split, VisionData
 
 _CACHE_BYTES = {"cpu": 1 << 30, "cuda": 16 << 30}
 _EVALUATION_PIXELS = {"cpu": 1 << 19, "cuda": 1 << 22}
 
 
-class VisionWorkload(Workload):
+class VisionWorkload(TrainedWorkload):
     """A classifier and a data set.
 
     Images are kept as uint8 on the device while all of them fit into ``cache_bytes`` (in host memory
@@ -109,6 +113,40 @@ class VisionWorkload(Workload):
         """Number of batches of one epoch of ``train_batches``."""
         size = self._batch if batch_size is None else batch_size
         return max(1, len(self._splits["train"].labels) // size)
+
+    def training_facts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        train = self.data.splits["train"]
+        facts = {"mean": self.data.mean, "std": self.data.std, "augment": self.augmentation}
+        return facts, {"images": train.images, "labels": train.labels}
+
+    def train(self, settings: ModelConfig, state: Path, progress: Progress | None) -> FitResult:
+        """SGD on the train split; a killed training goes on from ``state``."""
+        options = settings.train
+
+        def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(outputs, targets, label_smoothing=options.label_smoothing)
+
+        run = functools.partial(
+            fit,
+            self.model,
+            lambda generator: self.train_batches(generator, options.batch_size),
+            loss,
+            epochs=options.epochs,
+            steps_per_epoch=self.train_steps(options.batch_size),
+            lr=options.lr,
+            momentum=options.momentum,
+            weight_decay=options.weight_decay,
+            mixed_precision=True,
+            progress=progress,
+            phase="dense training",
+            checkpoint=state,
+            save_seconds=30.0,
+        )
+        try:
+            return run(generator=torch.Generator().manual_seed(settings.seed))
+        except ArtifactError:
+            state.unlink(missing_ok=True)  # left by a kill in the middle of another version's run
+            return run(generator=torch.Generator().manual_seed(settings.seed))
 
     def _placed(self) -> dict[str, Split]:
         total = sum(self.data.splits[s].images.numel() for s in SPLITS)

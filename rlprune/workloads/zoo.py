@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import nn
 
 from ..errors import ArtifactError, ConfigError, DataError, near_miss
 from .checkpoint import SUFFIXES, load_checkpoint, put_weights
+from .functions import model_function
 from .googlenet_cifar import CifarGoogLeNet
 from .resnet_cifar import CifarResNet
 
@@ -132,26 +132,6 @@ def rebuild(base: Mapping[str, Any]) -> nn.Module:
         return _construct(dict(base), 0, trusted=False).eval()
     except ConfigError as error:
         raise ArtifactError(f"the base model cannot be rebuilt: {error}") from error
-
-
-def model_function(name: str, field: str) -> Callable[..., Any]:
-    """Import ``module:function``; the current folder is searched too. ``field`` names the setting in errors."""
-    module_name, _, function_name = name.partition(":")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"{field} {name!r}: cannot import {module_name!r} ({error})") from error
-    except Exception as error:
-        raise ConfigError(f"{field} {name!r}: importing {module_name!r} failed: {_brief(error)}") from error
-    finally:
-        sys.path.remove(here)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        hint = near_miss(function_name, [n for n in vars(module) if not n.startswith("_")])
-        raise ConfigError(f"{field} {name!r}: {module_name!r} has no function {function_name!r}{hint}")
-    return function
 
 
 def _is_file(weights: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .pruning.space import PruningSpace
+from ..pruning.space import PruningSpace
 
 Row = tuple[str, float, float, str]
 """One line of `comparison`: name, figure of the dense model, of the pruned one, number format."""

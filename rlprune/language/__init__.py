@@ -1,0 +1,1 @@
+"""Causal language models of transformers: their adapter, texts, files and training."""

@@ -1,0 +1,268 @@
+"""The adapter of causal language models of transformers."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..artifacts import check_base, check_roots
+from ..config import FinishConfig, RecoveryConfig
+from ..documents import PLAN_FILE
+from ..errors import ArtifactError
+from ..memory import return_freed_memory
+from ..pretrained import SOURCE, load_folder
+from ..pruning.calibration_cache import CalibrationCache
+from ..pruning.compensation import BiasCompensation
+from ..pruning.grams import group_consumers, unit_consumers
+from ..pruning.language import is_language_model, language_space
+from ..pruning.language_training import train_language
+from ..pruning.nested import NestedReconstruction
+from ..pruning.plan import Plan
+from ..pruning.reconstruct import Reconstruction
+from ..pruning.space import PruningSpace
+from ..pruning.statistics import collect as collect_statistics
+from ..pruning.tracing import TraceOptions, fingerprint, trace_channels
+from ..pruning.unit_scores import Scores
+from ..shards import space_of
+from ..tuning import tune
+from ..workloads.adapter import LatencySettings, ModelAdapter, RecoveryLadder, Repair, Tuned, TuneJob
+from ..workloads.base import Quality, Workload, evaluate_outputs
+from ..workloads.judge import ClassJudge, Judge
+from ..workloads.logits import ChunkedLogs, logits_of, next_token_loss
+from . import describe
+from .calibration import importance as importance  # registers the importances of language models
+from .calibration.cache import LanguageCalibration, language_calibration
+from .comparison import compare, read_tasks
+from .dtype import scoring_dtype
+from .folder import save_language_model
+from .judge import DenseAnswers, LanguageJudge, StoredSequences, check_kind, token_quality
+
+_LESSON_BATCH = 8
+
+
+class LanguageAdapter(ModelAdapter):
+    """Feed-forward neurons and key-value heads by family; next tokens as the default task; AdamW."""
+
+    wing = "language"
+    models = "language models"
+    metric_name = "perplexity"
+    sample_noun = "sequences"
+    score_unit = "tokens"
+    # One sequence at a time, the whole of it at once: a batch of 64 takes a CPU minutes. Twenty copies of a model's
+    # embeddings would not fit beside each other.
+    latency = LatencySettings((1,), warmup=1, every_seed=False, share=True)
+    ladder = RecoveryLadder(
+        closed=(("none",), ("bias",), ("reconstruct",), ("bias", "reconstruct")),
+        trained=("reconstruct", "finetune"),
+        steps=0,
+        batch=_LESSON_BATCH,
+    )
+    recovery_steps = ("none", "bias", "reconstruct", "bn", "finetune")
+    keeps_models = False
+    costly_passes = True
+    unlabelled_builds = False
+    common_plans = False
+    one_file = False
+    equal_widths = True
+
+    def accepts(self, model: object) -> bool:
+        return isinstance(model, nn.Module) and is_language_model(model)
+
+    def owns(self, base: Mapping[str, Any]) -> bool:
+        return base.get("source") == SOURCE
+
+    def trace(self, model: nn.Module, example_inputs: Any, options: TraceOptions) -> PruningSpace:
+        if not is_language_model(model):  # a model of the user's own that reads token ids
+            return trace_channels(model, example_inputs, options)
+        return language_space(model, example_inputs, fingerprint(model), options)
+
+    def space_of_plan(
+        self, workload: Workload, document: Mapping[str, Any], options: TraceOptions
+    ) -> PruningSpace:
+        if fingerprint(workload.model) != document["fingerprint"]:
+            raise ArtifactError("plan: made for another architecture (its fingerprint differs)")
+        return space_of(workload.model, document)
+
+    def calibration(
+        self,
+        workload: Workload | None,
+        space: PruningSpace,
+        model: nn.Module,
+        *,
+        seed: int = 0,
+        limit: int | None = None,
+        ridge: float = 1e-3,
+        recovery_limit: int | None = None,
+    ) -> LanguageCalibration:
+        return LanguageCalibration(
+            workload, space, model, seed=seed, limit=limit, ridge=ridge, recovery_limit=recovery_limit
+        )
+
+    def closed_form(
+        self, calibration: CalibrationCache, settings: RecoveryConfig, importance: Scores | None
+    ) -> Repair | None:
+        """Closed forms from one factor a layer, for all widths; with `bias` beside `reconstruct`, an intercept."""
+        own = language_calibration(calibration, "recovery.steps")
+        model, space = own.model, own.space
+        bias = "bias" in settings.steps
+        if bias:
+            group_consumers(space, "recovery.steps: 'bias'")
+        if "reconstruct" in settings.steps:
+            if not unit_consumers(space):
+                return Reconstruction(model, space, own.batches(settings.images), settings.ridge)
+            grams = own.take_grams()
+            return NestedReconstruction(
+                model, space, grams, importance, settings.ridge, intercept=bias, shrink=settings.shrink
+            )
+        own.forget_grams()
+        if not bias:
+            return None
+        inputs = collect_statistics(model, space, own.batches(settings.images)).inputs
+        means = {name: torch.from_numpy(moments.mean) for name, moments in inputs.items()}
+        return BiasCompensation(model, space, means)
+
+    def gradient_steps(
+        self, workload: Workload, calibration: CalibrationCache, settings: RecoveryConfig
+    ) -> Callable[[nn.Module], None]:
+        return _Lesson(workload, calibration.space, settings)
+
+    def scoring_dtype(self, workload: Workload, wanted: str) -> torch.dtype | None:
+        return scoring_dtype(workload.model, wanted)
+
+    def release_memory(self) -> None:
+        return_freed_memory()
+
+    def logits(self, outputs: Any) -> Tensor:
+        return logits_of(outputs)
+
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Mean next-token cross-entropy in nats; ``outputs`` is a transformers output or logits (B, L, V)."""
+        return next_token_loss(outputs, targets)
+
+    def metric(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Perplexity of the batch times its sequences; use ``evaluate`` for the perplexity of a split."""
+        return self.loss(outputs, targets).exp() * len(targets)
+
+    def judge(self, workload: Workload, kind: str, limit: int | None, top_k: int) -> Judge:
+        if _own_task(workload):
+            return ClassJudge(workload, kind, limit)
+        check_kind(kind)
+        sequences, logs = StoredSequences.read(workload, "validation", limit), ChunkedLogs()
+        answers = DenseAnswers(workload.model, sequences, logs, top_k) if kind == "kl" else None
+        return LanguageJudge(sequences, len(sequences), answers, logs)
+
+    def evaluate(self, workload: Workload, model: nn.Module, split: str, limit: int | None) -> Quality:
+        if _own_task(workload):
+            return evaluate_outputs(workload, model, split, limit)
+        return token_quality(workload, model, split, limit, ChunkedLogs())
+
+    def fine_tune_length(self, settings: FinishConfig) -> tuple[int, str]:
+        return settings.steps, "steps"
+
+    def fine_tune(self, workload: Workload, model: nn.Module, settings: FinishConfig, job: TuneJob) -> Tuned:
+        """``finish.steps`` of AdamW by transformers' Trainer (`tune`)."""
+        found = tune(
+            workload,
+            model,
+            settings,
+            seed=job.seed,
+            steps=job.steps,
+            out=job.state,
+            progress=job.progress,
+            phase=job.phase,
+        )
+        if not found.steps:
+            return Tuned(found.model)
+        about = f"{found.steps} steps of {settings.method}, {found.tokens:,} tokens, loss {found.loss:.4f}"
+        return Tuned(found.model, about)
+
+    def missing_package(self, settings: FinishConfig) -> str | None:
+        if settings.method == "lora" and importlib.util.find_spec("peft") is None:
+            return "finish.method: 'lora' needs peft; pip install 'rlprune[language]'"
+        return None
+
+    def finish_facts(self, settings: FinishConfig) -> dict[str, Any]:
+        return {"finish": {"method": settings.method, "steps": settings.steps}}
+
+    def save(
+        self,
+        slim: nn.Module,
+        plan: Plan,
+        directory: Path,
+        *,
+        base: Mapping[str, Any] | None,
+        tokenizer: Any,
+        max_shard_size: str | int,
+    ) -> None:
+        save_language_model(slim, plan, directory, base, tokenizer, max_shard_size)
+
+    def load(self, directory: Path, document: Mapping[str, Any], base: nn.Module | None) -> nn.Module:
+        check_base(base, document, directory)
+        check_roots(document["tensors"], document, str(directory / PLAN_FILE))
+        model: nn.Module = load_folder(directory, document).cpu().eval()
+        return model
+
+    def group_lines(self, space: PruningSpace) -> list[str]:
+        return describe.group_lines(space)
+
+    def protected_lines(self, protected: Mapping[str, str]) -> list[str]:
+        return describe.protected_lines(protected)
+
+    def cost_lines(self, space: PruningSpace, model: nn.Module) -> list[str]:
+        return describe.cost_lines(space, model)
+
+    def check_tasks(self, document: Mapping[str, Any], directory: Path, tasks: Sequence[Path]) -> None:
+        read_tasks(tasks)
+
+    def comparison(
+        self,
+        directory: Path,
+        document: Mapping[str, Any],
+        workload: Workload | None,
+        tasks: Sequence[Path] = (),
+        limit: int | None = None,
+    ) -> str:
+        return compare(self.load(directory, document, None), directory, document, workload, tasks, limit)
+
+
+class _Lesson:
+    """The recovery step `finetune`: AdamW with the dense model as the teacher; logits of text are too large to keep.
+
+    Every stage of an incremental pruning has text of its own: the seed is a hash of the widths it cuts.
+    """
+
+    def __init__(self, workload: Workload, space: PruningSpace, settings: RecoveryConfig) -> None:
+        self._workload, self._settings = workload, settings
+        self._seed = zlib.crc32(space.widths.tobytes())
+        self._batches: list[tuple[Tensor, ...]] | None = None
+
+    def __call__(self, slim: nn.Module) -> None:
+        settings = self._settings
+        if self._batches is None:
+            generator = torch.Generator().manual_seed(self._seed)
+            batches = self._workload.train_batches(generator, _LESSON_BATCH)
+            self._batches = list(itertools.islice(batches, settings.finetune_steps))
+        train_language(
+            slim,
+            self._batches,
+            steps=settings.finetune_steps,
+            lr=settings.finetune_lr,
+            teacher=self._workload.model if settings.distill else None,
+            seed=self._seed,
+        )
+
+
+def _own_task(workload: Workload) -> bool:
+    """Whether a workload has a loss or a metric of its own instead of next tokens."""
+    kind = type(workload)
+    return kind.loss is not Workload.loss or kind.metric is not Workload.metric
+
+
+ADAPTER = LanguageAdapter()

@@ -1,0 +1,151 @@
+"""From settings to a workload of a causal language model and a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import pretrained
+from ..config import Config, DataConfig
+from ..errors import ArtifactError, ConfigError
+from ..memory import bound_kernel_caches, return_freed_memory
+from ..pruning.tracing import fingerprint
+from ..workloads.builder import Inspected, WorkloadBuilder
+from ..workloads.causal import PREFIX, is_causal, list_causal, load_causal, read_config
+from ..workloads.checkpoint import load_checkpoint, put_weights
+from ..workloads.checks import check_finite, run_forward
+from ..workloads.text import TextRequest, is_text, list_text, read_text, split_text
+from .describe import context_length
+from .workload import LanguageWorkload, base_of_model
+
+
+class LanguageBuilder(WorkloadBuilder):
+    """``hf:`` folders, GGUF files and hub ids, or the tiny Llama, over text."""
+
+    wing = "language"
+    data_noun = "text"
+
+    def claims(self, model: str) -> bool:
+        return is_causal(model)
+
+    def models(self) -> list[tuple[str, str]]:
+        return list_causal()
+
+    def data_sets(self) -> list[tuple[str, str]]:
+        return list_text()
+
+    def holds(self, data: str) -> bool:
+        return is_text(data)
+
+    def wants(self) -> str:
+        return f"is a language model; use {', '.join(name for name, _ in list_text())}"
+
+    def build(self, config: Config, device: torch.device, checkpoint: str | Path | None) -> LanguageWorkload:
+        return _language_workload(config, device, checkpoint)
+
+    def inspected(self, config: Config, device: torch.device) -> Inspected:
+        """A named model without its weights, however large, unless its latency is to be measured."""
+        if not config.model.name.startswith(PREFIX) or config.budget.metric == "latency":
+            return super().inspected(config, device)
+        found = read_config(config.model.name)
+        length, longest = config.data.sequence_length, context_length(found)
+        if longest is not None and length > longest:
+            raise ConfigError(
+                f"data.sequence_length: {length} is longer than the model's {longest} positions"
+            )
+        return Inspected(pretrained.skeleton(found), torch.zeros(1, length, dtype=torch.long), None)
+
+    def cut_files(
+        self, config: Config, checkpoint: Path | None, document: dict[str, Any], source: Path, out: Path
+    ) -> bool:
+        from ..shards import dense_skeleton, prune_shards
+
+        folder = _streamed(config, checkpoint)
+        if folder is None:
+            return False
+        if fingerprint(dense_skeleton(folder)) != document["fingerprint"]:
+            raise ArtifactError("plan: made for another architecture (its fingerprint differs)")
+        prune_shards(folder, source, out)
+        return True
+
+
+def _streamed(config: Config, checkpoint: Path | None) -> Path | None:
+    """The folder of a language model that can be cut file by file: nothing but its own weights is needed."""
+    if config.recovery.steps != ("none",) or config.model.dtype != "auto":
+        return None
+    name = config.model.name
+    if not name.startswith(PREFIX):
+        return None
+    folder = Path(checkpoint or config.model.checkpoint or name.removeprefix(PREFIX)).expanduser()
+    return folder if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) else None
+
+
+def _language_workload(
+    config: Config, device: torch.device, checkpoint: str | Path | None
+) -> LanguageWorkload:
+    """The language model and text of the settings, checked against each other; nothing is trained."""
+    settings, request = config.model, _text_request(config.data)
+    bound_kernel_caches()
+    if settings.weights is not None:
+        raise ConfigError(
+            "model.weights: not for language models; name the files in model.name, as hf:FOLDER"
+        )
+    texts = read_text(config.data.name, request)  # first: a missing file is said before weights are read
+    source = str(checkpoint or settings.checkpoint or "")
+    folder = bool(source) and (Path(source).is_dir() or source.endswith(".gguf"))
+    name = f"{PREFIX}{source}" if folder else settings.name
+    causal = load_causal(
+        name, dtype=settings.dtype, arguments=None if folder else settings.arguments, seed=settings.seed
+    )
+    if source and not folder:
+        put_weights(causal.model, _with_tied(causal.model, load_checkpoint(source)), f"checkpoint {source!r}")
+    for field, length in (("sequence_length", request.length), ("test_length", request.test_length or 0)):
+        if causal.longest is not None and length > causal.longest:
+            raise ConfigError(f"data.{field}: {length} is longer than the model's {causal.longest} positions")
+    text = split_text(config.data.name, texts, request, causal.encode)
+    if text.largest_id() >= causal.vocabulary:
+        raise ArtifactError(
+            f"model {name!r}: the tokenizer does not fit: it gives the id {text.largest_id()}, but the model has "
+            f"{causal.vocabulary} tokens"
+        )
+    check_finite(causal.model, name)
+    return_freed_memory()  # of reading: a GGUF file's tensors, the parts of the text
+    workload = LanguageWorkload(
+        causal.model,
+        causal.tokenizer,
+        text,
+        name=f"{Path(settings.name.removeprefix(PREFIX)).name} on {text.name}",
+        batch_size=config.data.batch_size,
+        device=device,
+        base=base_of_model(causal.model, settings.name),
+    )
+    run_forward(workload, name)
+    return workload
+
+
+def _with_tied(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file stores tied tensors once; the model names them twice."""
+    own = model.state_dict()
+    given = {own[name].data_ptr(): tensor for name, tensor in tensors.items() if name in own}
+    absent = {n: given[t.data_ptr()] for n, t in own.items() if n not in tensors and t.data_ptr() in given}
+    return tensors | absent
+
+
+def _text_request(data: DataConfig) -> TextRequest:
+    return TextRequest(
+        files=data.files,
+        root=Path(data.root).expanduser() if data.root is not None else None,
+        column=data.column,
+        length=data.sequence_length,
+        test_length=data.test_length,
+        stride=data.stride,
+        sizes=(data.train, data.calibration, data.validation, data.test),
+        seed=data.seed,
+        download=data.download,
+    )
+
+
+BUILDER = LanguageBuilder()

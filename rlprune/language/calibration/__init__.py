@@ -1,0 +1,1 @@
+"""What is measured of a language model's attention and feed-forward parts, and closed forms over it."""

@@ -1,0 +1,126 @@
+"""Importances that read the inputs of o_proj and down_proj: for language models only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from torch import nn
+
+from ...memory import return_freed_memory
+from ...pruning.calibration_cache import CURVES, CalibrationCache, Curves
+from ...pruning.elimination import eliminations
+from ...pruning.fisher import divergence_curves, fisher_eliminations, output_moments
+from ...pruning.grams import Consumer, Grams, group_consumers
+from ...pruning.importance import first_sentence, l2, register
+from ...pruning.space import PruningSpace
+from ...pruning.statistics import Statistics
+from ...pruning.unit_scores import Batches, Floats, Scores
+from .cache import LanguageCalibration, language_calibration
+
+# Calibration samples of the backward pass of `obs_fisher`: (O, O) moments need fewer than (I, I) ones.
+_FISHER_SAMPLES = 64
+
+
+def _by_column(
+    model: nn.Module, space: PruningSpace, name: str, score: Callable[[Consumer, Floats], Floats]
+) -> Scores:
+    """``score(consumer, weights (I, O))`` gives scores (units,); a hidden size that is a group gets its L2 norm."""
+    consumers = group_consumers(space, f"prune.importance: {name!r}")
+    found = {c.group: score(c, c.matrix(model).double().cpu().numpy()) for c in consumers}
+    spare = l2(model, space) if len(found) < len(space.groups) else []
+    return [found[g] if g in found else spare[g] for g in range(len(space.groups))]
+
+
+def wanda_sp(model: nn.Module, space: PruningSpace, statistics: Statistics) -> Scores:
+    """Wanda-sp: mean over outputs i of |W_ij| * ||X_j||, summed over a unit's input columns j.
+
+    Wanda's metric (Sun et al. 2023, arXiv 2306.11695) made structured as in FLAP's code (arXiv 2312.11983);
+    ||X_j|| is the root mean square over tokens of the consumer's (o_proj's, down_proj's) input column.
+    """
+
+    def score(consumer: Consumer, weights: Floats) -> Floats:
+        norms = np.sqrt(statistics.inputs[consumer.module].second)
+        return (np.abs(weights).mean(axis=1) * norms)[consumer.columns].sum(axis=1)
+
+    return _by_column(model, space, "wanda_sp", score)
+
+
+def flap(model: nn.Module, space: PruningSpace, statistics: Statistics) -> Scores:
+    """FLAP's fluctuation: Var(X_j) * ||W_:j||^2, squared in attention, averaged over a unit's input columns j.
+
+    An et al. 2023, arXiv 2312.11983, equation 5; the square is in the authors' code. Their standardisation
+    within a layer changes no ranking within it and belongs to the rule `flap`.
+    """
+
+    def score(consumer: Consumer, weights: Floats) -> Floats:
+        values = statistics.inputs[consumer.module].variance * (weights**2).sum(axis=1)
+        if space.groups[consumer.group].kind == "attention":
+            values = values**2
+        return values[consumer.columns].mean(axis=1)
+
+    return _by_column(model, space, "flap", score)
+
+
+def obs(model: nn.Module, space: PruningSpace, grams: Grams, ridge: float = 1e-3) -> Scores:
+    """Greedy elimination: the unit that the others replace best, by ridge regression, goes first.
+
+    Structured Optimal Brain Surgeon (ZipLM, arXiv 2302.04089, see :mod:`.elimination`). Scores are the
+    places in that order, 0 for the first unit to go.
+    """
+    found = eliminations(model, space, grams, ridge)
+    return _by_column(model, space, "obs", lambda consumer, weights: found[consumer.group].ranks)
+
+
+def obs_fisher(
+    model: nn.Module,
+    space: PruningSpace,
+    grams: Callable[[], Grams],
+    batches: Batches,
+    ridge: float = 1e-3,
+    seed: int = 0,
+) -> tuple[Scores, Curves]:
+    """Greedy elimination that counts nats: output errors are weighted by the Fisher information (`fisher`).
+
+    K-FAC (arXiv 1503.05671) in structured Optimal Brain Surgeon (ZipLM, arXiv 2302.04089). Scores are the
+    places in the order, 0 for the first unit to go. With them comes the expected divergence of every width, which the
+    rule `fisher` spreads the pruning by. ``grams`` is called after the backward pass: the matrices beside its
+    activations would be the peak of a search's memory.
+    """
+    moments = output_moments(model, space, batches, seed)
+    return_freed_memory()
+    found = fisher_eliminations(model, space, grams(), moments, ridge)
+    scores = _by_column(model, space, "obs_fisher", lambda consumer, weights: found[consumer.group].ranks)
+    return scores, divergence_curves(found)
+
+
+def _checked(cache: CalibrationCache, name: str) -> LanguageCalibration:
+    """The cache of a language model; refused before the data are read."""
+    purpose = f"prune.importance: {name!r}"
+    group_consumers(cache.space, purpose)
+    return language_calibration(cache, purpose)
+
+
+@register(first_sentence(wanda_sp), wing="language", name="wanda_sp")
+def _wanda_sp(cache: CalibrationCache) -> Scores:
+    return wanda_sp(cache.model, cache.space, _checked(cache, "wanda_sp").statistics())
+
+
+@register(first_sentence(flap), wing="language", name="flap")
+def _flap(cache: CalibrationCache) -> Scores:
+    return flap(cache.model, cache.space, _checked(cache, "flap").statistics())
+
+
+@register(first_sentence(obs), wing="language", name="obs")
+def _obs(cache: CalibrationCache) -> Scores:
+    return obs(cache.model, cache.space, _checked(cache, "obs").grams(), cache.ridge)
+
+
+@register(first_sentence(obs_fisher), wing="language", name="obs_fisher")
+def _obs_fisher(cache: CalibrationCache) -> Scores:
+    own = _checked(cache, "obs_fisher")
+    most = _FISHER_SAMPLES if cache.limit is None else min(cache.limit, _FISHER_SAMPLES)
+    batches = cache.batches(most)
+    scores, curves = obs_fisher(cache.model, cache.space, own.grams, batches, cache.ridge, cache.seed)
+    cache.keep(CURVES, curves)
+    return scores

@@ -1,0 +1,133 @@
+"""A pruned language model beside its dense base: costs, speeds, perplexity and zero-shot accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import pretrained, zeroshot
+from ..artifacts import example_of
+from ..errors import ArtifactError
+from ..latency import measure
+from ..pruning.tracing import fingerprint
+from ..workloads.base import Workload
+from . import describe
+
+
+def read_tasks(tasks: Sequence[Path]) -> None:
+    """Refuse malformed question files, and a missing harness, before minutes of measuring."""
+    for path in tasks:
+        zeroshot.read_questions(path)
+    if tasks:
+        zeroshot.require_harness()
+
+
+def compare(
+    slim: nn.Module,
+    directory: Path,
+    plan: Mapping[str, Any],
+    workload: Workload | None,
+    tasks: Sequence[Path],
+    limit: int | None,
+) -> str:
+    """Perplexity, costs, speeds and zero-shot accuracy of a pruned language model beside its dense base."""
+    if workload is None:
+        dense, example = _random_base(plan["base"], slim), example_of(plan).long()
+    else:
+        dense, example = workload.model, workload.example_inputs
+        if fingerprint(dense) != plan["fingerprint"]:
+            raise ArtifactError(f"{directory}: was pruned from another architecture than {workload.name!r}")
+        slim = slim.to(workload.device)
+    models = {"dense": dense, "pruned": slim}
+    rows = [*_cost_rows(plan, example), *_speed_rows(models, example)]
+    notes = ["perplexity: give CONFIG to measure it"]
+    if workload is not None:
+        quality, notes = _quality_rows(workload, models)
+        rows += quality
+    lines = [*describe.comparison(rows), *notes]
+    if tasks:
+        tokenizer = (workload and workload.tokenizer) or _tokenizer_of(directory, plan["base"])
+        # Without CONFIG the dense model has the right shape only, not its weights.
+        known = models if workload is not None else {"pruned": slim}
+        accuracies = {name: zeroshot.accuracy(m, tokenizer, tasks, limit) for name, m in known.items()}
+        lines += ["", *zeroshot.table(accuracies)]
+    return "\n".join(lines)
+
+
+def _cost_rows(plan: Mapping[str, Any], example: Tensor) -> list[describe.Row]:
+    """Costs as counted when the model was saved; macs are those of the example's length then."""
+    length = (plan.get("input") or example.shape)[-1]
+    names = {
+        "params": "params (all, tied once)",
+        "block_params": "params of the blocks",
+        "macs": f"macs of {length} tokens",
+        "kv_cache": "KV cache, bytes a token (bf16)",
+    }
+    costs, dense = plan["cost"], plan["dense_cost"]
+    rows = [(text, dense[m], costs[m], ",.0f") for m, text in names.items() if m in costs and m in dense]
+    context = describe.context_length(plan["base"].get("config", {}))
+    if context and "kv_cache" in costs:
+        mega = context / 1e6
+        rows.append(
+            (f"KV cache at {context} tokens, MB", dense["kv_cache"] * mega, costs["kv_cache"] * mega, ",.2f")
+        )
+    return rows
+
+
+def _speed_rows(models: dict[str, nn.Module], example: Tensor) -> list[describe.Row]:
+    """Measured medians; the models run in turns."""
+    length = example.shape[-1]
+    prefill = measure(models, example, batch_sizes=(1,), budget_seconds=10.0)
+    prompt, tokens, rounds = describe.decoding_plan(length, describe.context_length(models["dense"].config))
+    decode = describe.decoding_speed(models, example[:1, :prompt], tokens, rounds)
+    return [
+        (f"prefill of {length} tokens, ms", prefill["dense"][1], prefill["pruned"][1], ",.2f"),
+        (f"decoding after {prompt}, tokens/s", decode["dense"], decode["pruned"], ",.1f"),
+    ]
+
+
+def _quality_rows(workload: Workload, models: dict[str, nn.Module]) -> tuple[list[describe.Row], list[str]]:
+    with workload.test_opened():
+        dense, pruned = (workload.evaluate(models[name], "test") for name in ("dense", "pruned"))
+    facts = workload.protocol().get("splits", {}).get("test")
+    note = f"test: {pruned.count:,} tokens scored"
+    if facts is not None:
+        note = (
+            f"test: {facts['text']}, {facts['sequences']} sequences of {facts['length']} tokens, stride "
+            f"{facts['stride']}, {facts['tokens']:,} tokens scored"
+        )
+    return [
+        (f"test {workload.metric_name}", dense.metric, pruned.metric, ",.4f"),
+        ("test loss", dense.loss, pruned.loss, ",.4f"),
+    ], [note]
+
+
+def _tokenizer_of(directory: Path, base: Mapping[str, Any]) -> Any:
+    """The tokenizer that was saved with a pruned model."""
+    from transformers import AutoTokenizer
+
+    # Stock classes refuse layers of unequal sizes, and a tokenizer needs none: the dense config will do.
+    config = pretrained.build_config(base["config"])
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), config=config, local_files_only=True)
+    except Exception as error:  # whatever the libraries raise for broken files
+        raise ArtifactError(
+            f"{directory}: holds no tokenizer that can be read; give CONFIG to take the dense model's"
+        ) from error
+
+
+def _random_base(base: Mapping[str, Any], slim: nn.Module) -> nn.Module:
+    """The dense architecture of a pruned language model, for its speed only: the weights are noise."""
+    model = pretrained.skeleton(pretrained.build_config(base["config"])).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point():
+                tensor.normal_(0.0, 0.02, generator=generator)
+            else:
+                tensor.zero_()
+    return model.to(next(slim.parameters()).dtype).eval()

@@ -1,0 +1,205 @@
+"""A causal language model and a text as a workload: token sequences, and what a perplexity of them means."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from ..pruning.finetune import FitResult, Progress
+from ..pruning.language_training import train_language
+from ..workloads.adapter import ModelAdapter, adapter_named
+from ..workloads.base import SPLITS, Batch, Quality, TrainedWorkload, check_split
+from ..workloads.judge import Judge
+from ..workloads.logits import ChunkedLogs
+from ..workloads.text import TextData
+from .judge import FORWARD_TOKENS, DenseAnswers, LanguageJudge, check_kind, token_quality
+
+# What a config says of where it came from, not of the architecture.
+_ELSEWHERE = ("_name_or_path", "transformers_version", "quantization_config")
+
+
+class LanguageWorkload(TrainedWorkload):
+    """A transformers causal LM, its tokenizer and a text.
+
+    Batches are (input_ids (B, L), targets (B, L)) of int64 on the device; targets are the ids themselves,
+    -100 where a token is context only; ``limit`` counts sequences. The metric is the perplexity, lower
+    is better.
+
+    Args:
+        model: dense model, put into eval mode and moved to ``device``.
+        tokenizer: what made the text's ids, saved beside the pruned model; None where there is none.
+        data: the tokenised splits.
+        batch_size: most sequences in a batch; long sequences come in smaller ones.
+        base: how to rebuild the architecture; by default from the model's own config.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        data: TextData,
+        *,
+        name: str = "",
+        batch_size: int = 256,
+        device: torch.device | str = "cpu",
+        base: dict[str, Any] | None = None,
+    ) -> None:
+        place = torch.device(device)
+        self.model = model.to(place).eval()
+        self.tokenizer = tokenizer
+        self.data = data
+        self.name = name or data.name
+        self.base = base or base_of_model(model, self.name)
+        self.logs = ChunkedLogs()
+        self._place = place
+        self._batch_size = batch_size
+        self._dense_answers: dict[int, DenseAnswers] = {}
+        self.example_inputs = data.splits["calibration"].window(0, 1)[0].to(place)
+
+    @property
+    def device(self) -> torch.device:
+        return self._place
+
+    @property
+    def stride(self) -> int:
+        """Tokens between the starts of two test sequences; the length where they do not overlap."""
+        test = self.data.splits["test"]
+        return test.length - test.overlap
+
+    def length(self, split: str) -> int:
+        """Tokens in a sequence of a split."""
+        check_split(split)
+        return self.data.splits[split].length
+
+    def size(self, split: str) -> int:
+        """Number of sequences of a split."""
+        check_split(split)
+        return len(self.data.splits[split])
+
+    def protocol(self) -> dict[str, Any]:
+        """What a perplexity of this workload means: text, length, stride, sequences and scored tokens."""
+        splits = {}
+        for split in SPLITS:
+            part = self.data.splits[split]
+            splits[split] = {
+                "text": part.source,
+                "length": part.length,
+                "stride": part.length - part.overlap,
+                "sequences": len(part),
+                "tokens": part.scored,
+            }
+        return {"metric": "perplexity", "seed": self.data.seed, "splits": splits}
+
+    def batches(self, split: str, limit: int | None = None) -> Iterator[Batch]:
+        """Token ids (B, L) and targets (B, L), in the split's order."""
+        part = self.data.splits[split]
+        for start, stop in part.cuts(self.rows(split), limit):
+            ids, targets = part.window(start, stop)
+            yield ids.to(self._place), targets.to(self._place)
+
+    def rows(self, split: str) -> int:
+        """Sequences of a split in one batch."""
+        tokens = FORWARD_TOKENS.get(self._place.type, FORWARD_TOKENS["cpu"])
+        return max(1, min(self._batch_size, tokens // self.length(split)))
+
+    def train_batches(self, generator: torch.Generator, batch_size: int | None = None) -> Iterator[Batch]:
+        """One shuffled epoch; the last incomplete batch is left out unless it is the only one."""
+        part = self.data.splits["train"]
+        size = batch_size or self.rows("train")
+        order = torch.randperm(len(part), generator=generator).tolist()
+        for step in range(self.train_steps(size)):
+            windows = [part.window(i, i + 1)[0] for i in order[step * size : (step + 1) * size]]
+            ids = torch.cat(windows).to(self._place)
+            yield ids, ids
+
+    def train_steps(self, batch_size: int | None = None) -> int:
+        """Number of batches of one epoch of ``train_batches``."""
+        return max(1, self.size("train") // (batch_size or self.rows("train")))
+
+    @property
+    def adapter(self) -> ModelAdapter:
+        return adapter_named("language")
+
+    def judge(self, kind: str = "kl", limit: int | None = None, *, top_k: int = 256) -> Judge:
+        """The judge of candidates; the dense model's answers are shared by all judges of one ``top_k``."""
+        check_kind(kind)
+        sequences = _Split(self, "validation")
+        count = len(sequences) if limit is None else min(limit, len(sequences))
+        answers = None
+        if kind == "kl":
+            if top_k not in self._dense_answers:
+                self._dense_answers[top_k] = DenseAnswers(self.model, sequences, self.logs, top_k)
+            answers = self._dense_answers[top_k]
+        return LanguageJudge(sequences, count, answers, self.logs)
+
+    def evaluate(self, model: nn.Module, split: str, limit: int | None = None) -> Quality:
+        """Mean loss and perplexity over all scored tokens of the first ``limit`` sequences (`token_quality`)."""
+        return token_quality(self, model, split, limit, self.logs)
+
+    def scored(self, split: str) -> int:
+        return self.length(split) - 1
+
+    def test_facts(self, count: int) -> dict[str, Any]:
+        """What a perplexity on the test split means: its windows' length, their stride, the tokens scored."""
+        length = self.length("test")
+        return {"tokens": {"length": length, "stride": int(self.stride or length), "count": int(count)}}
+
+    def training_facts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        text = self.data.splits["train"]
+        return {"text": [text.length, list(text.starts)]}, {"tokens": text.tokens}
+
+    def train(self, settings: ModelConfig, state: Path, progress: Progress | None) -> FitResult:
+        """AdamW on the train split; a killed training starts again."""
+        options = settings.train
+        generator = torch.Generator().manual_seed(settings.seed)
+        epochs = (self.train_batches(generator, options.batch_size) for _ in range(options.epochs))
+        return train_language(
+            self.model,
+            [batch for epoch in epochs for batch in epoch],
+            steps=options.epochs * self.train_steps(options.batch_size),
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            seed=settings.seed,
+            progress=progress,
+            phase="dense training",
+        )
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A split of a text as sequences on the workload's device."""
+
+    workload: LanguageWorkload
+    split: str
+
+    @property
+    def length(self) -> int:
+        return self.workload.length(self.split)
+
+    @property
+    def rows(self) -> int:
+        return self.workload.rows(self.split)
+
+    def __len__(self) -> int:
+        return self.workload.size(self.split)
+
+    def window(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        ids, targets = self.workload.data.splits[self.split].window(start, stop)
+        return ids.to(self.workload.device), targets.to(self.workload.device)
+
+
+def base_of_model(model: Any, name: str) -> dict[str, Any]:
+    """How to rebuild a transformers model: its config as plain JSON."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return {"source": "given"}
+    plain: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    kept = {key: value for key, value in plain.items() if key not in _ELSEWHERE}
+    return {"source": "transformers", "name": name, "config": kept}

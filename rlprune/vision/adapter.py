@@ -1,0 +1,256 @@
+"""The adapter of models of images, and of every model that no other wing claims."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..artifacts import example_of, load_pruned, save_pruned
+from ..config import FinishConfig, RecoveryConfig
+from ..errors import ArtifactError, ConfigError, GraphError, near_miss
+from ..latency import DEFAULT_BATCH_SIZES, measure
+from ..pruning.calibration_cache import CalibrationCache
+from ..pruning.finetune import DistillTargets, fit
+from ..pruning.plan import Plan
+from ..pruning.reconstruct import Reconstruction, evaluating
+from ..pruning.space import PruningSpace
+from ..pruning.surgery import attributes
+from ..pruning.tracing import TraceOptions, count_macs, trace_channels
+from ..pruning.unit_scores import Scores
+from ..workloads.adapter import LatencySettings, ModelAdapter, RecoveryLadder, Repair, Tuned, TuneJob
+from ..workloads.base import Quality, Workload, evaluate_outputs
+from ..workloads.identify import identify
+from ..workloads.judge import ClassJudge, Judge
+from ..workloads.zoo import rebuild
+
+SGD_LR = 0.02
+"""Peak learning rate of the final fine-tune where the settings leave it open."""
+_LESSON_LR = 0.01
+_LESSON_BATCH = 64
+_LESSON_STEPS = 20
+
+
+class VisionAdapter(ModelAdapter):
+    """Channels found by the dependency graph; classes as the default task; SGD with distillation."""
+
+    wing = "vision"
+    models = "models of images"
+    metric_name = "accuracy"
+    sample_noun = "images"
+    score_unit = "images"
+    latency = LatencySettings(DEFAULT_BATCH_SIZES, warmup=3, every_seed=True, share=False)
+    ladder = RecoveryLadder(
+        closed=(("none",), ("bn",), ("reconstruct",), ("reconstruct", "bn")),
+        trained=("reconstruct", "bn", "finetune"),
+        steps=_LESSON_STEPS,
+        batch=_LESSON_BATCH,
+    )
+    recovery_steps = ("none", "reconstruct", "bn", "finetune")
+    # No rule is the best one at all budgets or on all checkpoints, and from uniform the best plans of all of them are
+    # within an action's reach.
+    base_rule_over_budgets = "uniform"
+
+    def accepts(self, model: object) -> bool:
+        return True
+
+    def owns(self, base: Mapping[str, Any]) -> bool:
+        return True
+
+    def trace(self, model: nn.Module, example_inputs: Any, options: TraceOptions) -> PruningSpace:
+        for name in ("drop", "hidden"):
+            if getattr(options, name):
+                raise GraphError(f"prune.{name}: only for language models; {type(model).__name__} is none")
+        return trace_channels(model, example_inputs, options)
+
+    def space_of_plan(
+        self, workload: Workload, document: Mapping[str, Any], options: TraceOptions
+    ) -> PruningSpace:
+        space = self.trace(workload.model, workload.example_inputs, options)
+        if document["fingerprint"] == space.fingerprint:  # else Plan.from_dict says that it is another model
+            _same_groups(document, space)
+        return space
+
+    def closed_form(
+        self, calibration: CalibrationCache, settings: RecoveryConfig, importance: Scores | None
+    ) -> Repair | None:
+        if "bias" in settings.steps:
+            raise ConfigError(
+                "recovery.steps: 'bias' works on attention and feed-forward groups of language models"
+            )
+        if "reconstruct" not in settings.steps:
+            return None
+        batches = calibration.batches(settings.images)
+        return Reconstruction(calibration.model, calibration.space, batches, settings.ridge)
+
+    def gradient_steps(
+        self, workload: Workload, calibration: CalibrationCache, settings: RecoveryConfig
+    ) -> Callable[[nn.Module], None]:
+        return _Lesson(workload, calibration.model, settings)
+
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Cross-entropy of class scores (N, classes)."""
+        return F.cross_entropy(outputs, targets)
+
+    def metric(self, outputs: Any, targets: Tensor) -> Tensor:
+        """The number of right classes."""
+        return (outputs.argmax(1) == targets).sum().float()
+
+    def judge(self, workload: Workload, kind: str, limit: int | None, top_k: int) -> Judge:
+        return ClassJudge(workload, kind, limit)
+
+    def evaluate(self, workload: Workload, model: nn.Module, split: str, limit: int | None) -> Quality:
+        return evaluate_outputs(workload, model, split, limit)
+
+    def fine_tune_length(self, settings: FinishConfig) -> tuple[int, str]:
+        return settings.epochs, "epochs"
+
+    def fine_tune(self, workload: Workload, model: nn.Module, settings: FinishConfig, job: TuneJob) -> Tuned:
+        """``finish.epochs`` of SGD, or ``job.steps`` steps of it."""
+        if not (settings.epochs if job.steps is None else job.steps):
+            return Tuned(model)
+        result = fit(
+            model,
+            lambda generator: workload.train_batches(generator, settings.batch_size),
+            workload.loss,
+            steps=job.steps,
+            epochs=settings.epochs,
+            steps_per_epoch=workload.train_steps(settings.batch_size),
+            lr=SGD_LR if settings.lr is None else settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            distill=DistillTargets(workload.model, settings.temperature) if settings.distill else None,
+            mixed_precision=settings.mixed_precision,
+            generator=torch.Generator().manual_seed(job.seed),
+            progress=job.progress,
+            phase=job.phase,
+            checkpoint=job.state,
+        )
+        return Tuned(model, f"{result.steps} steps of SGD, loss {result.loss:.4f}")
+
+    def save(
+        self,
+        slim: nn.Module,
+        plan: Plan,
+        directory: Path,
+        *,
+        base: Mapping[str, Any] | None,
+        tokenizer: Any,
+        max_shard_size: str | int,
+    ) -> None:
+        if tokenizer is not None:
+            raise ArtifactError(
+                f"save: a tokenizer was given, but {type(slim).__name__} is no language model"
+            )
+        if base is None:
+            space = plan.space
+            base = identify(slim, space.fingerprint, space.dense_cost("params"), attributes(space, plan))
+        save_pruned(slim, plan, directory, dict(base) if base is not None else {"source": "given"})
+
+    def load(self, directory: Path, document: Mapping[str, Any], base: nn.Module | None) -> nn.Module:
+        return load_pruned(directory, document, base, rebuild)
+
+    def group_lines(self, space: PruningSpace) -> list[str]:
+        units = {metric: space.unit_costs(space.widths, metric) for metric in space.costs}
+        head = ["group", "kind", "width", "unit", "min", "step"]
+        lines = ["{:<34} {:<10} {:>6} {:>5} {:>5} {:>5}".format(*head)]
+        lines[0] += "".join(f" {'us/unit' if m == 'latency' else f'{m}/unit':>12}" for m in units)
+        for i, g in enumerate(space.groups):
+            sizes = f"{g.width:>6} {g.unit:>5} {g.minimum:>5} {g.step:>5}"
+            costs = [f"{1e3 * c[i]:,.3f}" if m == "latency" else f"{c[i]:,.0f}" for m, c in units.items()]
+            lines.append(f"{g.name:<34} {g.kind:<10} {sizes}" + "".join(f" {text:>12}" for text in costs))
+        return lines
+
+    def protected_lines(self, protected: Mapping[str, str]) -> list[str]:
+        return [f"protected: {name}: {reason}" for name, reason in protected.items()]
+
+    def cost_lines(self, space: PruningSpace, model: nn.Module) -> list[str]:
+        lines = []
+        for metric in (m for m in space.costs if m != "latency"):
+            low, dense = space.feasible(metric)
+            budgets = f"feasible budgets {low / dense:.4f} to 1 ({low:,.0f} to {dense:,.0f})"
+            lines.append(f"{metric}: dense {dense:,.0f}; {budgets}")
+        return lines
+
+    def check_tasks(self, document: Mapping[str, Any], directory: Path, tasks: Sequence[Path]) -> None:
+        if tasks:
+            name = document["base"].get("name")
+            raise ConfigError(f"--tasks: needs a language model, but {directory} holds {name!r}")
+
+    def comparison(
+        self,
+        directory: Path,
+        document: Mapping[str, Any],
+        workload: Workload | None,
+        tasks: Sequence[Path] = (),
+        limit: int | None = None,
+    ) -> str:
+        if workload is not None:
+            dense, example = workload.model, workload.example_inputs
+            slim = self.load(directory, document, dense).to(workload.device)
+        else:
+            slim = self.load(directory, document, None)
+            dense, example = rebuild(document["base"]).eval(), example_of(document)
+        models = {"dense": dense, "pruned": slim}
+        times = measure(models, example, budget_seconds=10.0)
+        lines = [f"{'':<8} {'macs':>16} {'params':>14} {'ms batch 1':>11} {'ms batch 64':>12}  quality"]
+        for name, model in models.items():
+            quality = "(give CONFIG to measure it)"
+            if workload is not None:
+                with workload.test_opened():
+                    q = workload.evaluate(model, "test")
+                quality = f"test {workload.metric_name} {q.metric:.4f}, loss {q.loss:.4f} ({q.count} samples)"
+            costs = f"{count_macs(model, example):>16,.0f} {sum(p.numel() for p in model.parameters()):>14,}"
+            lines.append(f"{name:<8} {costs} {times[name][1]:>11.3f} {times[name][64]:>12.3f}  {quality}")
+        return "\n".join(lines)
+
+
+class _Lesson:
+    """The recovery step `finetune`: SGD on a few batches, with the dense model's outputs computed once."""
+
+    def __init__(self, workload: Workload, model: nn.Module, settings: RecoveryConfig) -> None:
+        self._workload, self._model, self._settings = workload, model, settings
+        self._batches: list[tuple[Tensor, ...]] | None = None
+
+    def __call__(self, slim: nn.Module) -> None:
+        settings = self._settings
+        if self._batches is None:
+            self._batches = self._with_logits(settings.finetune_steps)
+        lesson = self._batches
+        fit(
+            slim,
+            lambda generator: lesson,
+            self._workload.loss,
+            steps=settings.finetune_steps,
+            lr=_LESSON_LR if settings.finetune_lr is None else settings.finetune_lr,
+            distill=DistillTargets() if settings.distill else None,
+            generator=torch.Generator().manual_seed(0),
+            phase="recovery",
+        )
+
+    def _with_logits(self, steps: int) -> list[tuple[Tensor, ...]]:
+        """The first train batches of a fixed shuffle with the dense model's outputs on them."""
+        generator = torch.Generator().manual_seed(0)
+        batches = itertools.islice(self._workload.train_batches(generator, _LESSON_BATCH), steps)
+        with torch.no_grad(), evaluating(self._model):
+            return [(inputs, targets, self._model(inputs)) for inputs, targets in batches]
+
+
+def _same_groups(document: Mapping[str, Any], space: PruningSpace) -> None:
+    """The settings may protect (prune.ignore) other layers than the plan's did."""
+    theirs, ours = [group["name"] for group in document["groups"]], [group.name for group in space.groups]
+    for name in theirs:
+        if name not in ours:
+            raise ArtifactError(
+                f"plan: cuts {name!r}, which prune.ignore protects here{near_miss(name, ours)}"
+            )
+    if theirs != ours:
+        raise ArtifactError("plan: its groups come in another order than the model's")
+
+
+ADAPTER = VisionAdapter()

@@ -1,0 +1,291 @@
+"""What a model is: the one place where general code asks how to trace, measure, repair, save and describe it.
+
+There is one adapter a wing: ``vision`` for models of images and everything that is not claimed by another wing,
+``language`` for causal language models of transformers. A workload finds its adapter when it is built
+(`adapter_of`); a saved folder says by its ``base`` whose it is (`adapter_of_base`).
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import FinishConfig, RecoveryConfig
+from ..pruning.calibration_cache import CalibrationCache
+from ..pruning.finetune import Progress
+from ..pruning.plan import Plan
+from ..pruning.space import PruningSpace
+from ..pruning.tracing import TraceOptions
+from ..pruning.unit_scores import Scores
+
+if TYPE_CHECKING:
+    from .base import Quality, Workload
+    from .judge import Judge
+
+WINGS = ("language", "vision")
+"""The packages that hold an adapter and a builder, in the order in which they are asked; the last takes the rest."""
+
+Repair = Callable[[nn.Module, Plan], None]
+"""Repairs a cut model in place: ``repair(slim, plan)``."""
+
+
+@dataclass(frozen=True)
+class LatencySettings:
+    """How models of a kind are timed beside each other.
+
+    ``batch_sizes`` in samples; ``warmup`` passes before the first one that counts; ``every_seed``: whether a
+    benchmark times the plans of all seeds, or of the first; ``share``: whether models in memory together share the
+    tensors that no plan cuts.
+    """
+
+    batch_sizes: tuple[int, ...]
+    warmup: int
+    every_seed: bool
+    share: bool
+
+
+@dataclass(frozen=True)
+class RecoveryLadder:
+    """Recoveries that `rlprune fidelity` compares: closed forms, and the best of them with gradient steps.
+
+    ``steps`` is how many gradient steps the last one gets unless told (0 leaves it out), ``batch`` how many samples
+    each of them reads.
+    """
+
+    closed: tuple[tuple[str, ...], ...]
+    trained: tuple[str, ...]
+    steps: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class TuneJob:
+    """One final fine-tune: what is random, how long, where its state lies, who is told.
+
+    ``steps`` None takes the length of the settings; ``state`` is where a killed one goes on from.
+    """
+
+    seed: int
+    steps: int | None = None
+    state: Path | None = None
+    progress: Progress | None = None
+    phase: str = "fine-tune"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A fine-tuned model, and in a line what was done to it."""
+
+    model: nn.Module
+    note: str = "no fine-tune"
+
+
+class ModelAdapter(abc.ABC):
+    """How a kind of model is traced, measured, repaired, trained, saved and described.
+
+    Adapters hold no state: one object serves all models of its wing.
+    """
+
+    wing: str
+    """Name of the package; spaces, rules, importances and export formats carry it."""
+    models: str
+    """What its models are called in messages, in the plural."""
+    metric_name: str
+    """The metric of its default task, as reports name it."""
+    sample_noun: str
+    """What a sample of its default task is called, in the plural."""
+    score_unit: str
+    """What a score is a mean over, in the plural: the samples, or the tokens of text."""
+    latency: LatencySettings
+    ladder: RecoveryLadder
+    recovery_steps: tuple[str, ...]
+    """The recovery steps that its models can have (``recovery.steps``)."""
+    keeps_models: bool = True
+    """Whether the fine-tuned models of all methods stay in memory until a run ends."""
+    costly_passes: bool = False
+    """Whether backward passes over the calibration split take too long for a rule that nobody asked for."""
+    unlabelled_builds: bool = True
+    """Whether builds on unlabelled samples tell of a checkpoint (one row of outputs a sample)."""
+    common_plans: bool = True
+    """Whether a policy of several checkpoints is taught what their best plans have in common."""
+    base_rule_over_budgets: str | None = None
+    """The base rule of a policy for many budgets or checkpoints; None: whichever scores best."""
+    one_file: bool = True
+    """Whether a model is a function of tensors that one file can hold (ONNX, torch.export)."""
+    equal_widths: bool = False
+    """Whether all blocks can be cut to one width (``rlprune prune --same-widths``)."""
+
+    # -- what it is ---------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def accepts(self, model: object) -> bool:
+        """Whether a model is of this kind."""
+
+    @abc.abstractmethod
+    def owns(self, base: Mapping[str, Any]) -> bool:
+        """Whether a saved folder whose plan.json has this ``base`` is of this kind."""
+
+    @abc.abstractmethod
+    def trace(self, model: nn.Module, example_inputs: Any, options: TraceOptions) -> PruningSpace:
+        """The model's pruning space; raises GraphError for options that this kind does not have."""
+
+    @abc.abstractmethod
+    def space_of_plan(
+        self, workload: Workload, document: Mapping[str, Any], options: TraceOptions
+    ) -> PruningSpace:
+        """The space that a saved plan was made in; ArtifactError for a plan of another architecture."""
+
+    # -- what is measured and repaired --------------------------------------------------------------------------
+
+    def calibration(
+        self,
+        workload: Workload | None,
+        space: PruningSpace,
+        model: nn.Module,
+        *,
+        seed: int = 0,
+        limit: int | None = None,
+        ridge: float = 1e-3,
+        recovery_limit: int | None = None,
+    ) -> CalibrationCache:
+        """An empty cache of what is measured of a model on its calibration split."""
+        return CalibrationCache(
+            workload, space, model, seed=seed, limit=limit, ridge=ridge, recovery_limit=recovery_limit
+        )
+
+    @abc.abstractmethod
+    def closed_form(
+        self, calibration: CalibrationCache, settings: RecoveryConfig, importance: Scores | None
+    ) -> Repair | None:
+        """The recovery steps without gradients that change weights; None where the settings have none."""
+
+    @abc.abstractmethod
+    def gradient_steps(
+        self, workload: Workload, calibration: CalibrationCache, settings: RecoveryConfig
+    ) -> Callable[[nn.Module], None]:
+        """The recovery step `finetune`: trains a cut model in place; the same model always gives the same weights."""
+
+    def scoring_dtype(self, workload: Workload, wanted: str) -> torch.dtype | None:
+        """Number format that candidates are scored in (``score.dtype``); None for the dense model's own."""
+        return None
+
+    def release_memory(self) -> None:  # noqa: B027  (most models leave nothing that adds up)
+        """Give back what candidates of many sizes leave behind."""
+
+    # -- the default task ---------------------------------------------------------------------------------------
+
+    def logits(self, outputs: Any) -> Tensor:
+        """The logits in what a model returns; by default all of it."""
+        assert isinstance(outputs, Tensor)
+        return outputs
+
+    @abc.abstractmethod
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Mean loss of a batch, a scalar tensor."""
+
+    @abc.abstractmethod
+    def metric(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Sum of the metric over a batch, a scalar tensor."""
+
+    @abc.abstractmethod
+    def judge(self, workload: Workload, kind: str, limit: int | None, top_k: int) -> Judge:
+        """Scores candidates on the first ``limit`` validation samples by ``kind`` (see ScoreConfig)."""
+
+    @abc.abstractmethod
+    def evaluate(self, workload: Workload, model: nn.Module, split: str, limit: int | None) -> Quality:
+        """Mean loss and metric of ``model`` on the first ``limit`` samples of a split; DataError where it is empty."""
+
+    @abc.abstractmethod
+    def fine_tune_length(self, settings: FinishConfig) -> tuple[int, str]:
+        """How long the final fine-tune is and in what: (6, "epochs"); 0 leaves it out."""
+
+    @abc.abstractmethod
+    def fine_tune(self, workload: Workload, model: nn.Module, settings: FinishConfig, job: TuneJob) -> Tuned:
+        """The final fine-tune, in place where the model fits on one device."""
+
+    def missing_package(self, settings: FinishConfig) -> str | None:
+        """Why the final fine-tune cannot run here (a package is not installed), in one line; None where it can."""
+        return None
+
+    def finish_facts(self, settings: FinishConfig) -> dict[str, Any]:
+        """What a row of results.json says of the final fine-tune."""
+        return {}
+
+    # -- files ----------------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def save(
+        self,
+        slim: nn.Module,
+        plan: Plan,
+        directory: Path,
+        *,
+        base: Mapping[str, Any] | None,
+        tokenizer: Any,
+        max_shard_size: str | int,
+    ) -> None:
+        """Write a pruned model into a folder, which is replaced as a whole or not at all; see `rlprune.save`."""
+
+    @abc.abstractmethod
+    def load(self, directory: Path, document: Mapping[str, Any], base: nn.Module | None) -> nn.Module:
+        """The pruned model in a folder whose plan.json is ``document``; see `rlprune.load`."""
+
+    # -- words ------------------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def group_lines(self, space: PruningSpace) -> list[str]:
+        """The groups as a table for `rlprune inspect`."""
+
+    @abc.abstractmethod
+    def protected_lines(self, protected: Mapping[str, str]) -> list[str]:
+        """What is never cut, and why, a line each."""
+
+    @abc.abstractmethod
+    def cost_lines(self, space: PruningSpace, model: nn.Module) -> list[str]:
+        """Dense costs and feasible budgets, a line each; latency has a line of its own."""
+
+    @abc.abstractmethod
+    def check_tasks(self, document: Mapping[str, Any], directory: Path, tasks: Sequence[Path]) -> None:
+        """Refuse, before minutes of measuring, question files that cannot be asked."""
+
+    @abc.abstractmethod
+    def comparison(
+        self,
+        directory: Path,
+        document: Mapping[str, Any],
+        workload: Workload | None,
+        tasks: Sequence[Path] = (),
+        limit: int | None = None,
+    ) -> str:
+        """A saved pruned model beside its dense base, as a table for `rlprune evaluate`."""
+
+
+@cache
+def adapter_named(wing: str) -> ModelAdapter:
+    """The adapter of a wing, one of `WINGS`."""
+    found = import_module(f"...{wing}.adapter", __name__).ADAPTER
+    assert isinstance(found, ModelAdapter)
+    return found
+
+
+def adapters() -> list[ModelAdapter]:
+    """The adapters of all wings, in the order in which they are asked."""
+    return [adapter_named(wing) for wing in WINGS]
+
+
+def adapter_of(model: object) -> ModelAdapter:
+    """The adapter of a model."""
+    return next(found for found in adapters() if found.accepts(model))
+
+
+def adapter_of_base(base: Mapping[str, Any]) -> ModelAdapter:
+    """The adapter of a saved folder, by the ``base`` of its plan.json."""
+    return next(found for found in adapters() if found.owns(base))

@@ -1,0 +1,36 @@
+"""Functions that settings name as ``module:function``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, near_miss
+
+
+def model_function(name: str, field: str) -> Callable[..., Any]:
+    """Import ``module:function``; the current folder is searched too. ``field`` names the setting in errors."""
+    module_name, _, function_name = name.partition(":")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"{field} {name!r}: cannot import {module_name!r} ({error})") from error
+    except Exception as error:
+        raise ConfigError(f"{field} {name!r}: importing {module_name!r} failed: {_brief(error)}") from error
+    finally:
+        sys.path.remove(here)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        hint = near_miss(function_name, [n for n in vars(module) if not n.startswith("_")])
+        raise ConfigError(f"{field} {name!r}: {module_name!r} has no function {function_name!r}{hint}")
+    return function
+
+
+def _brief(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
