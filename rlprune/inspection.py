@@ -21,7 +21,7 @@ from .problem import timed_space
 from .progress import Console
 from .pruning.cost import plain_amount
 from .pruning.space import PruningSpace
-from .pruning.tracing import count_macs, fingerprint, trace
+from .pruning.tracing import count_macs, fingerprint, trace_configured
 from .workloads.base import Workload
 from .workloads.build import build_workload
 from .workloads.causal import PREFIX, read_config
@@ -36,8 +36,7 @@ def inspect(config: Config) -> str:
     workload = build_workload(config, train=False)
     if workload.language:
         return _inspect_language(config, workload.model, workload.example_inputs, workload)
-    cut = config.prune
-    space = trace(workload.model, workload.example_inputs, cut.ignore, cut.round_to, cut.minimum)
+    space = trace_configured(workload.model, workload.example_inputs, config.prune)
     if timed:
         space = timed_space(config, workload, space)
     units = {metric: space.unit_costs(space.widths, metric) for metric in space.costs}
@@ -122,8 +121,7 @@ def _inspect_language(
     config: Config, model: nn.Module, example: Tensor, workload: Workload | None = None
 ) -> str:
     """The same for a language model: blocks that are alike in one line, costs with what they count."""
-    cut = config.prune
-    space = trace(model, example, cut.ignore, cut.round_to, cut.minimum, drop=cut.drop, hidden=cut.hidden)
+    space = trace_configured(model, example, config.prune)
     if workload is not None and config.budget.metric == "latency":
         space = timed_space(config, workload, space)
     lines = [*figures.group_lines(space), "", *figures.protected_lines(space.protected)]

@@ -23,7 +23,7 @@ from .ledger import Account, Ledger
 from .profiling import TABLE_FILE, Progress, machine, read_table, with_latency
 from .progress import Console
 from .pruning.space import Ints, PruningSpace
-from .pruning.tracing import trace
+from .pruning.tracing import trace_configured
 from .rules import RULES, rules_for
 from .workloads.base import Workload
 from .workloads.build import build_workload, train_dense
@@ -170,16 +170,7 @@ def dense_model(
         torch.set_num_threads(config.threads)
     console = console or Console(False)
     workload = build_workload(config, checkpoint=checkpoint, train=False)
-    settings = config.prune
-    space = trace(
-        workload.model,
-        workload.example_inputs,
-        ignore=settings.ignore,
-        round_to=settings.round_to,
-        minimum=settings.minimum,
-        drop=settings.drop,
-        hidden=settings.hidden,
-    )
+    space = trace_configured(workload.model, workload.example_inputs, config.prune)
     if config.budget.metric == "latency":
         space = timed_space(config, workload, space, run=run, progress=console.training)
         console.close()

@@ -18,7 +18,7 @@ from .pruning.plan import Plan
 from .pruning.recovery import Recovery
 from .pruning.space import PruningSpace
 from .pruning.surgery import prune
-from .pruning.tracing import fingerprint, trace
+from .pruning.tracing import fingerprint, trace_configured
 from .shards import dense_skeleton, prune_shards, space_of
 from .workloads.build import build_workload, train_dense
 from .workloads.causal import PREFIX
@@ -88,8 +88,7 @@ def _space(workload: Any, document: dict[str, Any], config: Config) -> PruningSp
     if workload.language:
         _same_architecture(workload.model, document)
         return space_of(workload.model, document)
-    cut = config.prune
-    space = trace(workload.model, workload.example_inputs, cut.ignore, cut.round_to, cut.minimum)
+    space = trace_configured(workload.model, workload.example_inputs, config.prune)
     if document["fingerprint"] == space.fingerprint:  # else Plan.from_dict says that it is another model
         _same_groups(document, space)
     return space

@@ -38,7 +38,7 @@ from .errors import ConfigError, DataError, RlpruneError, near_miss
 from .pruning.finetune import Progress
 from .pruning.language_training import ADAPTER_LR, FULL_LR, TokenLoss, full_precision
 from .pruning.plan import Plan
-from .pruning.tracing import trace
+from .pruning.tracing import trace_configured
 from .tuning_adapters import attached
 from .tuning_trainer import Work, run_trainer
 from .workloads.build import build_workload
@@ -162,16 +162,7 @@ def tune_folder(
         raise ConfigError(f"model.name: {config.model.name!r} is no language model; `tune` is for those")
     model = load(folder).to(workload.device)
     document = read_plan(folder)
-    prune = config.prune
-    space = trace(
-        workload.model,
-        workload.example_inputs,
-        ignore=prune.ignore,
-        round_to=prune.round_to,
-        minimum=prune.minimum,
-        drop=prune.drop,
-        hidden=prune.hidden,
-    )
+    space = trace_configured(workload.model, workload.example_inputs, config.prune)
     plan = Plan.from_dict(document, space)
     state = Path(f"{Path(out)}.state")
     result = tune(workload, model, config.finish, seed=config.seed, out=state, progress=progress)

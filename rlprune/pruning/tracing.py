@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..config import PruneConfig
 from ..errors import GraphError, near_miss
 from .counting import flop_counter
 from .graph import (
@@ -106,6 +107,19 @@ def trace(
             return space
         for index, reason in wrong.items():
             fixed |= dict.fromkeys(layout.class_groups[index], reason)
+
+
+def trace_configured(model: nn.Module, example_inputs: Any, settings: PruneConfig) -> PruningSpace:
+    """:func:`trace` as the settings say: every command finds, or refuses, the same groups."""
+    return trace(
+        model,
+        example_inputs,
+        ignore=settings.ignore,
+        round_to=settings.round_to,
+        minimum=settings.minimum,
+        drop=settings.drop,
+        hidden=settings.hidden,
+    )
 
 
 def fingerprint(model: nn.Module) -> str:
