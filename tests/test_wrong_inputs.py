@@ -126,6 +126,9 @@ def test_damaged_policies(place: Path, pruned: Path, refused: Callable[..., str]
     assert "cuts 'layer1.0.conv1', which prune.ignore protects" in refused(
         "apply", "pruned/plan.json", "digits", *SETS, "--set", "prune.ignore=[layer1.0.conv1]"
     )
+    assert "prune.drop: only for language models" in refused(
+        "apply", "pruned", "digits", *SETS, "--set", "prune.drop=true", "--out", "second"
+    )
     other = ("--set", "model.arguments.width=8")
     assert "another architecture" in refused("apply", "pruned", "digits", *SETS, *other, "--out", "second")
     (place / "empty").mkdir()
