@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .catalogue import KINDS, check_wing, rows
+from .config import Config
 from .errors import ConfigError
 from .options import (
     add_config,
@@ -44,15 +45,20 @@ def _add_demo(commands: Any) -> None:
     )
     add_out(parser, "runs/demo")
     add_seed(parser)
-    parser.set_defaults(action=_demo)
+    parser.set_defaults(action=_demo, config="digits", overrides=[])
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from . import run
+    """A `train` of the shipped digits; then its policy prunes a second checkpoint."""
+    config = read_config(args)
+    out = _run_folder(args, "demo")
+    _run(args, config, out)
+    from . import deploy
 
-    out = args.out or (Path("runs") / "demo" if args.resume else free_folder("demo"))
-    args.resumable.append(out)
-    run.demo(out, args.seed or 0, resume=args.resume)
+    other = config.override([f"model.seed={config.model.seed + 1}"])
+    print("\nthe learned policy on a second checkpoint, without a search:")
+    target = config.budget.target
+    print(deploy.apply(out, other, checkpoint=None, budget=target, refine=0, out=out / "second"))
     show_run(out)
 
 
@@ -96,15 +102,26 @@ def _add_train(commands: Any) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     config = read_config(args)
-    out = args.out or (Path("runs") / config.name if args.resume else free_folder(config.name))
+    out = _run_folder(args, config.name)
     if args.resume and not out.is_dir():
         raise ConfigError(f"--resume: no run in {out}; give its folder with --out")
+    _run(args, config, out)
+    show_run(out)
+
+
+def _run_folder(args: argparse.Namespace, name: str) -> Path:
+    """--out, or the folder of that name in runs/, numbered where it is taken and --resume is not given."""
+    out: Path = args.out or (Path("runs") / name if args.resume else free_folder(name))
+    return out
+
+
+def _run(args: argparse.Namespace, config: Config, out: Path) -> None:
+    """Train into ``out``, which an interruption then names."""
     check_packages(config, config.finish.steps)
     from . import run
 
     args.resumable.append(out)
     run.train(config, out, resume=args.resume, progress=True)
-    show_run(out)
 
 
 def _add_benchmark(commands: Any) -> None:

@@ -14,7 +14,8 @@ import numpy as np
 from .agents.experience import Experience, agreed, can_build
 from .agents.experience import builds as builds_of
 from .agents.policy import PortablePolicy, load_policy
-from .config import Config
+from .artifacts import POLICY_FILE
+from .config import Config, load_config
 from .errors import ConfigError
 from .ledger import Ledger
 from .problem import Problem, finalists, find_rule, prepare, search
@@ -37,14 +38,15 @@ def apply(
 ) -> str:
     """A learned policy prunes another checkpoint: no search on its validation split.
 
-    ``source`` is a run's folder or a policy's. A policy of several checkpoints builds ``builds`` models to compare
-    plans without labels (:meth:`PortablePolicy.widths`); with fewer than two, its network answers alone. With
-    ``refine`` a search that starts from the policy spends that many evaluations. Writes the pruned model (recovered,
-    not fine-tuned) into ``out`` and returns a table of validation scores beside the rules that need no probes.
+    ``source`` is a run's folder or a policy's; ConfigError where the run has left none. A policy of several
+    checkpoints builds ``builds`` models to compare plans without labels (:meth:`PortablePolicy.widths`); with fewer
+    than two, its network answers alone. With ``refine`` a search that starts from the policy spends that many
+    evaluations. Writes the pruned model (recovered, not fine-tuned) into ``out`` and returns a table of validation
+    scores beside the rules that need no probes.
     """
     console = Console(True)
     folder = Path(source)
-    policy = load_policy(folder / "policy" if (folder / "policy").is_dir() else folder)
+    policy = load_policy(_policy_folder(folder))
     problem = prepare(_with_budget(config, budget), checkpoint=checkpoint, console=console, run=folder)
     if builds is not None and builds < 2:
         policy = PortablePolicy(policy.network, policy.meta)
@@ -68,6 +70,25 @@ def apply(
     _save(problem, widths, origin, out)
     notes = _probes_note(problem, str(policy.meta["base_rule"])) + _experience_note(problem, policy)
     return _score_table(problem, plans) + notes
+
+
+def _policy_folder(source: Path) -> Path:
+    """The folder of the policy: ``source`` itself, or the one within a run; ConfigError for a run without one."""
+    policy, settings = source / "policy", source / "config.yaml"
+    if policy.is_dir():
+        return policy
+    if (source / POLICY_FILE).is_file() or not settings.is_file():
+        return source
+    agent = load_config(settings).search.agent
+    if not (source / "results.json").is_file():
+        raise ConfigError(
+            f"RUN_OR_POLICY: {source}: this run of the agent {agent!r} is not complete and has left no policy; "
+            f"go on with it (`rlprune train CONFIG --resume --out {source}`), or give the folder of a policy"
+        )
+    raise ConfigError(
+        f"RUN_OR_POLICY: {source}: the agent of this run, {agent!r}, has left no policy; train with "
+        f"--set search.agent=ppo, or give the folder of a policy, or of a plan ({source / 'pruned'})"
+    )
 
 
 def _experience(problem: Problem, policy: PortablePolicy) -> Experience | None:

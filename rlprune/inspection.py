@@ -13,10 +13,11 @@ import torch
 from .artifacts import library_versions, read_plan
 from .config import Config
 from .latency import processor
-from .problem import timed_space, trace_options
+from .problem import timed_space
 from .progress import Console
 from .pruning.cost import plain_amount
 from .pruning.space import PruningSpace
+from .pruning.tracing import TraceOptions
 from .workloads.adapter import adapter_of, adapter_of_base
 from .workloads.build import build_workload, resolve_device
 from .workloads.builder import Inspected, builder_of
@@ -30,7 +31,7 @@ def inspect(config: Config) -> str:
         own = build_workload(config, train=False)
         found = Inspected(own.model, own.example_inputs, own)
     adapter = adapter_of(found.model) if found.workload is None else found.workload.adapter
-    space = adapter.trace(found.model, found.example_inputs, trace_options(config.prune))
+    space = adapter.trace(found.model, found.example_inputs, TraceOptions.of(config.prune))
     if config.budget.metric == "latency":
         assert found.workload is not None
         space = timed_space(config, found.workload, space)

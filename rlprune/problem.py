@@ -15,7 +15,7 @@ from .agents import StateDir, make_agent
 from .agents.policy import PortablePolicy
 from .agents.ppo import PPOAgent
 from .candidate import Candidate, History
-from .config import Config, PruneConfig
+from .config import Config
 from .envs.task import Task
 from .errors import ConfigError, near_miss
 from .evaluation import Evaluator
@@ -174,7 +174,7 @@ def dense_model(
         torch.set_num_threads(config.threads)
     console = console or Console(False)
     workload = build_workload(config, checkpoint=checkpoint, train=False)
-    space = workload.adapter.trace(workload.model, workload.example_inputs, trace_options(config.prune))
+    space = workload.adapter.trace(workload.model, workload.example_inputs, TraceOptions.of(config.prune))
     if config.budget.metric == "latency":
         space = timed_space(config, workload, space, run=run, progress=console.training)
         console.close()
@@ -184,17 +184,6 @@ def dense_model(
         train_dense(workload, config.model, console.training)
         console.close()
     return workload, space
-
-
-def trace_options(settings: PruneConfig) -> TraceOptions:
-    """What section ``prune`` says of a trace."""
-    return TraceOptions(
-        ignore=settings.ignore,
-        round_to=settings.round_to,
-        minimum=settings.minimum,
-        drop=settings.drop,
-        hidden=settings.hidden,
-    )
 
 
 def timed_space(

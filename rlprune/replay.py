@@ -11,12 +11,12 @@ import numpy as np
 from .artifacts import PLAN_FILE, read_plan
 from .config import Config
 from .errors import ConfigError
-from .problem import trace_options
 from .progress import Console
 from .pruning.cost import plain_amount
 from .pruning.plan import Plan
 from .pruning.recovery import Recovery
 from .pruning.surgery import prune
+from .pruning.tracing import TraceOptions
 from .workloads.build import build_workload, train_dense
 from .workloads.builder import builder_of
 
@@ -48,7 +48,7 @@ def apply_plan(source: Path, config: Config, *, checkpoint: Path | None, out: Pa
                 + "\nnot recovered: recovery.steps is none, so the weights were never in memory"
             )
     workload = build_workload(config, checkpoint=checkpoint, train=False)
-    space = workload.adapter.space_of_plan(workload, document, trace_options(config.prune))
+    space = workload.adapter.space_of_plan(workload, document, TraceOptions.of(config.prune))
     plan = Plan.from_dict(document, space)
     # A plan that does not fit is refused before anything is trained.
     if checkpoint is None and config.workload is None and config.model.train.epochs > 0:

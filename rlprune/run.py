@@ -1,4 +1,4 @@
-"""``train``: from settings to a finished run folder; and the demo, which is one."""
+"""``train``: from settings to a finished run folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from .artifacts import (
     write_text_atomic,
 )
 from .config import Config, load_config
-from .deploy import apply
 from .errors import ConfigError
 from .finish import Finished, add_latency, choose, finish
 from .inspection import hardware
@@ -61,18 +60,6 @@ def train(config: Config, out: Path, *, resume: bool = False, progress: bool = T
         for kept in state.glob("finish-*"):  # the models of all methods: only an unfinished run needs them
             kept.unlink()
     return folder
-
-
-def demo(out: Path, seed: int = 0, *, resume: bool = False) -> Path:
-    """The embedded default: digits, a small ResNet, PPO against the rules, then a second checkpoint."""
-    config = load_config("digits", [f"seed={seed}"])
-    train(config, out, resume=resume)
-    other = config.override([f"model.seed={config.model.seed + 1}"])
-    target = config.budget.target
-    print("\nthe learned policy on a second checkpoint, without a search:")
-    print(apply(out, other, checkpoint=None, budget=target, refine=0, out=Path(out) / "second"))
-    report.build(out)
-    return Path(out)
 
 
 @contextlib.contextmanager

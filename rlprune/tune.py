@@ -20,9 +20,9 @@ from .artifacts import read_plan
 from .config import Config, load_config
 from .errors import ConfigError, RlpruneError
 from .finish import forget_training
-from .problem import trace_options
 from .pruning.finetune import Progress
 from .pruning.plan import Plan
+from .pruning.tracing import TraceOptions
 from .workloads.adapter import TuneJob
 from .workloads.build import build_workload
 
@@ -47,7 +47,7 @@ def tune_folder(
         raise ConfigError(f"finish.{unit}: a fine-tune needs at least 1, got {count}")
     model = load(folder, base=workload.model).to(workload.device)
     document = read_plan(folder)
-    space = workload.adapter.trace(workload.model, workload.example_inputs, trace_options(config.prune))
+    space = workload.adapter.trace(workload.model, workload.example_inputs, TraceOptions.of(config.prune))
     plan = Plan.from_dict(document, space)
     state = Path(f"{Path(out)}.state")
     result = workload.fine_tune(model, config.finish, TuneJob(config.seed, state=state, progress=progress))

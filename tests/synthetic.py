@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from rlprune.envs.task import Task
 from rlprune.ledger import SearchSpent
 from rlprune.pruning.cost import AxisSize, FormulaBuilder
 from rlprune.pruning.space import Group, PruningSpace
+from rlprune.rules.context import Context
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,13 @@ class FakeCandidate:
     samples: int = 0
 
 
-def make_space(groups: int = 6, width: int = 16, seed: int = 0) -> PruningSpace:
-    """A chain of convolutions: the cost of a layer is the product of its two widths and its resolution."""
+def make_space(
+    groups: int = 6, width: int = 16, seed: int = 0, kinds: Sequence[str] = ("conv", "residual")
+) -> PruningSpace:
+    """A chain of convolutions: the cost of a layer is the product of its two widths and its resolution.
+
+    ``kinds`` are drawn from; a language model's make a space that is taken for one.
+    """
     rng = np.random.default_rng(seed)
     widths = [width * (1 + 3 * g // groups) for g in range(groups)]
     builders = {"macs": FormulaBuilder(groups), "params": FormulaBuilder(groups)}
@@ -38,7 +46,7 @@ def make_space(groups: int = 6, width: int = 16, seed: int = 0) -> PruningSpace:
     made = tuple(
         Group(
             name=f"layer{g}",
-            kind=str(rng.choice(["conv", "residual"])),
+            kind=str(rng.choice(kinds)),
             width=widths[g],
             unit=1,
             minimum=1,
@@ -54,11 +62,16 @@ def make_space(groups: int = 6, width: int = 16, seed: int = 0) -> PruningSpace:
     return PruningSpace(made, {}, f"chain{groups}x{width}", (), (), (), costs)
 
 
+LANGUAGE = ("attention", "ffn", "hidden")
+
+
 class FakeEvaluator:
     """Scores ``-sum_g a_g log(keep_g)^2`` (with a cliff at small widths): smooth, with a known shape."""
 
-    def __init__(self, groups: int = 6, seed: int = 0, flat: bool = False) -> None:
-        self.space = make_space(groups)
+    def __init__(
+        self, groups: int = 6, seed: int = 0, flat: bool = False, space: PruningSpace | None = None
+    ) -> None:
+        self.space = space or make_space(groups)
         rng = np.random.default_rng(1000 + seed)
         self.weights = np.exp(rng.normal(size=groups)) * 0.1
         self.importance = [
@@ -97,7 +110,8 @@ class FakeEvaluator:
         return 0.0
 
     def context(self, budget: Any, metric: str | None = None, probe: Any = None) -> Any:
-        raise NotImplementedError("the synthetic task has no rules")
+        """There is no model: rules that look at the space and the importances alone can be asked."""
+        return Context(self.space, nn.Identity(), self.importance, budget, metric or "macs", probe=probe)
 
 
 class FakeAccount:
@@ -143,3 +157,8 @@ class FakeAccount:
 
 def make_synthetic_task(groups: int = 6, seed: int = 0, budget: Any = 0.5, **kwargs: Any) -> Task:
     return Task(FakeEvaluator(groups, seed), budget, **kwargs)
+
+
+def make_language_task(groups: int = 6, seed: int = 0, budget: Any = 0.5, **kwargs: Any) -> Task:
+    """The same task with the kinds of a language model's groups."""
+    return Task(FakeEvaluator(groups, seed, space=make_space(groups, kinds=LANGUAGE)), budget, **kwargs)

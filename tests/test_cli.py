@@ -17,7 +17,7 @@ import pytest
 import rlprune
 from rlprune import cli, commands
 from rlprune.catalogue import KINDS
-from rlprune.config import shipped_configs
+from rlprune.config import load_config, shipped_configs
 from rlprune.errors import BudgetError
 
 API_COMMANDS = (
@@ -176,6 +176,39 @@ def test_train_passes_the_settings_on(
     assert seen["out"] == Path("runs/digits-2")
     run(capsys, "train", "digits", "--resume")
     assert (seen["out"], seen["resume"]) == (Path("runs/digits"), True)
+
+
+def test_the_demo_is_a_train_whose_policy_prunes_a_second_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def train(config: Any, out: Path, *, resume: bool, progress: bool) -> None:
+        seen.update(config=config, run=out, resume=resume)
+
+    def apply(source: Path, config: Any, **options: Any) -> str:
+        seen.update(source=source, other=config, **options)
+        return "scores"
+
+    replace_work(monkeypatch, train=train)
+    replace_work(monkeypatch, "deploy", apply=apply)
+    monkeypatch.setattr(commands, "show_run", lambda out: print(f"shown {out}"))
+    monkeypatch.setattr("torch.set_num_threads", lambda count: None)
+    monkeypatch.chdir(tmp_path)
+    out = Path("runs/demo")
+    code, printed, err = run(capsys, "demo", "--threads", "2", "--seed", "3")
+    assert (code, err) == (0, "")
+    head = "\nthe learned policy on a second checkpoint, without a search:\n"
+    assert printed == f"{head}scores\nshown {out}\n"
+    assert seen["config"] == load_config("digits", ["seed=3", "threads=2"])
+    assert (seen["run"], seen["resume"], seen["source"]) == (out, False, out)
+    assert seen["other"] == seen["config"].override(["model.seed=1"])
+    assert (seen["budget"], seen["refine"], seen["out"]) == (0.5, 0, out / "second")
+    out.mkdir(parents=True)
+    run(capsys, "demo")
+    assert seen["run"] == Path("runs/demo-2")
+    run(capsys, "demo", "--resume")
+    assert (seen["run"], seen["resume"]) == (out, True)
 
 
 @pytest.mark.parametrize(

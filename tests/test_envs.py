@@ -16,11 +16,12 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 from synthetic import FakeAccount, FakeEvaluator, make_synthetic_task
 
 import rlprune  # noqa: F401 - registers the environments
-from rlprune.envs.observation import BOUND, FEATURES
+from rlprune.envs.observation import BOUND, FEATURE_VERSIONS
 from rlprune.envs.reward import CLIP, RewardScaleWarning, reward_scale
 from rlprune.envs.task import Task, deviate
 from rlprune.errors import BudgetError, ConfigError
 
+FEATURES = FEATURE_VERSIONS[1]
 DISTRIBUTION, SEQUENTIAL = "rlprune/Distribution-v0", "rlprune/Sequential-v0"
 CASES = [
     (DISTRIBUTION, {}),

@@ -242,8 +242,10 @@ def test_what_only_language_models_have(refused: Refused) -> None:
         return refused("prune", *DIGITS, *words, "--out", "pruned")
 
     uniform = ("--rule", "uniform", "--set")
-    assert "prune.drop: only for language models" in digits(*uniform, "prune.drop=true")
-    assert "prune.hidden: only for language models" in digits(*uniform, "prune.hidden=true")
+    for setting in ("prune.drop", "prune.hidden"):
+        line = digits(*uniform, f"{setting}=true")
+        assert f"{setting}: only for language models" in line
+        assert line == refused("inspect", *DIGITS, "--set", f"{setting}=true")
     assert "kv_cache" in digits(*uniform, "budget.metric=kv_cache")
     assert "flap" in digits(*uniform, "prune.importance=flap")
     assert "recovery.steps" in digits(*uniform, "recovery.steps=[bias]")

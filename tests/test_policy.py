@@ -21,10 +21,10 @@ from rlprune.agents.policy import (
     save_policy,
 )
 from rlprune.envs.distribution import DistributionEnv
-from rlprune.envs.observation import BOUND, FEATURES
+from rlprune.envs.observation import BOUND, FEATURE_VERSIONS
 from rlprune.errors import ArtifactError
 
-F = len(FEATURES)
+F = len(FEATURE_VERSIONS[1])
 
 
 def make_policy(groups: int = 6, **kwargs) -> GroupPolicy:

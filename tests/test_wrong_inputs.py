@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from small import SMALL_DIGITS
 
 from rlprune import cli, files
+from rlprune.config import load_config
 from rlprune.workloads.zoo import build_model
 
 SETS = [word for override in SMALL_DIGITS for word in ("--set", override)]
@@ -125,6 +126,9 @@ def test_damaged_policies(place: Path, pruned: Path, refused: Callable[..., str]
     assert "cuts 'layer1.0.conv1', which prune.ignore protects" in refused(
         "apply", "pruned/plan.json", "digits", *SETS, "--set", "prune.ignore=[layer1.0.conv1]"
     )
+    assert "prune.drop: only for language models" in refused(
+        "apply", "pruned", "digits", *SETS, "--set", "prune.drop=true", "--out", "second"
+    )
     other = ("--set", "model.arguments.width=8")
     assert "another architecture" in refused("apply", "pruned", "digits", *SETS, *other, "--out", "second")
     (place / "empty").mkdir()
@@ -135,6 +139,21 @@ def test_damaged_policies(place: Path, pruned: Path, refused: Callable[..., str]
     assert "newer" in refused("apply", "policy", "digits", *SETS, "--out", "second")
     (policy / "policy.json").write_text('{"format": "rlprune pol')
     assert "truncated" in refused("apply", "policy", "digits", *SETS, "--out", "second")
+
+
+def test_runs_without_a_policy(place: Path, refused: Callable[..., str]) -> None:
+    run = place / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(load_config("digits", ["search.agent=random"]).to_yaml())
+    line = refused("apply", "run", "digits", *SETS, "--out", "second")
+    assert "RUN_OR_POLICY: run: this run of the agent 'random' is not complete" in line
+    assert "train CONFIG --resume --out run" in line
+    (run / "results.json").write_text("{}")
+    line = refused("apply", "run", "digits", *SETS, "--out", "second")
+    assert "RUN_OR_POLICY: run: the agent of this run, 'random', has left no policy" in line
+    assert "--set search.agent=ppo" in line and str(Path("run") / "pruned") in line
+    (run / "policy").mkdir()
+    assert "policy.json: no such file" in refused("apply", "run", "digits", *SETS, "--out", "second")
 
 
 def test_damaged_runs(place: Path, refused: Callable[..., str]) -> None:

@@ -27,7 +27,7 @@ from rlprune.agents.policy import GroupPolicy, PortablePolicy
 from rlprune.benchmark.statistics import bootstrap
 from rlprune.config import load_config
 from rlprune.envs.distribution import DistributionEnv
-from rlprune.envs.observation import BOUND, FEATURES, KINDS
+from rlprune.envs.observation import BOUND, FEATURE_VERSIONS, KINDS
 from rlprune.envs.task import Task, deviate
 from rlprune.files import read_json, write_json_atomic
 from rlprune.inspection import hardware
@@ -37,10 +37,11 @@ from rlprune.report import markdown_table
 
 DOCS = Path(__file__).resolve().parents[1]
 TRAINED = tuple(range(8))
+FEATURES = FEATURE_VERSIONS[1]
 IMPORTANCES = tuple(name for name in FEATURES if "importance" in name)
 COSTS = ("cost_share", "log_unit_cost", "log_importance_per_cost")
 SHAPE = (
-    *(f"kind_{kind}" for kind in KINDS),
+    *(f"kind_{kind}" for kind in KINDS[1]),
     "kind_other",
     "log_width",
     "kernel",

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..envs.distribution import DistributionEnv
-from ..envs.observation import FEATURES
 from ..envs.task import ACTION_SCALE, BASE_FLOOR, Floats, Ints, Task
 from .policy import GroupNetwork, GroupPolicy
 
@@ -32,7 +31,6 @@ _STEPS = 2000
 # Of several checkpoints: steps, plans of each, deviation of the noise on the columns that are their own. Chosen on
 # the eight training checkpoints of docs/transfer.md at 30% of the MACs, each left out in turn.
 _COMMON_STEPS, COMMON_PLANS, _NOISE = 1000, 5, 0.5
-_OWN = [i for i, name in enumerate(FEATURES) if "importance" in name or "sensitivity" in name]
 # At most; a few seconds each.
 _ROUNDS = 3
 _LEARNING_RATE = 2e-3
@@ -111,7 +109,7 @@ def distill(
         fresh = GroupNetwork(observations.shape[-1], policy.hidden)
         kept = {n: p for n, p in policy.network.state_dict().items() if n.startswith(_UNTAUGHT)}
         policy.network.load_state_dict(fresh.state_dict() | kept)
-        _regress(policy, observations, actions, weights, _COMMON_STEPS, _NOISE)
+        _regress(policy, observations, actions, weights, _COMMON_STEPS, _own_columns(env.features))
         return
     for _ in range(_ROUNDS):
         _regress(policy, observations, actions, weights, _STEPS)
@@ -125,20 +123,20 @@ def _regress(
     actions: Tensor,
     weights: Tensor,
     steps: int,
-    noise: float = 0.0,
+    noisy: Sequence[int] = (),
 ) -> None:
-    """One round of Adam, the learning rate falling to zero by a cosine."""
+    """One round of Adam, the learning rate falling to zero by a cosine; ``noisy`` columns are seen through noise."""
     named = policy.network.named_parameters()
     trained = [p for name, p in named if not name.startswith(_UNTAUGHT)]
     optimizer = torch.optim.Adam(trained, lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     mask = observations[..., :1]
-    own = [i for i in _OWN if observations[..., i].any()]  # a policy without probes has zeros there
+    own = [i for i in noisy if observations[..., i].any()]  # a policy without probes has zeros there
     for _ in range(steps):
         seen = observations
-        if noise:
+        if own:
             seen = observations.clone()
-            seen[..., own] += noise * mask * torch.randn(*mask.shape[:-1], len(own))
+            seen[..., own] += _NOISE * mask * torch.randn(*mask.shape[:-1], len(own))
         error = _means(policy, seen) - actions
         # Distributions ignore a common shift, and so does the loss.
         shift = (error * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True)
@@ -147,6 +145,11 @@ def _regress(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
+
+
+def _own_columns(features: Sequence[str]) -> list[int]:
+    """Columns that tell a checkpoint rather than a layer."""
+    return [i for i, name in enumerate(features) if "importance" in name or "sensitivity" in name]
 
 
 def _means(policy: GroupPolicy, observations: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..artifacts import read_policy_files
 from ..artifacts import save_policy as write_policy
-from ..envs.observation import FEATURE_VERSION, FEATURES
+from ..envs.observation import FEATURE_VERSIONS
 from ..envs.task import ACTION_SCALE, Task, deviate, make_task
 from ..errors import ArtifactError
 from .experience import Experience, can_build, planned
@@ -45,7 +45,7 @@ class GroupNetwork(nn.Module):
     the base rule.
     """
 
-    def __init__(self, features: int = len(FEATURES), hidden: int = 64, log_std_init: float = -1.0) -> None:
+    def __init__(self, features: int, hidden: int = 64, log_std_init: float = -1.0) -> None:
         super().__init__()
         self.encoder = nn.Sequential(
             nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh()
@@ -175,8 +175,10 @@ class GroupPolicy(ActorCriticPolicy):
 
 
 def provenance(tasks: Sequence[Task], stages: int = 1) -> dict[str, Any]:
-    """What a portable file says about a training: architectures, budgets, base rule, kinds of groups."""
+    """What a portable file says about a training: what was seen, architectures, budgets, base rule, kinds of groups."""
     return {
+        "feature_version": tasks[0].feature_version,
+        "features": list(tasks[0].features),
         "base_rule": tasks[0].base_rule,
         "metric": tasks[0].metric,
         "stages": stages,
@@ -194,8 +196,6 @@ def portable_state(policy: GroupPolicy) -> tuple[dict[str, Tensor], dict[str, An
     meta = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "feature_version": FEATURE_VERSION,
-        "features": list(FEATURES),
         "hidden": policy.hidden,
         "action_scale": ACTION_SCALE,
         "reach": policy.reach,
@@ -231,8 +231,7 @@ class PortablePolicy:
             raise ArtifactError(
                 f"policy: format_version {meta.get('format_version')!r}; this program reads {FORMAT_VERSION}"
             )
-        if meta.get("feature_version") != FEATURE_VERSION or list(meta.get("features", ())) != list(FEATURES):
-            raise ArtifactError("policy: its features are not those of this version; train it again")
+        features = _features_of(meta)
         if meta.get("action_scale") != ACTION_SCALE:
             raise ArtifactError(f"policy: action_scale {meta.get('action_scale')!r} must be {ACTION_SCALE}")
         hidden = meta.get("hidden")
@@ -248,7 +247,7 @@ class PortablePolicy:
             known = {n.removeprefix(_EXPERIENCE): t for n, t in tensors.items() if n.startswith(_EXPERIENCE)}
             experience = Experience.from_state(known, meta["experience"])
             tensors = {n: t for n, t in tensors.items() if not n.startswith(_EXPERIENCE)}
-        network = GroupNetwork(len(FEATURES), hidden)
+        network = GroupNetwork(len(features), hidden)
         expected = network.state_dict()
         if set(tensors) != set(expected):
             odd = sorted(set(tensors) ^ set(expected))[0]
@@ -262,6 +261,11 @@ class PortablePolicy:
                 raise ArtifactError(f"policy: tensor {name!r} holds NaN or infinity")
         network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
         return cls(network, meta, experience)
+
+    @property
+    def feature_version(self) -> int:
+        """The columns that it was trained on, and is shown (``envs.observation.FEATURE_VERSIONS``)."""
+        return int(self.meta["feature_version"])
 
     def action(self, table: NDArray[np.float32]) -> NDArray[np.float64]:
         """Mode of the policy for one feature table (G, F): actions (G,)."""
@@ -279,7 +283,7 @@ class PortablePolicy:
         scorer = source.scorer if isinstance(source, Task) else None
         if evaluator is None:
             evaluator = make_task(source, budget, metric=metric).evaluator
-        return Task(evaluator, budget, metric, base_rule, scorer, sensitivity)
+        return Task(evaluator, budget, metric, base_rule, scorer, sensitivity, shown=self.feature_version)
 
     def distribution(self, source: Any, budget: Any = 0.5, metric: str | None = None) -> NDArray[np.float64]:
         """How to spread the pruning over the groups of a model: (G,).
@@ -339,6 +343,17 @@ class PortablePolicy:
                 PolicyTransferWarning,
                 stacklevel=3,
             )
+
+
+def _features_of(meta: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the columns that a saved policy saw; ArtifactError where this program cannot show them."""
+    version = meta.get("feature_version")
+    if not isinstance(version, int) or version not in FEATURE_VERSIONS:
+        known = ", ".join(map(str, FEATURE_VERSIONS))
+        raise ArtifactError(f"policy: saw features of version {version!r}; this program shows {known}")
+    if meta.get("features") != list(FEATURE_VERSIONS[version]):
+        raise ArtifactError(f"policy: its features are not those of version {version}; train it again")
+    return FEATURE_VERSIONS[version]
 
 
 def load_policy(directory: str | Path) -> PortablePolicy:

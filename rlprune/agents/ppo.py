@@ -45,7 +45,9 @@ class PPOAgent:
         check_arguments(tasks, accounts, starts)
         watcher = Watcher(tasks, accounts, progress, tensorboard)
         recorders = tuple(Recorder(account, watcher) for account in accounts)
-        charged = tuple(task.with_scorer(r) for task, r in zip(tasks, recorders, strict=True))
+        charged = [task.with_scorer(r) for task, r in zip(tasks, recorders, strict=True)]
+        if policy is not None:  # its network reads the columns that it was trained on
+            charged = [task.showing(policy.feature_version) for task in charged]
         env = DistributionEnv(tasks=charged, stages=self.settings.stages)
-        search = Search(self.settings, charged, recorders, env, starts, seed, state, watcher, policy)
+        search = Search(self.settings, env.tasks, recorders, env, starts, seed, state, watcher, policy)
         return direct_search(search) if self.settings.mode == "direct" else guided_search(search)

@@ -45,8 +45,9 @@ class Search:
         if saved is None:
             return None
         here = self.identity(mode)
-        if saved["identity"] != here:
-            differing = [k for k in here if saved["identity"].get(k) != here[k]]
+        before = {"feature_version": 1} | saved["identity"]  # of states from before there was another one
+        if before != here:
+            differing = [k for k in here if before.get(k) != here[k]]
             raise ArtifactError(f"search state: saved by another search ({', '.join(differing)} differ)")
         for recorder, calls in zip(self.recorders, saved["calls"], strict=True):
             recorder.repeat(calls)
@@ -67,6 +68,7 @@ class Search:
             "fingerprints": [task.space.fingerprint for task in self.tasks],
             "budgets": [str(task.budget) for task in self.tasks],
             "stages": self.env.stages,
+            "feature_version": self.tasks[0].feature_version,
             "hidden": self.settings.ppo.hidden,
             "refines": self.policy is not None,
         }

@@ -17,7 +17,10 @@ from .task import Floats, Ints, Scored, Task, make_task
 def resolve_tasks(
     tasks: Sequence[Task] | Task | None, workload: Any, budget: Any, metric: str, base_rule: str
 ) -> tuple[Task, ...]:
-    """Tasks from what the user gave: ready ones, or a workload or several with one budget."""
+    """Tasks from what the user gave: ready ones, or a workload or several with one budget.
+
+    All of them show the same columns: those of the latest version among them, which names the kinds of the others.
+    """
     if (tasks is None) == (workload is None):
         raise ConfigError("environment: give either workload=... (one or a sequence) or tasks=[...]")
     if tasks is None:
@@ -27,7 +30,8 @@ def resolve_tasks(
         tasks = [tasks]
     if not tasks:
         raise ConfigError("environment: tasks must name at least one task")
-    return tuple(tasks)
+    version = max(task.feature_version for task in tasks)
+    return tuple(task.showing(version) for task in tasks)
 
 
 class PruningEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
@@ -39,6 +43,7 @@ class PruningEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ConfigError(f"render_mode: unknown mode {render_mode!r}; allowed: rgb_array, or none")
         self.tasks = tasks
+        self.features = tasks[0].features
         self.render_mode = render_mode
         self._index = 0
         self._budget: Any = None

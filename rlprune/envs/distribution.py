@@ -11,14 +11,15 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError
 from .base import PruningEnv, resolve_tasks
-from .observation import BOUND, FEATURES, pad
+from .observation import BOUND, pad
 from .task import Ints, Task, deviate
 
 
 class DistributionEnv(PruningEnv):
     """One action a stage, one number a group, projected exactly onto the budget.
 
-    Observation: the (G, F) feature table, flattened, float32; column 0 of each row is the mask.
+    Observation: the (G, F) feature table, flattened, float32; column 0 of each row is the mask, ``features``
+    names them all.
     Action: ``Box(-1, 1, (G,))``; 0 is the base rule and a shift of all numbers means nothing.
     Reward: with one stage R in [-1, about 1], where 0 is uniform pruning and 1 the dense model; with
     T stages ``R_t - R_(t-1)`` (R_0 = 0), so that the undiscounted return is the final R. Each stage is
@@ -55,7 +56,9 @@ class DistributionEnv(PruningEnv):
         if self.max_groups < largest:
             raise ConfigError(f"max_groups: {max_groups} is less than the {largest} groups of a task")
         self.stages = stages
-        self.observation_space = spaces.Box(-BOUND, BOUND, (self.max_groups * len(FEATURES),), np.float32)
+        self.observation_space = spaces.Box(
+            -BOUND, BOUND, (self.max_groups * len(self.features),), np.float32
+        )
         self.action_space = spaces.Box(-1.0, 1.0, (self.max_groups,), np.float32)
         self._reward = 0.0
 

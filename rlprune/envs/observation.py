@@ -1,11 +1,11 @@
 """What a policy sees of a group: numbers that do not depend on the size of the model.
 
-Shape legend: G groups, F features. Column 0 is the mask: 1 for a group, 0 for padding.
+Shape legend: G groups, F features of a version. Column 0 is the mask: 1 for a group, 0 for padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,49 +14,63 @@ from ..pruning.space import PruningSpace
 
 Floats = NDArray[np.float64]
 
-FEATURE_VERSION = 1
-KINDS = ("conv", "linear", "depthwise", "grouped", "residual")
-FEATURES = (
-    "mask",
-    "depth",
-    *(f"kind_{kind}" for kind in KINDS),
-    "kind_other",
-    "log_width",
-    "cost_share",
-    "log_unit_cost",
-    "kernel",
-    "stride",
-    "log_members",
-    "minimum",
-    "importance_q10",
-    "importance_q50",
-    "importance_q90",
-    "importance_lowest_quarter",
-    "importance_lowest_half",
-    "log_importance",
-    "log_importance_per_cost",
-    "sensitivity_1",
-    "sensitivity_2",
-    "base",
-    "base_kept",
-    "budget",
-    "spent",
-    "kept",
-)
+_CHANNELS = ("conv", "linear", "depthwise", "grouped", "residual")
+# The kinds of group that have a column of their own, by feature version; each version names those before it.
+KINDS: dict[int, tuple[str, ...]] = {1: _CHANNELS, 2: (*_CHANNELS, "attention", "ffn", "hidden")}
+# The columns of one moment of an episode stand last in every version.
+_DYNAMIC = ("base", "base_kept", "budget", "spent", "kept")
+# The names of the F columns, by feature version. A saved policy says which of them it saw.
+FEATURE_VERSIONS: dict[int, tuple[str, ...]] = {
+    version: (
+        "mask",
+        "depth",
+        *(f"kind_{kind}" for kind in kinds),
+        "kind_other",
+        "log_width",
+        "cost_share",
+        "log_unit_cost",
+        "kernel",
+        "stride",
+        "log_members",
+        "minimum",
+        "importance_q10",
+        "importance_q50",
+        "importance_q90",
+        "importance_lowest_quarter",
+        "importance_lowest_half",
+        "log_importance",
+        "log_importance_per_cost",
+        "sensitivity_1",
+        "sensitivity_2",
+        *_DYNAMIC,
+    )
+    for version, kinds in KINDS.items()
+}
 # Every feature is clipped to this, which also makes the observation space finite.
 BOUND = 5.0
-_STATIC = FEATURES.index("base")
 _TINY = 1e-12
 
 
+def feature_version(spaces: Iterable[PruningSpace]) -> int:
+    """The first version with a column for every kind of group in these spaces that any version has one for."""
+    latest = set(KINDS[max(KINDS)])
+    present = {g.kind for space in spaces for g in space.groups} & latest
+    return min(version for version, kinds in KINDS.items() if present <= set(kinds))
+
+
 def static_features(
-    space: PruningSpace, importance: Sequence[Floats], metric: str, sensitivity: Floats | None = None
+    space: PruningSpace,
+    importance: Sequence[Floats],
+    metric: str,
+    sensitivity: Floats | None = None,
+    version: int = 1,
 ) -> NDArray[np.float32]:
     """The columns that depend neither on the budget nor on what has been cut yet.
 
     Args:
         importance: one array per group with the importance of each unit.
         sensitivity: (G, 2), loss of score when one group alone is cut at two ratios; None leaves zeros.
+        version: one of ``FEATURE_VERSIONS``; a kind without a column there is "other".
 
     Returns:
         float32 (G, F); the columns of :func:`fill_dynamic` are zero.
@@ -78,15 +92,16 @@ def static_features(
         "minimum": space.minimums / dense,
         **_importance_columns(importance, share),
     }
-    kinds = [g.kind if g.kind in KINDS else "other" for g in space.groups]
-    for kind in (*KINDS, "other"):
+    names, named = FEATURE_VERSIONS[version], KINDS[version]
+    kinds = [g.kind if g.kind in named else "other" for g in space.groups]
+    for kind in (*named, "other"):
         columns[f"kind_{kind}"] = np.array([float(k == kind) for k in kinds])
     if sensitivity is not None:
         scaled = _log_ratio(np.maximum(sensitivity, 0.0))
         columns["sensitivity_1"], columns["sensitivity_2"] = scaled[:, 0], scaled[:, 1]
-    table = np.zeros((len(dense), len(FEATURES)), dtype=np.float32)
+    table = np.zeros((len(dense), len(names)), dtype=np.float32)
     for name, column in columns.items():
-        table[:, FEATURES.index(name)] = np.clip(column, -BOUND, BOUND)
+        table[:, names.index(name)] = np.clip(column, -BOUND, BOUND)
     return table
 
 
@@ -140,7 +155,7 @@ def fill_dynamic(
     dense_cost = space.dense_cost(metric)
     over = max(dense_cost - target, _TINY)
     table = table.copy()
-    table[:, _STATIC:] = np.stack(
+    table[:, -len(_DYNAMIC) :] = np.stack(
         [
             np.clip(base / max(float(base.mean()), _TINY) / 2.0, 0.0, BOUND),
             base_widths / space.widths,

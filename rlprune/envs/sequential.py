@@ -10,7 +10,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from .base import PruningEnv, resolve_tasks
-from .observation import BOUND, FEATURES
+from .observation import BOUND
 from .task import Ints, Task
 
 # Columns behind the group's features: cost already taken, cost that the rest can still give, last action.
@@ -37,7 +37,7 @@ class SequentialEnv(PruningEnv):
         render_mode: str | None = None,
     ) -> None:
         super().__init__(resolve_tasks(tasks, workload, budget, metric, base_rule), render_mode)
-        self.observation_space = spaces.Box(-BOUND, BOUND, (len(FEATURES) + len(EXTRA),), np.float32)
+        self.observation_space = spaces.Box(-BOUND, BOUND, (len(self.features) + len(EXTRA),), np.float32)
         self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
         self._last = 0.0
 

@@ -16,7 +16,7 @@ from ..pruning.budget import Limits, project
 from ..pruning.cost import formula
 from ..pruning.space import PruningSpace
 from ..rules import RULES, rules_for
-from .observation import fill_dynamic, static_features
+from .observation import FEATURE_VERSIONS, feature_version, fill_dynamic, static_features
 from .randomness import isolated_randomness
 from .reward import RewardScale, reward_scale
 
@@ -93,6 +93,7 @@ class Task:
         sensitivity: two ratios; each group alone is cut by them and scored (charged) for the observation.
         name: shown in messages.
         common_plans: whether a policy of several tasks is taught what their best plans have in common.
+        shown: feature version of the observations, instead of the one that the kinds of the groups call for.
     """
 
     evaluator: Judge
@@ -103,6 +104,7 @@ class Task:
     sensitivity: tuple[float, ...] = ()
     name: str = ""
     common_plans: bool = True
+    shown: int | None = None
     _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -119,6 +121,16 @@ class Task:
     @property
     def space(self) -> PruningSpace:
         return self.evaluator.space
+
+    @property
+    def feature_version(self) -> int:
+        """Which of ``observation.FEATURE_VERSIONS`` a policy is shown."""
+        return feature_version([self.space]) if self.shown is None else self.shown
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names of the F columns of :meth:`observe`."""
+        return FEATURE_VERSIONS[self.feature_version]
 
     @property
     def is_range(self) -> bool:
@@ -152,6 +164,10 @@ class Task:
     def with_scorer(self, scorer: Scorer) -> Task:
         """The same task, charged to another account."""
         return replace(self, scorer=scorer)
+
+    def showing(self, version: int) -> Task:
+        """The same task, observed in a feature version."""
+        return self if version == self.feature_version else replace(self, shown=version)
 
     def evaluate(self, history: Sequence[Ints]) -> Scored:
         """Score the last widths of a history of stages (one stage: a plain candidate)."""
@@ -237,7 +253,8 @@ class Task:
     def _static(self) -> NDArray[np.float32]:
         space = self.space
         losses = self._sensitivities() if self.sensitivity else None
-        return static_features(space, self.evaluator.importance, self.metric, losses)
+        importance = self.evaluator.importance
+        return static_features(space, importance, self.metric, losses, self.feature_version)
 
     def _sensitivities(self) -> Floats:
         """Loss of score (G, 2) when one group alone is cut."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..config import PruneConfig
 from ..errors import GraphError, near_miss
 from .counting import flop_counter
 from .graph import (
@@ -52,6 +53,17 @@ class TraceOptions:
     max_memory_gb: float = 8.0
     drop: bool = False
     hidden: bool = False
+
+    @classmethod
+    def of(cls, settings: PruneConfig) -> TraceOptions:
+        """What section ``prune`` says: every command finds, or refuses, the same groups."""
+        return cls(
+            ignore=settings.ignore,
+            round_to=settings.round_to,
+            minimum=settings.minimum,
+            drop=settings.drop,
+            hidden=settings.hidden,
+        )
 
 
 def trace_channels(model: nn.Module, example_inputs: Any, options: TraceOptions) -> PruningSpace:
