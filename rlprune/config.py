@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 from .errors import ConfigError, near_miss
 from .search_settings import SearchConfig
 from .settings import Section, Setting, apply_override, build, plain, section, setting, show
+from .settings import json_schema as _schema
 from .settings import settings_reference as _reference
 from .yaml_files import dump_yaml, read_yaml
 
@@ -320,6 +321,11 @@ class Config(Section):
 def settings_reference() -> Iterator[Setting]:
     """Every setting with its type, default and documentation, in the order of the YAML file."""
     return _reference(Config)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of a config file, for editors: types, limits, choices, defaults, documentation."""
+    return _schema(Config) | {"title": "Settings of rlprune"}
 
 
 def shipped_configs() -> dict[str, Path]:
