@@ -89,7 +89,22 @@ def read_config(args: argparse.Namespace) -> Config:
     config = load_config(args.config, overrides)
     check_names(config)
     check_side(config)
+    from .usage import check_usage
+
+    check_usage(config, _what_runs(args), args.overrides, methods=getattr(args, "methods", None))
     return config
+
+
+def _what_runs(args: argparse.Namespace) -> str:
+    """The command as `usage.check_usage` knows it."""
+    command: str = args.command
+    if command == "apply" and args.refine:
+        return "apply --refine"
+    if command == "prune" and args.steps is not None:
+        return "prune --steps"
+    if command == "prune" and (args.stages or 1) > 1:
+        return "prune --stages"
+    return command
 
 
 def check_packages(config: Config, steps: int) -> None:

@@ -41,6 +41,7 @@ from .pruning.plan import Plan
 from .pruning.tracing import trace
 from .tuning_adapters import attached
 from .tuning_trainer import Work, run_trainer
+from .usage import check_usage
 from .workloads.build import build_workload
 
 METHODS = {
@@ -201,7 +202,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     args = parser.parse_args(argv)
     try:
-        table = tune_folder(args.folder, load_config(args.config, args.set), args.out)
+        config = load_config(args.config, args.set)
+        check_usage(config, "tune", args.set)
+        table = tune_folder(args.folder, config, args.out)
     except RlpruneError as error:
         print(error, file=sys.stderr)
         return 2

@@ -39,6 +39,7 @@ FLOORS = {
     "uniform": 2,
     "envs": 3,
     "agents": 4,
+    "usage": 4.5,
     "plots": 5,
     "progress": 5,
     "plugins": 5,
