@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .catalogue import KINDS, check_side, rows
+from .catalogue import KINDS, rows
 from .config import json_schema
 from .errors import ConfigError
 from .options import (
@@ -136,7 +136,6 @@ def _add_benchmark(commands: Any) -> None:
 def _benchmark(args: argparse.Namespace) -> None:
     config = read_config(args)
     check_packages(config, config.finish.steps)
-    check_side(config, args.methods or ())
     from . import benchmark
 
     out = args.out or Path("runs") / f"{config.name}-benchmark"

@@ -88,10 +88,11 @@ def read_config(args: argparse.Namespace) -> Config:
             overrides.append(f"{field}={value}")
     config = load_config(args.config, overrides)
     check_names(config)
-    check_side(config)
+    methods = getattr(args, "methods", None)
+    check_side(config, methods or ())
     from .usage import check_usage
 
-    check_usage(config, _what_runs(args), args.overrides, methods=getattr(args, "methods", None))
+    check_usage(config, _what_runs(args), args.overrides, methods=methods)
     return config
 
 

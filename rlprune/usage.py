@@ -13,6 +13,7 @@ from functools import reduce
 from .agents import AGENTS
 from .config import Config, settings_reference
 from .errors import ConfigError
+from .rules import RULES as PRUNING_RULES
 from .workloads.causal import is_causal
 
 VISION, LANGUAGE = "vision", "language"
@@ -34,8 +35,9 @@ class Run:
 
     @property
     def foreign(self) -> bool:
-        """Whether an agent from outside of the package searches, which may read anything."""
-        return any(name in AGENTS and AGENTS[name].own is not None for name in self.agents)
+        """Whether an agent from outside of the package searches, which may read anything; an unknown name is not
+        refused here."""
+        return any(name not in AGENTS or AGENTS[name].own is not None for name in self.agents)
 
     @property
     def modes(self) -> set[str]:
@@ -86,8 +88,8 @@ def _section(name: str) -> Rule:
     return Rule(
         (f"search.{name}.*",),
         lambda run: run.foreign or not readers.isdisjoint(run.agents),
-        "the agents here are {agents}",
-        f"give search.agent={name}, or `rlprune benchmark`",
+        "{agents}",
+        f"give search.agent={name}, or --methods {name} of `rlprune benchmark`",
     )
 
 
@@ -104,7 +106,7 @@ RULES = (
     *(_section(name) for name in ("ppo", "ppo_sequential", "ppo_stages", "amc", "sb3", "cma_es", "tpe", "gp",
                                   "evopress", "rl_pruner", "bypass")),
     Rule(("search.mode", "search.batch"), lambda run: run.foreign or "ppo" in run.agents,
-         "the agents here are {agents}", "give search.agent=ppo, or `rlprune benchmark`"),
+         "{agents}", "give search.agent=ppo, or --methods ppo of `rlprune benchmark`"),
     Rule(("finish.*",), _by(*TUNING), "{command} does no fine-tune",
          "`rlprune train`, `benchmark`, `fidelity` and `prune --stages` use it"),
     Rule(("finish.candidates",), _by("train", "benchmark"), "{command} chooses no winner",
@@ -202,7 +204,9 @@ def check_usage(
     search = config.search
     agents = (search.agent, *search.baselines)
     if command == "benchmark":
-        agents = tuple(AGENTS) if methods is None else tuple(name for name in methods if name in AGENTS)
+        agents = (
+            tuple(AGENTS) if methods is None else tuple(name for name in methods if name not in PRUNING_RULES)
+        )
     elif command == "apply --refine":
         agents = (search.agent,)
     run = Run(command, config, wing_of(config), agents)
@@ -219,8 +223,10 @@ def check_usage(
 
 def _line(path: str, rule: Rule, run: Run) -> str:
     name = "python -m rlprune.tuning" if run.command == "tune" else f"rlprune {run.command}"
+    names = ", ".join(dict.fromkeys(run.agents))
+    agents = f"the agents here are {names}" if names else "no agent searches here"
     return f"{path}: {rule.reason}, so it is not used; {rule.instead}".format(
         command=repr(name),
         model=repr(run.config.model.name),
-        agents=", ".join(dict.fromkeys(run.agents)) or "none",
+        agents=agents,
     )

@@ -65,6 +65,7 @@ def line(capsys: pytest.CaptureFixture[str], words: str) -> str:
         ("benchmark digits --set search.model_seeds=[1]", "'rlprune benchmark' does not look at it"),
         ("benchmark digits --set finish.rules=false", "'rlprune benchmark' does not look at it"),
         ("benchmark digits --methods lamp,tpe --set search.ppo.hidden=8", "the agents here are tpe, so it is not used"),
+        ("benchmark digits --methods lamp,erk --set search.ppo.hidden=8", "search.ppo.hidden: no agent searches here"),
         # Agents that do not search.
         ("train digits --set search.cma_es.bound=0.2", "so it is not used; give search.agent=cma_es"),
         ("train digits --set search.agent=random search.batch=5", "search.batch: the agents here are random, so"),
