@@ -6,13 +6,14 @@ The code that works is imported when a command runs, so that `--help` and wrong 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .catalogue import KINDS, check_wing, rows
-from .config import Config
+from .catalogue import KINDS, rows
+from .config import Config, json_schema
 from .errors import ConfigError
 from .options import (
     add_config,
@@ -151,7 +152,6 @@ def _add_benchmark(commands: Any) -> None:
 def _benchmark(args: argparse.Namespace) -> None:
     config = read_config(args)
     check_packages(config, config.finish.steps)
-    check_wing(config, args.methods or ())
     from . import benchmark
 
     out = args.out or Path("runs") / f"{config.name}-benchmark"
@@ -282,6 +282,29 @@ def _list(args: argparse.Namespace) -> None:
             print_rows(rows(kind), "  ")
 
 
+def _add_schema(commands: Any) -> None:
+    parser = new_command(
+        commands,
+        "schema",
+        "a JSON schema of the settings, for editors",
+        "rlprune schema --out rlprune.schema.json",
+    )
+    parser.add_argument("--out", metavar="FILE", type=Path, help="file to write (printed by default)")
+    parser.set_defaults(action=_schema)
+
+
+def _schema(args: argparse.Namespace) -> None:
+    if args.out is None:
+        print(json.dumps(json_schema(), indent=1))
+        return
+    if args.out.is_dir():
+        raise ConfigError(f"--out: {args.out}: is a folder; give a file")
+    from .files import write_json_atomic
+
+    write_json_atomic(args.out, json_schema())
+    print(f"written: {args.out}")
+
+
 COMMANDS: tuple[Callable[[Any], None], ...] = (
     _add_demo,
     _add_inspect,
@@ -294,5 +317,6 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     _add_export,
     _add_report,
     _add_list,
+    _add_schema,
 )
 """In the order of `rlprune --help`."""

@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from .errors import ConfigError, near_miss
 from .search_settings import SearchConfig
-from .settings import Section, Setting, apply_override, build, dump_yaml, plain, read_yaml, setting, show
+from .settings import Section, Setting, apply_override, build, plain, section, setting, show
+from .settings import json_schema as _schema
 from .settings import settings_reference as _reference
+from .yaml_files import dump_yaml, read_yaml
 
 METRICS = ("macs", "params", "block_params", "kv_cache", "latency")
 RECOVERY_STEPS = ("none", "bias", "reconstruct", "bn", "finetune")
@@ -25,7 +26,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 _BUDGET_TEXT = re.compile(r"\s*(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*(%|ms|[kKmMgGtT]?)\s*")
 
 
-@dataclass(frozen=True)
+@section
 class TrainConfig(Section):
     """Dense training, used when the model comes without weights or its checkpoint needs a fine-tune."""
 
@@ -41,7 +42,7 @@ class TrainConfig(Section):
     label_smoothing: float = setting(0.0, "Share of the target spread over all classes.", low=0, high=0.9)
 
 
-@dataclass(frozen=True)
+@section
 class ModelConfig(Section):
     """The dense model that is pruned."""
 
@@ -62,7 +63,7 @@ class ModelConfig(Section):
     seed: int = setting(0, "Seed of the initial weights and of the dense training.", low=0)
 
 
-@dataclass(frozen=True)
+@section
 class DataConfig(Section):
     """The data set and its four disjoint splits."""
 
@@ -99,7 +100,7 @@ class DataConfig(Section):
     augment: bool = setting(True, "Whether training uses the data set's usual augmentation.")
 
 
-@dataclass(frozen=True)
+@section
 class BudgetConfig(Section):
     """What may be left of the model."""
 
@@ -116,7 +117,7 @@ class BudgetConfig(Section):
         None, "Latency: a table measured before (RUN/latency_table.json); null to measure on this machine."
     )
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         timed = self.metric == "latency"
         absolute = 'milliseconds such as "3.5ms"' if timed else 'an absolute cost such as "150M"'
         allowed = f'a ratio in (0, 1] such as 0.5 or "50%", or {absolute}'
@@ -138,7 +139,7 @@ class BudgetConfig(Section):
             raise problem
 
 
-@dataclass(frozen=True)
+@section
 class PruneConfig(Section):
     """Which units go first, and what is never cut."""
 
@@ -158,7 +159,7 @@ class PruneConfig(Section):
     )
 
 
-@dataclass(frozen=True)
+@section
 class RecoveryConfig(Section):
     """What every candidate receives before it is scored."""
 
@@ -185,7 +186,7 @@ class RecoveryConfig(Section):
     )
     distill: bool = setting(True, "Whether `finetune` learns from the dense model's cached logits.")
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         if len(set(self.steps)) != len(self.steps):
             raise ConfigError(f"recovery.steps: {show(list(self.steps))} names a step twice")
         if "none" in self.steps and len(self.steps) > 1:
@@ -199,7 +200,7 @@ class RecoveryConfig(Section):
         object.__setattr__(self, "steps", ordered or ("none",))
 
 
-@dataclass(frozen=True)
+@section
 class ScoreConfig(Section):
     """How a candidate is judged during the search; higher is better for every kind."""
 
@@ -228,7 +229,7 @@ class ScoreConfig(Section):
     )
 
 
-@dataclass(frozen=True)
+@section
 class FinishConfig(Section):
     """Choosing the winner and its final fine-tune."""
 
@@ -266,7 +267,7 @@ class FinishConfig(Section):
     rules: bool = setting(True, "Whether every rule gets the same fine-tune and a row in the table.")
 
 
-@dataclass(frozen=True)
+@section
 class Config(Section):
     """All settings of a run. Relative paths are relative to the folder the command runs in."""
 
@@ -286,7 +287,7 @@ class Config(Section):
     device: str = setting("auto", "`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`.")
     threads: int | None = setting(None, "CPU threads of torch; null leaves torch's own choice.", low=1)
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         if self.workload is None:
             for path, value in (("model.name", self.model.name), ("data.name", self.data.name)):
                 if not value:
@@ -320,6 +321,11 @@ class Config(Section):
 def settings_reference() -> Iterator[Setting]:
     """Every setting with its type, default and documentation, in the order of the YAML file."""
     return _reference(Config)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of a config file, for editors: types, limits, choices, defaults, documentation."""
+    return _schema(Config) | {"title": "Settings of rlprune"}
 
 
 def shipped_configs() -> dict[str, Path]:

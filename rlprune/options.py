@@ -87,8 +87,24 @@ def read_config(args: argparse.Namespace) -> Config:
             overrides.append(f"{field}={value}")
     config = load_config(args.config, overrides)
     check_names(config)
-    check_wing(config)
+    methods = getattr(args, "methods", None)
+    check_wing(config, methods or ())
+    from .usage import check_usage
+
+    check_usage(config, _what_runs(args), args.overrides, methods=methods)
     return config
+
+
+def _what_runs(args: argparse.Namespace) -> str:
+    """The command as `usage.check_usage` knows it."""
+    command: str = args.command
+    if command == "apply" and args.refine:
+        return "apply --refine"
+    if command == "prune" and args.steps is not None:
+        return "prune --steps"
+    if command == "prune" and (args.stages or 1) > 1:
+        return "prune --stages"
+    return command
 
 
 def check_packages(config: Config, steps: int) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .errors import ConfigError
-from .settings import Section, setting, show
+from .settings import Section, section, setting, show
 
 # Those whose actions may be a box of numbers; DQN and the like choose among a few.
 SB3_ALGORITHMS = ("A2C", "DDPG", "PPO", "SAC", "TD3")
 CONTRIB_ALGORITHMS = ("ARS", "CrossQ", "RecurrentPPO", "TQC", "TRPO")
 
 
-@dataclass(frozen=True)
+@section
 class PPOConfig(Section):
     """Settings of the PPO agent; the names are those of stable-baselines3 where it has one."""
 
@@ -56,7 +55,7 @@ class PPOConfig(Section):
     surrogate_envs: int = setting(64, "Surrogate mode: surrogate environments stepped together.", low=1)
 
 
-@dataclass(frozen=True)
+@section
 class AMCConfig(Section):
     """AMC (He et al., arXiv 1802.03494): DDPG, one group a step. Defaults are those of the authors' code."""
 
@@ -95,7 +94,7 @@ class AMCConfig(Section):
     hidden: int = setting(300, "Units of the two hidden layers of actor and critic.", low=4)
 
 
-@dataclass(frozen=True)
+@section
 class SequentialPPOConfig(Section):
     """PPO that decides one group a step; the names are those of stable-baselines3 where it has one."""
 
@@ -115,7 +114,7 @@ class SequentialPPOConfig(Section):
     hidden: int = setting(64, "Units of the two hidden layers of actor and critic.", low=4)
 
 
-@dataclass(frozen=True)
+@section
 class StagedPPOConfig(Section):
     """PPO on the whole distribution, pruned in stages; all else as in search.ppo."""
 
@@ -124,7 +123,7 @@ class StagedPPOConfig(Section):
     stages: int = setting(2, "Stages of an episode; each of them is an evaluation.", low=2)
 
 
-@dataclass(frozen=True)
+@section
 class SB3Config(Section):
     """The agent `sb3`: any algorithm of stable-baselines3, or of sb3-contrib, for numbers as actions."""
 
@@ -141,7 +140,7 @@ class SB3Config(Section):
     )
 
 
-@dataclass(frozen=True)
+@section
 class CMAESConfig(Section):
     """Settings of the agent `cma_es`."""
 
@@ -156,7 +155,7 @@ class CMAESConfig(Section):
     lr_adapt: bool = setting(False, "Whether the learning rate follows the noise of the scores.")
 
 
-@dataclass(frozen=True)
+@section
 class TPEConfig(Section):
     """Settings of the agent `tpe`."""
 
@@ -169,7 +168,7 @@ class TPEConfig(Section):
     candidates: int = setting(24, "Samples among which the best expected improvement is picked.", low=1)
 
 
-@dataclass(frozen=True)
+@section
 class GPConfig(Section):
     """Settings of the agent `gp`."""
 
@@ -186,7 +185,7 @@ class GPConfig(Section):
     )
 
 
-@dataclass(frozen=True)
+@section
 class EvoPressConfig(Section):
     """Settings of the agent `evopress`."""
 
@@ -204,7 +203,7 @@ class EvoPressConfig(Section):
     swaps: int = setting(3, "Most swaps in an offspring; the lower of two draws from 1 to this.", low=1)
 
 
-@dataclass(frozen=True)
+@section
 class RLPrunerConfig(Section):
     """Settings of the agent `rl_pruner`."""
 
@@ -222,7 +221,7 @@ class RLPrunerConfig(Section):
     )
 
 
-@dataclass(frozen=True)
+@section
 class BypassConfig(Section):
     """Settings of the agent `bypass`."""
 
@@ -237,7 +236,7 @@ class BypassConfig(Section):
     )
 
 
-@dataclass(frozen=True)
+@section
 class SearchConfig(Section):
     """The search for the best distribution."""
 
@@ -289,7 +288,7 @@ class SearchConfig(Section):
     rl_pruner: RLPrunerConfig = setting(RLPrunerConfig, "Settings of RL-Pruner.")
     bypass: BypassConfig = setting(BypassConfig, "Settings of Bypass back-propagation.")
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         if self.budget_range and (len(self.budget_range) != 2 or self.budget_range[0] > self.budget_range[1]):
             raise ConfigError(
                 f"search.budget_range: expected two ratios, lower first, got {show(list(self.budget_range))}"

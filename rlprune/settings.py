@@ -1,26 +1,26 @@
-"""Machinery of the typed settings: documented fields, checks, YAML reading, overrides, the reference.
+"""Machinery of the typed settings: documented fields that pydantic checks, overrides, the reference, the schema.
 
 What the settings are stands in `config`; this file knows none of them.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import dataclasses
 import math
-import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, dataclass_transform
 
-import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 from .errors import ConfigError, near_miss
+from .yaml_files import one_line, parse_yaml
 
-MAX_CONFIG_BYTES = 1_000_000
 SectionType = TypeVar("SectionType", bound="Section")
 
 
@@ -33,30 +33,34 @@ def setting(
     above: float | None = None,
     choices: Sequence[str] | None = None,
 ) -> Any:
-    """A documented dataclass field. ``low``/``high`` are inclusive limits, ``above`` an exclusive one;
-    limits and choices hold for every item of a sequence."""
-    metadata = {"doc": doc, "low": low, "high": high, "above": above, "choices": choices}
+    """A documented field. ``low``/``high`` are inclusive limits, ``above`` an exclusive one; limits and choices
+    hold for every item of a sequence."""
+    limits = {"ge": low, "le": high, "gt": above}
+    metadata = {"description": doc, "limits": limits, "choices": choices}
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 class Section:
-    """Base of all sections: checks the types and limits of the fields when the section is built."""
+    """Base of all sections, which `section` completes; checks of several fields at once go into __post_init__."""
 
     prefix: ClassVar[str] = ""
+    hints: ClassVar[dict[str, Any]]
+    """Types of the fields as they are written; pydantic sees them with the limits of `setting`."""
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
-    def __post_init__(self) -> None:
-        hints = _hints(type(self))
-        for item in _fields(type(self)):
-            path = self.prefix + item.name
-            value = _typed(getattr(self, item.name), hints[item.name], path)
-            _check_limits(value, item.metadata, path)
-            object.__setattr__(self, item.name, value)
-        self.check()
 
-    def check(self) -> None:
-        """Checks that concern several fields at once; sections with such checks override it."""
+@dataclass_transform(frozen_default=True)
+def section(cls: type[SectionType]) -> type[SectionType]:
+    """A frozen dataclass of settings, checked by pydantic whenever one is made; ConfigError where it is wrong."""
+    every = typing.get_type_hints(cls)
+    cls.hints = {name: every[name] for name in cls.__annotations__ if name != "prefix"}
+    for name, hint in cls.hints.items():
+        cls.__annotations__[name] = _checked(hint, getattr(cls, name).metadata, cls.prefix + name)
+    made: Any = checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))(cls)
+    made.__init__ = _one_line_errors(cls)(made.__init__)
+    return cls
 
 
 @dataclass(frozen=True)
@@ -69,87 +73,23 @@ class Setting:
     doc: str
 
 
-def settings_reference(section: type[Section]) -> Iterator[Setting]:
+def settings_reference(root: type[Section]) -> Iterator[Setting]:
     """Every setting with its documentation, in the order of the YAML file."""
-    hints = _hints(section)
-    for item in _fields(section):
-        hint = hints[item.name]
-        if is_section(hint):
+    for item in dataclasses.fields(root):
+        hint = root.hints[item.name]
+        if _is_section(hint):
             yield from settings_reference(hint)
             continue
         default = item.default if item.default is not MISSING else {}
-        doc = item.metadata["doc"]
+        doc = item.metadata["description"]
         if item.metadata["choices"]:
             doc += f" One of: {', '.join(item.metadata['choices'])}."
-        yield Setting(section.prefix + item.name, _type_name(hint), default, doc)
+        yield Setting(root.prefix + item.name, _type_name(hint), default, doc)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds; raises ConfigError in one line for anything else."""
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ConfigError(f"{path}: too large for a config file (over {MAX_CONFIG_BYTES:,} bytes)")
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file, so not a YAML config") from error
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
-    values = _parse_yaml(text, str(path))
-    if values is None:
-        raise ConfigError(f"{path}: the file is empty; it needs at least model.name and data.name")
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold `section: ...` lines, but it holds a {type(values).__name__}")
-    return values
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number (YAML 1.1 does not) and refuses a key given twice."""
-
-    yaml_implicit_resolvers = copy.deepcopy(yaml.SafeLoader.yaml_implicit_resolvers)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen and isinstance(key.value, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value!r} is given twice", key.start_mark
-                )
-            if isinstance(key.value, str):
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes what `_Loader` would read as a number."""
-
-    yaml_implicit_resolvers = copy.deepcopy(yaml.SafeDumper.yaml_implicit_resolvers)
-
-
-for _user in (_Loader, _Dumper):
-    _user.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-        list("-+.0123456789"),
-    )
-
-
-def dump_yaml(values: Mapping[str, Any]) -> str:
-    """YAML text that `read_yaml` reads back as the same values."""
-    # Not allow_unicode: PyYAML then writes some line breaks of Unicode as they are and reads them as spaces.
-    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False)
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(
-            f"{where}{place}: not valid YAML: {_one_line(error.problem or 'unreadable')}"
-        ) from error
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
-        raise ConfigError(f"{where}: not valid YAML: {_one_line(str(error))}") from error
+def json_schema(root: type[Section]) -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of a YAML file of these settings."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **TypeAdapter(root).json_schema()}
 
 
 def apply_override(root: type[Section], values: dict[str, Any], text: str) -> None:
@@ -158,63 +98,36 @@ def apply_override(root: type[Section], values: dict[str, Any], text: str) -> No
     path = path.strip()
     if not sign or not path:
         raise ConfigError(f"--set {show(text)}: must look like search.evaluations=200")
-    value = _parse_yaml(raw, f"--set {path}") if raw.strip() else None
-    keys = path.split(".")
-    section: type[Section] | None = root
-    for depth, key in enumerate(keys):
-        if section is None:
-            break
-        hints = _hints(section)
-        if key not in hints:
-            raise _unknown(section, key)
-        last = depth == len(keys) - 1
-        if is_section(hints[key]):
-            if last:
-                example = next(iter(_hints(hints[key])))
-                raise ConfigError(f"{path}: is a section; set one of its fields, as in {path}.{example}=...")
-            section = hints[key]
-        else:
-            # Below a mapping such as model.arguments every key is free; below anything else there is none.
-            if not last and typing.get_origin(hints[key]) is not dict:
-                raise ConfigError(f"{section.prefix}{key}: is a value, it has no field {keys[depth + 1]!r}")
-            section = None
+    value = parse_yaml(raw, f"--set {path}") if raw.strip() else None
+    *above, last = keys = path.split(".")
+    _, hint, rest = _place(root, keys)
+    if _is_section(hint):
+        example = next(iter(hint.hints))
+        raise ConfigError(f"{path}: is a section; set one of its fields, as in {path}.{example}=...")
+    # Below a mapping such as model.arguments every key is free; below anything else there is none.
+    if rest and typing.get_origin(hint) is not dict:
+        name = ".".join(keys[: -len(rest)])
+        raise ConfigError(f"{name}: is a value, it has no field {rest[0]!r}")
     target = values
-    for depth, key in enumerate(keys[:-1]):
+    for depth, key in enumerate(above, 1):
         if target.get(key) is None:
             target[key] = {}
         target = target[key]
         if not isinstance(target, dict):
-            raise ConfigError(
-                f"{'.'.join(keys[: depth + 1])}: must be a mapping of fields, got {show(target)}"
-            )
-    target[keys[-1]] = value
+            raise ConfigError(f"{'.'.join(keys[:depth])}: must be a mapping of fields, got {show(target)}")
+    target[last] = value
 
 
-def build(cls: type[SectionType], values: Any, path: str = "") -> SectionType:
+def build(cls: type[SectionType], values: Any) -> SectionType:
     """A section from nested mappings, defaults for what is missing; raises ConfigError."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{path or 'config'}: must be a mapping of fields, got {show(values)}")
-    hints = _hints(cls)
-    arguments: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in hints:
-            raise _unknown(cls, key)
-        if is_section(hints[key]):
-            # A section without a line below it reads as null in YAML: all its defaults.
-            value = build(hints[key], {} if value is None else value, cls.prefix + key)
-        arguments[key] = value
-    return cls(**arguments)
+    with _one_line_errors(cls):
+        return TypeAdapter(cls).validate_python(_fields_of(values))
 
 
-def plain(value: Any) -> Any:
-    """Sections, tuples and mappings as dicts and lists, copied."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value
+def plain(section: Section) -> dict[str, Any]:
+    """A section as nested dicts and lists, copied."""
+    values: dict[str, Any] = TypeAdapter(type(section)).dump_python(section, mode="json")
+    return values
 
 
 def show(value: Any) -> str:
@@ -223,28 +136,24 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def is_section(hint: Any) -> bool:
+def _is_section(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, Section)
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:200]
-
-
-def _hints(cls: Any) -> dict[str, Any]:
-    every = typing.get_type_hints(cls)
-    return {item.name: every[item.name] for item in dataclasses.fields(cls)}
-
-
-def _fields(cls: Any) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(cls)
-
-
-def _unknown(cls: type[Section], key: Any) -> ConfigError:
-    known = list(_hints(cls))
-    hint = near_miss(str(key), known) or f"; known: {', '.join(known)}"
-    name = key if isinstance(key, str) and len(key) <= 60 else show(key)
-    return ConfigError(_one_line(f"{cls.prefix}{name}: unknown field{hint}"))
+def _place(root: type[Section], keys: Sequence[Any]) -> tuple[type[Section], Any, Sequence[Any]]:
+    """The section and the type that a path of keys leads to, and the keys below it; ConfigError for an unknown one."""
+    owner, hint = root, root
+    for depth, key in enumerate(keys):
+        if not _is_section(hint):
+            return owner, hint, keys[depth:]
+        owner = hint
+        if key not in owner.hints:
+            known = list(owner.hints)
+            name = key if isinstance(key, str) and len(key) <= 60 else show(key)
+            miss = near_miss(str(key), known) or f"; known: {', '.join(known)}"
+            raise ConfigError(one_line(f"{owner.prefix}{name}: unknown field{miss}"))
+        hint = owner.hints[key]
+    return owner, hint, ()
 
 
 def _type_name(hint: Any) -> str:
@@ -260,29 +169,38 @@ def _type_name(hint: Any) -> str:
     return " or ".join(_type_name(option) for option in typing.get_args(hint))
 
 
-def _typed(value: Any, hint: Any, path: str) -> Any:
-    """The value in the field's type; only whole numbers (to floats) and lists (to tuples) convert."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    wrong = ConfigError(f"{path}: expected {_type_name(hint)}, got {show(value)}")
-    for option in options:
-        origin = typing.get_origin(option)
-        if origin is tuple:
-            if not isinstance(value, (list, tuple)):
-                raise wrong
-            inner = typing.get_args(option)[0]
-            return tuple(_typed(item, inner, f"{path}[{index}]") for index, item in enumerate(value))
-        if origin is dict:
-            if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-                raise wrong
-            return _scalars(value, path)
-        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            try:
-                return float(value)
-            except OverflowError:
-                raise wrong from None
-        if isinstance(value, option) and not (option is int and isinstance(value, bool)):
-            return value
-    raise wrong
+def _checked(hint: Any, meta: Mapping[str, Any], path: str) -> Any:
+    """A field's type with its limits and choices, for pydantic: nothing converts but whole numbers to floats, lists
+    to tuples and mappings to sections."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, Union):
+        return Union[tuple(_checked(option, meta, path) for option in options)]  # noqa: UP007
+    if origin is tuple:
+        items: Any = types.GenericAlias(tuple, (_checked(options[0], meta, path), ...))
+        return Annotated[
+            items, Strict(), BeforeValidator(lambda value: tuple(value) if type(value) is list else value)
+        ]
+    if origin is dict:
+        return Annotated[hint, BeforeValidator(partial(_free_mapping, path=path))]
+    if _is_section(hint):
+        return Annotated[hint, BeforeValidator(_fields_of)]
+    if hint is str and meta["choices"]:
+        return Literal[tuple(meta["choices"])]
+    if hint in (int, float):
+        return Annotated[hint, Strict(), Field(**meta["limits"], allow_inf_nan=False)]
+    return Annotated[hint, Strict()] if hint in (str, bool) else hint
+
+
+def _fields_of(value: Any) -> Any:
+    """The fields of a section; one without a line below it reads as null in YAML: all its defaults."""
+    return {} if value is None else dict(value) if isinstance(value, Mapping) else value
+
+
+def _free_mapping(value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"{path}: expected mapping, got {show(value)}")
+    scalars: dict[str, Any] = _scalars(value, path)
+    return scalars
 
 
 def _scalars(value: Any, path: str, depth: int = 0) -> Any:
@@ -293,33 +211,48 @@ def _scalars(value: Any, path: str, depth: int = 0) -> Any:
         return {str(key): _scalars(item, f"{path}.{key}", depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_scalars(item, path, depth + 1) for item in value]
-    if (
-        value is None
-        or isinstance(value, (bool, int, str))
-        or (isinstance(value, float) and math.isfinite(value))
-    ):
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
         return value
     raise ConfigError(f"{path}: must be text, a finite number, true, false or null, got {show(value)}")
 
 
-def _check_limits(value: Any, limits: Mapping[str, Any], path: str) -> None:
-    if isinstance(value, tuple):
-        for index, item in enumerate(value):
-            _check_limits(item, limits, f"{path}[{index}]")
-        return
-    choices = limits["choices"]
-    if choices is not None and value not in choices:
-        hint = near_miss(str(value), choices)
-        raise ConfigError(f"{path}: {show(value)} is not one of {', '.join(choices)}{hint}")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return
-    low, high, above = limits["low"], limits["high"], limits["above"]
-    # Infinity is allowed nowhere and NaN compares as False, so both are refused first.
-    if not math.isfinite(value):
-        raise ConfigError(f"{path}: must be a finite number, got {value}")
-    if low is not None and value < low:
-        raise ConfigError(f"{path}: must be at least {low}, got {value}")
-    if above is not None and value <= above:
-        raise ConfigError(f"{path}: must be above {above}, got {value}")
-    if high is not None and value > high:
-        raise ConfigError(f"{path}: must be at most {high}, got {value}")
+_LIMITS = {"greater_than_equal": "at least", "less_than_equal": "at most", "greater_than": "above"}
+
+
+@contextlib.contextmanager
+def _one_line_errors(root: type[Section]) -> Iterator[None]:
+    """pydantic's errors as one ConfigError: the dotted field, what is allowed there, and what was given."""
+    try:
+        yield
+    except ValidationError as error:
+        raise _translated(root, error) from None
+
+
+def _translated(root: type[Section], error: ValidationError) -> ConfigError:
+    errors = error.errors(include_url=False)
+    loc = errors[0]["loc"]
+    owner, hint, rest = _place(root, loc)  # which refuses an unknown field
+    field_loc = loc[: len(loc) - len(rest)]
+    path = root.prefix + ".".join(map(str, field_loc))
+    first = errors[0]
+    if rest and isinstance(rest[0], int):
+        path += f"[{rest[0]}]"
+        hint = typing.get_args(hint)[0]
+    elif rest:
+        # The options of a union are reported one by one; the last one is the number, which alone has limits.
+        first = [each for each in errors if each["loc"][: len(field_loc)] == field_loc][-1]
+    kind, value = first["type"], first["input"]
+    if _is_section(hint):
+        return ConfigError(f"{path or 'config'}: must be a mapping of fields, got {show(value)}")
+    if kind == "literal_error" and isinstance(value, str):
+        choices = owner.__dataclass_fields__[str(field_loc[-1])].metadata["choices"]
+        miss = near_miss(value, choices)
+        return ConfigError(f"{path}: {show(value)} is not one of {', '.join(choices)}{miss}")
+    if kind == "finite_number":
+        return ConfigError(f"{path}: must be a finite number, got {value}")
+    if kind in _LIMITS:
+        (limit,) = first["ctx"].values()
+        return ConfigError(f"{path}: must be {_LIMITS[kind]} {limit:g}, got {value}")
+    return ConfigError(f"{path}: expected {_type_name(hint)}, got {show(value)}")

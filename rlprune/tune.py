@@ -23,6 +23,7 @@ from .finish import forget_training
 from .pruning.finetune import Progress
 from .pruning.plan import Plan
 from .pruning.tracing import TraceOptions
+from .usage import check_usage
 from .workloads.adapter import TuneJob
 from .workloads.build import build_workload
 
@@ -75,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     args = parser.parse_args(argv)
     try:
-        table = tune_folder(args.folder, load_config(args.config, args.set), args.out)
+        config = load_config(args.config, args.set)
+        check_usage(config, "tune", args.set)
+        table = tune_folder(args.folder, config, args.out)
     except RlpruneError as error:
         print(error, file=sys.stderr)
         return 2

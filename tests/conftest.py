@@ -12,7 +12,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from small import SMALL_DIGITS
+from small import SMALL_RUN
 
 from rlprune.config import Config, load_config
 
@@ -50,4 +50,4 @@ def short_collections() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def small_digits() -> Config:
     """The shipped digits config, cut down to seconds."""
-    return load_config("digits", SMALL_DIGITS)
+    return load_config("digits", SMALL_RUN)

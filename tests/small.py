@@ -1,17 +1,30 @@
-"""The shipped digits config, cut down to seconds."""
+"""The shipped digits config, cut down to seconds, and the part of settings that a command uses."""
 
-# A narrow network that learns enough in two epochs to have something to lose.
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+# A narrow network that learns enough in two epochs to have something to lose: what every command but `inspect` uses.
 SMALL_DIGITS = (
     "model.arguments.width=4",
     "model.train.epochs=2",
     "data.calibration=64",
     "data.validation=100",
+    "device=cpu",
+)
+# What a search and a final fine-tune use beside it.
+SMALL_SEARCH = (
+    *SMALL_DIGITS,
     "search.evaluations=6",
     "search.batch=3",
     "search.ppo.surrogate_steps=128",
     "search.ppo.surrogate_envs=8",
     "finish.epochs=1",
     "finish.candidates=2",
-    "finish.rules=false",
-    "device=cpu",
 )
+SMALL_RUN = (*SMALL_SEARCH, "finish.rules=false")
+
+
+def without(settings: Sequence[str], *prefixes: str) -> list[str]:
+    """``--set`` words of the settings that do not start with one of the prefixes."""
+    return [word for text in settings if not text.startswith(prefixes) for word in ("--set", text)]

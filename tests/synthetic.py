@@ -16,6 +16,8 @@ from rlprune.pruning.cost import AxisSize, FormulaBuilder
 from rlprune.pruning.space import Group, PruningSpace
 from rlprune.rules.context import Context
 
+LANGUAGE = ("attention", "ffn", "hidden")
+
 
 @dataclass(frozen=True)
 class FakeCandidate:
@@ -43,10 +45,11 @@ def make_space(
         axes = [AxisSize(0.0, np.eye(groups)[i]) for i in (g - 1, g) if 0 <= i < groups]
         builders["macs"].add(9.0 * area, *axes)
         builders["params"].add(9.0, *axes)
+    drawn = [str(rng.choice(kinds)) for _ in range(groups)]
     made = tuple(
         Group(
             name=f"layer{g}",
-            kind=str(rng.choice(kinds)),
+            kind=drawn[g],
             width=widths[g],
             unit=1,
             minimum=1,
@@ -55,14 +58,13 @@ def make_space(
             depth=g / max(1, groups - 1),
             kernel=3,
             stride=1,
+            block=g if drawn[g] in LANGUAGE[:2] else -1,
+            exact=drawn[g] != "hidden",
         )
         for g in range(groups)
     )
     costs = {metric: builder.build() for metric, builder in builders.items()}
     return PruningSpace(made, {}, f"chain{groups}x{width}", (), (), (), costs)
-
-
-LANGUAGE = ("attention", "ffn", "hidden")
 
 
 class FakeEvaluator:

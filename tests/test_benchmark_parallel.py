@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small import SMALL_DIGITS
+from small import SMALL_SEARCH
 
 from rlprune.benchmark import Cell
 from rlprune.benchmark.schedule import Schedule
@@ -24,7 +24,8 @@ linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks
 
 
 def words(out: Path, *more: str, methods: str = "uniform,random,ppo") -> list[str]:
-    settings = [*SMALL_DIGITS, "threads=1"]
+    idle = () if "ppo" in methods else ("search.ppo.", "search.batch")
+    settings = [*(text for text in SMALL_SEARCH if not text.startswith(idle)), "threads=1"]
     return [
         "benchmark", "digits", "--methods", methods, "--seeds", "1", "--evaluations", "12", "--out", str(out),
         *more, "--set", *settings,
@@ -188,7 +189,7 @@ def test_wrong_inputs_are_one_line(
     from rlprune import cli
 
     out = tmp_path / "run"
-    code = cli.main(["benchmark", "digits", "--out", str(out), *arguments, "--set", *SMALL_DIGITS])
+    code = cli.main(["benchmark", "digits", "--out", str(out), *arguments, "--set", *SMALL_SEARCH])
     error = capsys.readouterr().err.strip()
     assert code == 2 and error.startswith("rlprune: error: ") and message in error
     assert "\n" not in error and not out.exists()
@@ -197,7 +198,7 @@ def test_wrong_inputs_are_one_line(
 def test_several_dense_models_need_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rlprune import cli
 
-    settings = [*SMALL_DIGITS, "model.train.epochs=0"]
+    settings = [*SMALL_SEARCH, "model.train.epochs=0"]
     out = tmp_path / "run"
     code = cli.main(["benchmark", "digits", "--out", str(out), "--checkpoints", "2", "--set", *settings])
     assert code == 2 and not out.exists()

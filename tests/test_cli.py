@@ -22,6 +22,7 @@ from rlprune.errors import BudgetError
 
 API_COMMANDS = (
     "demo", "inspect", "train", "apply", "prune", "benchmark", "fidelity", "evaluate", "export", "report", "list",
+    "schema",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
-from small import SMALL_DIGITS
+from small import SMALL_RUN
 from synthetic import FakeEvaluator
 
 from rlprune import expectation
@@ -25,7 +25,7 @@ from rlprune.problem import Problem, prepare
 @pytest.fixture(scope="module")
 def problem() -> Problem:
     torch.set_num_threads(1)
-    return prepare(load_config("digits", SMALL_DIGITS))
+    return prepare(load_config("digits", SMALL_RUN))
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_what_is_kept_of_many_classes_is_bounded() -> None:
 def test_scores_are_modelled_where_logits_do_not_tell_them() -> None:
     assert not CompositeModel.applies(Task(FakeEvaluator(4), 0.5))
     for settings in (["score.kind=loss"], ["score.rungs=[16,32]"]):
-        other = prepare(load_config("digits", [*SMALL_DIGITS, *settings]))
+        other = prepare(load_config("digits", [*SMALL_RUN, *settings]))
         assert not CompositeModel.applies(Task(other.evaluator, 0.5, "macs"))
 
 

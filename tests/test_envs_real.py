@@ -8,7 +8,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env as gymnasium_check
-from small import SMALL_DIGITS
+from small import SMALL_RUN
 from stable_baselines3.common.env_checker import check_env as sb3_check
 
 import rlprune
@@ -16,7 +16,7 @@ import rlprune
 
 @pytest.fixture(scope="module")
 def workload():
-    return rlprune.build_workload(rlprune.load_config("digits", SMALL_DIGITS))
+    return rlprune.build_workload(rlprune.load_config("digits", SMALL_RUN))
 
 
 @pytest.mark.parametrize("name", ["rlprune/Distribution-v0", "rlprune/Sequential-v0"])

@@ -44,7 +44,7 @@ class TestLoss:
         assert whole.loss == pytest.approx(expected, rel=1e-5) and whole.count == 8 * 15
         assert whole.metric == pytest.approx(math.exp(expected), rel=1e-4)
         monkeypatch.setattr("rlprune.workloads.logits.CHUNK_TOKENS", 7)
-        monkeypatch.setattr("rlprune.language.workload._FORWARD_TOKENS", {"cpu": 33})
+        monkeypatch.setattr("rlprune.language.workload.FORWARD_TOKENS", {"cpu": 33})
         assert workload.rows("validation") == 2
         assert workload.evaluate(workload.model, "validation").loss == pytest.approx(whole.loss, rel=1e-6)
 
@@ -165,7 +165,7 @@ class TestJudge:
         whole = workload.judge("kl", top_k=9)(model)
         fresh = workload_of(workload.model)
         monkeypatch.setattr("rlprune.workloads.logits.CHUNK_TOKENS", 11)
-        monkeypatch.setattr("rlprune.language.workload._FORWARD_TOKENS", {"cpu": 50})
+        monkeypatch.setattr("rlprune.language.workload.FORWARD_TOKENS", {"cpu": 50})
         other = fresh.judge("kl", top_k=9)(model)
         assert other.scores.tolist() == pytest.approx(whole.scores.tolist(), rel=1e-4)
 

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent / "rlprune"
 FLOORS = {
     "errors": 0,
     "settings": 0,
+    "yaml_files": 0,
     "search_settings": 0,
     "config": 0,
     "files": 0,
@@ -38,6 +39,7 @@ FLOORS = {
     "uniform": 2,
     "envs": 3,
     "agents": 4,
+    "usage": 4.5,
     "plots": 5,
     "progress": 5,
     "plugins": 5,

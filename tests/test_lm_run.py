@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import without
 
 import rlprune
 from rlprune import benchmark, cli, deploy, fidelity, run
@@ -35,7 +36,10 @@ TINY = (
     "score.top_k=32", "score.images=8", "score.dtype=float32", "search.evaluations=24", "search.batch=6",
     "search.ppo.surrogate_steps=64", "search.ppo.surrogate_envs=8", "finish.candidates=2", "device=cpu",
 )  # fmt: skip
-SETS = [word for text in TINY for word in ("--set", text)]
+SETS = without(TINY)
+PRUNED = without(TINY, "search.", "finish.")
+MEASURED = without(TINY, "search.", "finish.", "score.")
+LOOKED_AT = without(TINY, "search.", "finish.", "score.", "model.train.")
 
 
 def tiny(*overrides: str) -> Config:
@@ -192,13 +196,13 @@ class TestOtherCommands:
     def test_by_the_command_line(
         self, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert "budget: 0.5 of block_params" in done(capsys, "inspect", "tiny_llama", *SETS)
-        text = done(capsys, "apply", str(finished), "tiny_llama", *SETS, "--set", "model.seed=1",
+        assert "budget: 0.5 of block_params" in done(capsys, "inspect", "tiny_llama", *LOOKED_AT)
+        text = done(capsys, "apply", str(finished), "tiny_llama", *PRUNED, "--set", "model.seed=1",
                     "--out", str(tmp_path / "applied"))  # fmt: skip
         assert "policy" in text
-        done(capsys, "prune", "tiny_llama", *SETS, "--rule", "flap", "--out", str(tmp_path / "flap"))
+        done(capsys, "prune", "tiny_llama", *PRUNED, "--rule", "flap", "--out", str(tmp_path / "flap"))
         assert read_plan(tmp_path / "flap")["origin"]["method"] == "flap"
-        assert "perplexity" in done(capsys, "evaluate", str(tmp_path / "flap"), "tiny_llama", *SETS)
+        assert "perplexity" in done(capsys, "evaluate", str(tmp_path / "flap"), "tiny_llama", *MEASURED)
         done(capsys, "export", str(tmp_path / "flap"), "--to", "hf", "--out", str(tmp_path / "hf"))
         assert (tmp_path / "hf" / "config.json").is_file()
         (finished / "report.html").unlink()

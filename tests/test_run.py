@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from small import without
 
 import rlprune
 from rlprune import cli, deploy, inspection, run
@@ -277,18 +278,19 @@ class TestOtherCommands:
 
     def test_command_line_end_to_end(self, tmp_path, capsys):
         sets = [part for text in [*TINY, "finish.rules=false"] for part in ("--set", text)]
+        pruned = without(TINY, "search.", "finish.")
         out = tmp_path / "run"
         assert cli.main(["train", "digits", *sets, "--out", str(out)]) == 0
         printed = capsys.readouterr().out
         assert "| ppo" in printed and f"report: {out / 'report.html'}" in printed
         assert (
             cli.main(
-                ["apply", str(out), "digits", *sets, "--set", "model.seed=1", "--out", str(tmp_path / "b")]
+                ["apply", str(out), "digits", *pruned, "--set", "model.seed=1", "--out", str(tmp_path / "b")]
             )
             == 0
         )
-        assert cli.main(["evaluate", str(tmp_path / "b"), "digits", *sets]) == 0
+        assert cli.main(["evaluate", str(tmp_path / "b"), "digits", *pruned]) == 0
         assert cli.main(["report", str(out)]) == 0
-        assert cli.main(["prune", "digits", *sets, "--rule", "erk", "--out", str(tmp_path / "c")]) == 0
+        assert cli.main(["prune", "digits", *pruned, "--rule", "erk", "--out", str(tmp_path / "c")]) == 0
         widths = read_plan(tmp_path / "c")["widths"]
         assert np.array(widths).min() >= 1

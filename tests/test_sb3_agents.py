@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from small import SMALL_DIGITS
+from small import SMALL_RUN
 from synthetic import FakeAccount, FakeEvaluator, make_synthetic_task
 
 from rlprune.agents import make_agent
@@ -256,7 +256,7 @@ def test_wrong_arguments_are_one_line_when_the_agent_is_made(arguments, message)
 
 
 def test_wrong_arguments_are_refused_before_anything_is_trained():
-    config = load_config("digits", [*SMALL_DIGITS, "search.sb3.arguments.taux=0.1"])
+    config = load_config("digits", [*SMALL_RUN, "search.sb3.arguments.taux=0.1"])
     with pytest.raises(ConfigError, match=r"search\.sb3\.arguments\.taux: SAC has no such argument"):
         check_names(config)
     with pytest.raises(

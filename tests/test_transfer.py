@@ -11,11 +11,20 @@ import pytest
 from rlprune import cli
 from rlprune.agents.policy import load_policy
 
+MODEL = [
+    "--set",
+    "model.arguments={width: 4}",
+    "model.train.epochs=1",
+    "data.train=64",
+    "data.calibration=32",
+    "data.validation=48",
+    "data.test=32",
+    "threads=1",
+    "budget.target=0.4",
+]
+REFINED = [*MODEL, "search.batch=10", "search.ppo.surrogate_steps=64", "search.ppo.surrogate_envs=8"]
 SETS = [
-    "--set", "model.arguments={width: 4}", "model.train.epochs=1", "data.train=64", "data.calibration=32",
-    "data.validation=48", "data.test=32", "search.evaluations=10", "search.batch=10",
-    "search.ppo.surrogate_steps=64", "search.ppo.surrogate_envs=8", "finish.epochs=0",
-    "finish.candidates=1", "finish.rules=false", "threads=1", "budget.target=0.4",
+    *REFINED, "search.evaluations=10", "finish.epochs=0", "finish.candidates=1", "finish.rules=false",
 ]  # fmt: skip
 
 
@@ -42,7 +51,7 @@ def test_apply_refines_the_plan_of_several_checkpoints(
 
     # Twelve groups, and few builds for them: what matters here is that all parts fit together.
     monkeypatch.setattr("rlprune.agents.experience.PROBES", 1)
-    command = ["apply", "run", "digits", *SETS, "model.seed=7", "--budget", "0.4", "--refine", "20"]
+    command = ["apply", "run", "digits", *REFINED, "model.seed=7", "--budget", "0.4", "--refine", "20"]
     text = done(capsys, *command, "--out", "refined")
     note = re.search(r"plans of (\d+) other checkpoints; here it built (\d+) models .* on (\d+) cal", text)
     assert note is not None and (note[1], note[3]) == ("3", "96")
@@ -51,14 +60,14 @@ def test_apply_refines_the_plan_of_several_checkpoints(
     plan = json.loads(Path("refined/plan.json").read_text())
     assert plan["origin"]["refine"] == 20 and plan["cost"]["macs"] <= 0.4 * plan["dense_cost"]["macs"]
 
-    command = ["apply", "run", "digits", *SETS, "model.seed=7", "--budget", "0.4"]
+    command = ["apply", "run", "digits", *MODEL, "model.seed=7", "--budget", "0.4"]
     text = done(capsys, *command, "--builds", "20", "--out", "built")
     assert "here it built 20 models" in text
     assert json.loads(Path("built/plan.json").read_text())["origin"]["builds"] == 20
     assert "here it built" not in done(capsys, *command, "--builds", "0", "--out", "network")
 
     # Another depth: the policy's network and the rules are what its builds start from.
-    deeper = ["apply", "run", "digits", *SETS, "model.name=cifar_resnet32", "--budget", "0.4"]
+    deeper = ["apply", "run", "digits", *MODEL, "model.name=cifar_resnet32", "--budget", "0.4"]
     text = done(capsys, *deeper, "--out", "deeper")
     note = "plans of 3 other checkpoints, which do not fit here; from the rules' plans it built 18 models"
     assert note in text

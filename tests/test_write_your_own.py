@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small import SMALL_DIGITS
+from small import SMALL_DIGITS, SMALL_RUN, SMALL_SEARCH, without
 from synthetic import FakeAccount, make_synthetic_task
 from test_rules import Noise
 
@@ -95,7 +95,7 @@ def test_the_commands_of_the_page_run(mine: Path, capsys: pytest.CaptureFixture[
     listing, comparison, pruning, _ = COMMANDS
     assert cli.main(listing.split()[1:]) == 0
     assert re.search(r"^hill_climb +keeps the best plan so far", capsys.readouterr().out, re.M)
-    small = [word for text in SMALL_DIGITS for word in ("--set", text)]
+    small = without(SMALL_SEARCH)
     words = comparison.replace("--seeds 3 --evaluations 100", "--seeds 1 --evaluations 14").split()[1:]
     assert cli.main([*words, *small, "--out", "compared"]) == 0
     rows = json.loads(Path("compared/results.json").read_text())["rows"]
@@ -104,12 +104,13 @@ def test_the_commands_of_the_page_run(mine: Path, capsys: pytest.CaptureFixture[
     assert spent == {"dense": 0, "skewed": 1, "hill_climb": 14, "uniform": 1, "random": 14}
     score = {row["method"]: row["score"] for row in rows}
     assert score["hill_climb"] >= score["uniform"]
-    assert cli.main([*pruning.split()[1:], *small, "--out", "pruned"]) == 0
+    pruned = [*pruning.split()[1:], *without(SMALL_DIGITS), "--out", "pruned"]
+    assert cli.main(pruned) == 0
     assert Path("pruned/plan.json").is_file()
 
 
 def test_the_script_of_the_page_runs(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = SCRIPT.replace('load_config("digits")', f'load_config("digits", {SMALL_DIGITS!r})')
+    text = SCRIPT.replace('load_config("digits")', f'load_config("digits", {SMALL_RUN!r})')
     assert text != SCRIPT and "evaluations=100" in text
     exec(compile(text.replace("evaluations=100", "evaluations=14"), str(PAGE), "exec"), {})
     printed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if " -" in line]

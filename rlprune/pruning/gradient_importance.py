@@ -22,9 +22,10 @@ def taylor(
 ) -> Scores:
     """First-order Taylor score sum |w * dL/dw| of each unit (Molchanov et al. 2019, arXiv 1906.10771).
 
-    The gradient is averaged over ``batches`` of (inputs, targets) in eval mode. The absolute value is
-    taken per weight after averaging, as RL-Pruner does (arXiv 2411.06463). Gradients, modes and
-    requires_grad flags of the model are left as they were.
+    The gradient is summed over all samples of ``batches`` of (inputs, targets) in eval mode, so scores are those of
+    the mean loss times the number of samples, in the same order. The absolute value is taken per weight after
+    summing, as RL-Pruner does (arXiv 2411.06463). Gradients, modes and requires_grad flags of the model are left as
+    they were.
     """
     parameters = dict(model.named_parameters())
     wanted = {c.tensor for c in space.cuts if c.tensor in parameters}
