@@ -273,7 +273,9 @@ class Config(Section):
 
     name: str = setting("run", "Name of the run, shown in reports.")
     workload: str | None = setting(
-        None, "`module:function` that takes this Config and returns a Workload, instead of model and data."
+        None,
+        "`module:name` of a Workload class, an object, or a function (with or without this Config) that returns one, "
+        "instead of model and data.",
     )
     model: ModelConfig = setting(ModelConfig, "The dense model.")
     data: DataConfig = setting(DataConfig, "The data.")

@@ -215,14 +215,16 @@ def _read_onnx(path: Path) -> Runner:
     return lambda inputs: torch.from_numpy(session.run(None, {"input": inputs.numpy()})[0])
 
 
-def _write_program(model: nn.Module, sample: Tensor, path: Path) -> None:
+def write_program(model: nn.Module, sample: Tensor, path: Path) -> None:
+    """Write a program of torch.export whose batch size is free."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(model, (sample,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         torch.export.save(program, path)
 
 
-def _read_program(path: Path) -> Runner:
+def read_program(path: Path) -> Runner:
+    """A function of a batch that runs a written program."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = torch.export.load(path).module()
@@ -274,7 +276,7 @@ def _onnx(job: Export) -> Written:
 
 @export_format("a program of torch.export", name="torch-export")
 def _torch_export(job: Export) -> Written:
-    return _file(job, ".pt2", (), _write_program, _read_program)
+    return _file(job, ".pt2", (), write_program, read_program)
 
 
 @export_format("a folder of transformers; plain where all layers are alike (language models)", name="hf")

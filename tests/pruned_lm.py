@@ -13,7 +13,6 @@ import torch
 from lm import tiny_lm, tokens
 
 import rlprune
-from rlprune import artifacts
 from rlprune.errors import ArtifactError
 
 REPO = Path(__file__).parent.parent
@@ -51,7 +50,7 @@ def pruned(
 
 def pruned_folder(path: Path) -> Path:
     """A pruned Llama of several shards, saved at ``path``."""
-    return artifacts.save(*pruned(seed=2), path, max_shard_size="30KB")
+    return rlprune.save(*pruned(seed=2), path, max_shard_size="30KB")
 
 
 def logits(model: Any) -> torch.Tensor:

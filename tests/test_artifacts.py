@@ -60,7 +60,7 @@ def made(dense: nn.Module) -> tuple[nn.Module, rlprune.Plan]:
 
 @pytest.fixture
 def folder(made: tuple[nn.Module, rlprune.Plan], tmp_path: Path) -> Path:
-    return artifacts.save(*made, tmp_path / "pruned")
+    return rlprune.save(*made, tmp_path / "pruned")
 
 
 def error_of(action: Callable[[], Any]) -> str:
@@ -100,7 +100,7 @@ def test_a_saved_model_comes_back_without_help(made: tuple[nn.Module, rlprune.Pl
 def test_torchvision_models_are_recognised(name: str, tmp_path: Path) -> None:
     model = models.get_model(name, num_classes=7).eval()
     slim, plan = pruned(model, torch.zeros(1, 3, 64, 64))
-    artifacts.save(slim, plan, tmp_path / "p")
+    rlprune.save(slim, plan, tmp_path / "p")
     assert artifacts.read_plan(tmp_path / "p")["base"] == {
         "source": "torchvision",
         "name": name,
@@ -108,29 +108,29 @@ def test_torchvision_models_are_recognised(name: str, tmp_path: Path) -> None:
     }
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(slim.eval()(x), artifacts.load(tmp_path / "p")(x))
+        assert torch.equal(slim.eval()(x), rlprune.load(tmp_path / "p")(x))
 
 
 def test_a_variant_that_only_its_settings_tell_apart_is_not_mistaken(tmp_path: Path) -> None:
     model = models.resnet18(num_classes=7).eval()
     model.layer4[0].conv1.dilation, model.layer4[0].conv1.padding = (2, 2), (2, 2)
     slim, plan = pruned(model, torch.zeros(1, 3, 64, 64))
-    artifacts.save(slim, plan, tmp_path / "p")
+    rlprune.save(slim, plan, tmp_path / "p")
     assert artifacts.read_plan(tmp_path / "p")["base"] == {"source": "given"}
 
 
 def test_an_own_model_needs_its_base_and_leaves_it_unchanged(tmp_path: Path) -> None:
     model = Own().eval()
     slim, plan = pruned(model, torch.zeros(1, 3, 8, 8))
-    artifacts.save(slim, plan, tmp_path / "p")
-    assert "base=model" in error_of(lambda: artifacts.load(tmp_path / "p"))
+    rlprune.save(slim, plan, tmp_path / "p")
+    assert "base=model" in error_of(lambda: rlprune.load(tmp_path / "p"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    twin = artifacts.load(tmp_path / "p", base=model)
+    twin = rlprune.load(tmp_path / "p", base=model)
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         assert torch.equal(slim.eval()(x), twin(x))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert "another architecture" in error_of(lambda: artifacts.load(tmp_path / "p", base=models.resnet18()))
+    assert "another architecture" in error_of(lambda: rlprune.load(tmp_path / "p", base=models.resnet18()))
 
 
 def test_a_file_cannot_name_code(folder: Path) -> None:
@@ -138,11 +138,11 @@ def test_a_file_cannot_name_code(folder: Path) -> None:
         folder / "plan.json",
         lambda d: d.update(base={"source": "function", "name": "os:getcwd", "arguments": {}}),
     )
-    assert "base=model" in error_of(lambda: artifacts.load(folder))
+    assert "base=model" in error_of(lambda: rlprune.load(folder))
     edit(
         folder / "plan.json", lambda d: d.update(base={"source": "zoo", "name": "os.system", "arguments": {}})
     )
-    assert "cannot be rebuilt" in error_of(lambda: artifacts.load(folder))
+    assert "cannot be rebuilt" in error_of(lambda: rlprune.load(folder))
 
 
 def set_attribute(module: str, attribute: str, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -194,7 +194,7 @@ def test_an_edited_plan_is_refused(
     folder: Path, change: Callable[[dict[str, Any]], None], expected: str
 ) -> None:
     edit(folder / "plan.json", change)
-    assert expected in error_of(lambda: artifacts.load(folder))
+    assert expected in error_of(lambda: rlprune.load(folder))
 
 
 def test_truncated_files_are_refused_at_every_length(folder: Path) -> None:
@@ -203,67 +203,67 @@ def test_truncated_files_are_refused_at_every_length(folder: Path) -> None:
         whole = path.read_bytes()
         for length in (0, 1, 8, 100, len(whole) // 2, len(whole) - 3):
             path.write_bytes(whole[:length])
-            assert str(path) in error_of(lambda: artifacts.load(folder))
+            assert str(path) in error_of(lambda: rlprune.load(folder))
         path.write_bytes(whole)
-    artifacts.load(folder)
+    rlprune.load(folder)
 
 
 def test_foreign_and_missing_files(folder: Path, tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     save_file({"x": torch.zeros(2)}, folder / "model.safetensors")
-    assert "is missing" in error_of(lambda: artifacts.load(folder))
+    assert "is missing" in error_of(lambda: rlprune.load(folder))
     torch.save(tensors, folder / "model.safetensors")
-    assert "not a safetensors file" in error_of(lambda: artifacts.load(folder))
+    assert "not a safetensors file" in error_of(lambda: rlprune.load(folder))
     name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
     tensors[name].view(-1)[0] = float("nan")
     save_file(tensors, folder / "model.safetensors")
-    assert f"{name!r} holds NaN" in error_of(lambda: artifacts.load(folder))
+    assert f"{name!r} holds NaN" in error_of(lambda: rlprune.load(folder))
     (folder / "model.safetensors").unlink()
-    assert "no such file" in error_of(lambda: artifacts.load(folder))
-    assert "no such folder" in error_of(lambda: artifacts.load(tmp_path / "nothing"))
-    assert "no such file" in error_of(lambda: artifacts.load(tmp_path))
+    assert "no such file" in error_of(lambda: rlprune.load(folder))
+    assert "no such folder" in error_of(lambda: rlprune.load(tmp_path / "nothing"))
+    assert "no such file" in error_of(lambda: rlprune.load(tmp_path))
 
 
 def test_a_model_that_does_not_fit_its_plan_is_not_saved(
     made: tuple[nn.Module, rlprune.Plan], dense: nn.Module, tmp_path: Path
 ) -> None:
     _, plan = made
-    assert "not made with this plan" in error_of(lambda: artifacts.save(dense, plan, tmp_path / "p"))
+    assert "not made with this plan" in error_of(lambda: rlprune.save(dense, plan, tmp_path / "p"))
     broken = rlprune.prune(dense, plan)
     with torch.no_grad():
         next(broken.parameters()).fill_(float("inf"))
-    assert "holds NaN or infinite" in error_of(lambda: artifacts.save(broken, plan, tmp_path / "p"))
+    assert "holds NaN or infinite" in error_of(lambda: rlprune.save(broken, plan, tmp_path / "p"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_saving_replaces_ours_and_nothing_else(made: tuple[nn.Module, rlprune.Plan], tmp_path: Path) -> None:
     target = tmp_path / "p"
     target.mkdir()
-    artifacts.save(*made, target)  # an empty folder
+    rlprune.save(*made, target)  # an empty folder
     (target / "left-over").write_text("x")
-    artifacts.save(*made, target)  # one of ours, replaced as a whole
+    rlprune.save(*made, target)  # one of ours, replaced as a whole
     assert sorted(path.name for path in target.iterdir()) == ["model.safetensors", "plan.json"]
     foreign = tmp_path / "photos"
     foreign.mkdir()
     (foreign / "holiday.jpg").write_text("x")
-    assert "holiday.jpg" in error_of(lambda: artifacts.save(*made, foreign))
+    assert "holiday.jpg" in error_of(lambda: rlprune.save(*made, foreign))
     (tmp_path / "file").write_text("x")
-    assert "is a file" in error_of(lambda: artifacts.save(*made, tmp_path / "file"))
+    assert "is a file" in error_of(lambda: rlprune.save(*made, tmp_path / "file"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "p", "photos"]
 
 
 def test_a_failed_save_leaves_the_old_one(
     made: tuple[nn.Module, rlprune.Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = artifacts.save(*made, tmp_path / "p")
+    target = rlprune.save(*made, tmp_path / "p")
     before = {path.name: path.read_bytes() for path in target.iterdir()}
 
     def full(handle: int) -> None:
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(files.os, "fsync", full)
-    assert "No space left on device" in error_of(lambda: artifacts.save(*made, target))
-    assert "No space left on device" in error_of(lambda: artifacts.save(*made, tmp_path / "q"))
+    assert "No space left on device" in error_of(lambda: rlprune.save(*made, target))
+    assert "No space left on device" in error_of(lambda: rlprune.save(*made, tmp_path / "q"))
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
 

@@ -20,7 +20,7 @@ from synthetic import FakeEvaluator
 import rlprune
 from rlprune import cli
 from rlprune.config import Config, settings_reference, shipped_configs
-from rlprune.language_figures import COST_NOTES
+from rlprune.language.describe import COST_NOTES
 from rlprune.pretrained import CODE
 from rlprune.pruning.families import FAMILIES
 from rlprune.pruning.importance import IMPORTANCES

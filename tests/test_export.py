@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rlprune import export as module
 from rlprune.api import load, save, trace
 from rlprune.errors import ArtifactError, ConfigError
-from rlprune.export import FORMATS, export, export_model, find_example
+from rlprune.export import export, export_model, find_example, read_program, write_program
 from rlprune.pruning.plan import make_plan
 from rlprune.pruning.surgery import prune
 from rlprune.workloads.zoo import base_of, build_model
@@ -34,7 +34,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_torch_export_runs_at_any_batch_size(pruned: Path, tmp_path: Path) -> None:
-    path = export(pruned, "torch-export", tmp_path / "new" / "a.pt2")
+    path = export(pruned, "torch-export", tmp_path / "new" / "a.pt2").path
     assert path == tmp_path / "new" / "a.pt2"
     program = torch.export.load(path).module()
     inputs = torch.randn(7, 1, 28, 28)
@@ -45,7 +45,7 @@ def test_torch_export_runs_at_any_batch_size(pruned: Path, tmp_path: Path) -> No
 def test_onnx_runs_at_any_batch_size(pruned: Path, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    path = export(pruned, "onnx", tmp_path / "a.onnx")
+    path = export(pruned, "onnx", tmp_path / "a.onnx").path
     inputs = torch.randn(7, 1, 28, 28)
     found = runtime.InferenceSession(path).run(None, {"input": inputs.numpy()})[0]
     with torch.no_grad():
@@ -77,13 +77,12 @@ def test_a_missing_package_is_named_with_its_extra(pruned: Path, monkeypatch: py
 
 def test_a_file_whose_outputs_differ_is_not_kept(tmp_path: Path) -> None:
     model = nn.Linear(3, 2).eval()
-    suffix, _, write, _ = FORMATS["torch-export"]
 
     def wrong(path: Path) -> module.Runner:
         return lambda inputs: model(inputs).detach() + 0.5
 
     with pytest.raises(ArtifactError, match="differ from PyTorch"):
-        export_model(model, torch.zeros(1, 3), tmp_path / f"a{suffix}", write, wrong)
+        export_model(model, torch.zeros(1, 3), tmp_path / "a.pt2", write_program, wrong)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -95,9 +94,8 @@ class Stubborn(nn.Module):
 
 
 def test_a_model_that_cannot_be_exported_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
-    _, _, write, read = FORMATS["torch-export"]
     with pytest.raises(ArtifactError, match="Stubborn cannot be exported") as error:
-        export_model(Stubborn(), torch.zeros(1, 3), tmp_path / "a.pt2", write, read)
+        export_model(Stubborn(), torch.zeros(1, 3), tmp_path / "a.pt2", write_program, read_program)
     assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
 
 

@@ -17,7 +17,7 @@ from pruned_lm import REPO, error_of, logits, plan_of, pruned, tokenizer
 from torch import nn
 
 import rlprune
-from rlprune import artifacts, pretrained
+from rlprune import pretrained
 from rlprune.errors import ConfigError
 
 ALONE = """
@@ -75,7 +75,7 @@ def test_both_loaders_give_the_same_bits_in_fresh_processes(tmp_path: Path) -> N
     slim, plan = pruned(seed=5, hidden=True)
     made["hidden and biases"] = with_biases(slim), plan
     folders = [
-        artifacts.save(slim, plan, tmp_path / name, max_shard_size="30KB" if number % 2 else "5GB")
+        rlprune.save(slim, plan, tmp_path / name, max_shard_size="30KB" if number % 2 else "5GB")
         for number, (name, (slim, plan)) in enumerate(made.items())
     ]
     config = json.loads((folders[-1] / "config.json").read_text())
@@ -95,7 +95,7 @@ def test_both_loaders_give_the_same_bits_in_fresh_processes(tmp_path: Path) -> N
 
 def test_saved_and_loaded_here(tmp_path: Path) -> None:
     slim, plan = pruned("llama-mha-tied", 3)
-    folder = artifacts.save(slim, plan, tmp_path / "a")
+    folder = rlprune.save(slim, plan, tmp_path / "a")
     twin = rlprune.load(folder)
     assert torch.equal(logits(slim), logits(twin))
     assert type(twin).__name__ == "PrunedLlamaForCausalLM" and not twin.training
@@ -103,7 +103,7 @@ def test_saved_and_loaded_here(tmp_path: Path) -> None:
     assert sum(p.numel() for p in twin.parameters()) == plan.space.cost(plan.widths, "params")
     assert "lm_head.weight" not in json.loads((folder / "plan.json").read_text())["tensors"]
     # What was loaded can be saved again, by us and by transformers, and is the same.
-    artifacts.save(twin, plan, tmp_path / "b")
+    rlprune.save(twin, plan, tmp_path / "b")
     for name in ("plan.json", "config.json", "model.safetensors", "generation_config.json"):
         assert (tmp_path / "b" / name).read_bytes() == (folder / name).read_bytes(), name
     twin.save_pretrained(tmp_path / "c")
@@ -118,16 +118,16 @@ def test_saved_and_loaded_here(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_number_formats_stay(dtype: torch.dtype, tmp_path: Path) -> None:
     slim, plan = pruned(dtype=dtype)
-    twin = rlprune.load(artifacts.save(slim, plan, tmp_path / "a"))
+    twin = rlprune.load(rlprune.save(slim, plan, tmp_path / "a"))
     assert twin.dtype == dtype and torch.equal(logits(slim), logits(twin))
     slim.model.norm.float()
-    message = error_of(lambda: artifacts.save(slim, plan, tmp_path / "b"))
+    message = error_of(lambda: rlprune.save(slim, plan, tmp_path / "b"))
     assert "model.norm.weight" in message and "float32" in message and not (tmp_path / "b").exists()
 
 
 def test_added_biases_and_hidden_size(tmp_path: Path) -> None:
     slim, plan = pruned(seed=5, hidden=True)
-    twin = rlprune.load(artifacts.save(with_biases(slim), plan, tmp_path / "a"))
+    twin = rlprune.load(rlprune.save(with_biases(slim), plan, tmp_path / "a"))
     assert torch.equal(logits(twin), logits(slim))
 
 
@@ -136,7 +136,7 @@ def test_a_model_from_a_gguf_file_can_be_saved(tmp_path: Path) -> None:
     slim, plan = pruned()
     slim.config.quantization_config = {"quant_method": "gguf"}
     slim.config._model_name_or_path = "a file"
-    folder = artifacts.save(slim, plan, tmp_path / "a")
+    folder = rlprune.save(slim, plan, tmp_path / "a")
     config = (folder / "config.json").read_text()
     assert "gguf" not in config and "a file" not in config + (folder / "plan.json").read_text()
     assert torch.equal(logits(rlprune.load(folder)), logits(slim))
@@ -144,11 +144,11 @@ def test_a_model_from_a_gguf_file_can_be_saved(tmp_path: Path) -> None:
 
 def test_the_second_pruning_of_a_loaded_model(tmp_path: Path) -> None:
     slim, plan = pruned(seed=1, drop=False)
-    first = rlprune.load(artifacts.save(slim, plan, tmp_path / "a"))
+    first = rlprune.load(rlprune.save(slim, plan, tmp_path / "a"))
     space = rlprune.trace(first, tokens(), verify=False)
     again = plan_of(space, np.maximum(1, space.widths // 2))
     smaller = rlprune.prune(first, again)
-    twin = rlprune.load(artifacts.save(smaller, again, tmp_path / "b"))
+    twin = rlprune.load(rlprune.save(smaller, again, tmp_path / "b"))
     assert torch.equal(logits(twin), logits(smaller))
     assert sum(p.numel() for p in twin.parameters()) < sum(p.numel() for p in slim.parameters())
 
@@ -156,31 +156,31 @@ def test_the_second_pruning_of_a_loaded_model(tmp_path: Path) -> None:
 def test_tokenizer_and_generation_config_travel(tmp_path: Path) -> None:
     slim, plan = pruned()
     slim.generation_config.temperature, slim.generation_config.do_sample = 0.25, True
-    folder = artifacts.save(slim, plan, tmp_path / "a", tokenizer=tokenizer())
+    folder = rlprune.save(slim, plan, tmp_path / "a", tokenizer=tokenizer())
     assert pretrained.load_tokenizer(folder)("w5 w7")["input_ids"] == [5, 7]
     assert rlprune.load(folder).generation_config.temperature == 0.25
-    copied = artifacts.save(slim, plan, tmp_path / "b", tokenizer=folder)
+    copied = rlprune.save(slim, plan, tmp_path / "b", tokenizer=folder)
     assert pretrained.load_tokenizer(copied)("w5 w7")["input_ids"] == [5, 7]
-    message = error_of(lambda: artifacts.save(nn.Linear(2, 2), plan, tmp_path / "c", tokenizer=tokenizer()))
+    message = error_of(lambda: rlprune.save(nn.Linear(2, 2), plan, tmp_path / "c", tokenizer=tokenizer()))
     assert "tokenizer" in message
     (copied / "tokenizer.json").write_text("{")
     assert f"{copied}: the tokenizer" in error_of(lambda: pretrained.load_tokenizer(copied))
-    assert pretrained.load_tokenizer(artifacts.save(slim, plan, tmp_path / "d")) is None
+    assert pretrained.load_tokenizer(rlprune.save(slim, plan, tmp_path / "d")) is None
 
 
 def test_save_refuses_what_does_not_fit(tmp_path: Path) -> None:
     slim, plan = pruned()
     other = pruned("qwen3")[0]
     assert "not made with this plan" in error_of(
-        lambda: artifacts.save(pruned(seed=1)[0], plan, tmp_path / "a")
+        lambda: rlprune.save(pruned(seed=1)[0], plan, tmp_path / "a")
     )
-    assert "save" in error_of(lambda: artifacts.save(other, plan, tmp_path / "a"))
+    assert "save" in error_of(lambda: rlprune.save(other, plan, tmp_path / "a"))
     slim.model.norm.weight.data[0] = float("nan")
-    assert "model.norm.weight" in error_of(lambda: artifacts.save(slim, plan, tmp_path / "a"))
+    assert "model.norm.weight" in error_of(lambda: rlprune.save(slim, plan, tmp_path / "a"))
     slim.model.norm.weight.data[0] = 1.0
     slim.model.norm.extra = nn.Parameter(torch.zeros(1))
-    assert "model.norm.extra" in error_of(lambda: artifacts.save(slim, plan, tmp_path / "a"))
+    assert "model.norm.extra" in error_of(lambda: rlprune.save(slim, plan, tmp_path / "a"))
     assert "max_shard_size" in error_of(
-        lambda: artifacts.save(slim, plan, tmp_path / "a", max_shard_size="5 apples"), ConfigError
+        lambda: rlprune.save(slim, plan, tmp_path / "a", max_shard_size="5 apples"), ConfigError
     )
     assert not (tmp_path / "a").exists()

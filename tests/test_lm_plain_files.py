@@ -14,7 +14,7 @@ from pruned_lm import error_of, logits, plan_of, pruned_folder, tokenizer
 from torch import nn
 
 import rlprune
-from rlprune import artifacts, export, uniform
+from rlprune import export, uniform
 from rlprune.cli import main
 
 
@@ -42,8 +42,8 @@ def test_even_widths_load_with_plain_transformers(name: str, tmp_path: Path) -> 
     # Without a head size of their own in the configuration the heads have to divide the hidden size of 32.
     heads = heads if name == "phi3" else heads - 2 if name == "llama-mha-tied" else max(1, heads - 1)
     slim = rlprune.prune(model, plan := plan_of(space, even(space, heads, 24, (1,))))
-    folder = artifacts.save(slim, plan, tmp_path / "a", tokenizer=tokenizer())
-    out = export.export(folder, "hf", tmp_path / "plain")
+    folder = rlprune.save(slim, plan, tmp_path / "a", tokenizer=tokenizer())
+    out = export.export(folder, "hf", tmp_path / "plain").path
     config = json.loads((out / "config.json").read_text())
     assert not {"auto_map", "per_layer_config"} & set(config) and config["num_hidden_layers"] == 3
     assert not [path.name for path in out.iterdir() if path.suffix == ".py"]
@@ -62,7 +62,7 @@ def test_even_neurons_in_families_with_fixed_heads(name: str, tmp_path: Path) ->
     space = rlprune.trace(model, tokens(), drop=True, verify=False)
     widths = np.array([24 if g.kind == "ffn" else g.width for g in space.groups])
     slim = rlprune.prune(model, plan := plan_of(space, widths))
-    folder = artifacts.save(slim, plan, tmp_path / "a")
+    folder = rlprune.save(slim, plan, tmp_path / "a")
     target, how = uniform.export_folder(folder, tmp_path / "b")
     # BLOOM's configuration has no field for the number of neurons.
     assert ("without trust_remote_code" in how) == (name != "bloom"), how
@@ -95,5 +95,5 @@ def test_vision_models_are_no_folder_for_hf(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     space = rlprune.trace(model, torch.zeros(1, 3, 8, 8))
     plan = plan_of(space, space.widths)
-    folder = artifacts.save(rlprune.prune(model, plan), plan, tmp_path / "a")
+    folder = rlprune.save(rlprune.prune(model, plan), plan, tmp_path / "a")
     assert "no language model" in error_of(lambda: export.export(folder, "hf"))

@@ -44,7 +44,7 @@ def test_pruning_shards_equals_pruning_in_memory(name: str, tmp_path: Path) -> N
     plan = plan_of(space, widths_of(space, 4))
     in_memory = tmp_path / "memory"
     size = {"max_shard_size": "15KB"}
-    artifacts.save(rlprune.prune(model, plan), plan, in_memory, base={"name": "dense"}, **size)
+    rlprune.save(rlprune.prune(model, plan), plan, in_memory, base={"name": "dense"}, **size)
     same_folders(in_memory, shards.prune_shards(source, plan, tmp_path / "a", **size))
     same_folders(in_memory, shards.prune_shards(source, in_memory / "plan.json", tmp_path / "b", **size))
 

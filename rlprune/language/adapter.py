@@ -151,7 +151,7 @@ class LanguageAdapter(ModelAdapter):
         return self.loss(outputs, targets).exp() * len(targets)
 
     def judge(self, workload: Workload, kind: str, limit: int | None, top_k: int) -> Judge:
-        if _own_task(workload):
+        if workload.has_own_task:
             return ClassJudge(workload, kind, limit)
         check_kind(kind)
         sequences, logs = StoredSequences.read(workload, "validation", limit), ChunkedLogs()
@@ -159,7 +159,7 @@ class LanguageAdapter(ModelAdapter):
         return LanguageJudge(sequences, len(sequences), answers, logs)
 
     def evaluate(self, workload: Workload, model: nn.Module, split: str, limit: int | None) -> Quality:
-        if _own_task(workload):
+        if workload.has_own_task:
             return evaluate_outputs(workload, model, split, limit)
         return token_quality(workload, model, split, limit, ChunkedLogs())
 
@@ -257,12 +257,6 @@ class _Lesson:
             teacher=self._workload.model if settings.distill else None,
             seed=self._seed,
         )
-
-
-def _own_task(workload: Workload) -> bool:
-    """Whether a workload has a loss or a metric of its own instead of next tokens."""
-    kind = type(workload)
-    return kind.loss is not Workload.loss or kind.metric is not Workload.metric
 
 
 ADAPTER = LanguageAdapter()

@@ -6,7 +6,7 @@ import abc
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -67,7 +67,7 @@ class Workload(abc.ABC):
                 self.model = ...            # dense, in eval mode, never modified by rlprune
                 self.example_inputs = ...   # (1, C, H, W)
             def batches(self, split, limit=None):
-                yield inputs, targets       # fixed order, no augmentation, on self.device
+                yield inputs, targets       # fixed order, no augmentation, on self.device; limit may be ignored
 
     ``batches("test")`` raises DataError unless ``test_opened()`` is active, whatever the subclass does:
     a search cannot read the test split by mistake.
@@ -104,7 +104,7 @@ class Workload(abc.ABC):
 
     @abc.abstractmethod
     def batches(self, split: str, limit: int | None = None) -> Iterator[Batch]:
-        """Batches of one split in a fixed order, without augmentation; only its first ``limit`` samples."""
+        """Batches of one split in a fixed order, without augmentation; what goes beyond ``limit`` is cut off."""
 
     def size(self, split: str) -> int:
         """Number of samples of a split; by default counted once by reading it."""
@@ -143,6 +143,12 @@ class Workload(abc.ABC):
     def metric(self, outputs: Any, targets: Tensor) -> Tensor:
         """Sum of the metric over a batch, a scalar tensor; by default the adapter's: the number of right classes."""
         return self.adapter.metric(outputs, targets)
+
+    @property
+    def has_own_task(self) -> bool:
+        """Whether the loss or the metric is the workload's own instead of the adapter's."""
+        kind = type(self)
+        return kind.loss is not Workload.loss or kind.metric is not Workload.metric
 
     def judge(self, kind: str = "kl", limit: int | None = None, *, top_k: int = 256) -> Judge:
         """What scores candidates on the first ``limit`` validation samples by ``kind`` (see ScoreConfig).
@@ -248,9 +254,21 @@ def _guarded(batches: Callable[..., Iterator[Batch]]) -> Callable[..., Iterator[
             raise DataError(
                 "the test split is closed during a search; read it inside 'with workload.test_opened():'"
             )
-        return batches(self, split, limit)
+        found = batches(self, split, limit)
+        return found if limit is None else _first(found, limit)
 
     return guard
+
+
+def _first(batches: Iterable[Batch], limit: int) -> Iterator[Batch]:
+    """The first ``limit`` samples, whether ``batches`` keeps to the limit itself or gives all of its split."""
+    left = limit
+    for inputs, targets in batches:
+        count = len(targets)
+        yield (inputs, targets) if count <= left else (inputs[:left], targets[:left])
+        left -= count
+        if left <= 0:
+            return
 
 
 def check_workload(workload: object) -> Workload:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from .builder import builder_of, builders
 from .checkpoint import load_checkpoint, put_weights
 from .checks import check_finite, first_line, run_forward
 from .data import cache_folder
-from .functions import model_function
+from .functions import named_object
 
 _CACHE_VERSION = 1  # part of every cache key: raise it when the training changes
 
@@ -141,11 +142,11 @@ def _refuse_mixture(config: Config) -> None:
 
 
 def _own_workload(config: Config, checkpoint: str | Path | None) -> Workload:
-    """The workload that the user's ``module:function`` returns for these settings."""
+    """The workload that ``workload: module:name`` stands for: a class, an object, or a function that returns one."""
     assert config.workload is not None
-    function = model_function(config.workload, "workload")
+    found = named_object(config.workload, "workload")
     try:
-        workload = function(config)
+        workload = found if isinstance(found, Workload) or not callable(found) else _called(found, config)
     except RlpruneError:
         raise
     except Exception as error:
@@ -154,7 +155,7 @@ def _own_workload(config: Config, checkpoint: str | Path | None) -> Workload:
         ) from error
     if not isinstance(workload, Workload):
         raise ConfigError(
-            f"workload {config.workload!r}: must return a rlprune.Workload, got {type(workload).__name__}"
+            f"workload {config.workload!r}: must be, or return, a rlprune.Workload, got {type(workload).__name__}"
         )
     if checkpoint is not None:
         put_weights(workload.model, load_checkpoint(checkpoint), f"checkpoint {str(checkpoint)!r}")
@@ -162,6 +163,16 @@ def _own_workload(config: Config, checkpoint: str | Path | None) -> Workload:
     check_finite(workload.model, config.workload)
     run_forward(workload, config.workload)
     return check_workload(workload)
+
+
+def _called(maker: Callable[..., object], config: Config) -> object:
+    """What a class or function makes; it gets the Config where it needs an argument or has one named `config`."""
+    try:
+        wanted = inspect.signature(maker)
+        wanted.bind()
+    except TypeError:
+        return maker(config)
+    return maker(config=config) if "config" in wanted.parameters else maker()
 
 
 def _dense_key(workload: TrainedWorkload, settings: ModelConfig) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 from ..errors import ConfigError, near_miss
 
 
-def model_function(name: str, field: str) -> Callable[..., Any]:
-    """Import ``module:function``; the current folder is searched too. ``field`` names the setting in errors."""
-    module_name, _, function_name = name.partition(":")
+def named_object(name: str, field: str) -> Any:
+    """What ``module:name`` stands for; the current folder is searched too. ``field`` names the setting in errors."""
+    module_name, _, attribute = name.partition(":")
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
@@ -24,11 +24,19 @@ def model_function(name: str, field: str) -> Callable[..., Any]:
         raise ConfigError(f"{field} {name!r}: importing {module_name!r} failed: {_brief(error)}") from error
     finally:
         sys.path.remove(here)
-    function = getattr(module, function_name, None)
+    if not hasattr(module, attribute):
+        hint = near_miss(attribute, [n for n in vars(module) if not n.startswith("_")])
+        raise ConfigError(f"{field} {name!r}: {module_name!r} has no {attribute!r}{hint}")
+    return getattr(module, attribute)
+
+
+def model_function(name: str, field: str) -> Callable[..., Any]:
+    """The function that ``module:function`` stands for; ConfigError where it is none."""
+    function = named_object(name, field)
     if not callable(function):
-        hint = near_miss(function_name, [n for n in vars(module) if not n.startswith("_")])
-        raise ConfigError(f"{field} {name!r}: {module_name!r} has no function {function_name!r}{hint}")
-    return function
+        raise ConfigError(f"{field} {name!r}: is no function")
+    found: Callable[..., Any] = function
+    return found
 
 
 def _brief(error: BaseException) -> str:
