@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .agents import StateDir, make_agent
+from .agents import SearchRequest, StateDir, make_agent
 from .agents.policy import PortablePolicy
 from .agents.ppo import PPOAgent
 from .candidate import Candidate, History
@@ -294,14 +294,16 @@ def search(
             p.starts(task.knots if task.is_range else ()) for p, task in zip(problems, tasks, strict=True)
         ]
     result = agent.search(
-        tasks,
-        accounts,
-        starts=starts,
-        seed=seed,
-        state=StateDir(state, f"{method}-{seed}") if state is not None else None,
-        progress=progress,
-        tensorboard=tensorboard,
-        policy=policy,
+        SearchRequest(
+            tasks,
+            accounts,
+            starts=starts,
+            seed=seed,
+            state=StateDir(state, f"{method}-{seed}") if state is not None else None,
+            progress=progress,
+            tensorboard=tensorboard,
+            policy=policy,
+        )
     )
     kind = "agent" if method == settings.agent else "baseline"
     history = best_within(problems[0], accounts[0])

@@ -14,34 +14,40 @@ from ..envs.distribution import DistributionEnv
 from ..envs.task import Task
 from ..errors import ArtifactError
 from ..search_settings import SearchConfig
-from .base import Recorder, SearchResult, Starts
+from .base import Recorder, SearchRequest, SearchResult
 from .callbacks import Watcher
 from .policy import GroupPolicy, PortablePolicy, provenance
-from .state import StateDir
 
 
 @dataclass(frozen=True)
 class Search:
-    """Everything that one search works with; ``tasks`` are charged through ``recorders``."""
+    """Everything that one search works with; ``tasks`` are the request's, charged through ``recorders``."""
 
     settings: SearchConfig
+    request: SearchRequest
     tasks: tuple[Task, ...]
     recorders: tuple[Recorder, ...]
     env: DistributionEnv
-    starts: Starts
-    seed: int
-    state: StateDir | None
     watcher: Watcher
-    policy: PortablePolicy | None = None
+
+    @property
+    def seed(self) -> int:
+        return self.request.seed
+
+    @property
+    def policy(self) -> PortablePolicy | None:
+        """A trained policy that the search goes on from."""
+        return self.request.policy
 
     def score_starts(self) -> None:
         """Score the plans that the search starts from, as far as the accounts allow."""
         for index, (task, recorder) in enumerate(zip(self.tasks, self.recorders, strict=True)):
-            recorder.score_starts(task, self.starts[index] if self.starts else (), self.policy)
+            recorder.score_starts(task, self.request.starts_of(index), self.policy)
 
     def load(self, mode: str) -> dict[str, Any] | None:
         """The saved state of this very search, or None; the accounts are brought to where they were."""
-        saved = None if self.state is None else self.state.load()
+        state = self.request.state
+        saved = None if state is None else state.load()
         if saved is None:
             return None
         here = self.identity(mode)
@@ -54,9 +60,10 @@ class Search:
         return saved
 
     def save(self, mode: str, contents: dict[str, Any]) -> None:
-        if self.state is not None:
+        state = self.request.state
+        if state is not None:
             calls = [recorder.calls for recorder in self.recorders]
-            self.state.save({"identity": self.identity(mode), "calls": calls, **contents})
+            state.save({"identity": self.identity(mode), "calls": calls, **contents})
 
     def identity(self, mode: str) -> dict[str, Any]:
         """What must agree for a saved state to be continued."""
