@@ -14,6 +14,7 @@ import torch
 from .agents import SearchRequest, StateDir, make_agent
 from .agents.policy import PortablePolicy
 from .agents.ppo import PPOAgent
+from .arrays import Ints
 from .candidate import Candidate, History
 from .config import Config
 from .envs.task import Task
@@ -22,7 +23,7 @@ from .evaluation import Evaluator
 from .ledger import Account, Ledger
 from .profiling import TABLE_FILE, Progress, machine, read_table, with_latency
 from .progress import Console
-from .pruning.space import Ints, PruningSpace
+from .pruning.space import PruningSpace
 from .pruning.tracing import trace
 from .rules import RULES, rules_for
 from .workloads.base import Workload

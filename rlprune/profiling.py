@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .arrays import Floats, Ints
 from .calibration import PARTS, WholeModels, calibrated, image_sizes
 from .documents import check_fields, read_document
 from .errors import ArtifactError, BudgetError
@@ -30,7 +30,7 @@ from .latency import batched, in_turns, processor, quiet_clock, timed
 from .pruning import families
 from .pruning.cost import AxisSize
 from .pruning.latency_cost import SpaceSizes, table_cost
-from .pruning.latency_table import FORMAT, VERSION, Ints, LatencyTable, LayerTable, LayerUse, rising
+from .pruning.latency_table import FORMAT, VERSION, LatencyTable, LayerTable, LayerUse, rising
 from .pruning.space import PruningSpace
 from .workloads.data import cache_folder
 
@@ -268,9 +268,7 @@ def _measure_all(
     return found
 
 
-def _layer_times(
-    plan: _Planned, model: nn.Module, sizes: SpaceSizes, device: torch.device
-) -> NDArray[np.float64]:
+def _layer_times(plan: _Planned, model: nn.Module, sizes: SpaceSizes, device: torch.device) -> Floats:
     """Shortest milliseconds of a few runs at every grid point: another process can only make a run longer."""
     module = model.get_submodule(plan.layer.module)
     values = np.zeros((len(plan.outs), len(plan.ins)))
@@ -285,7 +283,7 @@ def _layer_times(
     return values
 
 
-def _layer_table(plan: _Planned, model: nn.Module, values: NDArray[np.float64]) -> LayerTable:
+def _layer_table(plan: _Planned, model: nn.Module, values: Floats) -> LayerTable:
     module = model.get_submodule(plan.layer.module)
     kind = f"{type(module).__name__}({module.extra_repr()}) on {'x'.join(map(str, plan.layer.input_shape))}"
     return LayerTable(kind, plan.outs, plan.ins, rising(values, plan.outs, plan.ins), plan.elements)

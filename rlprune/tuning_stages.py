@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .arrays import Ints
 from .candidate import History
 from .errors import ArtifactError, ConfigError
 from .files import read_json, read_tensors, write_json_atomic, write_tensors_atomic
@@ -24,7 +25,7 @@ from .progress import Console
 from .pruning.importance import compute
 from .pruning.plan import Plan, make_plan
 from .pruning.recovery import Recovery
-from .pruning.space import Ints, PruningSpace
+from .pruning.space import PruningSpace
 from .pruning.surgery import prune
 from .rules.context import Context
 

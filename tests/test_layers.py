@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent / "rlprune"
 # has to know, the evaluator makes the contexts that rules read).
 FLOORS = {
     "errors": 0,
+    "arrays": 0,
     "settings": 0,
     "search_settings": 0,
     "config": 0,

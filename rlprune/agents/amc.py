@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 from stable_baselines3 import DDPG
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+from ..arrays import Floats32
 from ..envs.sequential import SequentialEnv
 from ..envs.task import Task
 from ..search_settings import AMCConfig
@@ -126,7 +126,7 @@ class AMC(EpisodicAgent):
         return model
 
 
-def truncated_normal(mean: Any, std: float) -> NDArray[np.float32]:
+def truncated_normal(mean: Any, std: float) -> Floats32:
     """A draw for each mean, of a normal distribution cut off at -1 and 1, by its inverse distribution function.
 
     Args:
@@ -134,5 +134,5 @@ def truncated_normal(mean: Any, std: float) -> NDArray[np.float32]:
     """
     low, high = ndtr((-1.0 - mean) / std), ndtr((1.0 - mean) / std)
     drawn = mean + std * ndtri(low + (high - low) * np.random.random(np.shape(mean)))
-    clipped: NDArray[np.float32] = np.clip(drawn, -1.0, 1.0).astype(np.float32)
+    clipped: Floats32 = np.clip(drawn, -1.0, 1.0).astype(np.float32)
     return clipped

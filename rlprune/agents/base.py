@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..arrays import Ints
 from ..envs.randomness import isolated_randomness
 from ..envs.task import Scored, Task
 from ..errors import ConfigError
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from .policy import GroupPolicy, PortablePolicy
     from .state import StateDir
 
-Ints = NDArray[np.int64]
 # What was asked for: one tuple of widths, or for incremental pruning one for each stage.
 History = tuple[tuple[int, ...], ...]
 Starts = Sequence[Sequence[Any]]

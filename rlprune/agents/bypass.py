@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..envs.task import Floats, Ints, Task
+from ..arrays import Floats, Ints
+from ..envs.task import Task
 from .base import Recorder
 from .gradient_free import PATIENCE, GradientFree, spend_rest
 

@@ -15,7 +15,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from ..envs.task import Floats, Ints, Task
+from ..arrays import Floats, Ints
+from ..envs.task import Task
 from ..expectation import LogitModel
 from ..kept_logits import KeptLogits
 

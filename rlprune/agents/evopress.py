@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..envs.task import Ints, Task
+from ..arrays import Ints
+from ..envs.task import Task
 from .base import Recorder
 from .gradient_free import PATIENCE, GradientFree
 from .proposals import fresh

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arrays import Floats, Ints
 from ..candidate import Candidate, History
-from ..envs.task import Floats, Ints, Task
+from ..envs.task import Task
 from ..errors import ArtifactError
 from ..expectation import LogitProbes
 from .proposals import climb, fresh, neighbours

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..envs.task import Floats, Ints, Task
+from ..arrays import Floats, Ints
+from ..envs.task import Task
 from ..ledger import SearchSpent
 from ..rules.context import is_language
 from .base import Recorder, SearchResult

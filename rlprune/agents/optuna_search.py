@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..envs.task import ACTION_SCALE, BASE_FLOOR, Floats, Ints, Scored, Task
+from ..arrays import Floats, Ints
+from ..envs.task import ACTION_SCALE, BASE_FLOOR, Scored, Task
 from ..errors import ConfigError
 from ..search_settings import SearchConfig
 from .base import Recorder

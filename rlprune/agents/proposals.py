@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..envs.task import Floats, Ints, Task
+from ..arrays import Floats, Ints
+from ..envs.task import Task
 
 
 class Model(Protocol):

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..envs.task import Floats, Ints, Task
+from ..arrays import Floats, Ints
+from ..envs.task import Task
 from ..pruning.budget import Limits, project
 from ..pruning.cost import formula
 from .base import History, Recorder

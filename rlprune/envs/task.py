@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..arrays import Floats, Floats32, Ints
 from ..errors import BudgetError, ConfigError, near_miss
 from ..evaluation import Evaluator
 from ..pruning.budget import Limits, project
@@ -20,9 +20,6 @@ from ..rules.context import is_language
 from .observation import fill_dynamic, static_features
 from .randomness import isolated_randomness
 from .reward import RewardScale, reward_scale
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 # d = base * exp(ACTION_SCALE * (a - mean a)): two groups can differ by a factor of e^3 from the base rule.
 ACTION_SCALE = 1.5
@@ -192,7 +189,7 @@ class Task:
         cost = formula(self.space.costs, self.metric)
         return project(deviate(self.base(budget), action), target, cost, limits, metric=self.metric)
 
-    def observe(self, budget: Any, widths: Ints | None = None) -> NDArray[np.float32]:
+    def observe(self, budget: Any, widths: Ints | None = None) -> Floats32:
         """Feature table (G, F) at a budget, with what is kept now (nothing cut by default)."""
         space = self.space
         base = self.base(budget)
@@ -233,7 +230,7 @@ class Task:
         """Scores of the rules that cost nothing to compute; charged like everything else."""
         return [self.evaluate([plan]).score for plan in self.rule_plans(budget)]
 
-    def _static(self) -> NDArray[np.float32]:
+    def _static(self) -> Floats32:
         space = self.space
         losses = self._sensitivities() if self.sensitivity else None
         return static_features(space, self.evaluator.importance, self.metric, losses)

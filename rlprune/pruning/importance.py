@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..arrays import Floats
 from ..errors import ConfigError, near_miss
 from ..memory import return_freed_memory
 from .elimination import eliminations
@@ -31,7 +32,7 @@ from .grams import collect as collect_grams
 from .space import PruningSpace
 from .statistics import Statistics
 from .statistics import collect as collect_statistics
-from .unit_scores import Batches, Floats, Scores, per_unit
+from .unit_scores import Batches, Scores, per_unit
 
 
 def magnitude(model: nn.Module, space: PruningSpace, p: int = 2) -> Scores:

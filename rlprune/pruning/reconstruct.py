@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..arrays import Ints
 from .graph import CONV, MIXERS
 from .plan import Plan
-from .space import Cut, Ints, PruningSpace
+from .space import Cut, PruningSpace
 from .surgery import axis_indices
 
 # A Gram matrix wider than this (VGG's first linear layer has 25,088 inputs) costs more than it mends.

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..arrays import Ints
 from ..errors import GraphError
 from . import families
 from .plan import Plan
-from .space import Ints, PruningSpace
+from .space import PruningSpace
 
 
 def axis_indices(space: PruningSpace, kept: tuple[Ints, ...]) -> list[Ints | None]:

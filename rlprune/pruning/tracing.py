@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..arrays import Ints
 from ..errors import GraphError, near_miss
 from .counting import flop_counter
 from .graph import (
@@ -29,7 +30,7 @@ from .graph import (
 from .language import is_language_model, language_space
 from .layout import Call, Layout
 from .plan import Plan
-from .space import Ints, PruningSpace
+from .space import PruningSpace
 from .surgery import masked, prune
 
 # float64 sums in another order differ by this much, relative to the largest output.

@@ -11,12 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from ..arrays import Bools, Floats, Ints
 from ..errors import ConfigError, DataError
 from ..pruning.space import PruningSpace
 from ..pruning.statistics import Statistics, collect
 from ..workloads.base import Workload
-
-Floats = NDArray[np.float64]
 
 LANGUAGE_KINDS = ("attention", "ffn", "hidden")
 """The kinds of group that only causal language models have."""
@@ -39,12 +38,12 @@ class Context:
     budget: Any
     metric: str = "macs"
     workload: Workload | None = None
-    probe: Callable[[NDArray[np.int64]], float] | None = None
+    probe: Callable[[Ints], float] | None = None
     seed: int = 0
     shared: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
-    def active(self) -> NDArray[np.bool_]:
+    def active(self) -> Bools:
         """The groups, (G,), that the pruning is spread over: those whose units cost something in the metric.
 
         Feed-forward neurons hold no KV cache, so cutting them for that budget would be loss without gain;
@@ -52,7 +51,7 @@ class Context:
         """
         costs = self.space.unit_costs(self.space.widths, self.metric)
         hidden = np.array([g.kind == "hidden" for g in self.space.groups], dtype=bool)
-        found: NDArray[np.bool_] = (costs > 0) & (self.space.widths > 0) & ~hidden
+        found: Bools = (costs > 0) & (self.space.widths > 0) & ~hidden
         return found if found.any() else np.ones(len(hidden), dtype=bool)
 
     def data(self, rule: str) -> Workload:
