@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from .arrays import Floats, Ints
+from .history import Widths, as_widths
 from .pruning.space import PruningSpace
 
-Widths = tuple[int, ...]
 # Images that are read: of the calibration and of the train split, and logits in all (which are kept for every build).
 CALIBRATION_IMAGES, TRAIN_IMAGES, MOST_LOGITS = 256, 768, 2**18
 # Prior of the kernel's logarithms (centre of each kind, one spread) and where the first fit starts.
@@ -67,7 +67,7 @@ class LogitModel:
 
     def learn(self, widths: Any, logits: Tensor) -> float:
         """Take in the logits (N, ..., C) of a plan (G,) and return its mean KL(reference || plan) in nats."""
-        key = tuple(int(w) for w in widths)
+        key = as_widths(widths)
         # What has diverged says no more than that it is far away.
         logits = torch.nan_to_num(logits.reshape(self._dense.shape).float(), nan=0.0, posinf=1e3, neginf=-1e3)
         self.known[key] = float(self._divergence(logits[None])[0])
@@ -157,7 +157,7 @@ class LogitProbes(LogitModel):
 
     def measure(self, widths: Any) -> float:
         """Build a plan of widths (G,), unless it is known, and return its mean KL(dense || pruned) in nats."""
-        key = tuple(int(w) for w in widths)
+        key = as_widths(widths)
         if key not in self.known:
             self.builds += 1
             self.learn(key, _logits(self._build(np.array(key, dtype=np.int64)), self._images))

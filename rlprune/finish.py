@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from .artifacts import read_json, read_tensors, write_json_atomic, write_tensors_atomic
-from .candidate import History
 from .errors import ArtifactError
+from .history import History
 from .latency import DEFAULT_BATCH_SIZES, measure
 from .problem import Found, Problem, finalists
 from .progress import Console

@@ -10,10 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
-from .candidate import Candidate, History
+from .candidate import Candidate
 from .errors import ArtifactError
+from .history import History, as_history
 
 
 class SearchSpent(Exception):
@@ -75,9 +74,7 @@ def candidate_of(row: dict[str, Any]) -> Candidate:
 
 def history_of(row: dict[str, Any]) -> History:
     """The widths of each stage that a ledger row records."""
-    widths = row["widths"]
-    stages = widths if widths and isinstance(widths[0], list) else [widths]
-    return tuple(tuple(int(w) for w in stage) for stage in stages)
+    return as_history(row["widths"])
 
 
 def charged_scores(rows: Iterable[Mapping[str, Any]], limit: float = math.inf) -> list[float]:
@@ -160,7 +157,7 @@ class Account:
         return self.evaluate_staged((widths,))
 
     def evaluate_staged(self, history: Any) -> Candidate:
-        key: History = tuple(tuple(int(w) for w in widths) for widths in history)
+        key = as_history(history)
         self._called()
         if key in self.plans:
             return self.plans[key]
@@ -178,7 +175,7 @@ class Account:
 
         Raises SearchSpent when not one of them can be paid.
         """
-        keys = [_history(plan) for plan in plans]
+        keys = [as_history(plan) for plan in plans]
         if not self.evaluator.rungs:
             return [self.evaluate_staged(key) for key in keys[: self._payable(keys)]]
         keys = keys[: self._payable(keys)]
@@ -248,8 +245,3 @@ class Account:
             "task": self.task,
             **row,
         }
-
-
-def _history(plan: Any) -> History:
-    """Widths, or widths for each stage, as plain nested tuples."""
-    return tuple(tuple(int(w) for w in stage) for stage in np.atleast_2d(np.asarray(plan)))

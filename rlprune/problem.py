@@ -15,11 +15,12 @@ from .agents import SearchRequest, StateDir, make_agent
 from .agents.policy import PortablePolicy
 from .agents.ppo import PPOAgent
 from .arrays import Ints
-from .candidate import Candidate, History
+from .candidate import Candidate
 from .config import Config
 from .envs.task import Task
 from .errors import ConfigError, near_miss
 from .evaluation import Evaluator
+from .history import History, as_history
 from .ledger import Account, Ledger
 from .profiling import TABLE_FILE, Progress, machine, read_table, with_latency
 from .progress import Console
@@ -227,7 +228,7 @@ def score_rule(problem: Problem, rule: str, ledger: Ledger, seed: int = 0) -> Fo
     account = problem.account(ledger, rule, seed, limit=find_rule(rule).probe_count(problem.space) + 10)
     widths = problem.rule_widths(rule, lambda w: account.evaluate(w).loss)
     account.evaluate(widths)
-    return Found(rule, "rule", seed, account, (_plain(widths),), time.perf_counter() - started)
+    return Found(rule, "rule", seed, account, as_history(widths), time.perf_counter() - started)
 
 
 def best_start_rule(problems: Sequence[Problem]) -> str:
@@ -325,7 +326,3 @@ def finalists(problem: Problem, account: Account, count: int) -> list[History]:
     target = problem.target * (1 + 1e-12)
     fits = [h for h, c in account.plans.items() if c.cost <= target]
     return sorted(fits, key=lambda h: account.plans[h].score, reverse=True)[:count]
-
-
-def _plain(widths: Any) -> tuple[int, ...]:
-    return tuple(int(w) for w in widths)

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from .arrays import Ints
-from .candidate import History
 from .errors import ArtifactError, ConfigError
 from .files import read_json, read_tensors, write_json_atomic, write_tensors_atomic
 from .finish import fine_tune, forget_training
+from .history import History, final_widths
 from .problem import Problem, find_rule
 from .progress import Console
 from .pruning.importance import compute
@@ -114,7 +114,7 @@ def incremental(
         rounds.append(finished)
     origin = {"method": rule if isinstance(rule, str) else "widths", "stages": stages, "steps": steps}
     origin |= {"budget": str(problem.budget), "metric": problem.metric}
-    plan = Plan(space, np.array(history[-1], dtype=np.int64), now.kept, origin)
+    plan = Plan(space, final_widths(history), now.kept, origin)
     return Incremental(now.model, plan, tuple(history), tuple(rounds))
 
 

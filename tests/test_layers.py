@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent / "rlprune"
 FLOORS = {
     "errors": 0,
     "arrays": 0,
+    "history": 1,
     "settings": 0,
     "search_settings": 0,
     "config": 0,

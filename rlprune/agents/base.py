@@ -7,20 +7,17 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
 from ..arrays import Ints
 from ..envs.randomness import isolated_randomness
 from ..envs.task import Scored, Task
 from ..errors import ConfigError
+from ..history import History, as_history, final_widths
 
 if TYPE_CHECKING:
     from .callbacks import Progress
     from .policy import GroupPolicy, PortablePolicy
     from .state import StateDir
 
-# What was asked for: one tuple of widths, or for incremental pruning one for each stage.
-History = tuple[tuple[int, ...], ...]
 Starts = Sequence[Sequence[Any]]
 
 
@@ -55,7 +52,7 @@ class SearchResult:
 
     def widths(self, task: int = 0) -> Ints:
         """Final widths (G,) of a task's best plan."""
-        return np.array(self.best[task][-1], dtype=np.int64)
+        return final_widths(self.best[task])
 
 
 @dataclass(frozen=True)
@@ -98,12 +95,6 @@ class Agent(Protocol):
     """Anything that searches. ``search`` spends the accounts of a request and returns the best plans."""
 
     def search(self, request: SearchRequest) -> SearchResult: ...
-
-
-def as_history(plan: Any) -> History:
-    """Widths, or a sequence of widths, as plain nested tuples."""
-    array = np.atleast_2d(np.asarray(plan))
-    return tuple(tuple(int(w) for w in row) for row in array)
 
 
 class Recorder:
@@ -167,7 +158,7 @@ class Recorder:
     def within(self, task: Task, budget: Any) -> list[History]:
         """Scored plans that keep a budget, the best first (probes of a rule, for one, keep none)."""
         limit = task.space.target(budget, task.metric)
-        plans = [plan for plan in self.scores if task.space.cost(np.array(plan[-1]), task.metric) <= limit]
+        plans = [plan for plan in self.scores if task.space.cost(final_widths(plan), task.metric) <= limit]
         return sorted(plans, key=lambda plan: -self.scores[plan].score)
 
     def best(self, task: Task) -> History:

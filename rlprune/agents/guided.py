@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ..arrays import Floats, Ints
 from ..envs.task import Task
+from ..history import all_final_widths, final_widths
 from ..ledger import SearchSpent
 from ..rules.context import is_language
 from .base import Recorder, SearchResult
@@ -153,7 +154,7 @@ class Guided:
 
     def fit(self) -> None:
         for model, recorder in zip(self.models, self.search.recorders, strict=True):
-            widths = np.array([plan[-1] for plan in recorder.scores], dtype=np.int64)
+            widths = all_final_widths(recorder.scores)
             model.fit(widths, np.array([c.score for c in recorder.scores.values()]))
 
     def train(self, batch: int) -> None:
@@ -176,7 +177,7 @@ class Guided:
         seed_everything(search.seed, 7)
         wanted = []
         for task, recorder in zip(search.tasks, search.recorders, strict=True):
-            plans = [(b, [np.array(p[-1]) for p in recorder.within(task, b)]) for b in task.knots]
+            plans = [(b, [final_widths(p) for p in recorder.within(task, b)]) for b in task.knots]
             best = [(budget, found[0]) for budget, found in plans if found]
             more = [(b, p.astype(np.float64), 1.0) for b, found in plans for p in found[1:COMMON_PLANS]]
             wanted.append(lessons(best) + (more if several else []))
@@ -272,9 +273,9 @@ def next_plans(guided: Guided, index: int, budget: Any, count: int, generator: n
 def _parents(task: Task, recorder: Recorder, budget: Any, samples: Ints) -> Ints:
     """The best plans within the budget, the best plans of other budgets brought to this one, the policy's mode."""
     within = recorder.within(task, budget)[:_PARENTS]
-    best = np.array([plan[-1] for plan in within], dtype=np.int64).reshape(-1, samples.shape[1])
+    best = all_final_widths(within).reshape(-1, samples.shape[1])
     others = [recorder.within(task, other)[:1] for other in task.knots if other != budget]
-    shares = [1.0 - np.array(found[0][-1]) / task.space.widths for found in others if found]
+    shares = [1.0 - final_widths(found[0]) / task.space.widths for found in others if found]
     if not shares:
         return np.vstack([best, samples[:1]])
     moved = task.space.project(np.maximum(shares, 1e-4), budget, task.metric)

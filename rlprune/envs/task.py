@@ -12,6 +12,7 @@ import numpy as np
 from ..arrays import Floats, Floats32, Ints
 from ..errors import BudgetError, ConfigError, near_miss
 from ..evaluation import Evaluator
+from ..history import as_history
 from ..pruning.budget import Limits, project
 from ..pruning.cost import formula
 from ..pruning.space import PruningSpace
@@ -154,7 +155,7 @@ class Task:
         scorer = self.scorer or self.evaluator
         if len(history) == 1:
             return scorer.evaluate(history[0])
-        return scorer.evaluate_staged(tuple(tuple(int(w) for w in widths) for widths in history))
+        return scorer.evaluate_staged(as_history(history))
 
     def base(self, budget: Any) -> Floats:
         """Base distribution (G,) of the named rule at a budget."""
