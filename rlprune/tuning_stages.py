@@ -19,7 +19,7 @@ from .arrays import Ints
 from .errors import ArtifactError, ConfigError
 from .files import read_json, read_tensors, write_json_atomic, write_tensors_atomic
 from .finish import fine_tune, forget_training
-from .history import History, final_widths
+from .history import History, Widths, final_widths
 from .problem import Problem, find_rule
 from .progress import Console
 from .pruning.importance import compute
@@ -94,7 +94,8 @@ def incremental(
     space = problem.space
     now = _Now(problem.workload.model, space, tuple(np.arange(g.width) for g in space.groups))
     kept = _Rounds(out, problem, rule, stages, steps, seed)
-    history, rounds = [], []
+    history: list[Widths] = []
+    rounds = []
     for stage in range(1, stages + 1):
         folder = None if out is None else Path(out) / f"round-{stage}.state"
         finished = kept.load(stage, now)
@@ -114,7 +115,7 @@ def incremental(
         rounds.append(finished)
     origin = {"method": rule if isinstance(rule, str) else "widths", "stages": stages, "steps": steps}
     origin |= {"budget": str(problem.budget), "metric": problem.metric}
-    plan = Plan(space, final_widths(history), now.kept, origin)
+    plan = Plan(space, final_widths(tuple(history)), now.kept, origin)
     return Incremental(now.model, plan, tuple(history), tuple(rounds))
 
 
