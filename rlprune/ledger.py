@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from .candidate import Candidate
 from .errors import ArtifactError
+from .files import append_line, whole_lines
 from .history import History, as_history
 
 
@@ -30,17 +30,14 @@ class Ledger:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self.rows: list[dict[str, Any]] = []
-        if path is not None and path.exists():
+        if path is not None:
             self._read(path)
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row and wait until it is on the disk."""
         row = {"index": len(self.rows), **row}
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append_line(self.path, json.dumps(row))
         self.rows.append(row)
 
     def of(self, method: str, seed: int, task: str) -> list[dict[str, Any]]:
@@ -49,12 +46,8 @@ class Ledger:
         return [r for r in self.rows if (r["method"], r["seed"], r["task"]) == key]
 
     def _read(self, path: Path) -> None:
-        raw = path.read_bytes()
-        whole = raw[: raw.rfind(b"\n") + 1]
-        if len(whole) < len(raw):  # the last line was torn by a kill: its candidate is scored again
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
-        for number, line in enumerate(whole.splitlines(), start=1):
+        # Of a line that was torn by a kill the candidate is scored again.
+        for number, line in enumerate(whole_lines(path), start=1):
             try:
                 row = json.loads(line)
                 candidate_of(row)

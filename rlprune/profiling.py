@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import json
 import math
 import platform
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from .arrays import Floats, Ints
 from .calibration import PARTS, WholeModels, calibrated, image_sizes
+from .checkpoints import settings_key
 from .documents import check_fields, read_document
 from .errors import ArtifactError, BudgetError
 from .files import exclusive, write_json_atomic
@@ -120,7 +120,7 @@ def measured(
         where,
         [p.key for p in planned],
     ]
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    key = settings_key(facts)[:32]
     path = cache_folder() / "latency" / f"{key}.json"
     # Two processes would slow each other down and end with different tables: the second waits for the first.
     with exclusive(path.with_suffix(".lock")):

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from .arrays import Ints
-from .errors import ArtifactError, ConfigError
+from .checkpoints import forget, require_same
+from .errors import ConfigError
 from .files import read_json, read_tensors, write_json_atomic, write_tensors_atomic
-from .finish import fine_tune, forget_training
+from .finish import fine_tune
 from .history import History, Widths, final_widths
 from .problem import Problem, find_rule
 from .progress import Console
@@ -171,8 +172,7 @@ class _Rounds:
         self._last: dict[str, Any] | None = None
         if self._folder is not None and (self._folder / "rounds.json").is_file():
             content = read_json(self._folder / "rounds.json")
-            if content.get("key") != self._key:
-                raise ArtifactError(f"{self._folder}: belongs to a run with other settings; delete it")
+            require_same(self._folder, content, {"key": self._key})
             self._done, self._last = content["rounds"], content
         self._problem = problem
 
@@ -199,7 +199,7 @@ class _Rounds:
         self._done.append(facts | {"kept": [k.tolist() for k in now.kept]})
         write_json_atomic(self._folder / "rounds.json", {"key": self._key, "rounds": self._done})
         (self._folder / f"round-{stage - 1}.safetensors").unlink(missing_ok=True)
-        forget_training(self._folder / f"round-{stage}.state")
+        forget(self._folder / f"round-{stage}.state")
 
 
 def _put(model: nn.Module, tensors: dict[str, Any]) -> None:

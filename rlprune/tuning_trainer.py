@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 import os
 import time
@@ -16,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checkpoints import require_same, settings_key
 from .config import FinishConfig
-from .errors import ArtifactError, ConfigError
+from .errors import ConfigError
 from .files import read_json, read_tensors, write_json_atomic, write_tensors_atomic
 from .pruning.finetune import Progress
 from .pruning.language_training import WARMUP, TokenLoss
@@ -270,8 +269,7 @@ def _key(model: nn.Module, work: Work) -> str:
     shapes = {n: list(p.shape) for n, p in model.named_parameters()}
     s = work.settings
     facts = [s.rank, s.alpha, s.dropout, s.batch_size, s.weight_decay, s.distill, s.temperature]
-    text = json.dumps([shapes, work.method, work.steps, work.lr, work.seed, facts], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return settings_key([shapes, work.method, work.steps, work.lr, work.seed, facts])
 
 
 def _checkpoint(out: Path, key: str) -> str | None:
@@ -281,8 +279,7 @@ def _checkpoint(out: Path, key: str) -> str | None:
         step = folder.name.removeprefix("checkpoint-")
         if not step.isdigit() or not (folder / MARK).is_file():
             continue  # written halfway when the run was killed
-        if read_json(folder / MARK).get("key") != key:
-            raise ArtifactError(f"{folder}: belongs to a fine-tune with other settings; delete it")
+        require_same(folder, read_json(folder / MARK), {"key": key})
         found.append((int(step), str(folder)))
     return max(found)[1] if found else None
 

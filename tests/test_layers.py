@@ -20,6 +20,7 @@ FLOORS = {
     "search_settings": 0,
     "config": 0,
     "files": 0,
+    "checkpoints": 0,
     "memory": 0,
     "tensorfiles": 0,
     "documents": 0,

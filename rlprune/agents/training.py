@@ -10,9 +10,9 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 
+from ..checkpoints import require_same
 from ..envs.distribution import DistributionEnv
 from ..envs.task import Task
-from ..errors import ArtifactError
 from ..search_settings import SearchConfig
 from .base import Recorder, SearchRequest, SearchResult
 from .callbacks import Watcher
@@ -48,12 +48,9 @@ class Search:
         """The saved state of this very search, or None; the accounts are brought to where they were."""
         state = self.request.state
         saved = None if state is None else state.load()
-        if saved is None:
+        if state is None or saved is None:
             return None
-        here = self.identity(mode)
-        if saved["identity"] != here:
-            differing = [k for k in here if saved["identity"].get(k) != here[k]]
-            raise ArtifactError(f"search state: saved by another search ({', '.join(differing)} differ)")
+        require_same(state.file, saved["identity"], self.identity(mode))
         for recorder, calls in zip(self.recorders, saved["calls"], strict=True):
             recorder.repeat(calls)
         self.watcher.resumed()

@@ -6,7 +6,6 @@ benchmark goes on where it was and one with more methods, seeds or budgets reuse
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 from ..agents import AGENTS
 from ..artifacts import library_versions
+from ..checkpoints import settings_key
 from ..config import Config, settings_reference
 from ..errors import ArtifactError, RlpruneError
 from ..files import read_json, write_json_atomic
@@ -101,8 +101,7 @@ def determinants(config: Config, cell: Cell) -> dict[str, Any]:
 
 def cell_key(config: Config, cell: Cell) -> str:
     """Hash of the determinants."""
-    text = json.dumps(determinants(config, cell), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return settings_key(determinants(config, cell))[:16]
 
 
 def finished(folder: Path, config: Config, cell: Cell, console: Console) -> dict[str, Any] | None:
