@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .errors import ArtifactError
+from .errors import ArtifactError, one_line
 from .files import replacing_file
 
 
@@ -36,7 +36,7 @@ class StateFile:
             with replacing_file(self.path) as stream:
                 torch.save({"version": self._version, **self._mark, **content}, stream)
         except RuntimeError as error:  # what torch makes of a full disk
-            raise ArtifactError(f"{self.path}: the state cannot be written ({error})") from error
+            raise ArtifactError(f"{self.path}: the state cannot be written ({one_line(error)})") from error
 
     def load(self) -> dict[str, Any] | None:
         """The saved content, None where there is none; ArtifactError when it is damaged or of another run."""

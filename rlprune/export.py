@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .artifacts import load, read_plan
-from .errors import ArtifactError, ConfigError, near_miss
+from .errors import ArtifactError, ConfigError, near_miss, one_line
 from .pretrained import SOURCE
 from .pruning.tracing import count_macs
 from .uniform import export_folder
@@ -96,9 +96,8 @@ def export_model(
             except (ArtifactError, OSError):
                 raise
             except Exception as error:  # exporters raise whatever their many parts raise
-                reason = " ".join(str(error).split())[:200]
                 raise ArtifactError(
-                    f"export: {type(model).__name__} cannot be exported ({type(error).__name__}: {reason})"
+                    f"export: {type(model).__name__} cannot be exported ({type(error).__name__}: {one_line(error)})"
                 ) from error
             os.replace(fresh, target)
     except OSError as error:

@@ -16,7 +16,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from .errors import ArtifactError, RlpruneError
+from .errors import ArtifactError, RlpruneError, one_line
 
 LOCK_NAME = ".rlprune.lock"
 MAX_JSON_BYTES = 256 * 2**20
@@ -28,7 +28,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else _one_line(error)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise ArtifactError(f"{path}: cannot be written ({reason})") from error
 
 
@@ -71,7 +71,7 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
     try:
         text = json.dumps(value, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ArtifactError(f"{path}: cannot be written as JSON ({_one_line(error)})") from error
+        raise ArtifactError(f"{path}: cannot be written as JSON ({one_line(error)})") from error
     write_text_atomic(path, text + "\n")
 
 
@@ -95,7 +95,7 @@ def read_json(path: str | Path) -> Any:
     except OSError as error:
         raise ArtifactError(f"{source}: cannot be read ({error.strerror or error})") from error
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{source}: truncated or not JSON ({_one_line(error)})") from error
+        raise ArtifactError(f"{source}: truncated or not JSON ({one_line(error)})") from error
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     except OSError as error:
         raise ArtifactError(f"{source}: cannot be read ({error.strerror or error})") from error
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise ArtifactError(f"{source}: truncated or not a safetensors file ({_one_line(error)})") from error
+        raise ArtifactError(f"{source}: truncated or not a safetensors file ({one_line(error)})") from error
 
 
 def append_line(path: Path, text: str) -> None:
@@ -298,7 +298,3 @@ def _umask() -> int:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not allowed")
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:200]

@@ -18,7 +18,7 @@ from ..agents import AGENTS
 from ..artifacts import library_versions
 from ..checkpoints import settings_key
 from ..config import Config, settings_reference
-from ..errors import ArtifactError, RlpruneError
+from ..errors import ArtifactError, RlpruneError, one_line
 from ..files import read_json, write_json_atomic
 from ..finish import choose, finish
 from ..ledger import Ledger
@@ -191,7 +191,5 @@ def to_message(cell: Cell) -> dict[str, Any]:
 
 def reason(error: BaseException) -> str:
     """An error in one line; the kind of those that are not ours is named."""
-    text = " ".join(str(error).split())
-    if isinstance(error, RlpruneError):
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    text = one_line(error, None)
+    return text if isinstance(error, RlpruneError) or not str(error) else f"{type(error).__name__}: {text}"

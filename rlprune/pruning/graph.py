@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch_pruning._helpers import _HybridIndex
 from torch_pruning.dependency.node import Node
 
-from ..errors import GraphError
+from ..errors import GraphError, first_line
 from .layers import ChannelPad
 from .watchdog import limited
 
@@ -370,12 +370,6 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from tensors(item)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type when it has none."""
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
 
 
 def _culprit(error: BaseException, names: dict[int, str]) -> str:

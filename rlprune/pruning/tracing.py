@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..arrays import Ints
-from ..errors import GraphError, near_miss
+from ..errors import GraphError, first_line, near_miss
 from .counting import flop_counter
 from .graph import (
     CONV,
     MIXERS,
     ChannelGraph,
     channel_graph,
-    first_line,
     run,
     tensors,
     trainable_copy,

@@ -13,8 +13,8 @@ import torch
 import torch_pruning as tp
 
 from ..arrays import Floats, Ints
-from ..errors import GraphError
-from ..pruning.graph import MIXERS, first_line, passive_pads, run, trainable_copy
+from ..errors import GraphError, first_line
+from ..pruning.graph import MIXERS, passive_pads, run, trainable_copy
 from ..pruning.watchdog import limited
 from .context import Context, rule
 from .threshold import widths_distribution
