@@ -32,6 +32,7 @@ from .pruning.cost import AxisSize
 from .pruning.latency_cost import SpaceSizes, table_cost
 from .pruning.latency_table import FORMAT, VERSION, LatencyTable, LayerTable, LayerUse, rising
 from .pruning.space import PruningSpace
+from .pruning.torch_internals import BATCH_OR_INSTANCE_NORM, CONVOLUTION
 from .workloads.data import cache_folder
 
 TABLE_FILE = "latency_table.json"
@@ -201,7 +202,7 @@ def _planned(layer: _Layer, calls: int, model: nn.Module, sizes: SpaceSizes) -> 
 
 def is_weighted(module: nn.Module) -> bool:
     """Whether a layer multiplies with weights (convolution, linear), and does not just pass channels on."""
-    return isinstance(module, nn.modules.conv._ConvNd) or families.is_linear(module)
+    return isinstance(module, CONVOLUTION) or families.is_linear(module)
 
 
 def _channels(module: nn.Module, shape: Sequence[int]) -> int:
@@ -210,7 +211,7 @@ def _channels(module: nn.Module, shape: Sequence[int]) -> int:
 
 def _channel_dim(module: nn.Module, dims: int) -> int:
     """The dimension of the channels: last for linear layers and layer norms, second for those of images."""
-    images = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
+    images = (CONVOLUTION, BATCH_OR_INSTANCE_NORM, nn.GroupNorm, nn.PReLU)
     return 1 if isinstance(module, images) and dims > 1 else dims - 1
 
 
@@ -338,7 +339,7 @@ def _input(
     dim = _channel_dim(module, len(shape))
     if families.is_linear(module):
         shape[dim] = families.features(twin)[0]
-    elif isinstance(module, nn.modules.conv._ConvNd):
+    elif isinstance(module, CONVOLUTION):
         shape[dim] = twin.in_channels
     else:
         shape[dim] = round(shape[dim] * out / dense_out)

@@ -28,6 +28,7 @@ from .distill import COMMON_PLANS, distill, lessons
 from .experience import ProbedModel, can_build, collect
 from .policy import GroupPolicy
 from .proposals import Model, choose_batch, climb, fresh, neighbours, random_plans
+from .sb3_internals import reset_before_rollout
 from .surrogate import Predictor, ScoreModel, SurrogateVecEnv
 from .training import Search, derived_seed, make_ppo, restore_training, seed_everything, training_state
 
@@ -161,7 +162,7 @@ class Guided:
         """PPO's steps on the freshly fitted surrogate."""
         seed_everything(self.search.seed, 1, batch)
         self.venv.reseed(derived_seed(self.search.seed, 4, batch))
-        self.ppo._last_obs = None  # start from a reset, so that nothing of the last batch has to be saved
+        reset_before_rollout(self.ppo)  # so that nothing of the last batch has to be saved
         if self.steps:
             self.ppo.learn(self.steps, reset_num_timesteps=False)
 

@@ -22,6 +22,7 @@ from ..arrays import Floats, Floats32, Ints
 from ..envs.distribution import DistributionEnv
 from ..envs.observation import pad
 from ..envs.task import Task
+from .sb3_internals import environment_indices
 
 # Scores below this quantile (and below the first start) are told apart no further.
 _TAIL = 0.2
@@ -278,7 +279,7 @@ class SurrogateVecEnv(VecEnv):
         """Nothing to close."""
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [getattr(self, attr_name, None) for _ in self._get_indices(indices)]
+        return [getattr(self, attr_name, None) for _ in environment_indices(self, indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         raise AttributeError("the surrogate environments have no attributes of their own")
@@ -287,7 +288,7 @@ class SurrogateVecEnv(VecEnv):
         raise AttributeError("the surrogate environments have no methods of their own")
 
     def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        return [False for _ in self._get_indices(indices)]
+        return [False for _ in environment_indices(self, indices)]
 
 
 def _chunks(count: int, tasks: Sequence[Task]) -> list[tuple[int, Ints]]:

@@ -17,6 +17,7 @@ from ..search_settings import SearchConfig
 from .base import Recorder, SearchRequest, SearchResult
 from .callbacks import Watcher
 from .policy import GroupPolicy, PortablePolicy, provenance
+from .sb3_internals import set_updates, updates
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def training_state(ppo: PPO) -> dict[str, Any]:
         "policy": {name: t.detach().clone() for name, t in ppo.policy.state_dict().items()},
         "optimizer": ppo.policy.optimizer.state_dict(),
         "timesteps": ppo.num_timesteps,
-        "updates": ppo._n_updates,
+        "updates": updates(ppo),
     }
 
 
@@ -153,4 +154,4 @@ def restore_training(ppo: PPO, saved: dict[str, Any]) -> None:
     ppo.policy.load_state_dict(saved["policy"])
     ppo.policy.optimizer.load_state_dict(saved["optimizer"])
     ppo.num_timesteps = saved["timesteps"]
-    ppo._n_updates = saved["updates"]
+    set_updates(ppo, saved["updates"])

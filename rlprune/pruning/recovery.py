@@ -21,8 +21,8 @@ from .plan import Plan
 from .reconstruct import Reconstruction, evaluating
 from .space import PruningSpace
 from .statistics import collect as collect_statistics
+from .torch_internals import BATCH_NORM
 
-_BATCHNORM = nn.modules.batchnorm._BatchNorm
 LESSON_BATCH = 64
 """Images in a batch of the step `finetune`."""
 LANGUAGE_BATCH = 8
@@ -159,7 +159,7 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> N
 
     Everything but the batch norms stays in eval mode; modes and momenta are restored.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BATCHNORM) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, BATCH_NORM) and m.track_running_stats]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]

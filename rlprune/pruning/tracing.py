@@ -17,7 +17,6 @@ from ..arrays import Ints
 from ..errors import GraphError, first_line, near_miss
 from .counting import flop_counter
 from .graph import (
-    CONV,
     MIXERS,
     ChannelGraph,
     channel_graph,
@@ -31,6 +30,7 @@ from .layout import Call, Layout
 from .plan import Plan
 from .space import PruningSpace
 from .surgery import masked, prune
+from .torch_internals import CONVOLUTION
 
 # float64 sums in another order differ by this much, relative to the largest output.
 _EXACT = 1e-8
@@ -142,7 +142,7 @@ def _measure(model: nn.Module, example_inputs: Any) -> tuple[dict[nn.Module, Cal
         order.setdefault(module, len(order))
         if not isinstance(module, MIXERS):
             return
-        if isinstance(module, CONV):
+        if isinstance(module, CONVOLUTION):
             seen = inputs[0] if module.transposed else output
             each = math.prod(seen.shape[2:])
         else:

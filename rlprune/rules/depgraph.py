@@ -1,7 +1,4 @@
-"""DepGraph's global pruning, by Torch-Pruning itself: an outside peer.
-
-Beside ``pruning.graph`` the only file that imports torch_pruning.
-"""
+"""DepGraph's global pruning, by Torch-Pruning itself: an outside peer."""
 
 from __future__ import annotations
 
