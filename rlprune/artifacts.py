@@ -30,6 +30,7 @@ from .files import (
 )
 from .pruning.plan import Plan
 from .pruning.surgery import attributes, axis_indices
+from .pruning.torch_internals import buffer_slots, parameter_slots
 from .pruning.tracing import fingerprint
 
 __all__ = [
@@ -276,12 +277,12 @@ def _put_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
             )
         path, _, last = name.rpartition(".")
         module = model.get_submodule(path)
-        parameter = module._parameters.get(last)
+        parameter = parameter_slots(module).get(last)
         if parameter is None:
-            module._buffers[last] = tensor
+            buffer_slots(module)[last] = tensor
         else:
             new = nn.Parameter(tensor, parameter.requires_grad)
-            module._parameters[last] = shared.setdefault(id(parameter), new)
+            parameter_slots(module)[last] = shared.setdefault(id(parameter), new)
 
 
 def _set_attributes(model: nn.Module, wanted: Mapping[str, Any], where: str) -> None:

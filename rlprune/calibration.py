@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor, nn
 
+from .arrays import Floats, Ints
 from .latency import measure, quiet_clock
-from .pruning.cost import Floats
 from .pruning.latency_cost import table_cost
-from .pruning.latency_table import Calibration, Ints, LatencyTable
+from .pruning.latency_table import Calibration, LatencyTable
 from .pruning.plan import Plan
 from .pruning.space import PruningSpace
 from .pruning.surgery import prune

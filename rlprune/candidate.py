@@ -1,13 +1,10 @@
-"""A plan as the stages that lead to it, and what scoring it gave."""
+"""What scoring a plan gave."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-
-History = tuple[tuple[int, ...], ...]
+from .history import Widths
 
 
 @dataclass(frozen=True)
@@ -20,7 +17,7 @@ class Candidate:
     where that is not known (ledgers of older versions).
     """
 
-    widths: tuple[int, ...]
+    widths: Widths
     cost: float
     score: float
     loss: float
@@ -28,9 +25,3 @@ class Candidate:
     error: float
     seconds: float
     samples: int = 0
-
-
-def as_history(widths: Any) -> History:
-    """Widths (G,), or one such for each stage, as a history of plain numbers."""
-    stages = widths if len(widths) and np.ndim(widths[0]) else (widths,)
-    return tuple(tuple(int(w) for w in stage) for stage in stages)

@@ -38,3 +38,20 @@ def near_miss(name: str, allowed: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)" for the closest allowed name, or "" when none is close."""
     matches = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.6)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def first_line(error: BaseException, limit: int | None = 200) -> str:
+    """The first line of an error's text, at most ``limit`` characters of it; its type where it has no text."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:limit] if lines else type(error).__name__
+
+
+def described(error: BaseException, limit: int | None = 200) -> str:
+    """The type of an error and the first line of its text."""
+    text = first_line(error, limit)
+    return text if text == type(error).__name__ else f"{type(error).__name__}: {text}"
+
+
+def one_line(error: BaseException, limit: int | None = 200) -> str:
+    """All of an error's text in one line, at most ``limit`` characters of it; its type where it has no text."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .candidate import Candidate, History, as_history
+from .candidate import Candidate
 from .config import RecoveryConfig, ScoreConfig
 from .errors import BudgetError, ConfigError
 from .expectation import CALIBRATION_IMAGES, TRAIN_IMAGES, LogitProbes
+from .history import History, as_history, final_widths
 from .kept_logits import KeptLogits
 from .pruning.calibration_cache import CURVES, CalibrationCache
 from .pruning.importance import find_importance
@@ -147,14 +148,14 @@ class Evaluator:
 
     def evaluate(self, widths: Any) -> Candidate:
         """Score widths (G,) in units; the same widths give the same object again, at no cost."""
-        return self.evaluate_staged((tuple(int(w) for w in np.asarray(widths).ravel()),))
+        return self.evaluate_staged((np.asarray(widths).ravel(),))
 
     def evaluate_staged(self, history: Any) -> Candidate:
         """Score the last of several stages: cut, recover, rank the units anew, cut again.
 
         ``history`` holds the widths (G,) after each stage, none above the one before it.
         """
-        key: History = tuple(tuple(int(w) for w in widths) for widths in history)
+        key = as_history(history)
         if key not in self._memo:
             self._memo[key] = self._candidate(key, full=False)
         return self._memo[key]
@@ -354,7 +355,7 @@ class Evaluator:
     def _built(self, history: History, *, scoring: bool = False) -> tuple[nn.Module, Plan]:
         """Cut and recovered model, and its plan in units of the dense model; ``scoring``: cheap, not for keeps."""
         stage = self._dense_stage if len(history) == 1 else self._after(history[:-1])
-        widths = np.array(history[-1], dtype=np.int64)
+        widths = final_widths(history)
         if widths.shape != stage.space.widths.shape or (widths > stage.space.widths).any():
             raise BudgetError(
                 f"widths {list(history[-1])} do not fit the model; allowed: up to {stage.space.widths}"

@@ -17,13 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .arrays import Floats, Ints
+from .history import Widths, as_widths
 from .pruning.space import PruningSpace
 
-Floats = NDArray[np.float64]
-Widths = tuple[int, ...]
 # Images that are read: of the calibration and of the train split, and logits in all (which are kept for every build).
 CALIBRATION_IMAGES, TRAIN_IMAGES, MOST_LOGITS = 256, 768, 2**18
 # Prior of the kernel's logarithms (centre of each kind, one spread) and where the first fit starts.
@@ -54,7 +53,7 @@ class LogitModel:
         reference: logits (N, ..., C) that divergences are measured from; ``dense`` where it is not given.
     """
 
-    def __init__(self, widths: NDArray[np.int64], dense: Tensor, reference: Tensor | None = None) -> None:
+    def __init__(self, widths: Ints, dense: Tensor, reference: Tensor | None = None) -> None:
         self._widths = np.asarray(widths, dtype=np.int64)
         self._dense = dense.reshape(-1, dense.shape[-1])
         wanted = dense if reference is None else reference
@@ -68,7 +67,7 @@ class LogitModel:
 
     def learn(self, widths: Any, logits: Tensor) -> float:
         """Take in the logits (N, ..., C) of a plan (G,) and return its mean KL(reference || plan) in nats."""
-        key = tuple(int(w) for w in widths)
+        key = as_widths(widths)
         # What has diverged says no more than that it is far away.
         logits = torch.nan_to_num(logits.reshape(self._dense.shape).float(), nan=0.0, posinf=1e3, neginf=-1e3)
         self.known[key] = float(self._divergence(logits[None])[0])
@@ -86,7 +85,7 @@ class LogitModel:
         self._fitted = int(value[0])
         self._scales = torch.tensor(value[1:], dtype=torch.float64)
 
-    def best(self, count: int = 1) -> NDArray[np.int64]:
+    def best(self, count: int = 1) -> Ints:
         """The known plans (count, G) of the smallest divergence, the best first."""
         return np.array(sorted(self.known, key=self.known.__getitem__)[:count], dtype=np.int64)
 
@@ -121,7 +120,7 @@ class LogitModel:
         found: Floats = covariance / np.outer(deviation, deviation)
         return found
 
-    def _chunk(self, plans: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    def _chunk(self, plans: Ints) -> tuple[Tensor, Tensor]:
         x = self._ratios(plans)
         cross = _kernel(self._scales, self._x, x)
         weights = torch.cholesky_solve(cross, self._lower).T.to(self._y.dtype)
@@ -135,7 +134,7 @@ class LogitModel:
         difference = self._log_dense - logits.log_softmax(dim=-1)
         return (self._log_dense.exp() * difference).sum(dim=-1).mean(dim=-1)
 
-    def _ratios(self, plans: NDArray[np.int64]) -> Tensor:
+    def _ratios(self, plans: Ints) -> Tensor:
         return torch.from_numpy(np.log(np.maximum(plans, 0.5) / self._widths))
 
 
@@ -153,12 +152,12 @@ class LogitProbes(LogitModel):
         self._build, self._images = build, images[: max(1, MOST_LOGITS // classes)]
         super().__init__(space.widths, _logits(dense, self._images))
         self.builds = 1
-        self.chosen: NDArray[np.int64] | None = None
+        self.chosen: Ints | None = None
         """The plan (G,) that was chosen of the builds; later ones (of evaluated plans) do not change it."""
 
     def measure(self, widths: Any) -> float:
         """Build a plan of widths (G,), unless it is known, and return its mean KL(dense || pruned) in nats."""
-        key = tuple(int(w) for w in widths)
+        key = as_widths(widths)
         if key not in self.known:
             self.builds += 1
             self.learn(key, _logits(self._build(np.array(key, dtype=np.int64)), self._images))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .artifacts import read_plan
-from .errors import ArtifactError, ConfigError, near_miss
+from .errors import ArtifactError, ConfigError, near_miss, one_line
 from .pruning.tracing import count_macs
 from .uniform import export_folder
 from .workloads.adapter import ModelAdapter, adapter_of_base
@@ -139,9 +139,8 @@ def export_model(
             except (ArtifactError, OSError):
                 raise
             except Exception as error:  # exporters raise whatever their many parts raise
-                reason = " ".join(str(error).split())[:200]
                 raise ArtifactError(
-                    f"export: {type(model).__name__} cannot be exported ({type(error).__name__}: {reason})"
+                    f"export: {type(model).__name__} cannot be exported ({type(error).__name__}: {one_line(error)})"
                 ) from error
             os.replace(fresh, target)
     except OSError as error:

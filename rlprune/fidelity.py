@@ -12,10 +12,8 @@ correlations counts. Images that are in both would share their noise and flatter
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,14 +26,21 @@ from torch import nn
 from . import plots
 from .agents.proposals import random_plans
 from .artifacts import library_versions
+from .checkpoints import forget, settings_key
 from .comparison import SCORE_UNITS
 from .config import Config, RecoveryConfig
 from .envs.task import Task
 from .errors import ConfigError
 from .evaluation import Evaluator
 from .fidelity_table import Point, markdown, summarise
-from .files import lock_run, write_bytes_atomic, write_json_atomic, write_text_atomic
-from .finish import forget_training
+from .files import (
+    append_line,
+    lock_run,
+    whole_lines,
+    write_bytes_atomic,
+    write_json_atomic,
+    write_text_atomic,
+)
 from .inspection import hardware
 from .problem import Problem, prepare
 from .progress import Console
@@ -217,7 +222,7 @@ class _Study:
             problem.workload.fine_tune(slim, config.finish, job)
             cell = self._quality(slim) | {"seconds": time.perf_counter() - started}
             self.cells.put(key, cell)
-            forget_training(training)
+            forget(training)
         return {name: cell[name] for name in ("loss", "metric")} | {"final_seconds": cell["seconds"]}
 
     def _quality(self, slim: nn.Module) -> dict[str, Any]:
@@ -232,8 +237,7 @@ class _Study:
         """Hash of everything that determines a measurement."""
         config = self.config
         whole = [kind, config.workload, config.model, config.data, config.prune, library_versions(), *parts]
-        text = json.dumps(whole, sort_keys=True, default=dataclasses.asdict)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return settings_key(whole, dataclasses.asdict)
 
 
 class _Cells:
@@ -242,12 +246,7 @@ class _Cells:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.found: dict[str, dict[str, Any]] = {}
-        raw = path.read_bytes() if path.exists() else b""
-        whole = raw[: raw.rfind(b"\n") + 1]
-        if len(whole) < len(raw):  # torn by a kill: measured again
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
-        for line in whole.splitlines():
+        for line in whole_lines(path):
             try:
                 content = json.loads(line)
                 self.found[content["key"]] = content["cell"]
@@ -258,10 +257,7 @@ class _Cells:
         return self.found.get(key)
 
     def put(self, key: str, cell: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "cell": cell}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path, json.dumps({"key": key, "cell": cell}))
         self.found[key] = cell
 
 

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .arrays import Floats
 from .report import markdown_table
 
 RESAMPLES = 2000
-Floats = NDArray[np.float64]
 Point = Mapping[str, Any]
 
 

@@ -10,13 +10,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from .errors import ArtifactError, RlpruneError
+from .errors import ArtifactError, RlpruneError, one_line
 
 LOCK_NAME = ".rlprune.lock"
 MAX_JSON_BYTES = 256 * 2**20
@@ -28,19 +28,23 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else _one_line(error)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise ArtifactError(f"{path}: cannot be written ({reason})") from error
 
 
-def write_bytes_atomic(path: str | Path, data: bytes) -> None:
-    """Write a file so that it holds the old or the new content at every moment, a power cut included."""
+@contextlib.contextmanager
+def replacing_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """A fresh file to write into that takes the place of ``path`` when the block ends without an error.
+
+    The path holds the old or the new content at every moment, a power cut included.
+    """
     target = Path(path)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(name, 0o666 & ~_umask())
@@ -49,6 +53,12 @@ def write_bytes_atomic(path: str | Path, data: bytes) -> None:
             Path(name).unlink(missing_ok=True)
             raise
         _sync_folder(target.parent)
+
+
+def write_bytes_atomic(path: str | Path, data: bytes) -> None:
+    """Write a file whole or not at all; ArtifactError when the disk refuses."""
+    with replacing_file(path) as file:
+        file.write(data)
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
@@ -61,7 +71,7 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
     try:
         text = json.dumps(value, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ArtifactError(f"{path}: cannot be written as JSON ({_one_line(error)})") from error
+        raise ArtifactError(f"{path}: cannot be written as JSON ({one_line(error)})") from error
     write_text_atomic(path, text + "\n")
 
 
@@ -85,7 +95,7 @@ def read_json(path: str | Path) -> Any:
     except OSError as error:
         raise ArtifactError(f"{source}: cannot be read ({error.strerror or error})") from error
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{source}: truncated or not JSON ({_one_line(error)})") from error
+        raise ArtifactError(f"{source}: truncated or not JSON ({one_line(error)})") from error
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -99,7 +109,25 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     except OSError as error:
         raise ArtifactError(f"{source}: cannot be read ({error.strerror or error})") from error
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise ArtifactError(f"{source}: truncated or not a safetensors file ({_one_line(error)})") from error
+        raise ArtifactError(f"{source}: truncated or not a safetensors file ({one_line(error)})") from error
+
+
+def append_line(path: Path, text: str) -> None:
+    """Add a line of text to a file and wait until it is on the disk."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file that `append_line` wrote; a last one that a kill has torn is cut off the file."""
+    raw = path.read_bytes() if path.exists() else b""
+    whole = raw[: raw.rfind(b"\n") + 1]
+    if len(whole) < len(raw):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return whole.splitlines()
 
 
 @contextlib.contextmanager
@@ -270,7 +298,3 @@ def _umask() -> int:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not allowed")
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:200]

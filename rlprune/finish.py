@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from .artifacts import read_json, read_tensors, write_json_atomic, write_tensors_atomic
-from .candidate import History
+from .checkpoints import forget
 from .errors import ArtifactError
+from .history import History
 from .latency import measure
 from .problem import Found, Problem, finalists
 from .progress import Console
@@ -169,14 +169,6 @@ def _row(
     return row
 
 
-def forget_training(state: Path | None) -> None:
-    """Remove the state of a fine-tune that is done: a file, for a language model a folder."""
-    if state is not None and state.is_dir():
-        shutil.rmtree(state)
-    elif state is not None:
-        state.unlink(missing_ok=True)
-
-
 class _Kept:
     """The outcome of one fine-tune in the run's state folder, so that a resumed run does not repeat it."""
 
@@ -196,7 +188,7 @@ class _Kept:
             model.load_state_dict(read_tensors(self._weights))
         except (ArtifactError, KeyError, RuntimeError):
             return None  # a private file of this run that is not whole: the fine-tune is done again
-        forget_training(self.training)
+        forget(self.training)
         facts: dict[str, Any] = kept["facts"]
         return facts
 
@@ -206,4 +198,4 @@ class _Kept:
         self._facts.unlink(missing_ok=True)
         write_tensors_atomic(self._weights, {k: v.detach().cpu() for k, v in model.state_dict().items()})
         write_json_atomic(self._facts, {"mark": mark, "facts": facts})
-        forget_training(self.training)
+        forget(self.training)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
+
+from .history import History
 
 # Logits of a plan that are kept, at most: a search holds those of all its plans, and predicts them for every proposal.
 MOST_LOGITS = 2**16
@@ -19,17 +20,17 @@ class KeptLogits:
         judged: a plan (history of widths) -> its outputs (N, C), for plans that were scored before.
     """
 
-    def __init__(self, dense: Tensor, judged: Callable[[Any], Tensor]) -> None:
+    def __init__(self, dense: Tensor, judged: Callable[[History], Tensor]) -> None:
         self._step = max(1, -(-dense.numel() // MOST_LOGITS))
         self._judged = judged
-        self._kept: dict[Any, Tensor] = {}
+        self._kept: dict[History, Tensor] = {}
         self.dense = self._part(dense)
 
-    def keep(self, history: Any, outputs: Tensor) -> None:
+    def keep(self, history: History, outputs: Tensor) -> None:
         """Keep those of a plan that has just been scored."""
         self._kept[history] = self._part(outputs)
 
-    def take(self, history: Any) -> Tensor:
+    def take(self, history: History) -> Tensor:
         """Hand over those of a scored plan; what is not kept (any more) is computed again and is the same."""
         kept = self._kept.pop(history, None)
         return self._part(self._judged(history)) if kept is None else kept

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
-from .candidate import Candidate, History
+from .candidate import Candidate
 from .errors import ArtifactError
+from .files import append_line, whole_lines
+from .history import History, as_history
 
 
 class SearchSpent(Exception):
@@ -31,17 +30,14 @@ class Ledger:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self.rows: list[dict[str, Any]] = []
-        if path is not None and path.exists():
+        if path is not None:
             self._read(path)
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row and wait until it is on the disk."""
         row = {"index": len(self.rows), **row}
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append_line(self.path, json.dumps(row))
         self.rows.append(row)
 
     def of(self, method: str, seed: int, task: str) -> list[dict[str, Any]]:
@@ -50,12 +46,8 @@ class Ledger:
         return [r for r in self.rows if (r["method"], r["seed"], r["task"]) == key]
 
     def _read(self, path: Path) -> None:
-        raw = path.read_bytes()
-        whole = raw[: raw.rfind(b"\n") + 1]
-        if len(whole) < len(raw):  # the last line was torn by a kill: its candidate is scored again
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
-        for number, line in enumerate(whole.splitlines(), start=1):
+        # Of a line that was torn by a kill the candidate is scored again.
+        for number, line in enumerate(whole_lines(path), start=1):
             try:
                 row = json.loads(line)
                 candidate_of(row)
@@ -75,9 +67,7 @@ def candidate_of(row: dict[str, Any]) -> Candidate:
 
 def history_of(row: dict[str, Any]) -> History:
     """The widths of each stage that a ledger row records."""
-    widths = row["widths"]
-    stages = widths if widths and isinstance(widths[0], list) else [widths]
-    return tuple(tuple(int(w) for w in stage) for stage in stages)
+    return as_history(row["widths"])
 
 
 def charged_scores(rows: Iterable[Mapping[str, Any]], limit: float = math.inf) -> list[float]:
@@ -160,7 +150,7 @@ class Account:
         return self.evaluate_staged((widths,))
 
     def evaluate_staged(self, history: Any) -> Candidate:
-        key: History = tuple(tuple(int(w) for w in widths) for widths in history)
+        key = as_history(history)
         self._called()
         if key in self.plans:
             return self.plans[key]
@@ -178,7 +168,7 @@ class Account:
 
         Raises SearchSpent when not one of them can be paid.
         """
-        keys = [_history(plan) for plan in plans]
+        keys = [as_history(plan) for plan in plans]
         if not self.evaluator.rungs:
             return [self.evaluate_staged(key) for key in keys[: self._payable(keys)]]
         keys = keys[: self._payable(keys)]
@@ -248,8 +238,3 @@ class Account:
             "task": self.task,
             **row,
         }
-
-
-def _history(plan: Any) -> History:
-    """Widths, or widths for each stage, as plain nested tuples."""
-    return tuple(tuple(int(w) for w in stage) for stage in np.atleast_2d(np.asarray(plan)))

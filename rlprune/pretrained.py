@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ArtifactError, near_miss
+from .errors import ArtifactError, near_miss, one_line
 from .files import read_json, write_json_atomic
 from .pruning import families
 from .pruning.tracing import fingerprint
@@ -394,4 +394,4 @@ def _short(dtype: Any) -> str:
 
 
 def _brief(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {one_line(error)}"

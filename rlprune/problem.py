@@ -11,18 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from .agents import StateDir, make_agent
+from .agents import SearchRequest, StateDir, make_agent
 from .agents.policy import PortablePolicy
 from .agents.ppo import PPOAgent
-from .candidate import Candidate, History
+from .arrays import Ints
+from .candidate import Candidate
 from .config import Config
 from .envs.task import Task
 from .errors import ConfigError, near_miss
 from .evaluation import Evaluator
+from .history import History, as_history
 from .ledger import Account, Ledger
 from .profiling import TABLE_FILE, Progress, machine, read_table, with_latency
 from .progress import Console
-from .pruning.space import Ints, PruningSpace
+from .pruning.space import PruningSpace
 from .pruning.tracing import TraceOptions
 from .rules import RULES, Rule, rules_for
 from .workloads.base import Workload
@@ -221,7 +223,7 @@ def score_rule(problem: Problem, rule: str, ledger: Ledger, seed: int = 0) -> Fo
     account = problem.account(ledger, rule, seed, limit=find_rule(rule).probe_count(problem.space) + 10)
     widths = problem.rule_widths(rule, lambda w: account.evaluate(w).loss)
     account.evaluate(widths)
-    return Found(rule, "rule", seed, account, (_plain(widths),), time.perf_counter() - started)
+    return Found(rule, "rule", seed, account, as_history(widths), time.perf_counter() - started)
 
 
 def best_start_rule(problems: Sequence[Problem]) -> str:
@@ -290,14 +292,16 @@ def search(
             p.starts(task.knots if task.is_range else ()) for p, task in zip(problems, tasks, strict=True)
         ]
     result = agent.search(
-        tasks,
-        accounts,
-        starts=starts,
-        seed=seed,
-        state=StateDir(state, f"{method}-{seed}") if state is not None else None,
-        progress=progress,
-        tensorboard=tensorboard,
-        policy=policy,
+        SearchRequest(
+            tasks,
+            accounts,
+            starts=starts,
+            seed=seed,
+            state=StateDir(state, f"{method}-{seed}") if state is not None else None,
+            progress=progress,
+            tensorboard=tensorboard,
+            policy=policy,
+        )
     )
     kind = "agent" if method == settings.agent else "baseline"
     history = best_within(problems[0], accounts[0])
@@ -318,7 +322,3 @@ def finalists(problem: Problem, account: Account, count: int) -> list[History]:
     target = problem.target * (1 + 1e-12)
     fits = [h for h, c in account.plans.items() if c.cost <= target]
     return sorted(fits, key=lambda h: account.plans[h].score, reverse=True)[:count]
-
-
-def _plain(widths: Any) -> tuple[int, ...]:
-    return tuple(int(w) for w in widths)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import json
 import math
 import platform
@@ -19,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .arrays import Floats, Ints
 from .calibration import PARTS, WholeModels, calibrated, image_sizes
+from .checkpoints import settings_key
 from .documents import check_fields, read_document
 from .errors import ArtifactError, BudgetError
 from .files import exclusive, write_json_atomic
@@ -30,8 +30,9 @@ from .latency import batched, in_turns, processor, quiet_clock, timed
 from .pruning import families
 from .pruning.cost import AxisSize
 from .pruning.latency_cost import SpaceSizes, table_cost
-from .pruning.latency_table import FORMAT, VERSION, Ints, LatencyTable, LayerTable, LayerUse, rising
+from .pruning.latency_table import FORMAT, VERSION, LatencyTable, LayerTable, LayerUse, rising
 from .pruning.space import PruningSpace
+from .pruning.torch_internals import BATCH_OR_INSTANCE_NORM, CONVOLUTION
 from .workloads.data import cache_folder
 
 TABLE_FILE = "latency_table.json"
@@ -120,7 +121,7 @@ def measured(
         where,
         [p.key for p in planned],
     ]
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    key = settings_key(facts)[:32]
     path = cache_folder() / "latency" / f"{key}.json"
     # Two processes would slow each other down and end with different tables: the second waits for the first.
     with exclusive(path.with_suffix(".lock")):
@@ -201,7 +202,7 @@ def _planned(layer: _Layer, calls: int, model: nn.Module, sizes: SpaceSizes) -> 
 
 def is_weighted(module: nn.Module) -> bool:
     """Whether a layer multiplies with weights (convolution, linear), and does not just pass channels on."""
-    return isinstance(module, nn.modules.conv._ConvNd) or families.is_linear(module)
+    return isinstance(module, CONVOLUTION) or families.is_linear(module)
 
 
 def _channels(module: nn.Module, shape: Sequence[int]) -> int:
@@ -210,7 +211,7 @@ def _channels(module: nn.Module, shape: Sequence[int]) -> int:
 
 def _channel_dim(module: nn.Module, dims: int) -> int:
     """The dimension of the channels: last for linear layers and layer norms, second for those of images."""
-    images = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
+    images = (CONVOLUTION, BATCH_OR_INSTANCE_NORM, nn.GroupNorm, nn.PReLU)
     return 1 if isinstance(module, images) and dims > 1 else dims - 1
 
 
@@ -268,9 +269,7 @@ def _measure_all(
     return found
 
 
-def _layer_times(
-    plan: _Planned, model: nn.Module, sizes: SpaceSizes, device: torch.device
-) -> NDArray[np.float64]:
+def _layer_times(plan: _Planned, model: nn.Module, sizes: SpaceSizes, device: torch.device) -> Floats:
     """Shortest milliseconds of a few runs at every grid point: another process can only make a run longer."""
     module = model.get_submodule(plan.layer.module)
     values = np.zeros((len(plan.outs), len(plan.ins)))
@@ -285,7 +284,7 @@ def _layer_times(
     return values
 
 
-def _layer_table(plan: _Planned, model: nn.Module, values: NDArray[np.float64]) -> LayerTable:
+def _layer_table(plan: _Planned, model: nn.Module, values: Floats) -> LayerTable:
     module = model.get_submodule(plan.layer.module)
     kind = f"{type(module).__name__}({module.extra_repr()}) on {'x'.join(map(str, plan.layer.input_shape))}"
     return LayerTable(kind, plan.outs, plan.ins, rising(values, plan.outs, plan.ins), plan.elements)
@@ -340,7 +339,7 @@ def _input(
     dim = _channel_dim(module, len(shape))
     if families.is_linear(module):
         shape[dim] = families.features(twin)[0]
-    elif isinstance(module, nn.modules.conv._ConvNd):
+    elif isinstance(module, CONVOLUTION):
         shape[dim] = twin.in_channels
     else:
         shape[dim] = round(shape[dim] * out / dense_out)

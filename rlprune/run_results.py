@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import ArtifactError
+from .errors import ArtifactError, one_line
 from .ledger import charged_scores
 
 RESULTS_VERSION = 1
@@ -25,7 +25,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     except NotADirectoryError:
         raise ArtifactError(f"{folder}: not a run folder") from None
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: damaged or unreadable ({_one_line(error)})") from None
+        raise ArtifactError(f"{path}: damaged or unreadable ({one_line(error)})") from None
     if not isinstance(results, dict) or "version" not in results:
         raise ArtifactError(f"{path}: not a results file of rlprune (no version)")
     if not isinstance(results["version"], int) or results["version"] > RESULTS_VERSION:
@@ -128,7 +128,3 @@ def as_list(value: Any) -> list[Any]:
 def is_finite(value: Any) -> bool:
     """Whether a value is a number that can be drawn and compared."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from . import pretrained
+from .arrays import Ints
 from .documents import PLAN_FILE, read_plan
 from .errors import ArtifactError, near_miss
 from .files import read_json
 from .language.folder import write_language_model
 from .pruning.language import language_space
 from .pruning.plan import Plan
-from .pruning.space import Ints, PruningSpace
+from .pruning.space import PruningSpace
 from .pruning.surgery import axis_indices, prune
 from .pruning.tracing import TraceOptions, fingerprint
 from .tensorfiles import MAX_SHARD_SIZE, Entry, TensorFiles

@@ -19,7 +19,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from .errors import ArtifactError, ConfigError, near_miss
+from .errors import ArtifactError, ConfigError, near_miss, one_line
 from .files import read_json, write_json_atomic, writing
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -220,5 +220,4 @@ def _headers(path: Path) -> dict[str, Entry]:
 
 
 def _unreadable(path: Path, error: Exception) -> ArtifactError:
-    reason = " ".join(str(error).split())[:200]
-    return ArtifactError(f"{path}: truncated or not a safetensors file ({reason})")
+    return ArtifactError(f"{path}: truncated or not a safetensors file ({one_line(error)})")

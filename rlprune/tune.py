@@ -17,9 +17,9 @@ from pathlib import Path
 
 from .api import load
 from .artifacts import read_plan
+from .checkpoints import forget
 from .config import Config, load_config
 from .errors import ConfigError, RlpruneError
-from .finish import forget_training
 from .pruning.finetune import Progress
 from .pruning.plan import Plan
 from .pruning.tracing import TraceOptions
@@ -55,7 +55,7 @@ def tune_folder(
     if int(os.environ.get("RANK", "0")) != 0:
         return ""
     workload.save(result.model, plan, out)
-    forget_training(state)
+    forget(state)
     rows = [("dense", workload.model), ("tuned", result.model.to(workload.device))]
     name = workload.metric_name
     lines = [result.note]

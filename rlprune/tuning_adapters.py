@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from .config import FinishConfig
 from .errors import ConfigError, GraphError
+from .pruning.torch_internals import parameter_slots
 
 GROUP_COLUMNS = 64
 """Columns of a weight that share a scale in `group` (the usual group size of group-wise quantisation is 128;
@@ -163,11 +164,12 @@ def _factors(model: nn.Module, names: list[str], settings: FinishConfig) -> Take
     def take_off(model: nn.Module, merge: bool) -> None:
         for name in names:
             layer = model.get_submodule(name)
-            order = list(layer._parameters)
+            slots = parameter_slots(layer)
+            order = list(slots)
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=merge)
             # Removal puts the weight last; the order of a module's parameters is part of how it was.
             for last in [n for n in order if n != "weight"]:
-                layer._parameters[last] = layer._parameters.pop(last)
+                slots[last] = slots.pop(last)
 
     return take_off
 

@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from .candidate import History
-from .errors import ArtifactError, ConfigError
+from .arrays import Ints
+from .checkpoints import forget, require_same
+from .errors import ConfigError
 from .files import read_json, read_tensors, write_json_atomic, write_tensors_atomic
-from .finish import forget_training
+from .history import History, Widths, final_widths
 from .problem import Problem, find_rule
 from .progress import Console
 from .pruning.plan import Plan, make_plan
 from .pruning.recovery import Recovery
-from .pruning.space import Ints, PruningSpace
+from .pruning.space import PruningSpace
 from .pruning.surgery import prune
 from .rules.context import Context
 from .unit_importance import compute
@@ -94,7 +95,8 @@ def incremental(
     space = problem.space
     now = _Now(problem.workload.model, space, tuple(np.arange(g.width) for g in space.groups))
     kept = _Rounds(out, problem, rule, stages, steps, seed)
-    history, rounds = [], []
+    history: list[Widths] = []
+    rounds = []
     for stage in range(1, stages + 1):
         folder = None if out is None else Path(out) / f"round-{stage}.state"
         finished = kept.load(stage, now)
@@ -113,7 +115,7 @@ def incremental(
         rounds.append(finished)
     origin = {"method": rule if isinstance(rule, str) else "widths", "stages": stages, "steps": steps}
     origin |= {"budget": str(problem.budget), "metric": problem.metric}
-    plan = Plan(space, np.array(history[-1], dtype=np.int64), now.kept, origin)
+    plan = Plan(space, final_widths(tuple(history)), now.kept, origin)
     return Incremental(now.model, plan, tuple(history), tuple(rounds))
 
 
@@ -169,8 +171,7 @@ class _Rounds:
         self._last: dict[str, Any] | None = None
         if self._folder is not None and (self._folder / "rounds.json").is_file():
             content = read_json(self._folder / "rounds.json")
-            if content.get("key") != self._key:
-                raise ArtifactError(f"{self._folder}: belongs to a run with other settings; delete it")
+            require_same(self._folder, content, {"key": self._key})
             self._done, self._last = content["rounds"], content
         self._problem = problem
 
@@ -197,7 +198,7 @@ class _Rounds:
         self._done.append(facts | {"kept": [k.tolist() for k in now.kept]})
         write_json_atomic(self._folder / "rounds.json", {"key": self._key, "rounds": self._done})
         (self._folder / f"round-{stage - 1}.safetensors").unlink(missing_ok=True)
-        forget_training(self._folder / f"round-{stage}.state")
+        forget(self._folder / f"round-{stage}.state")
 
 
 def _put(model: nn.Module, tensors: dict[str, Any]) -> None:

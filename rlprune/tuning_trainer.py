@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 import os
 import time
@@ -16,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checkpoints import require_same, settings_key
 from .config import FinishConfig
-from .errors import ArtifactError, ConfigError
-from .files import read_json, read_tensors, write_json_atomic, write_tensors_atomic
+from .errors import ConfigError
+from .files import read_json, write_json_atomic
 from .pruning.finetune import Progress
 from .pruning.language_training import WARMUP, TokenLoss
+from .pruning.transformers_internals import TrainedOnly, lend_block_classes, use_one_gpu
 
-WEIGHTS = "model.safetensors"
 MARK = "rlprune.json"
 _LOOK_SECONDS = 0.25
 # Tokens of one forward and backward pass: what a small machine holds, and what keeps a GPU busy.
@@ -54,8 +53,7 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self.loss = loss
-        # FSDP's automatic wrapping asks the outermost module for its blocks' class names.
-        self._no_split_modules = getattr(model, "_no_split_modules", None)
+        lend_block_classes(model, self)
 
     def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
         return {"loss": self.loss(input_ids)}
@@ -118,41 +116,16 @@ def _classes() -> tuple[Any, Any]:
     class Watch(_Watch, TrainerCallback):  # type: ignore[misc]
         pass
 
-    class TokenTrainer(_Saving, Trainer):  # type: ignore[misc]
+    class TokenTrainer(_Watched, TrainedOnly, Trainer):  # type: ignore[misc]
         pass
 
     return TokenTrainer, Watch
 
 
-class _Saving:
-    """Checkpoints that hold what is trained and nothing else, and the order of the data kept as given."""
+class _Watched:
+    """Shows every loss to a watch."""
 
     watch: Any
-    model: nn.Module
-    args: Any
-    is_fsdp_enabled: bool
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        data = train_dataset if train_dataset is not None else self.train_dataset  # type: ignore[attr-defined]
-        return torch.utils.data.SequentialSampler(data)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        # Under FSDP the whole tensors come in state_dict; the model holds shards.
-        found = {n: (state_dict or trained).get(n, trained[n]) for n in trained}
-        write_tensors_atomic(Path(output_dir or self.args.output_dir) / WEIGHTS, found)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-            return
-        kept = read_tensors(Path(resume_from_checkpoint) / WEIGHTS)
-        with torch.no_grad():
-            for name, parameter in (model or self.model).named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(kept[name])
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
@@ -229,8 +202,7 @@ def _arguments(work: Work, device: torch.device, length: int, out: Path, saving:
         dataloader_pin_memory=device.type == "cuda",
         ddp_find_unused_parameters=unused,
     )
-    # One process on a machine of several GPUs would otherwise be run by the old DataParallel.
-    arguments._n_gpu = min(1, arguments.n_gpu)
+    use_one_gpu(arguments)
     return arguments
 
 
@@ -270,8 +242,7 @@ def _key(model: nn.Module, work: Work) -> str:
     shapes = {n: list(p.shape) for n, p in model.named_parameters()}
     s = work.settings
     facts = [s.rank, s.alpha, s.dropout, s.batch_size, s.weight_decay, s.distill, s.temperature]
-    text = json.dumps([shapes, work.method, work.steps, work.lr, work.seed, facts], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return settings_key([shapes, work.method, work.steps, work.lr, work.seed, facts])
 
 
 def _checkpoint(out: Path, key: str) -> str | None:
@@ -281,8 +252,7 @@ def _checkpoint(out: Path, key: str) -> str | None:
         step = folder.name.removeprefix("checkpoint-")
         if not step.isdigit() or not (folder / MARK).is_file():
             continue  # written halfway when the run was killed
-        if read_json(folder / MARK).get("key") != key:
-            raise ArtifactError(f"{folder}: belongs to a fine-tune with other settings; delete it")
+        require_same(folder, read_json(folder / MARK), {"key": key})
         found.append((int(step), str(folder)))
     return max(found)[1] if found else None
 

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from . import pretrained
+from .arrays import Ints
 from .documents import PLAN_FILE, read_plan
 from .errors import ArtifactError, BudgetError
 from .files import replacing_folder, write_json_atomic
 from .pruning import families
-from .pruning.space import Ints, PruningSpace
+from .pruning.space import PruningSpace
 from .tensorfiles import MAX_SHARD_SIZE, Entry, write_checkpoint
 
 MARKER = "rlprune_export.json"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from synthetic import FakeAccount, FakeEvaluator, make_synthetic_task
 
-from rlprune.agents import AGENTS, StateDir, make_agent
+from rlprune.agents import AGENTS, SearchRequest, StateDir, make_agent
 from rlprune.agents.policy import PortablePolicy, portable_state
 from rlprune.agents.proposals import choose_batch, climb, neighbours, random_plans
 from rlprune.agents.surrogate import ScoreModel, SurrogateVecEnv
@@ -49,7 +49,7 @@ torch.set_num_threads(1)
 def search(kind, tasks, accounts, *, starts=True, **kwargs):
     name, settings = CONFIGS[kind]
     plans = [[t.uniform_widths(t.budget if not t.is_range else t.budget[1])] for t in tasks] if starts else ()
-    return make_agent(name, settings).search(tasks, accounts, starts=plans, **kwargs)
+    return make_agent(name, settings).search(SearchRequest(tasks, accounts, starts=plans, **kwargs))
 
 
 def plans_of(account):
@@ -193,7 +193,7 @@ def test_ppo_moves_the_policy_to_where_the_surrogate_pays():
     task = make_synthetic_task(6, budget=0.3)
     account = FakeAccount(task.evaluator, 80)
     settings = SearchConfig(ppo=PPOConfig(hidden=32, surrogate_steps=3072), batch=20)
-    policy = make_agent("ppo", settings).search([task], [account], seed=0).policy
+    policy = make_agent("ppo", settings).search(SearchRequest([task], [account], seed=0)).policy
     env = DistributionEnv(tasks=[task])
     obs, _ = env.reset(seed=0)
     _, reward, _, _, _ = env.step(policy.predict(obs, deterministic=True)[0])
@@ -319,7 +319,10 @@ def test_unknown_agents_and_impossible_settings_are_named():
     with pytest.raises(ConfigError, match=r"search\.mode=direct"):
         make_agent("ppo", SearchConfig(stages=2))
     with pytest.raises(ConfigError, match="as many accounts"):
-        make_agent("random").search([make_synthetic_task(4)], [])
+        SearchRequest([make_synthetic_task(4)], [])
+    task = make_synthetic_task(4)
+    with pytest.raises(ConfigError, match="starts must hold a list for each of the 1 tasks"):
+        SearchRequest([task], [FakeAccount(task.evaluator, 5)], starts=[[], []])
     assert all(entry.summary for entry in AGENTS.values())
 
 

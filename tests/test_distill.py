@@ -7,7 +7,7 @@ import pytest
 import torch
 from synthetic import FakeAccount, make_synthetic_task
 
-from rlprune.agents import StateDir, make_agent
+from rlprune.agents import SearchRequest, StateDir, make_agent
 from rlprune.agents.distill import REACH, distill, lessons, wanted_action
 from rlprune.agents.policy import PortablePolicy, portable_state
 from rlprune.agents.surrogate import ScoreModel
@@ -21,7 +21,7 @@ RANGE = (0.3, 0.7)
 
 
 def search(task, account, **kwargs):
-    return make_agent("ppo", SETTINGS).search([task], [account], seed=0, **kwargs)
+    return make_agent("ppo", SETTINGS).search(SearchRequest([task], [account], seed=0, **kwargs))
 
 
 def applied(policy, task, budget):
@@ -77,7 +77,8 @@ def test_the_policy_gives_the_best_plan_of_every_budget_without_a_search():
 
 def test_of_several_tasks_what_they_have_in_common_is_learned():
     tasks = [make_synthetic_task(6, seed, RANGE) for seed in range(4)]
-    policy = make_agent("ppo", SETTINGS).search(tasks, [FakeAccount(t.evaluator, 10) for t in tasks]).policy
+    request = SearchRequest(tasks, [FakeAccount(t.evaluator, 10) for t in tasks])
+    policy = make_agent("ppo", SETTINGS).search(request).policy
     critic = {n: p.clone() for n, p in policy.network.state_dict().items() if n.startswith("critic")}
     rng = np.random.default_rng(3)
     common = rng.uniform(-0.8, 0.8, size=6)
@@ -109,7 +110,7 @@ def test_interrupted_and_resumed_is_the_same_search(tmp_path, monkeypatch, seeds
     def result(state, stop=None):
         tasks = [make_synthetic_task(6, seed, budget) for seed in seeds]
         accounts = [FakeAccount(task.evaluator, 50, stop_after=stop) for task in tasks]
-        found = make_agent("ppo", SETTINGS).search(tasks, accounts, seed=0, state=state)
+        found = make_agent("ppo", SETTINGS).search(SearchRequest(tasks, accounts, seed=0, state=state))
         return [list(account.seen) for account in accounts], portable_state(found.policy)[0]
 
     plans, weights = result(None)
@@ -130,7 +131,8 @@ def test_tasks_without_common_plans_are_taught_their_own(monkeypatch, language, 
         lambda policy, env, tasks, wanted, *, common: taught.append((common, [len(own) for own in wanted])),
     )
     tasks = [make_synthetic_task(6, seed, budget, common_plans=not language) for seed in (0, 1)]
-    make_agent("ppo", SETTINGS).search(tasks, [FakeAccount(t.evaluator, 12) for t in tasks], seed=0)
+    accounts = [FakeAccount(t.evaluator, 12) for t in tasks]
+    make_agent("ppo", SETTINGS).search(SearchRequest(tasks, accounts, seed=0))
     ((common, counts),) = taught
     assert common is not language
     alone = 1 if budget == 0.5 else len(lessons([(float(b), np.ones(6)) for b in tasks[0].knots]))

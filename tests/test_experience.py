@@ -10,7 +10,7 @@ import torch
 from synthetic import FakeAccount, FakeCandidate, FakeEvaluator, make_space
 from torch import nn
 
-from rlprune.agents import StateDir, make_agent
+from rlprune.agents import SearchRequest, StateDir, make_agent
 from rlprune.agents.experience import (
     PROBES,
     Experience,
@@ -94,7 +94,7 @@ def policy():
     tasks = [task_of(seed) for seed in range(3)]
     accounts = [FakeAccount(t.evaluator, 30) for t in tasks]
     starts = [[t.uniform_widths(0.35)] for t in tasks]
-    return make_agent("ppo", SETTINGS).search(tasks, accounts, starts=starts, seed=0).policy
+    return make_agent("ppo", SETTINGS).search(SearchRequest(tasks, accounts, starts=starts, seed=0)).policy
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +242,8 @@ class TestPlansOfOthers:
         assert (found.starts(tasks[0], 0.1) <= cheap).all()
 
     def test_one_checkpoint_gives_none(self):
-        single = make_agent("ppo", SETTINGS).search([task_of(1)], [FakeAccount(task_of(1).evaluator, 12)])
+        request = SearchRequest([task_of(1)], [FakeAccount(task_of(1).evaluator, 12)])
+        single = make_agent("ppo", SETTINGS).search(request)
         assert single.policy.experience is None
 
     def test_stay_out_where_they_do_not_apply(self, portable):
@@ -303,7 +304,8 @@ def test_refining_starts_from_the_plan_and_resumes_to_the_same(portable, tmp_pat
         task = task_of(21)
         account = FakeAccount(task.evaluator, 12, stop_after=stop)
         settings = SearchConfig(ppo=SETTINGS.ppo, batch=4)
-        found = make_agent("ppo", settings).search([task], [account], seed=0, state=state, policy=portable)
+        request = SearchRequest([task], [account], seed=0, state=state, policy=portable)
+        found = make_agent("ppo", settings).search(request)
         return task, list(account.seen), found
 
     task, plans, found = refine(None)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from synthetic import FakeAccount, FakeEvaluator, make_synthetic_task
 
-from rlprune.agents import make_agent
+from rlprune.agents import SearchRequest, make_agent
 from rlprune.agents.base import Recorder
 from rlprune.agents.bypass import _first, _Shift
 from rlprune.agents.evopress import swap_levels
@@ -24,7 +24,8 @@ from rlprune.search_settings import BypassConfig, GPConfig, RLPrunerConfig, Sear
 def run(name, task, evaluations, *, seed=0, starts=None, settings=None):
     account = FakeAccount(task.evaluator, evaluations)
     plans = [task.uniform_widths(task.budget)] if starts is None else starts
-    make_agent(name, settings or SearchConfig()).search([task], [account], starts=[plans], seed=seed)
+    request = SearchRequest([task], [account], starts=[plans], seed=seed)
+    make_agent(name, settings or SearchConfig()).search(request)
     return account
 
 

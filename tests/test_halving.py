@@ -11,7 +11,7 @@ import torch
 from language_workload import evaluator_of, workload_of
 from lm import tiny_lm
 
-from rlprune.agents import StateDir, make_agent
+from rlprune.agents import SearchRequest, StateDir, make_agent
 from rlprune.envs.task import Task
 from rlprune.language.workload import LanguageWorkload
 from rlprune.ledger import Account, Ledger
@@ -65,10 +65,11 @@ class Run:
 
         _ = self.evaluator.dense
         self.evaluator._scored = counted  # type: ignore[method-assign]
-        self.result = make_agent(self._agent, AGENTS[self._agent]).search(
+        request = SearchRequest(
             [self.task], [self.account], starts=[[self.task.uniform_widths(BUDGET)]],
             seed=self._seed, state=self._state,
         )  # fmt: skip
+        self.result = make_agent(self._agent, AGENTS[self._agent]).search(request)
         return self
 
     @property

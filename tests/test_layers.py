@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,14 @@ ROOT = Path(__file__).parent.parent / "rlprune"
 # has to know, the evaluator makes the contexts that rules read).
 FLOORS = {
     "errors": 0,
+    "arrays": 0,
+    "history": 1,
     "settings": 0,
     "yaml_files": 0,
     "search_settings": 0,
     "config": 0,
     "files": 0,
+    "checkpoints": 0,
     "memory": 0,
     "tensorfiles": 0,
     "documents": 0,
@@ -221,4 +225,79 @@ def test_torch_pruning_is_imported_by_the_tracer_and_by_the_peer_only() -> None:
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         )
     ]
-    assert users == ["pruning.graph", "rules.depgraph"]
+    assert users == ["pruning.graph", "pruning.torch_pruning_internals", "rules.depgraph"]
+
+
+def insides(tree: ast.AST) -> Iterator[str]:
+    """What a file takes from the inside of libraries: private names of modules, and the attributes that are listed."""
+    libraries = {
+        "gymnasium",
+        "nn",
+        "optuna",
+        "sb3_contrib",
+        "stable_baselines3",
+        "torch",
+        "torch_pruning",
+        "tp",
+    }
+    libraries |= {"transformers", "peft", "accelerate"}
+    private = re.compile(r"(^|\.)_[a-z]\w*(\.|$)", re.I)
+    own = {
+        ast.unparse(n)
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)
+    }
+    own = {name for name in own if re.fullmatch(r"self\.\w+", name)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        elif isinstance(node, ast.ClassDef) and node.bases:
+            names = [f"{node.name}.{f.name}" for f in node.body if isinstance(f, ast.FunctionDef)]
+        else:
+            continue
+        for name in names:
+            root = name.split(".")[0]
+            inner = name.rpartition(".")[2] in OF_LIBRARIES and name not in own
+            if inner or (root in libraries and private.search(name)):
+                yield name
+
+
+# Attributes of the libraries' objects, whatever the object is called; tests/test_internals.py looks for them there.
+OF_LIBRARIES = {
+    "_last_obs", "_last_episode_starts", "_n_updates", "_sample_action", "_update_learning_rate", "_build",
+    "_get_indices", "_setup_model", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set",
+    "_no_split_modules", "_n_gpu", "_get_train_sampler", "_load_from_checkpoint",
+}  # fmt: skip
+INTERNALS = (
+    "agents.sb3_internals",
+    "pruning.torch_internals",
+    "pruning.torch_pruning_internals",
+    "pruning.transformers_internals",
+)
+# A copy of it travels in saved folders, so it cannot import the others.
+ALONE = "pruning.families"
+
+
+@pytest.mark.parametrize("module", [name for name in KNOWN if name not in (*INTERNALS, ALONE)])
+def test_no_other_file_reaches_into_a_library(module: str) -> None:
+    found = sorted(set(insides(ast.parse(KNOWN[module].read_text(encoding="utf-8")))))
+    assert not found, (
+        f"rlprune/{module}.py uses {', '.join(found)}: put it into one of {', '.join(INTERNALS)}"
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["from torch_pruning._helpers import x", "from torch.nn import _x", "import torch._dynamo", "tp.ops._OutputOp",
+     "nn.modules.conv._ConvNd", "self.ppo._last_obs = None", "class Mine(DDPG):\n    def _sample_action(self): pass"],
+)  # fmt: skip
+def test_the_check_sees_a_reach_into_a_library(line: str) -> None:
+    assert list(insides(ast.parse(line)))
+
+
+def test_the_internals_are_used() -> None:
+    assert all(list(insides(ast.parse(KNOWN[name].read_text(encoding="utf-8")))) for name in INTERNALS)

@@ -79,6 +79,12 @@ def test_modules_and_packages_are_found_in_the_current_folder() -> None:
         ("plug.py", HALF.replace('("the first half of the groups")', ""), "rule: needs a summary"),
         ("plug.py", "import rlprune\n@rlprune.agent('x')\nclass ppo: pass", "'ppo' is taken"),
         ("plug.py", "import rlprune\n@rlprune.agent('x')\nclass Mine: pass", "'Mine' has no method search"),
+        (
+            "plug.py",
+            "import rlprune\n@rlprune.agent('x')\nclass Mine:\n"
+            "    def search(self, tasks, accounts, *, starts=(), seed=0, **others): pass",
+            r"Mine\.search has to take one argument, as in search\(self, request\): a rlprune\.agents\.SearchRequest",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line_and_leaves_nothing(

@@ -12,7 +12,7 @@ from gymnasium import spaces
 from small import SMALL_RUN
 from synthetic import FakeAccount, FakeEvaluator, make_synthetic_task
 
-from rlprune.agents import make_agent
+from rlprune.agents import SearchRequest, make_agent
 from rlprune.agents.amc import FinalRewardBuffer, truncated_normal
 from rlprune.agents.base import Recorder
 from rlprune.agents.episodes import Episodes
@@ -38,7 +38,7 @@ LEARNERS = {
 
 def search(name, settings, task, account, **kwargs):
     starts = [[task.uniform_widths(task.budget)]]
-    return make_agent(name, settings).search([task], [account], starts=starts, **kwargs)
+    return make_agent(name, settings).search(SearchRequest([task], [account], starts=starts, **kwargs))
 
 
 @pytest.mark.parametrize("name", ["amc", "sac"])
@@ -213,7 +213,7 @@ def test_every_algorithm_takes_its_defaults_and_arguments(algorithm):
     arguments = {"learning_rate": 0.01, "policy_kwargs": {"net_arch": [8]}}
     settings = SearchConfig(sb3=SB3Config(algorithm=algorithm, arguments=arguments))
     agent = make_agent("sb3", settings)
-    agent.search([task], [account])
+    agent.search(SearchRequest([task], [account]))
     assert account.spent == 12
     assert arguments["policy_kwargs"] == {"net_arch": [8]}, "the settings are left alone"
 
@@ -223,7 +223,8 @@ def test_sb3_contrib(algorithm):
     pytest.importorskip("sb3_contrib")
     task = make_synthetic_task(4)
     account = FakeAccount(task.evaluator, 12)
-    make_agent("sb3", SearchConfig(sb3=SB3Config(algorithm=algorithm))).search([task], [account])
+    agent = make_agent("sb3", SearchConfig(sb3=SB3Config(algorithm=algorithm)))
+    agent.search(SearchRequest([task], [account]))
     assert account.spent == 12
 
 

@@ -17,14 +17,16 @@ from synthetic import FakeAccount, make_synthetic_task
 from test_rules import Noise
 
 from rlprune import cli, plugins
-from rlprune.agents import AGENTS, make_agent
+from rlprune.agents import AGENTS, SearchRequest, make_agent
 from rlprune.api import trace
 from rlprune.pruning import importance
 from rlprune.rules import RULES, Context
 from rlprune.workloads.zoo import build_model
 
 PAGE = Path(__file__).parent.parent / "docs" / "write-your-own.md"
-RULE, AGENT, SCRIPT = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+RULE, AGENT, CLASS, SCRIPT = re.findall(
+    r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S
+)
 COMMANDS = re.findall(r"^(rlprune .*)$", PAGE.read_text(encoding="utf-8"), re.M)
 ARE_METHODS = ("skewed", "hill_climb")
 
@@ -34,7 +36,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """mine.py as the page says, in the current folder; what it registers is forgotten afterwards."""
     before = dict(RULES), dict(AGENTS), dict(plugins._LOADED)
     monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text(f"{RULE}\n\n{AGENT}", encoding="utf-8")
+    Path("mine.py").write_text(f"{RULE}\n\n{AGENT}\n\n{CLASS}", encoding="utf-8")
     yield tmp_path / "mine.py"
     for registry, content in zip((RULES, AGENTS, plugins._LOADED), before, strict=True):
         registry.clear()
@@ -67,10 +69,10 @@ def test_the_rule_keeps_the_contract_of_rules(mine: Path, budget: object, metric
     assert found.function(whole).any(), "groups whose units are alike still give a distribution"
 
 
-def _searched(seed: int, spend: int = 40, budget: object = 0.4) -> FakeAccount:
+def _searched(seed: int, spend: int = 40, budget: object = 0.4, agent: str = "hill_climb") -> FakeAccount:
     task = make_synthetic_task(6, budget=budget)
     account = FakeAccount(task.evaluator, spend)
-    result = make_agent("hill_climb").search([task], [account], seed=seed)
+    result = make_agent(agent).search(SearchRequest([task], [account], seed=seed))
     limit = task.space.target(budget if isinstance(budget, float) else 0.6)
     fits = [c.score for w, c in account.seen.items() if task.space.cost(np.array(w)) <= limit]
     assert task.space.cost(result.widths()) <= limit
@@ -88,6 +90,14 @@ def test_the_agent_keeps_the_contract_of_agents(mine: Path) -> None:
     first = next(iter(account.seen.values()))
     assert max(c.score for c in account.history) > first.score, "it climbs above uniform"
     assert _searched(1, budget=(0.3, 0.6)).spent == 40
+
+
+def test_the_class_keeps_the_contract_of_agents(mine: Path) -> None:
+    plugins.load(["mine.py"])
+    account = _searched(1, agent="Shuffle")
+    assert account.spent == 40
+    assert list(account.seen) == list(_searched(1, agent="Shuffle").seen)
+    assert list(account.seen) != list(_searched(2, agent="Shuffle").seen)
 
 
 def test_the_commands_of_the_page_run(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,8 +5,9 @@ Outside of this package ``@agent("what it does")`` over a function or a class is
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from ..errors import ConfigError, near_miss
 from ..rules.context import RULES, check_free
 from ..search_settings import SearchConfig
-from .base import Agent, SearchResult
+from .base import Agent, SearchRequest, SearchResult
 from .function import FunctionAgent, Session
 from .state import StateDir
 
@@ -104,13 +105,13 @@ def agent(summary: str) -> Callable[[Any], Any]:
     """Register an agent of yours under the name of the function or class below.
 
     A function takes one argument, a :class:`Session`, and spends its evaluations. A class is made with a
-    ``SearchConfig`` and has the method ``search`` of :class:`rlprune.agents.base.Agent`.
+    ``SearchConfig`` and has the method ``search`` of :class:`Agent`, which takes a :class:`SearchRequest`.
 
     Args:
         summary: one line for ``rlprune list agents``.
 
     Raises (when applied):
-        ConfigError: the name is taken, the summary is missing, or a class has no ``search``.
+        ConfigError: the name is taken, the summary is missing, or a class has no ``search(request)``.
     """
     if not isinstance(summary, str):
         raise ConfigError('agent: needs a summary, as in @agent("what it does")')
@@ -119,12 +120,36 @@ def agent(summary: str) -> Callable[[Any], Any]:
         name = own.__name__
         owner = AGENTS[name].own or AGENTS[name].load() if name in AGENTS else None
         check_free("agent", name, RULES[name].function if name in RULES else owner, own)
-        if isinstance(own, type) and not callable(getattr(own, "search", None)):
-            raise ConfigError(f"agent: the class {name!r} has no method search")
+        if isinstance(own, type):
+            _check_search(own)
         AGENTS[name] = Entry(name, summary, "", own)
         return own
 
     return register
 
 
-__all__ = ["AGENTS", "Agent", "Entry", "SearchResult", "Session", "StateDir", "agent", "make_agent"]
+def _check_search(own: type) -> None:
+    """Refuse a class whose ``search`` cannot be called with one :class:`SearchRequest`."""
+    search = getattr(own, "search", None)
+    if not callable(search):
+        raise ConfigError(f"agent: the class {own.__name__!r} has no method search")
+    try:
+        inspect.signature(search).bind("self", "request")
+    except TypeError:
+        raise ConfigError(
+            f"agent: {own.__name__}.search has to take one argument, as in search(self, request): "
+            f"a rlprune.agents.SearchRequest with {', '.join(field.name for field in fields(SearchRequest))}"
+        ) from None
+
+
+__all__ = [
+    "AGENTS",
+    "Agent",
+    "Entry",
+    "SearchRequest",
+    "SearchResult",
+    "Session",
+    "StateDir",
+    "agent",
+    "make_agent",
+]

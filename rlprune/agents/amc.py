@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
-from stable_baselines3 import DDPG
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+from ..arrays import Floats32
 from ..envs.sequential import SequentialEnv
 from ..envs.task import Task
 from ..search_settings import AMCConfig
 from .episodes import Episodes, EpisodicAgent
+from .sb3_internals import CustomDDPG
 
 # Episodes of the paper's searches: 100 of warm-up, then 300.
 _PAPER_EPISODES, _PAPER_WARMUP = 400, 100
@@ -59,7 +59,7 @@ class FinalRewardBuffer(ReplayBuffer):
         return batch._replace(rewards=batch.rewards - self._average)
 
 
-class NoisyDDPG(DDPG):
+class NoisyDDPG(CustomDDPG):
     """DDPG with AMC's exploration, and learning rates of their own for actor and critic.
 
     ``explore`` has to be called before it learns.
@@ -76,23 +76,15 @@ class NoisyDDPG(DDPG):
         super().train(gradient_steps, batch_size)
         self._decays = max(0, self._decays + (-1 if self._episodes.repeats else 1))
 
-    def _sample_action(
-        self, learning_starts: int, action_noise: Any = None, n_envs: int = 1
-    ) -> tuple[Any, Any]:
-        if self.num_timesteps < learning_starts:
-            action: Any = np.array([self.action_space.sample() for _ in range(n_envs)])
-        else:
-            assert self._last_obs is not None
-            mean, _ = self.predict(self._last_obs, deterministic=True)
-            # An action's range is 2 here and 1 in the paper.
-            action = truncated_normal(mean, 2.0 * self._amc.noise * self._decay**self._decays)
-        return action, action  # they are in [-1, 1], as the buffer wants them
+    def explore_action(self, observations: Any, warm_up: bool, count: int) -> Any:
+        if warm_up:
+            return np.array([self.action_space.sample() for _ in range(count)])
+        mean, _ = self.predict(observations, deterministic=True)
+        # An action's range is 2 here and 1 in the paper.
+        return truncated_normal(mean, 2.0 * self._amc.noise * self._decay**self._decays)
 
-    def _update_learning_rate(self, optimizers: Any) -> None:
-        rates = (self._amc.actor_learning_rate, self._amc.critic_learning_rate)
-        for optimizer, rate in zip(optimizers, rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+    def learning_rates(self) -> tuple[float, float]:
+        return self._amc.actor_learning_rate, self._amc.critic_learning_rate
 
 
 class AMC(EpisodicAgent):
@@ -126,7 +118,7 @@ class AMC(EpisodicAgent):
         return model
 
 
-def truncated_normal(mean: Any, std: float) -> NDArray[np.float32]:
+def truncated_normal(mean: Any, std: float) -> Floats32:
     """A draw for each mean, of a normal distribution cut off at -1 and 1, by its inverse distribution function.
 
     Args:
@@ -134,5 +126,5 @@ def truncated_normal(mean: Any, std: float) -> NDArray[np.float32]:
     """
     low, high = ndtr((-1.0 - mean) / std), ndtr((1.0 - mean) / std)
     drawn = mean + std * ndtri(low + (high - low) * np.random.random(np.shape(mean)))
-    clipped: NDArray[np.float32] = np.clip(drawn, -1.0, 1.0).astype(np.float32)
+    clipped: Floats32 = np.clip(drawn, -1.0, 1.0).astype(np.float32)
     return clipped

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from ..arrays import Ints
 from ..envs.randomness import isolated_randomness
 from ..envs.task import Scored, Task
 from ..errors import ConfigError
+from ..history import History, as_history, final_widths
 
 if TYPE_CHECKING:
     from .callbacks import Progress
     from .policy import GroupPolicy, PortablePolicy
     from .state import StateDir
 
-Ints = NDArray[np.int64]
-# What was asked for: one tuple of widths, or for incremental pruning one for each stage.
-History = tuple[tuple[int, ...], ...]
 Starts = Sequence[Sequence[Any]]
 
 
@@ -56,36 +52,49 @@ class SearchResult:
 
     def widths(self, task: int = 0) -> Ints:
         """Final widths (G,) of a task's best plan."""
-        return np.array(self.best[task][-1], dtype=np.int64)
+        return final_widths(self.best[task])
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """What an agent is asked to search, and with what.
+
+    ``tasks``: what is searched; the plan of the first one is wanted. ``accounts``: one for each task, which scores
+    its plans and charges for them. ``starts``: for each task plans that are scored first (uniform, the rules), or
+    nothing at all. ``seed``: decides everything random. ``state``: where the search saves itself and continues from.
+    ``progress``: called after every evaluation. ``tensorboard``: a folder for curves. ``policy``: a trained one whose
+    plan is scored before the starts, and that training continues from.
+
+    Raises:
+        ConfigError: there is no task, not one account for each task, or starts for some of the tasks only.
+    """
+
+    tasks: Sequence[Task]
+    accounts: Sequence[Any]
+    _: KW_ONLY
+    starts: Starts = ()
+    seed: int = 0
+    state: StateDir | None = None
+    progress: Callable[[Progress], None] | None = None
+    tensorboard: Path | None = None
+    policy: PortablePolicy | None = None
+
+    def __post_init__(self) -> None:
+        tasks, accounts = len(self.tasks), len(self.accounts)
+        if tasks == 0 or tasks != accounts:
+            raise ConfigError(f"search: {tasks} tasks need as many accounts, got {accounts}")
+        if len(self.starts) not in (0, tasks):
+            raise ConfigError(f"search: starts must hold a list for each of the {tasks} tasks")
+
+    def starts_of(self, task: int) -> Sequence[Any]:
+        """The plans that the search of a task begins with."""
+        return self.starts[task] if self.starts else ()
 
 
 class Agent(Protocol):
-    """Anything that searches. ``search`` spends the accounts (one for each task) and returns the best plans.
+    """Anything that searches. ``search`` spends the accounts of a request and returns the best plans."""
 
-    Args of ``search``: ``starts`` holds for each task plans that are scored first (uniform, the rules);
-    ``seed`` decides everything random; ``state`` is where the search saves itself and continues from;
-    ``progress`` is called after every evaluation; ``tensorboard`` is a folder for curves; ``policy`` is a
-    trained one whose plan is scored before the starts, and that training continues from.
-    """
-
-    def search(
-        self,
-        tasks: Sequence[Task],
-        accounts: Sequence[Any],
-        *,
-        starts: Starts = (),
-        seed: int = 0,
-        state: StateDir | None = None,
-        progress: Callable[[Progress], None] | None = None,
-        tensorboard: Path | None = None,
-        policy: PortablePolicy | None = None,
-    ) -> SearchResult: ...
-
-
-def as_history(plan: Any) -> History:
-    """Widths, or a sequence of widths, as plain nested tuples."""
-    array = np.atleast_2d(np.asarray(plan))
-    return tuple(tuple(int(w) for w in row) for row in array)
+    def search(self, request: SearchRequest) -> SearchResult: ...
 
 
 class Recorder:
@@ -149,7 +158,7 @@ class Recorder:
     def within(self, task: Task, budget: Any) -> list[History]:
         """Scored plans that keep a budget, the best first (probes of a rule, for one, keep none)."""
         limit = task.space.target(budget, task.metric)
-        plans = [plan for plan in self.scores if task.space.cost(np.array(plan[-1]), task.metric) <= limit]
+        plans = [plan for plan in self.scores if task.space.cost(final_widths(plan), task.metric) <= limit]
         return sorted(plans, key=lambda plan: -self.scores[plan].score)
 
     def best(self, task: Task) -> History:
@@ -180,11 +189,3 @@ class Recorder:
         if self._after is not None:
             self._after()
         return candidate
-
-
-def check_arguments(tasks: Sequence[Task], accounts: Sequence[Any], starts: Starts) -> None:
-    """One account for each task, and starts for all of them or for none."""
-    if not tasks or len(tasks) != len(accounts):
-        raise ConfigError(f"search: {len(tasks)} tasks need as many accounts, got {len(accounts)}")
-    if len(starts) not in (0, len(tasks)):
-        raise ConfigError(f"search: starts must hold a list for each of the {len(tasks)} tasks")

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..envs.task import Floats, Ints, Task
+from ..arrays import Floats, Ints
+from ..envs.task import Task
+from ..history import final_widths
 from .base import Recorder
 from .gradient_free import PATIENCE, GradientFree, spend_rest
 
@@ -112,7 +114,7 @@ def _first(task: Task, recorder: Recorder, shift: _Shift, start: str) -> Floats:
         return 1.0 / (1.0 + np.exp(-(logs - logs.mean()) / max(float(logs.std()), 1e-9)))
     within = recorder.within(task, task.budget)
     if start == "rule" and within:
-        return shift.spread(np.array(within[0][-1]) / np.maximum(task.space.widths, 1))
+        return shift.spread(final_widths(within[0]) / np.maximum(task.space.widths, 1))
     return shift.spread(np.full(groups, 0.5))
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..envs.task import Task
 from ..errors import ConfigError
-from .base import Purse
+from .base import SearchRequest
 
 
 @dataclass(frozen=True)
@@ -35,17 +33,11 @@ class Progress:
 class Watcher:
     """Called after each evaluation; reports to the caller and, on request, to TensorBoard."""
 
-    def __init__(
-        self,
-        tasks: Sequence[Task],
-        accounts: Sequence[Purse],
-        progress: Callable[[Progress], None] | None = None,
-        tensorboard: Path | None = None,
-    ) -> None:
-        self._tasks, self._accounts = tasks, accounts
-        self._progress = progress
-        self.logger = sb3_logger(tensorboard)
-        self._log = tensorboard is not None
+    def __init__(self, request: SearchRequest) -> None:
+        self._tasks, self._accounts = request.tasks, request.accounts
+        self._progress = request.progress
+        self.logger = sb3_logger(request.tensorboard)
+        self._log = request.tensorboard is not None
         self._started = time.monotonic()
         self._at_start: int | None = None
         self._best: float | None = None

@@ -15,8 +15,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from ..envs.task import Floats, Ints, Task
+from ..arrays import Floats, Ints
+from ..envs.task import Task
 from ..expectation import LogitModel
+from ..history import as_history
 from ..kept_logits import KeptLogits
 
 # Scored plans from which on the process is worth asking.
@@ -36,8 +38,8 @@ class CompositeModel:
     def __init__(self, task: Task) -> None:
         self._logits: KeptLogits = cast(Any, task.evaluator).kept_logits()
         self._groups = len(task.space.groups)
-        dense = tuple(int(w) for w in task.space.widths)
-        self._model = LogitModel(task.space.widths, self._logits.take((dense,)), self._logits.dense)
+        dense = as_history(task.space.widths)
+        self._model = LogitModel(task.space.widths, self._logits.take(dense), self._logits.dense)
 
     @staticmethod
     def applies(task: Task) -> bool:
@@ -48,9 +50,9 @@ class CompositeModel:
     def fit(self, widths: Ints, scores: Floats) -> None:
         """Take in N scored plans of widths (N, G); of their scores the logits tell more."""
         for plan in np.asarray(widths, dtype=np.int64):
-            key = tuple(int(w) for w in plan)
-            if key not in self._model.known:
-                self._model.learn(plan, self._logits.take((key,)))
+            key = as_history(plan)
+            if key[-1] not in self._model.known:
+                self._model.learn(plan, self._logits.take(key))
         self._model.fit()
 
     def predict(self, widths: Ints) -> tuple[Floats, Floats]:

@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from ..ledger import SearchSpent
 from .base import SearchResult
 from .policy import GroupPolicy
+from .sb3_internals import rollout_position, set_rollout_position
 from .training import Search, derived_seed, make_ppo, restore_training, seed_everything, training_state
 
 MODE = "direct"
@@ -37,7 +38,7 @@ class RolloutStart(BaseCallback):
     def _on_rollout_start(self) -> None:
         ppo = self.model
         assert isinstance(ppo, PPO)
-        last_obs, starts = ppo._last_obs, ppo._last_episode_starts
+        last_obs, starts = rollout_position(ppo)
         self._search.save(
             MODE,
             {
@@ -89,8 +90,7 @@ def _restore(search: Search, ppo: PPO, saved: dict[str, Any]) -> int:
     search.env.reset(seed=derived_seed(search.seed))  # makes the generator whose state is put back
     search.env.restore(saved["env"])
     restore_training(ppo, saved["training"])
-    ppo._last_obs = saved["last_obs"].numpy()
-    ppo._last_episode_starts = np.array(saved["episode_starts"], dtype=bool)
+    set_rollout_position(ppo, saved["last_obs"].numpy(), np.array(saved["episode_starts"], dtype=bool))
     return int(saved["rollout"])
 
 

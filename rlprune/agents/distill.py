@@ -23,8 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..arrays import Floats, Ints
 from ..envs.distribution import DistributionEnv
-from ..envs.task import ACTION_SCALE, BASE_FLOOR, Floats, Ints, Task
+from ..envs.task import ACTION_SCALE, BASE_FLOOR, Task
 from .policy import GroupNetwork, GroupPolicy
 
 _STEPS = 2000

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, SupportsFloat
 
 import gymnasium
@@ -22,10 +21,8 @@ from ..envs.base import PruningEnv
 from ..envs.task import Task
 from ..ledger import SearchSpent
 from ..search_settings import SearchConfig
-from .base import Recorder, SearchResult, Starts, check_arguments
-from .callbacks import Progress, Watcher
-from .policy import PortablePolicy
-from .state import StateDir
+from .base import Recorder, SearchRequest, SearchResult
+from .callbacks import Watcher
 from .training import derived_seed, seed_everything
 
 # More than any account allows: the account ends the training, not the algorithm.
@@ -97,36 +94,24 @@ class EpisodicAgent(ABC):
     def algorithm(self, env: DummyVecEnv, episodes: Episodes, seed: int) -> BaseAlgorithm:
         """The untrained algorithm on ``env``, which holds ``episodes`` alone; ``seed`` decides all of it."""
 
-    def search(
-        self,
-        tasks: Sequence[Task],
-        accounts: Sequence[Any],
-        *,
-        starts: Starts = (),
-        seed: int = 0,
-        state: StateDir | None = None,
-        progress: Callable[[Progress], None] | None = None,
-        tensorboard: Path | None = None,
-        policy: PortablePolicy | None = None,
-    ) -> SearchResult:
+    def search(self, request: SearchRequest) -> SearchResult:
         """See :class:`rlprune.agents.base.Agent`; a ``policy`` only adds its plan to the starts.
 
         The starts, then training until the accounts are all but spent, then the trained policy's own plan,
         and plans around it with what is left. Everything follows from the seed and the ledger, so ``state``
         stays empty.
         """
-        check_arguments(tasks, accounts, starts)
-        watcher = Watcher(tasks, accounts, progress, tensorboard)
-        recorders = [Recorder(account, watcher) for account in accounts]
-        charged = tuple(task.with_scorer(r) for task, r in zip(tasks, recorders, strict=True))
+        watcher = Watcher(request)
+        recorders = [Recorder(account, watcher) for account in request.accounts]
+        charged = tuple(task.with_scorer(r) for task, r in zip(request.tasks, recorders, strict=True))
         for index, (task, recorder) in enumerate(zip(charged, recorders, strict=True)):
-            recorder.score_starts(task, starts[index] if starts else (), policy)
+            recorder.score_starts(task, request.starts_of(index), request.policy)
         episodes = Episodes(self.environment(charged), recorders)
         # One thread: these networks are tiny, and on another number of threads a sum may round otherwise, so
         # that a search resumed there would ask for other plans than its ledger holds.
         with threads(1):
-            self._train(episodes, watcher, seed)
-        return SearchResult(tuple(r.best(task) for task, r in zip(tasks, recorders, strict=True)))
+            self._train(episodes, watcher, request.seed)
+        return SearchResult(tuple(r.best(task) for task, r in zip(request.tasks, recorders, strict=True)))
 
     def _train(self, episodes: Episodes, watcher: Watcher, seed: int) -> None:
         seed_everything(seed, 1)

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..envs.task import Ints, Task
+from ..arrays import Ints
+from ..envs.task import Task
+from ..history import final_widths
 from .base import Recorder
 from .gradient_free import PATIENCE, GradientFree
 from .proposals import fresh
@@ -31,7 +33,7 @@ class EvoPress(GradientFree):
             recorder.evaluate(task.uniform_widths(task.budget))
         idle = 0
         while recorder.account.left > 0 and idle < PATIENCE:
-            parent = np.array(recorder.within(task, task.budget)[0][-1], dtype=np.int64)
+            parent = final_widths(recorder.within(task, task.budget)[0])
             count = min(settings.offspring, recorder.account.left)
             swapped = [
                 swap_levels(task, parent, settings.level, settings.swaps, generator) for _ in range(count)

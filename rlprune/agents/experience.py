@@ -20,10 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..candidate import Candidate, History
-from ..envs.task import Floats, Ints, Task
+from ..arrays import Floats, Ints
+from ..candidate import Candidate
+from ..envs.task import Task
 from ..errors import ArtifactError
 from ..expectation import LogitProbes
+from ..history import History, all_final_widths
 from .proposals import climb, fresh, neighbours
 
 # Builds a group on a new checkpoint, the dense model's included, and the share of them that plans of others may take.
@@ -109,7 +111,7 @@ def collect(tasks: Sequence[Task], scored: Sequence[Mapping[Any, Any]]) -> Exper
         return None
     ratios, targets, owners = [], [], []
     for index, (task, plans) in enumerate(zip(tasks, scored, strict=True)):
-        widths = np.array([history[-1] for history in plans], dtype=np.int64)
+        widths = all_final_widths(plans)
         found = _target(task, [candidate.score for candidate in plans.values()])
         costs = np.array([task.space.cost(w, task.metric) for w in widths])
         best = -np.inf

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..envs.task import Floats, Ints, Scored, Task
+from ..arrays import Floats, Ints
+from ..envs.task import Scored, Task
 from ..search_settings import SearchConfig
 from .base import Recorder
 from .gradient_free import GradientFree

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,13 +13,9 @@ from ..envs.task import Task
 from ..errors import ConfigError
 from ..ledger import SearchSpent
 from ..search_settings import SearchConfig
-from .base import Recorder, SearchResult, Starts, check_arguments
-from .callbacks import Progress, Watcher
+from .base import Recorder, SearchRequest, SearchResult
+from .callbacks import Watcher
 from .proposals import fresh, random_plans
-
-if TYPE_CHECKING:
-    from .policy import PortablePolicy
-    from .state import StateDir
 
 # A space so small that this many proposals in a row bring nothing new is exhausted.
 PATIENCE = 200
@@ -44,30 +39,19 @@ class GradientFree(ABC):
     def spend(self, task: Task, recorder: Recorder, seed: Sequence[int]) -> None:
         """Spend what the starts have left of an account; ``seed`` decides everything random."""
 
-    def search(
-        self,
-        tasks: Sequence[Task],
-        accounts: Sequence[Any],
-        *,
-        starts: Starts = (),
-        seed: int = 0,
-        state: StateDir | None = None,
-        progress: Callable[[Progress], None] | None = None,
-        tensorboard: Path | None = None,
-        policy: PortablePolicy | None = None,
-    ) -> SearchResult:
+    def search(self, request: SearchRequest) -> SearchResult:
         """See :class:`rlprune.agents.base.Agent`; a ``policy`` only adds its plan to the starts."""
-        check_arguments(tasks, accounts, starts)
+        tasks = request.tasks
         if not self.ranges and any(task.is_range for task in tasks):
             raise ConfigError(
                 f"search.budget_range: the agent {self.name!r} searches one budget, not a range"
             )
-        watcher = Watcher(tasks, accounts, progress, tensorboard)
-        recorders = [Recorder(account, watcher) for account in accounts]
+        watcher = Watcher(request)
+        recorders = [Recorder(account, watcher) for account in request.accounts]
         for index, (task, recorder) in enumerate(zip(tasks, recorders, strict=True)):
-            recorder.score_starts(task, starts[index] if starts else (), policy)
+            recorder.score_starts(task, request.starts_of(index), request.policy)
             with suppress(SearchSpent):  # an account also ends after too many repeats
-                self.spend(task, recorder, (seed, index))
+                self.spend(task, recorder, (request.seed, index))
         return SearchResult(tuple(r.best(task) for task, r in zip(tasks, recorders, strict=True)))
 
 

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..envs.task import Floats, Ints, Task
+from ..arrays import Floats, Ints
+from ..envs.task import Task
+from ..history import all_final_widths, final_widths
 from ..ledger import SearchSpent
 from .base import Recorder, SearchResult
 from .composite import CompositeModel
@@ -25,6 +27,7 @@ from .distill import COMMON_PLANS, distill, lessons
 from .experience import ProbedModel, can_build, collect
 from .policy import GroupPolicy
 from .proposals import Model, choose_batch, climb, fresh, neighbours, random_plans
+from .sb3_internals import reset_before_rollout
 from .surrogate import Predictor, ScoreModel, SurrogateVecEnv
 from .training import Search, derived_seed, make_ppo, restore_training, seed_everything, training_state
 
@@ -151,14 +154,14 @@ class Guided:
 
     def fit(self) -> None:
         for model, recorder in zip(self.models, self.search.recorders, strict=True):
-            widths = np.array([plan[-1] for plan in recorder.scores], dtype=np.int64)
+            widths = all_final_widths(recorder.scores)
             model.fit(widths, np.array([c.score for c in recorder.scores.values()]))
 
     def train(self, batch: int) -> None:
         """PPO's steps on the freshly fitted surrogate."""
         seed_everything(self.search.seed, 1, batch)
         self.venv.reseed(derived_seed(self.search.seed, 4, batch))
-        self.ppo._last_obs = None  # start from a reset, so that nothing of the last batch has to be saved
+        reset_before_rollout(self.ppo)  # so that nothing of the last batch has to be saved
         if self.steps:
             self.ppo.learn(self.steps, reset_num_timesteps=False)
 
@@ -174,7 +177,7 @@ class Guided:
         seed_everything(search.seed, 7)
         wanted = []
         for task, recorder in zip(search.tasks, search.recorders, strict=True):
-            plans = [(b, [np.array(p[-1]) for p in recorder.within(task, b)]) for b in task.knots]
+            plans = [(b, [final_widths(p) for p in recorder.within(task, b)]) for b in task.knots]
             best = [(budget, found[0]) for budget, found in plans if found]
             more = [(b, p.astype(np.float64), 1.0) for b, found in plans for p in found[1:COMMON_PLANS]]
             wanted.append(lessons(best) + (more if several else []))
@@ -270,9 +273,9 @@ def next_plans(guided: Guided, index: int, budget: Any, count: int, generator: n
 def _parents(task: Task, recorder: Recorder, budget: Any, samples: Ints) -> Ints:
     """The best plans within the budget, the best plans of other budgets brought to this one, the policy's mode."""
     within = recorder.within(task, budget)[:_PARENTS]
-    best = np.array([plan[-1] for plan in within], dtype=np.int64).reshape(-1, samples.shape[1])
+    best = all_final_widths(within).reshape(-1, samples.shape[1])
     others = [recorder.within(task, other)[:1] for other in task.knots if other != budget]
-    shares = [1.0 - np.array(found[0][-1]) / task.space.widths for found in others if found]
+    shares = [1.0 - final_widths(found[0]) / task.space.widths for found in others if found]
     if not shares:
         return np.vstack([best, samples[:1]])
     moved = task.space.project(np.maximum(shares, 1e-4), budget, task.metric)

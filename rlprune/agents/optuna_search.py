@@ -16,8 +16,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..envs.task import ACTION_SCALE, BASE_FLOOR, Floats, Ints, Scored, Task
+from ..arrays import Floats, Ints
+from ..envs.task import ACTION_SCALE, BASE_FLOOR, Scored, Task
 from ..errors import ConfigError
+from ..history import History, all_final_widths, as_history
 from ..search_settings import SearchConfig
 from .base import Recorder
 from .gradient_free import PATIENCE, GradientFree
@@ -88,13 +90,13 @@ class _Study:
         }
         # Probes of a rule keep more than the budget allows: no action stands for them.
         known = [plan for plan in recorder.within(task, task.budget) if len(plan) == 1]
-        self.add(np.array([plan[-1] for plan in known], dtype=np.int64))
+        self.add(all_final_widths(known))
 
     def add(self, plans: Ints) -> None:
         """Tell the sampler of plans (N, G) that it did not ask for."""
         trial = self._optuna.trial
         for plan in plans:
-            candidate = self._recorder.scores.get((tuple(int(w) for w in plan),))
+            candidate = self._recorder.scores.get(as_history(plan))
             if candidate is not None:
                 params = dict(
                     zip(self._box, action_of(self._task, plan, self._agent.bound).tolist(), strict=True)
@@ -109,9 +111,9 @@ class _Study:
         plans = self._task.widths(actions, self._task.budget)
         self._recorder.evaluate_batch(plans)
         for trial, plan in zip(trials, plans, strict=True):
-            self._tell(trial, (tuple(int(w) for w in plan),))
+            self._tell(trial, as_history(plan))
 
-    def _tell(self, trial: Any, plan: Any) -> None:
+    def _tell(self, trial: Any, plan: History) -> None:
         dense = self._task.evaluator.dense
         if plan in self._recorder.scores:
             self._study.tell(trial, self._agent.value(self._recorder.scores[plan], dense))

@@ -15,7 +15,6 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.distributions import Distribution
-from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from ..envs.observation import FEATURE_VERSIONS
 from ..envs.task import ACTION_SCALE, Task, deviate, make_task
 from ..errors import ArtifactError
 from .experience import Experience, can_build, planned
+from .sb3_internals import CustomPolicy
 
 # The exploration noise stays within these bounds, so that neither a collapse nor a blow-up is final.
 _LOG_STD = (-3.0, 0.5)
@@ -112,7 +112,7 @@ class MaskedGaussian(Distribution):
         return actions, self.log_prob(actions)
 
 
-class GroupPolicy(ActorCriticPolicy):
+class GroupPolicy(CustomPolicy):
     """stable-baselines3's actor-critic interface over :class:`GroupNetwork`.
 
     ``group_bias`` adds one trained number per group, for the checkpoint at hand; it is not part of
@@ -139,14 +139,14 @@ class GroupPolicy(ActorCriticPolicy):
         self.reach = 1.0
         super().__init__(observation_space, action_space, lr_schedule, log_std_init=log_std_init, **kwargs)
 
-    def _build(self, lr_schedule: Schedule) -> None:
+    def build(self, learning_rate: float) -> None:
         groups = int(self.action_space.shape[0])
         features = int(np.prod(self.observation_space.shape or ())) // groups
         self.network = GroupNetwork(features, self.hidden, self.log_std_init)
         self.bias = nn.Parameter(torch.zeros(groups)) if self.group_bias else None
         self.log_std = self.network.log_std  # the very same parameter, where stable-baselines3 logs it from
         self.action_dist = MaskedGaussian()  # type: ignore[assignment]
-        arguments = {"lr": lr_schedule(1), **self.optimizer_kwargs}
+        arguments = {"lr": learning_rate, **self.optimizer_kwargs}
         self.optimizer = self.optimizer_class(self.parameters(), **arguments)
 
     def _both(self, obs: Any) -> tuple[Distribution, Tensor]:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
-
 from ..envs.distribution import DistributionEnv
-from ..envs.task import Task
 from ..errors import ConfigError
 from ..search_settings import SearchConfig
-from .base import Recorder, SearchResult, Starts, check_arguments
-from .callbacks import Progress, Watcher
+from .base import Recorder, SearchRequest, SearchResult
+from .callbacks import Watcher
 from .direct import direct_search
 from .guided import guided_search
-from .policy import PortablePolicy
-from .state import StateDir
 from .training import Search
 
 
@@ -29,25 +22,13 @@ class PPOAgent:
                 "search.stages: more than 1 needs search.mode=direct (the surrogate has one stage)"
             )
 
-    def search(
-        self,
-        tasks: Sequence[Task],
-        accounts: Sequence[Any],
-        *,
-        starts: Starts = (),
-        seed: int = 0,
-        state: StateDir | None = None,
-        progress: Callable[[Progress], None] | None = None,
-        tensorboard: Path | None = None,
-        policy: PortablePolicy | None = None,
-    ) -> SearchResult:
+    def search(self, request: SearchRequest) -> SearchResult:
         """See :class:`rlprune.agents.base.Agent`; a saved ``state`` is continued to the very same result."""
-        check_arguments(tasks, accounts, starts)
-        watcher = Watcher(tasks, accounts, progress, tensorboard)
-        recorders = tuple(Recorder(account, watcher) for account in accounts)
-        charged = [task.with_scorer(r) for task, r in zip(tasks, recorders, strict=True)]
-        if policy is not None:  # its network reads the columns that it was trained on
-            charged = [task.showing(policy.feature_version) for task in charged]
+        watcher = Watcher(request)
+        recorders = tuple(Recorder(account, watcher) for account in request.accounts)
+        charged = [task.with_scorer(r) for task, r in zip(request.tasks, recorders, strict=True)]
+        if request.policy is not None:  # its network reads the columns that it was trained on
+            charged = [task.showing(request.policy.feature_version) for task in charged]
         env = DistributionEnv(tasks=charged, stages=self.settings.stages)
-        search = Search(self.settings, env.tasks, recorders, env, starts, seed, state, watcher, policy)
+        search = Search(self.settings, request, env.tasks, recorders, env, watcher)
         return direct_search(search) if self.settings.mode == "direct" else guided_search(search)

@@ -7,7 +7,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..envs.task import Floats, Ints, Task
+from ..arrays import Floats, Ints
+from ..envs.task import Task
+from ..history import History, as_history
 
 
 class Model(Protocol):
@@ -66,11 +68,11 @@ def climb(
 
 def fresh(plans: Ints, known: Collection[Any]) -> Ints:
     """Distinct plans, in order of appearance, that have not been scored yet."""
-    seen: set[tuple[int, ...]] = set()
+    seen: set[History] = set()
     rows = []
     for row in plans:
-        key = tuple(int(w) for w in row)
-        if key not in seen and (key,) not in known:
+        key = as_history(row)
+        if key not in seen and key not in known:
             seen.add(key)
             rows.append(row)
     return np.array(rows, dtype=np.int64).reshape(len(rows), plans.shape[1])

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..envs.task import Floats, Ints, Task
+from ..arrays import Floats, Ints
+from ..envs.task import Task
+from ..history import as_history, final_widths
 from ..pruning.budget import Limits, project
 from ..pruning.cost import formula
-from .base import History, Recorder
+from .base import Recorder
 from .gradient_free import PATIENCE, GradientFree, spend_rest
 
 # The constants of the paper and its code.
@@ -78,7 +80,7 @@ class RLPruner(GradientFree):
                     spend_rest(task, recorder, (), generator)
                     return
                 chosen = best.entries[self._choice(stage, len(best.entries), generator)][1]
-                found = math.exp(-recorder.scores[_key(chosen)].loss)
+                found = math.exp(-recorder.scores[as_history(chosen)].loss)
                 if attempt or found >= (1.0 - _WORST_FALL) * quality:
                     break
                 updated = probabilities = initial
@@ -106,8 +108,9 @@ class RLPruner(GradientFree):
             plans = stage_plans(task, samples, before, stage, settings.stages)
             recorder.evaluate_batch(plans)
             for plan, sample in zip(plans, samples, strict=True):
-                if _key(plan) in recorder.scores:  # not dropped by successive halving
-                    best.add(recorder.scores[_key(plan)].score, plan, sample)
+                key = as_history(plan)
+                if key in recorder.scores:  # not dropped by successive halving
+                    best.add(recorder.scores[key].score, plan, sample)
             if best.score > earlier:
                 probabilities = _towards(probabilities, best.entries[0][2], settings.step)
             idle = 0 if recorder.account.spent > spent else idle + 1
@@ -125,7 +128,7 @@ def _initial(task: Task, recorder: Recorder, start: str) -> Floats:
     counts = task.space.widths.astype(np.float64)
     within = recorder.within(task, task.budget)
     if start == "rule" and within:
-        counts = counts - np.array(within[0][-1])
+        counts = counts - final_widths(within[0])
     counts = np.maximum(counts, _FLOOR * task.space.widths.sum())
     return counts / counts.sum()
 
@@ -153,7 +156,3 @@ def _towards(probabilities: Floats, best: Floats, step: float) -> Floats:
     ratio = (probabilities + step * (best - probabilities)) / probabilities
     moved = probabilities * np.clip(ratio, 1.0 - _CLIP, 1.0 + _CLIP)
     return moved / moved.sum()
-
-
-def _key(plan: Ints) -> History:
-    return (tuple(int(w) for w in plan),)

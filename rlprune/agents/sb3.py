@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from ..envs.distribution import DistributionEnv
 from ..envs.task import Task
-from ..errors import ConfigError, near_miss
+from ..errors import ConfigError, near_miss, one_line
 from ..search_settings import SB3_ALGORITHMS, SearchConfig
 from ..settings import show
 from .episodes import Episodes, EpisodicAgent
@@ -106,9 +106,8 @@ class SB3Agent(EpisodicAgent):
         try:
             return self._class(policy, env, seed=seed, device="cpu", **arguments)
         except (TypeError, ValueError, AssertionError, AttributeError, KeyError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ConfigError(
-                f"search.sb3.arguments: {self._class.__name__} does not take them ({reason})"
+                f"search.sb3.arguments: {self._class.__name__} does not take them ({one_line(error)})"
             ) from error
 
 

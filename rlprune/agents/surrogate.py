@@ -18,9 +18,11 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 from stable_baselines3.common.vec_env import VecEnv
 
+from ..arrays import Floats, Floats32, Ints
 from ..envs.distribution import DistributionEnv
 from ..envs.observation import pad
-from ..envs.task import Floats, Ints, Task
+from ..envs.task import Task
+from .sb3_internals import environment_indices
 
 # Scores below this quantile (and below the first start) are told apart no further.
 _TAIL = 0.2
@@ -246,7 +248,7 @@ class SurrogateVecEnv(VecEnv):
         self._random = np.random.default_rng(seed)
         self._draw()
 
-    def reset(self) -> NDArray[np.float32]:
+    def reset(self) -> Floats32:
         return self._observations()
 
     def step_async(self, actions: NDArray[Any]) -> None:
@@ -267,7 +269,7 @@ class SurrogateVecEnv(VecEnv):
     def _draw(self) -> None:
         self._budgets = [self._env.tasks[i].draw_budget(self._random) for i, _ in self._chunks]
 
-    def _observations(self) -> NDArray[np.float32]:
+    def _observations(self) -> Floats32:
         rows = np.zeros((self.num_envs, *(self.observation_space.shape or ())), dtype=np.float32)
         for (task_index, where), budget in zip(self._chunks, self._budgets, strict=True):
             rows[where] = pad(self._env.tasks[task_index].observe(budget), self._env.max_groups).ravel()
@@ -277,7 +279,7 @@ class SurrogateVecEnv(VecEnv):
         """Nothing to close."""
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [getattr(self, attr_name, None) for _ in self._get_indices(indices)]
+        return [getattr(self, attr_name, None) for _ in environment_indices(self, indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         raise AttributeError("the surrogate environments have no attributes of their own")
@@ -286,10 +288,10 @@ class SurrogateVecEnv(VecEnv):
         raise AttributeError("the surrogate environments have no methods of their own")
 
     def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        return [False for _ in self._get_indices(indices)]
+        return [False for _ in environment_indices(self, indices)]
 
 
-def _chunks(count: int, tasks: Sequence[Task]) -> list[tuple[int, NDArray[np.int64]]]:
+def _chunks(count: int, tasks: Sequence[Task]) -> list[tuple[int, Ints]]:
     """Environments of each task in chunks that share a budget: (task, rows)."""
     chunks = []
     for index, rows in enumerate(np.array_split(np.arange(count), len(tasks))):

@@ -10,54 +10,59 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 
+from ..checkpoints import require_same
 from ..envs.distribution import DistributionEnv
 from ..envs.task import Task
-from ..errors import ArtifactError
 from ..search_settings import SearchConfig
-from .base import Recorder, SearchResult, Starts
+from .base import Recorder, SearchRequest, SearchResult
 from .callbacks import Watcher
 from .policy import GroupPolicy, PortablePolicy, provenance
-from .state import StateDir
+from .sb3_internals import set_updates, updates
 
 
 @dataclass(frozen=True)
 class Search:
-    """Everything that one search works with; ``tasks`` are charged through ``recorders``."""
+    """Everything that one search works with; ``tasks`` are the request's, charged through ``recorders``."""
 
     settings: SearchConfig
+    request: SearchRequest
     tasks: tuple[Task, ...]
     recorders: tuple[Recorder, ...]
     env: DistributionEnv
-    starts: Starts
-    seed: int
-    state: StateDir | None
     watcher: Watcher
-    policy: PortablePolicy | None = None
+
+    @property
+    def seed(self) -> int:
+        return self.request.seed
+
+    @property
+    def policy(self) -> PortablePolicy | None:
+        """A trained policy that the search goes on from."""
+        return self.request.policy
 
     def score_starts(self) -> None:
         """Score the plans that the search starts from, as far as the accounts allow."""
         for index, (task, recorder) in enumerate(zip(self.tasks, self.recorders, strict=True)):
-            recorder.score_starts(task, self.starts[index] if self.starts else (), self.policy)
+            recorder.score_starts(task, self.request.starts_of(index), self.policy)
 
     def load(self, mode: str) -> dict[str, Any] | None:
         """The saved state of this very search, or None; the accounts are brought to where they were."""
-        saved = None if self.state is None else self.state.load()
-        if saved is None:
+        state = self.request.state
+        saved = None if state is None else state.load()
+        if state is None or saved is None:
             return None
-        here = self.identity(mode)
-        before = {"feature_version": 1} | saved["identity"]  # of states from before there was another one
-        if before != here:
-            differing = [k for k in here if before.get(k) != here[k]]
-            raise ArtifactError(f"search state: saved by another search ({', '.join(differing)} differ)")
+        # States from before there was another version of the features say none.
+        require_same(state.file, {"feature_version": 1} | saved["identity"], self.identity(mode))
         for recorder, calls in zip(self.recorders, saved["calls"], strict=True):
             recorder.repeat(calls)
         self.watcher.resumed()
         return saved
 
     def save(self, mode: str, contents: dict[str, Any]) -> None:
-        if self.state is not None:
+        state = self.request.state
+        if state is not None:
             calls = [recorder.calls for recorder in self.recorders]
-            self.state.save({"identity": self.identity(mode), "calls": calls, **contents})
+            state.save({"identity": self.identity(mode), "calls": calls, **contents})
 
     def identity(self, mode: str) -> dict[str, Any]:
         """What must agree for a saved state to be continued."""
@@ -143,7 +148,7 @@ def training_state(ppo: PPO) -> dict[str, Any]:
         "policy": {name: t.detach().clone() for name, t in ppo.policy.state_dict().items()},
         "optimizer": ppo.policy.optimizer.state_dict(),
         "timesteps": ppo.num_timesteps,
-        "updates": ppo._n_updates,
+        "updates": updates(ppo),
     }
 
 
@@ -151,4 +156,4 @@ def restore_training(ppo: PPO, saved: dict[str, Any]) -> None:
     ppo.policy.load_state_dict(saved["policy"])
     ppo.policy.optimizer.load_state_dict(saved["optimizer"])
     ppo.num_timesteps = saved["timesteps"]
-    ppo._n_updates = saved["updates"]
+    set_updates(ppo, saved["updates"])

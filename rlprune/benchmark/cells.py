@@ -6,7 +6,6 @@ benchmark goes on where it was and one with more methods, seeds or budgets reuse
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -17,8 +16,9 @@ from typing import Any
 
 from ..agents import AGENTS
 from ..artifacts import library_versions
+from ..checkpoints import settings_key
 from ..config import Config, settings_reference
-from ..errors import ArtifactError, RlpruneError
+from ..errors import ArtifactError, RlpruneError, one_line
 from ..files import read_json, write_json_atomic
 from ..finish import choose, finish
 from ..ledger import Ledger
@@ -101,8 +101,7 @@ def determinants(config: Config, cell: Cell) -> dict[str, Any]:
 
 def cell_key(config: Config, cell: Cell) -> str:
     """Hash of the determinants."""
-    text = json.dumps(determinants(config, cell), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return settings_key(determinants(config, cell))[:16]
 
 
 def finished(folder: Path, config: Config, cell: Cell, console: Console) -> dict[str, Any] | None:
@@ -192,7 +191,5 @@ def to_message(cell: Cell) -> dict[str, Any]:
 
 def reason(error: BaseException) -> str:
     """An error in one line; the kind of those that are not ours is named."""
-    text = " ".join(str(error).split())
-    if isinstance(error, RlpruneError):
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    text = one_line(error, None)
+    return text if isinstance(error, RlpruneError) or not str(error) else f"{type(error).__name__}: {text}"

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from ..arrays import Floats, Ints
 
 Row = dict[str, Any]
 Curves = Mapping[tuple[str, int], Sequence[float]]
@@ -26,7 +27,7 @@ PAIRED = {"against": "score", "against_loss": "test_loss", "against_loss_finetun
 
 
 def bootstrap(
-    statistic: Callable[[NDArray[np.int64]], float], count: int, resamples: int = RESAMPLES, seed: int = 0
+    statistic: Callable[[Ints], float], count: int, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
     """95% percentile interval of a statistic of ``count`` observations; it is given their drawn indices.
 
@@ -166,7 +167,7 @@ def difference(
     return spread(values) | {"wins": wins, "seeds": len(both)}
 
 
-def _median(numbers: NDArray[np.float64]) -> float:
+def _median(numbers: Floats) -> float:
     """np.median, which warns about infinity minus infinity."""
     ordered = np.sort(numbers)
     low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]

@@ -9,9 +9,10 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import Floats, Floats32, Ints
 from ..errors import ConfigError
 from .render import draw
-from .task import Floats, Ints, Scored, Task, make_task
+from .task import Scored, Task, make_task
 
 
 def resolve_tasks(
@@ -34,7 +35,7 @@ def resolve_tasks(
     return tuple(task.showing(version) for task in tasks)
 
 
-class PruningEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
+class PruningEnv(gymnasium.Env[Floats32, Floats32]):
     """Base class: at every reset one of the tasks and a budget from its range are drawn by the env's seed."""
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 4}

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from numpy.typing import NDArray
 
+from ..arrays import Floats32, Ints
 from ..errors import ConfigError
 from .base import PruningEnv, resolve_tasks
 from .observation import BOUND, pad
-from .task import Ints, Task, deviate
+from .task import Task, deviate
 
 
 class DistributionEnv(PruningEnv):
@@ -64,15 +64,13 @@ class DistributionEnv(PruningEnv):
 
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    ) -> tuple[Floats32, dict[str, Any]]:
         """Draw a task and a budget (``options``: {"task": index, "budget": budget} fixes them)."""
         self._draw(seed, options)
         self._reward = 0.0
         return self._observation(), self._info(self._now(), None)
 
-    def step(
-        self, action: NDArray[np.float32]
-    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+    def step(self, action: Floats32) -> tuple[Floats32, float, bool, bool, dict[str, Any]]:
         """Project, build, recover, score; ``info`` tells widths, cost, metric, score and seconds."""
         task = self.task
         scale = task.scale(self._budget)
@@ -93,7 +91,7 @@ class DistributionEnv(PruningEnv):
         stage = len(self._history) + 1
         return self.task.stage_widths(action, self._budget, stage, self.stages, self._now())
 
-    def _observation(self) -> NDArray[np.float32]:
+    def _observation(self) -> Floats32:
         return pad(self.task.observe(self._budget, self._now()), self.max_groups).ravel()
 
     def snapshot(self) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from numpy.typing import NDArray
 
+from ..arrays import Floats32, Ints
 from .base import PruningEnv, resolve_tasks
 from .observation import BOUND
-from .task import Ints, Task
+from .task import Task
 
 # Columns behind the group's features: cost already taken, cost that the rest can still give, last action.
 EXTRA = ("taken", "left", "last_action")
@@ -43,15 +43,13 @@ class SequentialEnv(PruningEnv):
 
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    ) -> tuple[Floats32, dict[str, Any]]:
         """Draw a task and a budget (``options``: {"task": index, "budget": budget} fixes them)."""
         self._draw(seed, options)
         self._last = 0.0
         return self._observation(), self._info(self._now(), None)
 
-    def step(
-        self, action: NDArray[np.float32]
-    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+    def step(self, action: Floats32) -> tuple[Floats32, float, bool, bool, dict[str, Any]]:
         """Decide one group; after the last one the plan is scored."""
         task, space = self.task, self.task.space
         g = len(self._history)
@@ -110,7 +108,7 @@ class SequentialEnv(PruningEnv):
                 widths = wider
         return widths
 
-    def _observation(self) -> NDArray[np.float32]:
+    def _observation(self) -> Floats32:
         task, space = self.task, self.task.space
         g = min(len(self._history), len(space.groups) - 1)
         now = self._now()

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..arrays import Floats, Floats32, Ints
 from ..errors import BudgetError, ConfigError, near_miss
 from ..evaluation import Evaluator
+from ..history import as_history
 from ..pruning.budget import Limits, project
 from ..pruning.cost import formula
 from ..pruning.space import PruningSpace
@@ -19,9 +20,6 @@ from ..rules import RULES, rules_for
 from .observation import FEATURE_VERSIONS, feature_version, fill_dynamic, static_features
 from .randomness import isolated_randomness
 from .reward import RewardScale, reward_scale
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 # d = base * exp(ACTION_SCALE * (a - mean a)): two groups can differ by a factor of e^3 from the base rule.
 ACTION_SCALE = 1.5
@@ -174,7 +172,7 @@ class Task:
         scorer = self.scorer or self.evaluator
         if len(history) == 1:
             return scorer.evaluate(history[0])
-        return scorer.evaluate_staged(tuple(tuple(int(w) for w in widths) for widths in history))
+        return scorer.evaluate_staged(as_history(history))
 
     def base(self, budget: Any) -> Floats:
         """Base distribution (G,) of the named rule at a budget."""
@@ -209,7 +207,7 @@ class Task:
         cost = formula(self.space.costs, self.metric)
         return project(deviate(self.base(budget), action), target, cost, limits, metric=self.metric)
 
-    def observe(self, budget: Any, widths: Ints | None = None) -> NDArray[np.float32]:
+    def observe(self, budget: Any, widths: Ints | None = None) -> Floats32:
         """Feature table (G, F) at a budget, with what is kept now (nothing cut by default)."""
         space = self.space
         base = self.base(budget)
@@ -250,7 +248,7 @@ class Task:
         """Scores of the rules that cost nothing to compute; charged like everything else."""
         return [self.evaluate([plan]).score for plan in self.rule_plans(budget)]
 
-    def _static(self) -> NDArray[np.float32]:
+    def _static(self) -> Floats32:
         space = self.space
         losses = self._sensitivities() if self.sensitivity else None
         importance = self.evaluator.importance

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..arrays import Floats
 from ..errors import BudgetError, near_miss
 
-Floats = NDArray[np.float64]
 METRICS = ("macs", "params")
 UNITS = {"latency": "ms"}
 """Units of the metrics that are not plain counts."""

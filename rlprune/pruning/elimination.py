@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..arrays import Floats, Ints
 from ..errors import DataError
 from .grams import Grams, InputGram, group_consumers
-from .space import Ints, PruningSpace
+from .space import PruningSpace
 
 # Removals whose updates of the two big matrices are applied together, as one matrix product.
 _LAZY = 64
@@ -35,11 +35,11 @@ class Elimination:
     """
 
     order: Ints = field(repr=False)
-    errors: NDArray[np.float64] = field(repr=False)
+    errors: Floats = field(repr=False)
     energy: float
 
     @property
-    def ranks(self) -> NDArray[np.float64]:
+    def ranks(self) -> Floats:
         """Score of each unit (units,): 0 for the one that goes first."""
         ranks = np.empty(len(self.order))
         ranks[self.order] = np.arange(len(self.order))

@@ -8,13 +8,9 @@ alone, and a resumed run gives the bits of an uninterrupted one.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import pickle
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ArtifactError, RlpruneError
+from ..checkpoints import StateFile, settings_key
+from ..errors import RlpruneError
 
 Batches = Callable[[torch.Generator], Iterable[tuple[Tensor, ...]]]
 """Gives one epoch: (inputs, targets), or (inputs, targets, teacher's logits) where these are cached."""
@@ -31,7 +28,6 @@ Loss = Callable[[Any, Tensor], Tensor]
 Progress = Callable[[str, int, int, dict[str, float]], None]
 """Called as progress(phase, done, total, values) a few times a second."""
 
-_STATE_VERSION = 1
 _LOOK_SECONDS = 0.25
 
 
@@ -82,43 +78,20 @@ class FitResult:
     seconds: float
 
 
-class _State:
-    """What a killed run needs, private to one run: model, optimizer, random states and counters."""
+class _State(StateFile):
+    """What a killed run needs: model, optimizer, random states and counters, written every so many seconds."""
 
-    def __init__(self, path: Path, key: str, seconds: float) -> None:
-        self.path = path
-        self.key = key
+    def __init__(self, path: str | Path, key: str, seconds: float) -> None:
+        super().__init__(path, {"key": key})
         self.seconds = seconds
         self.last = time.monotonic()
 
     def due(self) -> bool:
         return time.monotonic() - self.last >= self.seconds
 
-    def save(self, content: dict[str, Any]) -> None:
-        """Write whole or not at all; RlpruneError when the disk refuses."""
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"version": _STATE_VERSION, "key": self.key} | content, temporary)
-            os.replace(temporary, self.path)
-        except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
-            raise RlpruneError(f"{self.path}: the state cannot be written ({error})") from error
+    def save(self, content: Mapping[str, Any]) -> None:
+        super().save(content)
         self.last = time.monotonic()
-
-    def load(self) -> dict[str, Any] | None:
-        """The saved content, None when there is none; ArtifactError when it is not of this very run."""
-        if not self.path.is_file():
-            return None
-        try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-            raise ArtifactError(f"{self.path}: truncated or not a state of rlprune; delete it") from error
-        if not isinstance(content, dict) or content.get("version") != _STATE_VERSION:
-            raise ArtifactError(f"{self.path}: not a state of this version of rlprune; delete it")
-        if content["key"] != self.key:
-            raise ArtifactError(f"{self.path}: belongs to a run with other settings; delete it")
-        return content
 
 
 def fit(
@@ -155,15 +128,13 @@ def fit(
         checkpoint: file of the private state; where it exists, training goes on from there.
         save_seconds: least time between two writes of the state; it is also written at the end.
 
-    Raises RlpruneError for no data or an unwritable state, ArtifactError for a state of another run.
+    Raises RlpruneError for no data, ArtifactError for an unwritable state or one of another run.
     """
     started = time.monotonic()
     total = _total_steps(steps, epochs, steps_per_epoch)
     generator = generator or torch.Generator().manual_seed(0)
     schedule = Schedule(total, lr, momentum, weight_decay, warmup)
-    state = (
-        None if checkpoint is None else _State(Path(checkpoint), _key(model, schedule, distill), save_seconds)
-    )
+    state = None if checkpoint is None else _State(checkpoint, _key(model, schedule, distill), save_seconds)
     device = _device(model)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -342,5 +313,4 @@ def _key(model: nn.Module, schedule: Schedule, distill: DistillTargets | None) -
     """Hash of what has to be equal for a state to fit: shapes and settings."""
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     soft = None if distill is None else [distill.temperature, distill.soft, distill.teacher is None]
-    text = json.dumps([shapes, asdict(schedule), soft], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return settings_key([shapes, asdict(schedule), soft])

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..arrays import Floats
 from ..errors import DataError
 from .elimination import Elimination, eliminate
 from .grams import Grams, group_consumers, token_rows, unit_consumers
@@ -117,7 +117,7 @@ def _root(moment: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
-def divergence_curves(eliminations: Mapping[int, Elimination]) -> dict[int, NDArray[np.float64]]:
+def divergence_curves(eliminations: Mapping[int, Elimination]) -> dict[int, Floats]:
     """Expected KL (width + 1,) of each group when its first 0, 1, ..., all units of the order are gone, rising."""
     return {
         group: np.concatenate([[0.0], np.maximum.accumulate(found.errors) / 2.0])

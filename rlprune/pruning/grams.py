@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..arrays import Ints
 from ..errors import ConfigError, DataError
 from ..memory import return_freed_memory
 from .reconstruct import evaluating
-from .space import Ints, PruningSpace
+from .space import PruningSpace
 
 LANGUAGE_KINDS = ("attention", "ffn")
 

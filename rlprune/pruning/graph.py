@@ -1,6 +1,6 @@
 """Tracing: from a model and its Torch-Pruning dependency graph to a :class:`PruningSpace`.
 
-The only file that imports torch_pruning. Its graph says which layers follow each other and how channel
+Its graph says which layers follow each other and how channel
 indices move along every edge; here the indices of all layers that must go together are joined, channel
 by channel, so that shifted, concatenated, split and flattened channels all come out of one mechanism.
 """
@@ -17,23 +17,21 @@ import numpy as np
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch_pruning._helpers import _HybridIndex
-from torch_pruning.dependency.node import Node
 
-from ..errors import GraphError
+from ..errors import GraphError, first_line
 from .layers import ChannelPad
+from .torch_internals import BATCH_NORM, CONVOLUTION, INSTANCE_NORM
+from .torch_pruning_internals import is_node, is_output, moved
 from .watchdog import limited
 
-CONV = nn.modules.conv._ConvNd
-MIXERS = (CONV, nn.Linear)
-_BATCHNORM = nn.modules.batchnorm._BatchNorm
+MIXERS = (CONVOLUTION, nn.Linear)
 # Their statistics run over the channels, so no cut of them equals a masked dense model (DESIGN: contract 2).
 _CROSSING = (
     nn.LayerNorm,
     nn.GroupNorm,
     nn.LocalResponseNorm,
     nn.RMSNorm,
-    nn.modules.instancenorm._InstanceNorm,
+    INSTANCE_NORM,
 )
 
 
@@ -59,7 +57,7 @@ class ChannelGraph:
 
 def is_depthwise(module: Any) -> bool:
     """A convolution with one filter per channel: channels pass through it, it does not mix them."""
-    return isinstance(module, CONV) and module.groups == module.out_channels == module.in_channels > 1
+    return isinstance(module, CONVOLUTION) and module.groups == module.out_channels == module.in_channels > 1
 
 
 class _Passive(tp.BasePruningFunc):
@@ -249,24 +247,20 @@ class _Joiner:
                     work.append((edge.target, target_side, fresh))
 
     def _follow(self, node: Any, side: str, channels: list[int], edge: Any, target_side: str) -> list[int]:
-        moved = [_HybridIndex(idx=c, root_idx=c) for c in channels]
-        for mapping in edge.index_mapping:
-            if mapping is not None:
-                moved = mapping(moved)
         source = self.slots[(id(node), side)]
         fresh = []
-        for index in moved:
-            element, new = self._slot(edge.target, target_side, index.idx)
+        for channel, origin in moved(channels, edge):
+            element, new = self._slot(edge.target, target_side, channel)
             if new:
-                fresh.append(index.idx)
-            self.sets.join(source[index.root_idx], element)
+                fresh.append(channel)
+            self.sets.join(source[origin], element)
         return fresh
 
     def _join_grouped(self) -> None:
         """A unit of a grouped convolution is one channel of every group, so that the groups stay even."""
         for node in self.nodes.values():
             layer = node.module
-            if not isinstance(layer, CONV) or layer.groups == 1 or is_depthwise(layer):
+            if not isinstance(layer, CONVOLUTION) or layer.groups == 1 or is_depthwise(layer):
                 continue
             for side, channels in self._sides(node):
                 slots, size = self.slots[(id(node), side)], channels // layer.groups
@@ -315,9 +309,13 @@ class _Joiner:
             return f"{name!r} ({type(layer).__name__}) normalises over its channels"
         if isinstance(layer, (nn.MultiheadAttention, nn.LSTM, nn.Embedding)):
             return f"{name!r} ({type(layer).__name__}) is not cut"
-        if isinstance(layer, CONV) and layer.groups == layer.out_channels > 1 and not is_depthwise(layer):
+        if (
+            isinstance(layer, CONVOLUTION)
+            and layer.groups == layer.out_channels > 1
+            and not is_depthwise(layer)
+        ):
             return f"{name!r} is a grouped convolution with several inputs for each of its filters"
-        if isinstance(layer, tp.ops._OutputOp):
+        if is_output(layer):
             return "output of the model"
         return ""
 
@@ -329,11 +327,11 @@ def _role(layer: Any, side: str) -> str:
         return f"pad-{side}"
     if is_depthwise(layer):
         return "depthwise"
-    if isinstance(layer, _BATCHNORM):
+    if isinstance(layer, BATCH_NORM):
         return "norm"
     if isinstance(layer, nn.PReLU):
         return "activation"
-    if side == "io" and isinstance(layer, CONV):
+    if side == "io" and isinstance(layer, CONVOLUTION):
         return "depthwise"
     return side if side != "io" else "norm"
 
@@ -372,18 +370,12 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(item)
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type when it has none."""
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
-
-
 def _culprit(error: BaseException, names: dict[int, str]) -> str:
     """The nearest named layer before the operation at which Torch-Pruning failed, read off its frames."""
     trail = error.__traceback__
     node = None
     while trail is not None:
-        found = [v for v in trail.tb_frame.f_locals.values() if isinstance(v, Node)]
+        found = [v for v in trail.tb_frame.f_locals.values() if is_node(v)]
         node = found[0] if found else node
         trail = trail.tb_next
     queue, seen = [node] if node is not None else [], set()

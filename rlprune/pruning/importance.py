@@ -25,6 +25,7 @@ from .gradient_importance import (
     taylor_vector,
 )
 from .space import PruningSpace
+from .torch_internals import BATCH_NORM
 from .unit_scores import Batches, Loss, Scores, per_unit
 
 
@@ -54,11 +55,7 @@ def bn_scale(model: nn.Module, space: PruningSpace) -> Scores:
 
     A group without a batch norm falls back to its L2 norm; groups are never compared by these scores.
     """
-    gammas = {
-        f"{name}.weight"
-        for name, m in model.named_modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm)
-    }
+    gammas = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, BATCH_NORM)}
     with torch.no_grad():
         scores = per_unit(model, space, lambda c, t: t.detach().abs() if c.tensor in gammas else None)
     spare = l2(model, space)

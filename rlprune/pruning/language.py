@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from ..arrays import Ints
 from ..errors import BudgetError, GraphError, near_miss
 from . import families
 from .cost import AxisSize, CostFormula, FormulaBuilder
 from .families import Block
 from .proof import prove
-from .space import AttributeRule, Axis, Cut, DropRule, Group, Ints, Member, PruningSpace, rounded
+from .space import AttributeRule, Axis, Cut, DropRule, Group, Member, PruningSpace, rounded
 from .tracing import TraceOptions
 
 _CACHE_BYTES = 2 * 2  # keys and values, two bytes each (bfloat16)

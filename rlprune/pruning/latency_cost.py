@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import Floats, Ints
 from ..errors import ArtifactError
-from .cost import AxisSize, Floats
-from .latency_table import Ints, LatencyTable, LayerTable, empty
+from .cost import AxisSize
+from .latency_table import LatencyTable, LayerTable, empty
 from .space import PruningSpace
 
 # Values are whole multiples of 2**-30 ms: sums of them are exact in float64, in any order.

@@ -12,12 +12,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..arrays import Bools, Floats, Ints
 from ..errors import ArtifactError
-from .cost import Floats
-
-Ints = NDArray[np.int64]
 
 FORMAT, VERSION = "rlprune latency table", 2
 # What a table rises by at least from end to end of each axis, as a share of its largest value: a layer that takes
@@ -203,7 +200,7 @@ def rising(values: Floats, outs: Ints, ins: Ints) -> Floats:
     return np.where(empty(outs, ins), 0.0, found)
 
 
-def empty(outs: Ints, ins: Ints) -> NDArray[np.bool_]:
+def empty(outs: Ints, ins: Ints) -> Bools:
     """The points (P, Q) at which a layer has no channels: a part that is dropped is not run."""
-    gone: NDArray[np.bool_] = (outs == 0)[:, None] | (ins == 0)[None, :]
+    gone: Bools = (outs == 0)[:, None] | (ins == 0)[None, :]
     return gone

@@ -11,9 +11,10 @@ import numpy as np
 from torch import nn
 
 from .cost import AxisSize, CostFormula, FormulaBuilder
-from .graph import CONV, MIXERS, ChannelGraph, Side
+from .graph import MIXERS, ChannelGraph, Side
 from .layers import ChannelPad
 from .space import AttributeRule, Axis, Cut, Group, Member, PruningSpace, rounded
+from .torch_internals import CONVOLUTION
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Layout:
         assert isinstance(root, nn.Module)
         roles = {self.sides[i].role for i, _ in members}
         layers = [self.sides[i].module for i, _ in members]
-        grouped = any(isinstance(layer, CONV) and layer.groups > 1 for layer in layers)
+        grouped = any(isinstance(layer, CONVOLUTION) and layer.groups > 1 for layer in layers)
         if len({s.name for s in producers}) > 1:
             kind = "residual"
         elif "depthwise" in roles:
@@ -152,7 +153,7 @@ class Layout:
         elif grouped:
             kind = "grouped"
         else:
-            kind = "conv" if isinstance(root, CONV) else "linear"
+            kind = "conv" if isinstance(root, CONVOLUTION) else "linear"
         position = [s.name for s in self._roots_in_order()].index(self.sides[root_index].name)
         return Group(
             name=self._name(numbers, self.sides[root_index].name),
@@ -163,8 +164,8 @@ class Layout:
             step=1,
             members=tuple(Member(self.sides[i].name, self.sides[i].role, n) for i, n in members),
             depth=position / max(1, len(self._roots_in_order()) - 1),
-            kernel=int(root.kernel_size[0]) if isinstance(root, CONV) else 1,
-            stride=int(root.stride[0]) if isinstance(root, CONV) else 1,
+            kernel=int(root.kernel_size[0]) if isinstance(root, CONVOLUTION) else 1,
+            stride=int(root.stride[0]) if isinstance(root, CONVOLUTION) else 1,
         )
 
     def _roots_in_order(self) -> list[Side]:
@@ -256,8 +257,8 @@ def _tensor_dims(side: Side) -> list[tuple[str, int, np.ndarray, bool]]:
         ]
     if not isinstance(module, MIXERS):
         return []
-    transposed = isinstance(module, CONV) and module.transposed
-    groups = module.groups if isinstance(module, CONV) else 1
+    transposed = isinstance(module, CONVOLUTION) and module.transposed
+    groups = module.groups if isinstance(module, CONVOLUTION) else 1
     if side.role == "in":
         # The weight of a grouped convolution holds the input channels of one group only.
         return [
@@ -278,7 +279,7 @@ def _tensor_dims(side: Side) -> list[tuple[str, int, np.ndarray, bool]]:
 def _attributes(side: Side) -> list[tuple[str, np.ndarray]]:
     """Integer attributes of a layer that count the channels of this side."""
     module, classes = side.module, side.classes
-    if isinstance(module, CONV):
+    if isinstance(module, CONVOLUTION):
         names = {"in": ["in_channels"], "out": ["out_channels"]}
         return [(n, classes) for n in names.get(side.role, ["in_channels", "out_channels", "groups"])]
     if isinstance(module, nn.Linear):

@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..arrays import Ints
 from .compensation import shift_bias
 from .elimination import penalised
 from .grams import Consumer, Grams, InputGram, unit_consumers
 from .plan import Plan
-from .space import Ints, PruningSpace
+from .space import PruningSpace
 from .surgery import axis_indices
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import Ints
 from ..errors import ArtifactError, BudgetError
-from .space import Ints, PruningSpace
+from .space import PruningSpace
 
 
 @dataclass(frozen=True, eq=False)

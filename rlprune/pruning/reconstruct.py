@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .graph import CONV, MIXERS
+from ..arrays import Ints
+from .graph import MIXERS
 from .plan import Plan
-from .space import Cut, Ints, PruningSpace
+from .space import Cut, PruningSpace
 from .surgery import axis_indices
+from .torch_internals import CONVOLUTION
 
 # A Gram matrix wider than this (VGG's first linear layer has 25,088 inputs) costs more than it mends.
 MAX_INPUTS = 4608
@@ -82,7 +84,7 @@ class Reconstruction:
         if rows is not None:
             dense = dense.index_select(1 - cut.dim, torch.from_numpy(rows).to(device))
         removed = dense.index_select(cut.dim, r)
-        groups = layer.groups if isinstance(layer, CONV) else 1
+        groups = layer.groups if isinstance(layer, CONVOLUTION) else 1
         if cut.dim == 1:
             # (O, R, ...) -> (groups, O/groups, R, rest); each group of outputs has inputs of its own
             parts = removed.reshape(groups, removed.shape[0] // groups, removed.shape[1], -1)
@@ -102,7 +104,7 @@ def _mendable(layer: nn.Module | None, inputs: int) -> bool:
     if not isinstance(layer, MIXERS) or inputs > MAX_INPUTS:
         return False
     # A grouped transposed convolution keeps its inputs in one dimension and its groups in another.
-    return not (isinstance(layer, CONV) and layer.transposed and layer.groups > 1)
+    return not (isinstance(layer, CONVOLUTION) and layer.transposed and layer.groups > 1)
 
 
 def _regress(product: Tensor, k: Tensor, r: Tensor, ridge: float) -> Tensor:
@@ -146,7 +148,7 @@ def _collect(
 
 def _inputs(layer: nn.Module, x: Tensor) -> Tensor:
     """The layer's input as samples: (rows, groups, channels of a group)."""
-    if not isinstance(layer, CONV):
+    if not isinstance(layer, CONVOLUTION):
         return x.reshape(-1, 1, x.shape[-1])
     groups = 1 if layer.transposed else layer.groups
     if all(n == 1 for n in layer.kernel_size) and any(n > 1 for n in layer.stride):

@@ -15,8 +15,7 @@ from .calibration_cache import CalibrationCache
 from .plan import Plan
 from .reconstruct import evaluating
 from .space import PruningSpace
-
-_BATCHNORM = nn.modules.batchnorm._BatchNorm
+from .torch_internals import BATCH_NORM
 
 RECOVERIES = {
     "none": "leave the cut model as it is",
@@ -76,7 +75,7 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> N
 
     Everything but the batch norms stays in eval mode; modes and momenta are restored.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BATCHNORM) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, BATCH_NORM) and m.track_running_stats]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]

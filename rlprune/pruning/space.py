@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import Floats, Ints
 from ..errors import BudgetError
 from .budget import Limits, parse_budget, project
-from .cost import Cost, Floats, amount, formula
-
-Ints = NDArray[np.int64]
+from .cost import Cost, amount, formula
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..arrays import Floats
 from ..errors import ConfigError, DataError
 from .families import Block, UnsupportedModel, blocks_of
 from .grams import run_blocks, token_rows, unit_consumers
 from .space import PruningSpace
-
-Floats = NDArray[np.float64]
 
 # Largest relative difference at which a block counts as x + attention(x) + ffn(...).
 _ADDITIVE = 1e-2

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..arrays import Ints
 from ..errors import GraphError
 from .plan import Plan
-from .space import Ints, PruningSpace
+from .space import PruningSpace
+from .torch_internals import twin, unsaved_buffers
 
 
 def axis_indices(space: PruningSpace, kept: tuple[Ints, ...]) -> list[Ints | None]:
@@ -79,9 +81,7 @@ def prune(
         if index is not None:
             by_tensor[cut.tensor].append((cut.dim, index))
     sliced = _Slicer(dtype, shared)
-    unsaved = {
-        f"{n}.{b}".lstrip(".") for n, m in model.named_modules() for b in m._non_persistent_buffers_set
-    }
+    unsaved = unsaved_buffers(model)
     # A copy takes what the memo holds instead of copying it: no dense tensor is ever copied.
     memo: dict[int, Any] = {}
     with torch.no_grad():
@@ -92,7 +92,7 @@ def prune(
             memo[id(tensor)] = new
     if by_tensor:
         raise GraphError(f"{next(iter(by_tensor))!r}: the plan cuts a tensor that this model does not have")
-    slim = _twin(model, memo)
+    slim = twin(model, memo)
     modules = dict(slim.named_modules())
     for rule in space.attribute_rules:
         index = indices[rule.axis]
@@ -102,41 +102,6 @@ def prune(
         if _empty(indices[part.axis]):
             part.stub(slim, part.module)
     return slim
-
-
-_OWN_COPY = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__")
-_PLAIN = (int, float, str, bool, bytes, complex, type(None), type)
-
-
-def _twin(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """``copy.deepcopy(module, memo)``, several times faster for modules that do not define their own copy.
-
-    deepcopy goes through pickle's protocol for every module; most of what it finds there are numbers
-    and empty hook tables.
-    """
-    if id(module) in memo:
-        found: nn.Module = memo[id(module)]
-        return found
-    cls = type(module)
-    if any(name in vars(base) for base in cls.__mro__[:-2] for name in _OWN_COPY):
-        return copy.deepcopy(module, memo)
-    twin = cls.__new__(cls)
-    memo[id(module)] = twin
-    state = twin.__dict__
-    for name, value in module.__dict__.items():
-        if name == "_modules":
-            state[name] = {k: None if m is None else _twin(m, memo) for k, m in value.items()}
-        elif name in ("_parameters", "_buffers"):
-            state[name] = {k: None if t is None else memo[id(t)] for k, t in value.items()}
-        elif isinstance(value, _PLAIN):
-            state[name] = value
-        elif type(value) in (dict, OrderedDict, set, list) and not value:
-            state[name] = type(value)()
-        elif type(value) is tuple and all(isinstance(v, _PLAIN) for v in value):
-            state[name] = value
-        else:
-            state[name] = copy.deepcopy(value, memo)
-    return twin
 
 
 class _Slicer:

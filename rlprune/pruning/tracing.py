@@ -14,15 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..arrays import Ints
 from ..config import PruneConfig
-from ..errors import GraphError, near_miss
+from ..errors import GraphError, first_line, near_miss
 from .counting import flop_counter
 from .graph import (
-    CONV,
     MIXERS,
     ChannelGraph,
     channel_graph,
-    first_line,
     run,
     tensors,
     trainable_copy,
@@ -30,8 +29,9 @@ from .graph import (
 )
 from .layout import Call, Layout
 from .plan import Plan
-from .space import Ints, PruningSpace
+from .space import PruningSpace
 from .surgery import masked, prune
+from .torch_internals import CONVOLUTION
 
 # float64 sums in another order differ by this much, relative to the largest output.
 _EXACT = 1e-8
@@ -133,7 +133,7 @@ def _measure(model: nn.Module, example_inputs: Any) -> tuple[dict[nn.Module, Cal
         order.setdefault(module, len(order))
         if not isinstance(module, MIXERS):
             return
-        if isinstance(module, CONV):
+        if isinstance(module, CONVOLUTION):
             seen = inputs[0] if module.transposed else output
             each = math.prod(seen.shape[2:])
         else:

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..arrays import Floats
 from .space import Cut, PruningSpace
 
-Floats = NDArray[np.float64]
 Scores = list[Floats]
 Batches = Iterable[tuple[Tensor, Tensor]]
 Loss = Callable[[Any, Tensor], Tensor]

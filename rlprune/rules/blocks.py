@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from ..arrays import Bools, Floats, Ints
 from ..errors import ConfigError
 from ..pruning.grams import Consumer
 from ..pruning.space import PruningSpace
-from .context import Context, Floats
+from .context import Context
 
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
 
@@ -29,7 +29,7 @@ def array(values: Any) -> Floats:
     return np.asarray(values, dtype=np.float64)
 
 
-def block_indices(space: PruningSpace) -> NDArray[np.int64]:
+def block_indices(space: PruningSpace) -> Ints:
     """The block of each group, (G,); -1 for the hidden size."""
     return np.array([g.block for g in space.groups], dtype=np.int64)
 
@@ -39,7 +39,7 @@ def block_count(space: PruningSpace) -> int:
     return int(block_indices(space).max(initial=-1)) + 1
 
 
-def of_kind(space: PruningSpace, kind: str) -> NDArray[np.bool_]:
+def of_kind(space: PruningSpace, kind: str) -> Bools:
     """Which groups are of a kind, (G,)."""
     return np.array([g.kind == kind for g in space.groups], dtype=bool)
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from ..arrays import Bools, Floats, Ints
 from ..errors import ConfigError, DataError
 from ..language.calibration.cache import language_calibration
 from ..pruning.calibration_cache import CalibrationCache
@@ -18,8 +19,6 @@ from ..pruning.space import PruningSpace
 from ..pruning.statistics import Statistics
 from ..workloads.adapter import adapter_named
 from ..workloads.base import Workload
-
-Floats = NDArray[np.float64]
 
 Measured = TypeVar("Measured")
 
@@ -42,7 +41,7 @@ class Context:
     budget: Any
     metric: str = "macs"
     workload: Workload | None = None
-    probe: Callable[[NDArray[np.int64]], float] | None = None
+    probe: Callable[[Ints], float] | None = None
     seed: int = 0
     calibration: CalibrationCache | None = field(default=None, repr=False, compare=False)
 
@@ -53,7 +52,7 @@ class Context:
             object.__setattr__(self, "calibration", made)
 
     @cached_property
-    def active(self) -> NDArray[np.bool_]:
+    def active(self) -> Bools:
         """The groups, (G,), that the pruning is spread over: those whose units cost something in the metric.
 
         Feed-forward neurons hold no KV cache, so cutting them for that budget would be loss without gain;
@@ -61,7 +60,7 @@ class Context:
         """
         costs = self.space.unit_costs(self.space.widths, self.metric)
         exact = np.array([g.exact for g in self.space.groups], dtype=bool)
-        found: NDArray[np.bool_] = (costs > 0) & (self.space.widths > 0) & exact
+        found: Bools = (costs > 0) & (self.space.widths > 0) & exact
         return found if found.any() else np.ones(len(exact), dtype=bool)
 
     def data(self, rule: str) -> Workload:

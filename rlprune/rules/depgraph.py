@@ -1,7 +1,4 @@
-"""DepGraph's global pruning, by Torch-Pruning itself: an outside peer.
-
-Beside ``pruning.graph`` the only file that imports torch_pruning.
-"""
+"""DepGraph's global pruning, by Torch-Pruning itself: an outside peer."""
 
 from __future__ import annotations
 
@@ -11,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch_pruning as tp
-from numpy.typing import NDArray
 
-from ..errors import GraphError
-from ..pruning.graph import MIXERS, first_line, passive_pads, run, trainable_copy
+from ..arrays import Floats, Ints
+from ..errors import GraphError, first_line
+from ..pruning.graph import MIXERS, passive_pads, run, trainable_copy
 from ..pruning.watchdog import limited
-from .context import Context, Floats, rule
+from .context import Context, rule
 from .threshold import widths_distribution
 
 _SECONDS, _MEMORY_GB = 300.0, 16.0
@@ -47,10 +44,10 @@ def depgraph(context: Context) -> Floats:
     peer: _Peer = context.cached("depgraph", lambda: _Peer(context))
     space = context.space
 
-    def widths(ratio: float) -> NDArray[np.int64]:
+    def widths(ratio: float) -> Ints:
         return space.limits.floor(space.widths * (1.0 - peer.shares(ratio)))
 
-    def meets(found: NDArray[np.int64]) -> bool:
+    def meets(found: Ints) -> bool:
         return bool(space.cost(found, context.metric) <= target)
 
     low, best = 0.0, space.widths
@@ -135,7 +132,7 @@ class _Peer:
         return found
 
 
-def _slots(context: Context, modules: dict[str, Any]) -> dict[Any, NDArray[np.int64]]:
+def _slots(context: Context, modules: dict[str, Any]) -> dict[Any, Ints]:
     """For each layer that produces channels of our groups: the unit of each of its output channels, or -1."""
     found = {}
     for cut in context.space.cuts:

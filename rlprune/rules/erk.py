@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .context import Context, Floats, rule
+from ..arrays import Floats
+from .context import Context, rule
 from .threshold import scaled_distribution
 
 

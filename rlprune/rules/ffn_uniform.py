@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..arrays import Floats
 from .blocks import of_kind
-from .context import Context, Floats, rule
+from .context import Context, rule
 
 
 @rule("the same share of neurons from every feed-forward part, attention whole", wing="language")

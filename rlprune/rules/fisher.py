@@ -7,10 +7,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ..arrays import Floats
 from ..pruning import fisher as information
 from ..pruning.calibration_cache import CURVES, Curves
 from ..pruning.grams import collect
-from .context import Context, Floats, rule
+from .context import Context, rule
 from .threshold import widths_distribution
 
 RIDGE = 1e-3

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..arrays import Floats
 from ..pruning.grams import unit_consumers
 from .blocks import array, weights
-from .context import Context, Floats, rule
+from .context import Context, rule
 from .threshold import threshold_distribution
 
 

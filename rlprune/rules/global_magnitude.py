@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..arrays import Floats
 from ..pruning import importance
-from .context import Context, Floats, rule
+from .context import Context, rule
 from .threshold import threshold_distribution
 
 

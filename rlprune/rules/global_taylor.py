@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ..arrays import Floats
 from ..pruning import importance
-from .context import Context, Floats, rule
+from .context import Context, rule
 from .global_magnitude import normalised
 from .threshold import threshold_distribution
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .context import Context, Floats, rule
+from ..arrays import Floats
+from .context import Context, rule
 from .threshold import threshold_distribution
 
 
@@ -20,7 +20,7 @@ def lamp(context: Context) -> Floats:
     return threshold_distribution(context, [_scores(np.asarray(s)) for s in context.importance])
 
 
-def _scores(importance: NDArray[np.float64]) -> Floats:
+def _scores(importance: Floats) -> Floats:
     """LAMP scores of one group in ascending order of importance, shape (width,)."""
     squares = np.sort(np.abs(importance).astype(np.float64)) ** 2
     not_smaller = np.cumsum(squares[::-1])[::-1]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..arrays import Bools, Floats
 from .blocks import block_count, block_indices
-from .context import Context, Floats, rule
+from .context import Context, rule
 
 
-def inside(context: Context) -> NDArray[np.bool_]:
+def inside(context: Context) -> Bools:
     """The active groups, (G,), between the protected ends; all active ones where the model is too short."""
     count = block_count(context.space)
     first, last = round(count * 4 / 32), count - round(count * 2 / 32)
     index = block_indices(context.space)
-    found: NDArray[np.bool_] = (index >= first) & (index < last) & context.active
+    found: Bools = (index >= first) & (index < last) & context.active
     return found if found.any() else context.active
 
 

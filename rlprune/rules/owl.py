@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..arrays import Floats
 from ..pruning.grams import Consumer, unit_consumers
 from .blocks import array, block_count, block_indices, per_group, weights
-from .context import Context, Floats, rule
+from .context import Context, rule
 from .threshold import as_distribution, mean_share
 
 MULTIPLE = 5.0

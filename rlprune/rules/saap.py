@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arrays import Floats
 from ..pruning import importance
-from .context import Context, Floats, rule
+from .context import Context, rule
 from .threshold import threshold_distribution
 
 SEQUENCES = 16

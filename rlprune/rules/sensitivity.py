@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..arrays import Floats, Ints
 from ..pruning.plan import make_plan
 from ..pruning.space import PruningSpace
 from ..pruning.surgery import prune
-from .context import Context, Floats, rule
+from .context import Context, rule
 from .threshold import scaled_distribution
 
 RATIOS = (0.25, 0.5)
@@ -80,11 +80,11 @@ def _shares(t: float, added: Floats, shares: Floats) -> Floats:
     return cut
 
 
-def _validation_loss(context: Context) -> Callable[[NDArray[np.int64]], float]:
+def _validation_loss(context: Context) -> Callable[[Ints], float]:
     """Loss of the cut model on the validation split, without recovery."""
     workload = context.data("sensitivity")
 
-    def loss(widths: NDArray[np.int64]) -> float:
+    def loss(widths: Ints) -> float:
         plan = make_plan(context.space, importance=context.importance, widths=widths)
         return workload.evaluate(prune(context.model, plan), "validation").loss
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..arrays import Bools, Floats, Ints
 from .blocks import block_cosines, block_indices, of_kind
-from .context import Context, Floats, rule
+from .context import Context, rule
 from .threshold import widths_distribution
 
 
@@ -25,7 +25,7 @@ def shortgpt(context: Context) -> Floats:
     return widths_distribution(context.space, widths)
 
 
-def drop_in_order(context: Context, parts: list[NDArray[np.bool_]]) -> NDArray[np.int64]:
+def drop_in_order(context: Context, parts: list[Bools]) -> Ints:
     """Widths (G,) when parts, masks (G,) each, go one after the other until the budget is met, the last in part."""
     space = context.space
     target = space.target(context.budget, context.metric)
@@ -42,11 +42,11 @@ def drop_in_order(context: Context, parts: list[NDArray[np.bool_]]) -> NDArray[n
 
 def _given_back(
     context: Context,
-    before: NDArray[np.int64],
-    widths: NDArray[np.int64],
-    part: NDArray[np.bool_],
+    before: Ints,
+    widths: Ints,
+    part: Bools,
     target: float,
-) -> NDArray[np.int64]:
+) -> Ints:
     """``widths`` with as much of the last part restored as fits: equal shares, then single steps, neurons last."""
     space = context.space
     low, high = 0.0, 1.0  # share of the part that comes back

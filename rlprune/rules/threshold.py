@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import Floats, Ints
 from ..pruning.space import PruningSpace
-from .context import Context, Floats
+from .context import Context
 
 
 def threshold_distribution(context: Context, scores: Sequence[NDArray[Any]]) -> Floats:
@@ -23,7 +24,7 @@ def threshold_distribution(context: Context, scores: Sequence[NDArray[Any]]) -> 
     ordered = [np.sort(np.asarray(s, dtype=np.float64)) for s in scores]
     pooled = np.unique(np.concatenate([s for s, a in zip(ordered, active, strict=True) if a]))
 
-    def widths(index: int) -> NDArray[np.int64]:
+    def widths(index: int) -> Ints:
         """Widths when everything up to the ``index`` lowest values is cut."""
         limit = pooled[index - 1] if index else -np.inf
         kept = [len(s) - np.searchsorted(s, limit, side="right") for s in ordered]

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..arrays import Bools, Floats
 from ..pruning.grams import Consumer, unit_consumers
 from ..pruning.reconstruct import evaluating
 from .blocks import of_kind
-from .context import Context, Floats, rule
+from .context import Context, rule
 from .threshold import mean_share, widths_distribution
 
 ALPHA = 1.5
@@ -67,7 +67,7 @@ def attention_count(context: Context, p: float) -> int:
     return round(int(attention.sum()) * p ** (sizes[0] / sizes[1] / ALPHA))
 
 
-def greedy_order(context: Context, allowed: NDArray[np.bool_]) -> Iterator[int]:
+def greedy_order(context: Context, allowed: Bools) -> Iterator[int]:
     """The attention groups in the order of their removal; found one at a time and remembered."""
     found: tuple[list[int], dict[int, float]] = context.cached("two_ssp", lambda: ([], {}))
     order, losses = found

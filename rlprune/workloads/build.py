@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ..config import Config, ModelConfig
-from ..errors import ArtifactError, ConfigError, RlpruneError
+from ..errors import ArtifactError, ConfigError, RlpruneError, described
 from ..files import write_tensors_atomic
 from ..pruning.finetune import FitResult, Progress
 from .adapter import ModelAdapter
 from .base import TrainedWorkload, Workload, check_workload
 from .builder import builder_of, builders
 from .checkpoint import load_checkpoint, put_weights
-from .checks import check_finite, first_line, run_forward
+from .checks import check_finite, run_forward
 from .data import cache_folder
 from .functions import named_object
 
@@ -150,9 +150,7 @@ def _own_workload(config: Config, checkpoint: str | Path | None) -> Workload:
     except RlpruneError:
         raise
     except Exception as error:
-        raise ConfigError(
-            f"workload {config.workload!r}: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        raise ConfigError(f"workload {config.workload!r}: {described(error)}") from error
     if not isinstance(workload, Workload):
         raise ConfigError(
             f"workload {config.workload!r}: must be, or return, a rlprune.Workload, got {type(workload).__name__}"

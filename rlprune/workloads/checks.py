@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ArtifactError, GraphError
+from ..errors import ArtifactError, GraphError, described
 from .base import Workload
 
 
@@ -26,11 +26,5 @@ def run_forward(workload: Workload, name: str) -> Any:
     except Exception as error:
         raise GraphError(
             f"model {name!r}: its forward raises on an input of shape "
-            f"{tuple(workload.example_inputs.shape)}: {type(error).__name__}: {first_line(error)}"
+            f"{tuple(workload.example_inputs.shape)}: {described(error)}"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else "no message"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, near_miss
+from ..errors import ConfigError, described, near_miss
 
 
 def named_object(name: str, field: str) -> Any:
@@ -21,7 +21,9 @@ def named_object(name: str, field: str) -> Any:
     except ImportError as error:
         raise ConfigError(f"{field} {name!r}: cannot import {module_name!r} ({error})") from error
     except Exception as error:
-        raise ConfigError(f"{field} {name!r}: importing {module_name!r} failed: {_brief(error)}") from error
+        raise ConfigError(
+            f"{field} {name!r}: importing {module_name!r} failed: {described(error)}"
+        ) from error
     finally:
         sys.path.remove(here)
     if not hasattr(module, attribute):
@@ -37,8 +39,3 @@ def model_function(name: str, field: str) -> Callable[..., Any]:
         raise ConfigError(f"{field} {name!r}: is no function")
     found: Callable[..., Any] = function
     return found
-
-
-def _brief(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

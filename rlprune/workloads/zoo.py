@@ -17,7 +17,7 @@ from urllib.error import URLError
 import torch
 from torch import nn
 
-from ..errors import ArtifactError, ConfigError, DataError, near_miss
+from ..errors import ArtifactError, ConfigError, DataError, described, near_miss
 from .checkpoint import SUFFIXES, load_checkpoint, put_weights
 from .functions import model_function
 from .googlenet_cifar import CifarGoogLeNet
@@ -200,7 +200,7 @@ def _construct(base: dict[str, Any], seed: int, *, trusted: bool) -> nn.Module:
             raise
         except Exception as error:
             raise ConfigError(
-                f"model.name {name!r} with arguments {arguments}: cannot be built: {_brief(error)}"
+                f"model.name {name!r} with arguments {arguments}: cannot be built: {described(error)}"
             ) from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model.name {name!r}: must return a torch.nn.Module, got {type(model).__name__}")
@@ -263,10 +263,10 @@ def _published_weights(model: nn.Module, base: dict[str, Any], weights: str) -> 
             )
     except (URLError, OSError) as error:
         raise DataError(
-            f"model.weights {weights!r} of {name!r} cannot be fetched: {_brief(error)}"
+            f"model.weights {weights!r} of {name!r} cannot be fetched: {described(error)}"
         ) from error
     except RuntimeError as error:
-        raise ConfigError(f"model.weights {weights!r} of {name!r}: {_brief(error)}") from error
+        raise ConfigError(f"model.weights {weights!r} of {name!r}: {described(error)}") from error
     put_weights(model, tensors, f"model.weights {weights!r}", head=True)
 
 
@@ -281,8 +281,3 @@ def _torchvision_weights(name: str, weights: str) -> dict[str, Any]:
             f"model.weights {weights!r}: {name!r} has {allowed}{near_miss(bare, known.__members__)}"
         )
     return known[bare].get_state_dict(progress=False, check_hash=True)
-
-
-def _brief(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,0 +1,75 @@
+"""What rlprune takes from the inside of torch's modules.
+
+``families.py`` reaches into them by itself, because a copy of that file has to run where rlprune is missing.
+
+Relied on in torch 2.14:
+
+- ``_ConvNd``, ``_BatchNorm``, ``_NormBase`` and ``_InstanceNorm`` of ``torch.nn.modules``: what convolutions and
+  norms of all dimensions are.
+- ``nn.Module._parameters``, ``._buffers``, ``._modules``: what a module holds itself, by name;
+  ``._non_persistent_buffers_set``: the names of the buffers that are not saved.
+
+``tests/test_internals.py`` fails where one of them is gone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+from torch import Tensor, nn
+
+CONVOLUTION = nn.modules.conv._ConvNd
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+BATCH_OR_INSTANCE_NORM = nn.modules.batchnorm._NormBase
+INSTANCE_NORM = nn.modules.instancenorm._InstanceNorm
+
+_OWN_COPY = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__")
+_PLAIN = (int, float, str, bool, bytes, complex, type(None), type)
+
+
+def parameter_slots(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The parameters that a module holds itself, in its order; what is written into it takes their place."""
+    return module._parameters
+
+
+def buffer_slots(module: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers that a module holds itself; what is written into it takes their place."""
+    return module._buffers
+
+
+def unsaved_buffers(model: nn.Module) -> set[str]:
+    """Names of all buffers of a model that its state dict leaves out."""
+    return {f"{n}.{b}".lstrip(".") for n, m in model.named_modules() for b in m._non_persistent_buffers_set}
+
+
+def twin(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """``copy.deepcopy(module, memo)``, several times faster for modules that do not define their own copy.
+
+    deepcopy goes through pickle's protocol for every module; most of what it finds there are numbers
+    and empty hook tables.
+    """
+    if id(module) in memo:
+        found: nn.Module = memo[id(module)]
+        return found
+    cls = type(module)
+    if any(name in vars(base) for base in cls.__mro__[:-2] for name in _OWN_COPY):
+        return copy.deepcopy(module, memo)
+    new = cls.__new__(cls)
+    memo[id(module)] = new
+    state = new.__dict__
+    for name, value in module.__dict__.items():
+        if name == "_modules":
+            state[name] = {k: None if m is None else twin(m, memo) for k, m in value.items()}
+        elif name in ("_parameters", "_buffers"):
+            state[name] = {k: None if t is None else memo[id(t)] for k, t in value.items()}
+        elif isinstance(value, _PLAIN):
+            state[name] = value
+        elif type(value) in (dict, OrderedDict, set, list) and not value:
+            state[name] = type(value)()
+        elif type(value) is tuple and all(isinstance(v, _PLAIN) for v in value):
+            state[name] = value
+        else:
+            state[name] = copy.deepcopy(value, memo)
+    return new
