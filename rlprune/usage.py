@@ -5,18 +5,18 @@ A setting is given where it differs from its default, so the defaults that RUN/c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import reduce
+from functools import partial, reduce
 
 from .agents import AGENTS
 from .config import Config, settings_reference
 from .errors import ConfigError
 from .rules import RULES as PRUNING_RULES
+from .workloads.adapter import ModelAdapter, adapters
 from .workloads.build import expected_adapter
 
-VISION, LANGUAGE = "vision", "language"
 SEARCHING = ("train", "benchmark", "apply --refine")
 TUNING = ("train", "benchmark", "fidelity", "prune --stages", "prune --steps", "tune")
 LOOKING = ("inspect", "evaluate", "tune")
@@ -29,7 +29,8 @@ class Run:
 
     command: str
     config: Config
-    wing: str | None
+    adapter: ModelAdapter | None
+    """What the model will be; None for a workload of the user's own, which may read anything."""
     agents: tuple[str, ...]
     """Those that search or, where the command does not, that would."""
 
@@ -48,9 +49,12 @@ class Run:
     @property
     def tuned(self) -> bool:
         """Whether the final fine-tune has any length."""
+        if self.command not in ("train", "benchmark"):
+            return True
         finish = self.config.finish
-        lengths = {VISION: finish.epochs, LANGUAGE: finish.steps, None: finish.epochs + finish.steps}
-        return lengths[self.wing] > 0 or self.command not in ("train", "benchmark")
+        if self.adapter is None:
+            return finish.epochs + finish.steps > 0
+        return self.adapter.fine_tune_length(finish)[0] > 0
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,18 @@ def _not_by(*commands: str) -> Callable[[Run], bool]:
     return lambda run: run.command not in commands
 
 
-def _wing(settings: Sequence[str], wing: str, reason: str, instead: str) -> Rule:
-    other = {VISION: LANGUAGE, LANGUAGE: VISION}[wing]
-    return Rule(tuple(settings), lambda run: run.wing != other, reason, instead, ("model.name", "workload"))
+def _by_adapters() -> Iterator[Rule]:
+    """What the models of only some wings have, as their adapters say it."""
+    for adapter in adapters():
+        for setting, (reason, instead) in adapter.unread.items():
+            used = partial(_read_by_others, wing=adapter.wing, setting=setting)
+            yield Rule((setting,), used, reason, instead, ("model.name", "workload"))
+
+
+def _read_by_others(run: Run, wing: str, setting: str) -> bool:
+    if setting == "finish.steps" and run.command == "prune --stages":
+        return True  # which trains any model by steps
+    return run.adapter is None or run.adapter.wing != wing
 
 
 def _section(name: str) -> Rule:
@@ -113,8 +126,6 @@ RULES = (
          "`rlprune train` and `benchmark` use it"),
     Rule(("finish.rules",), _by("train"), "{command} does not look at it", "`rlprune train` uses it"),
     Rule(("finish.steps",), _not_by("prune --steps"), "--steps is the number of steps", "leave one of them out"),
-    Rule(("finish.steps",), lambda run: run.wing != VISION or run.command == "prune --stages",
-         "{model} is fine-tuned by epochs", "give finish.epochs"),
     Rule(("finish.epochs",), _not_by("prune --stages", "prune --steps"), "rounds are trained by steps",
          "give finish.steps or --steps"),
     Rule(tuple(f"finish.{name}" for name in ("method", "rank", "alpha", "dropout", "lr", "batch_size", "weight_decay",
@@ -158,32 +169,16 @@ RULES = (
          "recovery.steps is without reconstruct", "add it", ("recovery.steps",)),
     Rule(("budget.batch_size", "budget.table"), lambda run: run.config.budget.metric == "latency",
          "budget.metric is not latency", "give budget.metric=latency", ("budget.metric",)),
-    Rule(("model.train.*",), lambda run: run.wing is None or run.config.model.train.epochs > 0,
+    Rule(("model.train.*",), lambda run: run.adapter is None or run.config.model.train.epochs > 0,
          "model.train.epochs is 0", "give it", ("model.train.epochs", "workload")),
     Rule(("finish.temperature",), lambda run: run.config.finish.distill, "finish.distill is false",
          "give finish.distill=true", ("finish.distill",)),
-    Rule(("finish.dropout",), lambda run: run.wing == VISION or run.config.finish.method == "lora",
+    Rule(("finish.dropout",), lambda run: run.config.finish.method == "lora",
          "finish.method is not lora", "give finish.method=lora", ("finish.method",)),
-    Rule(("finish.rank", "finish.alpha"), lambda run: run.wing == VISION or run.config.finish.method != "full",
+    Rule(("finish.rank", "finish.alpha"), lambda run: run.config.finish.method != "full",
          "finish.method is full", "give another finish.method", ("finish.method",)),
-    # What only one kind of model has.
-    _wing(("finish.method", "finish.rank", "finish.alpha", "finish.dropout", "score.top_k", "score.dtype",
-           "prune.drop", "prune.hidden", "recovery.shrink", "model.dtype", "data.files", "data.column",
-           "data.sequence_length", "data.test_length", "data.stride"),
-          LANGUAGE, "only for language models", "{model} is none"),
-    _wing(("finish.epochs",), VISION, "{model} is a language model", "give finish.steps"),
-    _wing(("finish.momentum", "model.train.momentum"), VISION, "{model} is a language model, trained by AdamW",
-          "only SGD has a momentum"),
-    _wing(("model.train.label_smoothing", "data.image_size", "data.augment"), VISION,
-          "{model} is a language model", "only image models have a use for it"),
 )  # fmt: skip
 """In the order in which they are looked at: the first that refuses a setting says why."""
-
-
-def wing_of(config: Config) -> str | None:
-    """The kind of the model, "vision" or "language"; None for a workload of the user's own, which may read anything."""
-    adapter = expected_adapter(config)
-    return None if adapter is None else adapter.wing
 
 
 def check_usage(
@@ -208,20 +203,20 @@ def check_usage(
         )
     elif command == "apply --refine":
         agents = (search.agent,)
-    run = Run(command, config, wing_of(config), agents)
+    run = Run(command, config, expected_adapter(config), agents)
     typed = {text.partition("=")[0].strip() for text in overrides}
     for setting in settings_reference():
         if reduce(getattr, setting.path.split("."), config) == setting.default:
             continue
         on_line = any(key == setting.path or key.startswith(f"{setting.path}.") for key in typed)
-        for rule in RULES:
+        for rule in (*RULES, *_by_adapters()):
             asked = on_line or (rule.choices is not None and typed.isdisjoint(rule.choices))
             if asked and any(fnmatch(setting.path, p) for p in rule.settings) and not rule.used(run):
                 raise ConfigError(_line(setting.path, rule, run))
 
 
 def _line(path: str, rule: Rule, run: Run) -> str:
-    name = "python -m rlprune.tuning" if run.command == "tune" else f"rlprune {run.command}"
+    name = "python -m rlprune.tune" if run.command == "tune" else f"rlprune {run.command}"
     names = ", ".join(dict.fromkeys(run.agents))
     agents = f"the agents here are {names}" if names else "no agent searches here"
     return f"{path}: {rule.reason}, so it is not used; {rule.instead}".format(

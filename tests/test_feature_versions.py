@@ -16,7 +16,7 @@ from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from synthetic import FakeAccount, make_language_task, make_synthetic_task
 
-from rlprune.agents import StateDir, make_agent
+from rlprune.agents import SearchRequest, StateDir, make_agent
 from rlprune.agents.policy import (
     PolicyTransferWarning,
     PortablePolicy,
@@ -41,7 +41,7 @@ def known(name):
 
 
 def search(task, account, **kwargs):
-    return make_agent("ppo", SETTINGS).search([task], [account], seed=1, **kwargs)
+    return make_agent("ppo", SETTINGS).search(SearchRequest([task], [account], seed=1, **kwargs))
 
 
 def kind_columns(task, version):
@@ -125,7 +125,7 @@ def test_an_old_policy_is_trained_on_in_its_own_version(name, mode):
     task = TASKS[name](6, 1)
     account = FakeAccount(task.evaluator, 12)
     settings = SearchConfig(ppo=SETTINGS.ppo, batch=8, mode=mode)
-    found = make_agent("ppo", settings).search([task], [account], seed=1, policy=old).policy
+    found = make_agent("ppo", settings).search(SearchRequest([task], [account], seed=1, policy=old)).policy
     assert next(iter(account.seen)) == tuple(known(name)["first"])
     assert account.spent == 12
     before, after = old.network.state_dict(), found.network.state_dict()
@@ -193,5 +193,5 @@ def test_a_state_from_before_the_versions_is_continued_for_images_and_refused_fo
     search(task, resumed, state=StateDir(tmp_path, "image"))
     assert list(resumed.seen) == list(whole.seen)
     task = make_language_task(6)
-    with pytest.raises(ArtifactError, match=r"another search \(feature_version differ\)"):
+    with pytest.raises(ArtifactError, match=r"other settings \(feature_version differ\)"):
         search(task, FakeAccount(task.evaluator, 24), state=StateDir(tmp_path, "language"))

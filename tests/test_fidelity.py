@@ -15,6 +15,7 @@ import scipy.stats
 from rlprune import fidelity, fidelity_table
 from rlprune.config import Config
 from rlprune.errors import ConfigError
+from rlprune.workloads import Workload
 from rlprune.workloads.adapter import adapter_named
 
 TIERS = ["none", "bn", "reconstruct", "reconstruct + bn", "reconstruct + bn + 2 steps"]
@@ -140,7 +141,7 @@ def test_finished_measurements_are_not_made_again(
     trained: list[str] = []
     scored: list[list[int]] = []
     score = fidelity._Study._score
-    monkeypatch.setattr(fidelity, "fine_tune", lambda *_, **options: trained.append(options["label"]))
+    monkeypatch.setattr(Workload, "fine_tune", lambda *args: trained.append(args[-1].phase))
     monkeypatch.setattr(fidelity._Study, "_score", lambda *a: scored.append(a[-1]) or score(*a))
     assert fidelity.run(small_digits.override(["threads=1", "finish.candidates=3"]), 4, out, steps=2) == text
     assert trained == [] and scored == []

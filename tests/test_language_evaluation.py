@@ -86,15 +86,13 @@ class TestEvaluator:
             return collected[-1]
 
         grams_collect = grams.collect
-        for module in ("grams", "recovery", "importance"):
-            name = "collect" if module == "grams" else "collect_grams"
-            monkeypatch.setattr(f"rlprune.pruning.{module}.{name}", collect)
+        monkeypatch.setattr("rlprune.language.calibration.cache.collect_grams", collect)
         evaluator_of(workload, importance="obs", steps=("reconstruct",))
         assert len(collected) == 1 and len(collected[0]) == 0
 
     def test_statistics_are_shared_by_importance_and_rules(self, workload, monkeypatch):
         evaluator = evaluator_of(workload, importance="wanda_sp")
-        monkeypatch.setattr("rlprune.pruning.statistics.collect", None)
+        monkeypatch.setattr("rlprune.language.calibration.cache.collect_statistics", None)
         contexts = [evaluator.context(0.7, "block_params") for _ in range(2)]
         assert contexts[0].statistics() is contexts[1].statistics()
 
@@ -116,15 +114,15 @@ class TestEvaluator:
         assert evaluator.evaluate(widths).samples == 3 and evaluator.evaluate_full(widths).samples == 8
 
     def test_the_number_format_of_scores(self, workload, tmp_path, monkeypatch):
-        assert scoring_dtype(workload, "float32") == torch.float32
-        assert scoring_dtype(workload, "bfloat16") == torch.bfloat16
+        assert scoring_dtype(workload.model, "float32") == torch.float32
+        assert scoring_dtype(workload.model, "bfloat16") == torch.bfloat16
         monkeypatch.setenv("RLPRUNE_CACHE", str(tmp_path))
         clock = {"faster": torch.bfloat16}
         monkeypatch.setattr(
-            "rlprune.language.workload._product_seconds", lambda w, d: 1.0 if d == clock["faster"] else 3.0
+            "rlprune.language.dtype._product_seconds", lambda w, d: 1.0 if d == clock["faster"] else 3.0
         )
-        assert scoring_dtype(workload, "auto") == torch.bfloat16
+        assert scoring_dtype(workload.model, "auto") == torch.bfloat16
         clock["faster"] = torch.float32  # decided once: a resumed run scores as the first one did
-        assert scoring_dtype(workload, "auto") == torch.bfloat16
+        assert scoring_dtype(workload.model, "auto") == torch.bfloat16
         monkeypatch.setenv("RLPRUNE_CACHE", str(tmp_path / "other"))
-        assert scoring_dtype(workload, "auto") == torch.float32
+        assert scoring_dtype(workload.model, "auto") == torch.float32

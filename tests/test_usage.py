@@ -15,7 +15,8 @@ from rlprune.config import Config, load_config, settings_reference, shipped_conf
 from rlprune.errors import ConfigError
 from rlprune.options import read_config
 from rlprune.search_settings import PPOConfig
-from rlprune.usage import RULES, check_usage, wing_of
+from rlprune.usage import RULES, check_usage
+from rlprune.workloads.build import expected_adapter
 
 COMMANDS = ("inspect", "train", "apply", "apply --refine", "prune", "prune --stages", "prune --steps", "benchmark",
             "fidelity", "evaluate")  # fmt: skip
@@ -220,7 +221,7 @@ def test_what_a_user_brings_may_read_anything(monkeypatch: pytest.MonkeyPatch) -
         "finish.epochs=2",
     ]
     config = Config.from_dict({"workload": "mine:build"}).override(own)
-    assert wing_of(config) is None
+    assert expected_adapter(config) is None
     check_usage(config, "train", own)
     monkeypatch.setitem(AGENTS, "curious", Entry("curious", "reads what it likes", "", lambda session: None))
     words = ["search.agent=curious", "search.ppo.n_steps=8", "search.stages=3", "search.cma_es.bound=0.2"]

@@ -65,6 +65,17 @@ class LanguageAdapter(ModelAdapter):
         batch=_LESSON_BATCH,
     )
     recovery_steps = ("none", "bias", "reconstruct", "bn", "finetune")
+    unread = {
+        "finish.epochs": ("{model} is a language model", "give finish.steps"),
+        **dict.fromkeys(
+            ("finish.momentum", "model.train.momentum"),
+            ("{model} is a language model, trained by AdamW", "only SGD has a momentum"),
+        ),
+        **dict.fromkeys(
+            ("model.train.label_smoothing", "data.image_size", "data.augment"),
+            ("{model} is a language model", "only image models have a use for it"),
+        ),
+    }
     keeps_models = False
     costly_passes = True
     unlabelled_builds = False

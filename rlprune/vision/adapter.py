@@ -52,6 +52,14 @@ class VisionAdapter(ModelAdapter):
         batch=_LESSON_BATCH,
     )
     recovery_steps = ("none", "reconstruct", "bn", "finetune")
+    unread = dict.fromkeys(
+        (
+            *("finish.method", "finish.rank", "finish.alpha", "finish.dropout"),
+            *("score.top_k", "score.dtype", "prune.drop", "prune.hidden", "recovery.shrink", "model.dtype"),
+            *("data.files", "data.column", "data.sequence_length", "data.test_length", "data.stride"),
+        ),
+        ("only for language models", "{model} is none"),
+    ) | {"finish.steps": ("{model} is fine-tuned by epochs", "give finish.epochs")}
     # No rule is the best one at all budgets or on all checkpoints, and from uniform the best plans of all of them are
     # within an action's reach.
     base_rule_over_budgets = "uniform"

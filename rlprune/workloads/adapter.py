@@ -108,6 +108,8 @@ class ModelAdapter(abc.ABC):
     ladder: RecoveryLadder
     recovery_steps: tuple[str, ...]
     """The recovery steps that its models can have (``recovery.steps``)."""
+    unread: Mapping[str, tuple[str, str]] = {}
+    """Settings that nothing of the wing reads: why, and what to do instead ("{model}" stands for its name)."""
     keeps_models: bool = True
     """Whether the fine-tuned models of all methods stay in memory until a run ends."""
     costly_passes: bool = False
