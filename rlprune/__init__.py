@@ -13,32 +13,32 @@ from . import envs
 from .errors import ArtifactError, BudgetError, ConfigError, DataError, GraphError, RlpruneError
 
 if TYPE_CHECKING:
-    from . import agents, artifacts, config, evaluation, pruning, rules, workloads
+    from . import agents, artifacts, config, evaluation, importance, pruning, recovery, rules, workloads
     from .agents import agent
-    from .agents.policy import load_policy
+    from .agents.ppo.policy import load_policy
     from .api import load, save, trace
-    from .config import Config, load_config
-    from .pruning import importance, recovery
+    from .config.config import Config, load_config
+    from .experiments.build import build_workload
     from .pruning.plan import Plan, make_plan
     from .pruning.space import Group, PruningSpace
     from .pruning.surgery import masked, prune
     from .rules import Context, rule
-    from .workloads import Workload, build_workload
+    from .workloads import Workload
 
 __version__ = "0.1.0"
 
 _NAMES = {
-    "Config": "config",
+    "Config": "config.config",
     "Context": "rules",
     "Group": "pruning.space",
     "Plan": "pruning.plan",
     "PruningSpace": "pruning.space",
     "Workload": "workloads",
     "agent": "agents",
-    "build_workload": "workloads",
+    "build_workload": "experiments.build",
     "load": "api",
-    "load_config": "config",
-    "load_policy": "agents.policy",
+    "load_config": "config.config",
+    "load_policy": "agents.ppo.policy",
     "make_plan": "pruning.plan",
     "masked": "pruning.surgery",
     "prune": "pruning.surgery",
@@ -51,9 +51,9 @@ _MODULES = {
     "artifacts": "artifacts",
     "config": "config",
     "evaluation": "evaluation",
-    "importance": "pruning.importance",
+    "importance": "importance",
     "pruning": "pruning",
-    "recovery": "pruning.recovery",
+    "recovery": "recovery",
     "rules": "rules",
     "workloads": "workloads",
 }

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from .documents import read_plan
+from .artifacts.documents import read_plan
+from .artifacts.safetensors import MAX_SHARD_SIZE
 from .pruning.plan import Plan
 from .pruning.space import PruningSpace
-from .pruning.tracing import TraceOptions
-from .tensorfiles import MAX_SHARD_SIZE
+from .tracing.trace import TraceOptions
 from .workloads.adapter import adapter_of, adapter_of_base
 
 

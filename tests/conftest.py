@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from small import SMALL_RUN
 
-from rlprune.config import Config, load_config
+from rlprune.config.config import Config, load_config
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from rlprune import calibration, profiling
+from rlprune.latency import calibrate as calibration
+from rlprune.latency import profile as profiling
 
 
 def fake_seconds(module: nn.Module) -> float:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rlprune.config import Config
+from rlprune.config.config import Config
 from rlprune.errors import RlpruneError
-from rlprune.workloads import build_workload
+from rlprune.experiments.build import build_workload
 
 
 def config_of(name, *overrides) -> Config:

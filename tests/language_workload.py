@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from lm import tokens
 from torch import nn
 
-from rlprune.config import RecoveryConfig, ScoreConfig
-from rlprune.evaluation import Evaluator
+from rlprune.config.config import RecoveryConfig, ScoreConfig
+from rlprune.evaluation.evaluator import Evaluator
+from rlprune.language.text import Text as TextOf
+from rlprune.language.text import TextRequest, split_text
 from rlprune.language.workload import LanguageWorkload
 from rlprune.pruning.plan import Plan
 from rlprune.workloads import SPLITS
 from rlprune.workloads.base import Workload
-from rlprune.workloads.text import Text as TextOf
-from rlprune.workloads.text import TextRequest, split_text
 
 
 class Sentences(Workload):

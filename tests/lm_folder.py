@@ -27,7 +27,7 @@ def write_folder(path: Path, **settings: Any) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
-    from rlprune.workloads.causal import help_tokenizer
+    from rlprune.language.loading import help_tokenizer
 
     sizes = {
         "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,

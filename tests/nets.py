@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from rlprune.workloads.zoo import build_model
+from rlprune.vision.zoo import build_model
 
 
 class Residual(nn.Module):

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from rlprune.envs.task import Task
-from rlprune.ledger import SearchSpent
+from rlprune.evaluation.ledger import SearchSpent
 from rlprune.pruning.cost import AxisSize, FormulaBuilder
 from rlprune.pruning.space import Group, PruningSpace
 from rlprune.rules.context import Context

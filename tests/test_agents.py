@@ -10,14 +10,9 @@ import torch
 from synthetic import FakeAccount, FakeEvaluator, make_synthetic_task
 
 from rlprune.agents import AGENTS, SearchRequest, StateDir, make_agent
-from rlprune.agents.policy import PortablePolicy, portable_state
-from rlprune.agents.proposals import choose_batch, climb, neighbours, random_plans
-from rlprune.agents.surrogate import ScoreModel, SurrogateVecEnv
-from rlprune.envs.distribution import DistributionEnv
-from rlprune.envs.task import Task
-from rlprune.errors import ArtifactError, ConfigError
-from rlprune.ledger import SearchSpent
-from rlprune.search_settings import (
+from rlprune.agents.ppo.policy import PortablePolicy, portable_state
+from rlprune.agents.ppo.surrogate_env import SurrogateVecEnv
+from rlprune.config.search import (
     AMCConfig,
     GPConfig,
     PPOConfig,
@@ -25,6 +20,12 @@ from rlprune.search_settings import (
     SearchConfig,
     SequentialPPOConfig,
 )
+from rlprune.envs.distribution import DistributionEnv
+from rlprune.envs.task import Task
+from rlprune.errors import ArtifactError, ConfigError
+from rlprune.evaluation.ledger import SearchSpent
+from rlprune.surrogates.proposals import choose_batch, climb, neighbours, random_plans
+from rlprune.surrogates.score_gp import ScoreModel
 
 SMALL = PPOConfig(hidden=8, n_steps=8, batch_size=8, n_epochs=2, surrogate_steps=256, surrogate_envs=32)
 # Agents without a policy that look for one best plan; a range of budgets is refused.
@@ -131,7 +132,7 @@ def test_a_range_of_budgets_is_refused_where_one_plan_is_wanted(kind):
 
 
 def test_a_resumed_search_goes_on_from_its_state_instead_of_starting_over(tmp_path, monkeypatch):
-    from rlprune.agents.guided import Guided
+    from rlprune.agents.ppo.surrogate_training import Guided
 
     trained = []
     original = Guided.train
@@ -213,7 +214,7 @@ def test_the_mode_of_the_returned_policy_has_been_scored(kind):
 
 
 def test_several_tasks_share_one_policy_without_a_bias(monkeypatch):
-    monkeypatch.setattr("rlprune.agents.distill._COMMON_STEPS", 20)
+    monkeypatch.setattr("rlprune.agents.ppo.behaviour_cloning._COMMON_STEPS", 20)
     tasks = [make_synthetic_task(6, s, (0.3, 0.6)) for s in range(2)]
     accounts = [FakeAccount(t.evaluator, 24) for t in tasks]
     result = search("surrogate", tasks, accounts)

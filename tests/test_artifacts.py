@@ -18,9 +18,11 @@ from torch import nn
 from torchvision import models
 
 import rlprune
-from rlprune import artifacts, files
+from rlprune.artifacts import pruned_model as artifacts
+from rlprune.artifacts.policy import read_policy_files, save_policy
 from rlprune.errors import ArtifactError
-from rlprune.workloads.zoo import build_model
+from rlprune.utils import files
+from rlprune.vision.zoo import build_model
 
 
 class Own(nn.Module):
@@ -271,19 +273,19 @@ def test_a_failed_save_leaves_the_old_one(
 def test_policy_files(tmp_path: Path) -> None:
     tensors = {"weight": torch.randn(3, 2), "bias": torch.zeros(3)}
     meta = {"features": ["a", "b"], "scale": 1.5}
-    target = artifacts.save_policy(tensors, meta, tmp_path / "policy")
-    loaded, found = artifacts.read_policy_files(target)
+    target = save_policy(tensors, meta, tmp_path / "policy")
+    loaded, found = read_policy_files(target)
     assert found == meta
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
-    not_json = error_of(lambda: artifacts.save_policy(tensors, {"f": object()}, tmp_path / "q"))
+    not_json = error_of(lambda: save_policy(tensors, {"f": object()}, tmp_path / "q"))
     assert "cannot be written as JSON" in not_json
     assert not (tmp_path / "q").exists()
     edit(target / "policy.json", lambda d: d.update(version=99))
-    assert "newer" in error_of(lambda: artifacts.read_policy_files(target))
+    assert "newer" in error_of(lambda: read_policy_files(target))
     shutil.rmtree(target)
-    artifacts.save_policy(tensors, meta, target)
+    save_policy(tensors, meta, target)
     save_file({"weight": torch.zeros(3, 2)}, target / "policy.safetensors")
-    assert "'bias' is missing" in error_of(lambda: artifacts.read_policy_files(target))
+    assert "'bias' is missing" in error_of(lambda: read_policy_files(target))
 
 
 def test_text_and_json_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlprune import benchmark, comparison
 from rlprune.agents import AGENTS
-from rlprune.benchmark import Cell, cell_key
-from rlprune.benchmark.cells import finished
-from rlprune.config import Config
+from rlprune.benchmarks import benchmark, outcome
+from rlprune.benchmarks.benchmark import Cell, cell_key
+from rlprune.benchmarks.cells import finished
+from rlprune.config.config import Config
 from rlprune.errors import ArtifactError, BudgetError, ConfigError, RunError
-from rlprune.ledger import Ledger
-from rlprune.problem import prepare
-from rlprune.progress import Console
+from rlprune.evaluation.ledger import Ledger
+from rlprune.experiments.prepare import prepare
+from rlprune.report import comparison
+from rlprune.utils.progress import Console
 
 METHODS = ["uniform", "lamp", "random", "ppo"]
 
@@ -32,7 +33,7 @@ def _timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _brief_latency() -> Iterator[None]:
     """Latencies are in the rows, but nothing here looks at how exact they are."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark.outcome, "LATENCY_SECONDS", 0.1)
+        patch.setattr(outcome, "LATENCY_SECONDS", 0.1)
         yield
 
 

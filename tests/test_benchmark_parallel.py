@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 from small import SMALL_SEARCH
 
-from rlprune.benchmark import Cell
-from rlprune.benchmark.schedule import Schedule
+from rlprune.benchmarks import pool
+from rlprune.benchmarks.benchmark import Cell
+from rlprune.benchmarks.schedule import Schedule
 
 SECONDS = 900.0  # more than any step takes, however busy the machine
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks processes up in /proc")
@@ -154,10 +155,10 @@ def test_a_killed_worker_costs_its_cell_only(tmp_path: Path) -> None:
 def test_a_worker_that_cannot_start_is_said_in_one_line(
     tmp_path: Path, small_digits: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rlprune import benchmark
+    from rlprune.benchmarks import benchmark
     from rlprune.errors import RunError
 
-    monkeypatch.setattr(benchmark.pool, "MODULE", "rlprune.no_such_module")
+    monkeypatch.setattr(pool, "MODULE", "rlprune.no_such_module")
     with pytest.raises(
         RunError, match=r"no worker could .*exit code 1: .*No module named.*worker-[12]\.log"
     ) as error:
@@ -186,7 +187,7 @@ def test_a_worker_that_cannot_start_is_said_in_one_line(
 def test_wrong_inputs_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    from rlprune import cli
+    from rlprune.cli import main as cli
 
     out = tmp_path / "run"
     code = cli.main(["benchmark", "digits", "--out", str(out), *arguments, "--set", *SMALL_SEARCH])
@@ -196,7 +197,7 @@ def test_wrong_inputs_are_one_line(
 
 
 def test_several_dense_models_need_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from rlprune import cli
+    from rlprune.cli import main as cli
 
     settings = [*SMALL_SEARCH, "model.train.epochs=0"]
     out = tmp_path / "run"

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from rlprune import comparison
-from rlprune.benchmark import bootstrap, summarise
-from rlprune.benchmark.statistics import area, evaluations_to, reached, running_best, spread
-from rlprune.ledger import charged_scores
-from rlprune.report import markdown_table
+from rlprune.benchmarks.benchmark import bootstrap, summarise
+from rlprune.benchmarks.statistics import area, evaluations_to, reached, running_best, spread
+from rlprune.evaluation.ledger import charged_scores
+from rlprune.report import comparison
+from rlprune.report.html import markdown_table
 
 NAN = math.nan
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rlprune.config import Config
+from rlprune.config.config import Config
 from rlprune.errors import ArtifactError, ConfigError, GraphError, RlpruneError
-from rlprune.workloads import build_workload
-from rlprune.workloads.vision import VisionWorkload
-from rlprune.workloads.zoo import build_model
+from rlprune.experiments.build import build_workload
+from rlprune.vision.workload import VisionWorkload
+from rlprune.vision.zoo import build_model
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -57,7 +57,7 @@ def test_killed_dense_training_goes_on(own_cache: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("RLPRUNE_CACHE", str(own_cache / "whole"))
     whole = build_workload(config)
     monkeypatch.setenv("RLPRUNE_CACHE", str(own_cache / "killed"))
-    monkeypatch.setattr("rlprune.pruning.finetune._State.due", lambda self: True)
+    monkeypatch.setattr("rlprune.recovery.finetune._State.due", lambda self: True)
 
     original, count = VisionWorkload.train_batches, 0
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from rlprune.checkpoints import StateFile, forget, require_same, settings_key
 from rlprune.errors import ArtifactError
-from rlprune.files import append_line, whole_lines
+from rlprune.utils.checkpoints import StateFile, forget, require_same, settings_key
+from rlprune.utils.files import append_line, whole_lines
 
 
 def test_a_state_comes_back_without_its_mark(tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 
 import rlprune
-from rlprune import cli, commands
-from rlprune.catalogue import KINDS
-from rlprune.config import load_config, shipped_configs
+from rlprune import experiments
+from rlprune.cli import commands
+from rlprune.cli import main as cli
+from rlprune.cli.catalogue import KINDS
+from rlprune.config.config import load_config, shipped_configs
 from rlprune.errors import BudgetError
 
 API_COMMANDS = (
@@ -52,11 +54,11 @@ def one_line(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return err
 
 
-def replace_work(monkeypatch: pytest.MonkeyPatch, module: str = "run", **functions: Any) -> None:
+def replace_work(monkeypatch: pytest.MonkeyPatch, module: str = "train", **functions: Any) -> None:
     """Stand in for the module that does a command's work."""
     fake = SimpleNamespace(**functions)
-    monkeypatch.setitem(sys.modules, f"rlprune.{module}", fake)
-    monkeypatch.setattr(rlprune, module, fake, raising=False)
+    monkeypatch.setitem(sys.modules, f"rlprune.experiments.{module}", fake)
+    monkeypatch.setattr(experiments, module, fake, raising=False)
 
 
 def test_the_commands_are_those_of_the_api() -> None:
@@ -263,7 +265,7 @@ def test_our_warnings_are_one_line_and_those_of_libraries_are_quiet(
         warnings.warn("theirs", FutureWarning, stacklevel=1)
         return "groups"
 
-    replace_work(monkeypatch, "inspection", inspect=inspect)
+    replace_work(monkeypatch, "inspect", inspect=inspect)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         result = run(capsys, "inspect", "digits")
@@ -301,7 +303,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 def test_settings_do_not_need_torch() -> None:
     """Wrong settings answer at once: the heavy libraries load when there is work to do."""
-    script = "import sys, rlprune.cli; sys.exit('torch' in sys.modules)"
+    script = "import sys, rlprune.cli.main; sys.exit('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", script], timeout=120, cwd=Path(__file__).parent.parent, capture_output=True
     )

@@ -11,15 +11,15 @@ from scipy.stats import spearmanr
 from small import SMALL_RUN
 from synthetic import FakeEvaluator
 
-from rlprune import expectation
-from rlprune.agents.composite import CompositeModel
-from rlprune.agents.proposals import choose_batch, random_plans
-from rlprune.config import load_config
+from rlprune.config.config import load_config
 from rlprune.envs.task import Task
-from rlprune.expectation import LogitModel
-from rlprune.kept_logits import MOST_LOGITS, KeptLogits
+from rlprune.evaluation.kept_logits import MOST_LOGITS, KeptLogits
+from rlprune.experiments.prepare import Problem, prepare
 from rlprune.language.judge import OUTPUT_TOKENS, bucketed
-from rlprune.problem import Problem, prepare
+from rlprune.surrogates import logit_gp as expectation
+from rlprune.surrogates.composite import CompositeModel
+from rlprune.surrogates.logit_gp import LogitModel
+from rlprune.surrogates.proposals import choose_batch, random_plans
 
 
 @pytest.fixture(scope="module")

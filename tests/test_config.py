@@ -13,7 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlprune.config import (
+from rlprune.config.config import (
     BudgetConfig,
     Config,
     FinishConfig,
@@ -23,8 +23,8 @@ from rlprune.config import (
     settings_reference,
     shipped_configs,
 )
+from rlprune.config.search import PPOConfig
 from rlprune.errors import ConfigError
-from rlprune.search_settings import PPOConfig
 
 REFERENCE = list(settings_reference())
 PATHS = [item.path for item in REFERENCE]

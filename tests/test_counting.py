@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rlprune.pruning.counting import flop_counter
+from rlprune.tracing.counting import flop_counter
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

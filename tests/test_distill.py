@@ -8,13 +8,13 @@ import torch
 from synthetic import FakeAccount, make_synthetic_task
 
 from rlprune.agents import SearchRequest, StateDir, make_agent
-from rlprune.agents.distill import REACH, distill, lessons, wanted_action
-from rlprune.agents.policy import PortablePolicy, portable_state
-from rlprune.agents.surrogate import ScoreModel
+from rlprune.agents.ppo.behaviour_cloning import REACH, distill, lessons, wanted_action
+from rlprune.agents.ppo.policy import PortablePolicy, portable_state
+from rlprune.config.search import PPOConfig, SearchConfig
 from rlprune.envs.distribution import DistributionEnv
 from rlprune.envs.task import KNOTS, deviate
-from rlprune.ledger import SearchSpent
-from rlprune.search_settings import PPOConfig, SearchConfig
+from rlprune.evaluation.ledger import SearchSpent
+from rlprune.surrogates.score_gp import ScoreModel
 
 SETTINGS = SearchConfig(ppo=PPOConfig(hidden=32, surrogate_steps=256, surrogate_envs=32), batch=10)
 RANGE = (0.3, 0.7)
@@ -105,7 +105,7 @@ def test_of_several_tasks_what_they_have_in_common_is_learned():
 @pytest.mark.parametrize(("seeds", "budget"), [((0,), RANGE), ((0, 1), 0.5)], ids=["range", "checkpoints"])
 def test_interrupted_and_resumed_is_the_same_search(tmp_path, monkeypatch, seeds, budget):
     for steps in ("_STEPS", "_COMMON_STEPS"):
-        monkeypatch.setattr(f"rlprune.agents.distill.{steps}", 20)
+        monkeypatch.setattr(f"rlprune.agents.ppo.behaviour_cloning.{steps}", 20)
 
     def result(state, stop=None):
         tasks = [make_synthetic_task(6, seed, budget) for seed in seeds]
@@ -127,7 +127,7 @@ def test_interrupted_and_resumed_is_the_same_search(tmp_path, monkeypatch, seeds
 def test_tasks_without_common_plans_are_taught_their_own(monkeypatch, language, budget):
     taught = []
     monkeypatch.setattr(
-        "rlprune.agents.guided.distill",
+        "rlprune.agents.ppo.behaviour_cloning.distill",
         lambda policy, env, tasks, wanted, *, common: taught.append((common, [len(own) for own in wanted])),
     )
     tasks = [make_synthetic_task(6, seed, budget, common_plans=not language) for seed in (0, 1)]
@@ -143,7 +143,7 @@ def test_a_base_rule_that_has_nothing_left_to_ask_leaves_the_policy_as_it_is(mon
     def spent(*args, **kwargs):
         raise SearchSpent("spent")
 
-    monkeypatch.setattr("rlprune.agents.guided.distill", spent)
+    monkeypatch.setattr("rlprune.agents.ppo.behaviour_cloning.distill", spent)
     task = make_synthetic_task(6, 0, RANGE)
     account = FakeAccount(task.evaluator, 12)
     assert search(task, account).policy.reach == 1.0 and account.spent == 12

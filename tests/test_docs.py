@@ -18,14 +18,14 @@ import yaml
 from synthetic import FakeEvaluator
 
 import rlprune
-from rlprune import cli
-from rlprune.config import Config, settings_reference, shipped_configs
+from rlprune.cli import main as cli
+from rlprune.config.config import Config, settings_reference, shipped_configs
+from rlprune.importance.importance import IMPORTANCES
 from rlprune.language.describe import COST_NOTES
-from rlprune.pretrained import CODE
-from rlprune.pruning.families import FAMILIES
-from rlprune.pruning.importance import IMPORTANCES
+from rlprune.language.families import FAMILIES
+from rlprune.language.files.pretrained import CODE
+from rlprune.language.tuning.finetune import METHODS
 from rlprune.rules import RULES
-from rlprune.tuning import METHODS
 
 DOCS = Path(__file__).parent.parent / "docs"
 SCRIPTS = sorted((DOCS / "scripts").glob("*.py"))
@@ -244,7 +244,7 @@ def test_every_command_of_a_page_is_understood(page: Path) -> None:
         if words[0] == "rlprune":
             args = cli.build_parser().parse_args(cli._separate_sets(words[1:]))
             assert args.command
-        elif words[-1:] == ["--help"] or "rlprune.tune" not in words:
+        elif words[-1:] == ["--help"] or "rlprune.experiments.tune" not in words:
             continue
         for word in words[words.index("--set") + 1 :] if "--set" in words else []:
             if "=" in word and not word.startswith("-"):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlprune.errors import DataError
-from rlprune.pruning import elimination
+from rlprune.language.calibration import elimination
 
 RIDGE = 1e-3
 

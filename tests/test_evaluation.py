@@ -12,10 +12,10 @@ from nets import build
 from test_recovery import Images
 
 import rlprune
-from rlprune.config import RecoveryConfig, ScoreConfig
+from rlprune.config.config import RecoveryConfig, ScoreConfig
 from rlprune.errors import ArtifactError, BudgetError, DataError
-from rlprune.evaluation import Evaluator
-from rlprune.ledger import Account, Ledger, SearchSpent, candidate_of
+from rlprune.evaluation.evaluator import Evaluator
+from rlprune.evaluation.ledger import Account, Ledger, SearchSpent, candidate_of
 
 
 @pytest.fixture(scope="module")

@@ -11,22 +11,14 @@ from synthetic import FakeAccount, FakeCandidate, FakeEvaluator, make_space
 from torch import nn
 
 from rlprune.agents import SearchRequest, StateDir, make_agent
-from rlprune.agents.experience import (
-    PROBES,
-    Experience,
-    ProbedModel,
-    agreed,
-    builds,
-    can_build,
-    collect,
-    planned,
-)
-from rlprune.agents.policy import PortablePolicy, load_policy, portable_state, save_policy
-from rlprune.agents.proposals import neighbours
+from rlprune.agents.ppo.policy import PortablePolicy, load_policy, portable_state, save_policy
+from rlprune.agents.ppo.transfer import PROBES, Experience, agreed, builds, can_build, collect, planned
+from rlprune.config.search import PPOConfig, SearchConfig
 from rlprune.envs.task import Task
 from rlprune.errors import ArtifactError
-from rlprune.expectation import MOST_LOGITS, LogitProbes
-from rlprune.search_settings import PPOConfig, SearchConfig
+from rlprune.surrogates.logit_gp import MOST_LOGITS, LogitProbes
+from rlprune.surrogates.probes import ProbedModel
+from rlprune.surrogates.proposals import neighbours
 
 SETTINGS = SearchConfig(ppo=PPOConfig(hidden=16, surrogate_steps=256, surrogate_envs=32), batch=10)
 GROUPS, INPUTS, CLASSES = 4, 8, 5

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlprune import export as module
 from rlprune.api import load, save, trace
 from rlprune.errors import ArtifactError, ConfigError
-from rlprune.export import export, export_model, find_example, read_program, write_program
+from rlprune.experiments import export as module
+from rlprune.experiments.export import export, export_model, find_example, read_program, write_program
 from rlprune.pruning.plan import make_plan
 from rlprune.pruning.surgery import prune
-from rlprune.workloads.zoo import base_of, build_model
+from rlprune.vision.zoo import base_of, build_model
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_onnx_runs_at_any_batch_size(pruned: Path, tmp_path: Path) -> None:
 
 
 def test_the_input_size_is_found_from_the_recorded_cost(pruned: Path) -> None:
-    from rlprune.artifacts import read_plan
+    from rlprune.artifacts.documents import read_plan
 
     document = read_plan(pruned)
     assert find_example(load(pruned), document).shape == (1, 1, 28, 28)

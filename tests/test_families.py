@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from lm import VARIANTS, tiny_config, tiny_lm, tokens
 
 import rlprune
-from rlprune.pruning import families
+from rlprune.language import families
+from rlprune.language.proof import counted, difference, random_plan, skeleton
 from rlprune.pruning.plan import Plan
-from rlprune.pruning.proof import counted, difference, random_plan, skeleton
 from rlprune.pruning.space import PruningSpace
 from rlprune.pruning.surgery import attributes, dropped, masked, prune
 

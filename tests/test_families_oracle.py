@@ -11,7 +11,7 @@ from lm import VARIANTS, tiny_lm, tokens
 from torch import nn
 
 import rlprune
-from rlprune.pruning import families
+from rlprune.language import families
 from rlprune.pruning.space import PruningSpace
 
 tp = pytest.importorskip("torch_pruning")

@@ -17,16 +17,11 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from synthetic import FakeAccount, make_language_task, make_synthetic_task
 
 from rlprune.agents import SearchRequest, StateDir, make_agent
-from rlprune.agents.policy import (
-    PolicyTransferWarning,
-    PortablePolicy,
-    load_policy,
-    portable_state,
-)
+from rlprune.agents.ppo.policy import PolicyTransferWarning, PortablePolicy, load_policy, portable_state
+from rlprune.config.search import PPOConfig, SearchConfig
 from rlprune.envs.distribution import DistributionEnv
 from rlprune.envs.observation import FEATURE_VERSIONS, feature_version
 from rlprune.errors import ArtifactError
-from rlprune.search_settings import PPOConfig, SearchConfig
 
 OLD = Path(__file__).parent / "data" / "policy_v1"
 TASKS = {"image": make_synthetic_task, "language": make_language_task}

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from rlprune import fidelity, fidelity_table
-from rlprune.config import Config
+from rlprune.config.config import Config
 from rlprune.errors import ConfigError
+from rlprune.experiments import fidelity, fidelity_table
 from rlprune.workloads import Workload
 from rlprune.workloads.adapter import adapter_named
 
@@ -126,7 +126,7 @@ def test_a_study_has_a_row_for_every_tier(done: tuple[Path, str, dict[str, Any]]
 def test_the_score_is_that_of_the_evaluator_and_the_test_split_stays_closed(
     done: tuple[Path, str, dict[str, Any]], small_digits: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rlprune.problem import prepare
+    from rlprune.experiments.prepare import prepare
 
     problem = prepare(small_digits)
     point = done[2]["points"][0]

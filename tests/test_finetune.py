@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlprune.errors import ArtifactError, RlpruneError
-from rlprune.pruning.finetune import DistillTargets, FitResult, Schedule, fit
+from rlprune.recovery.finetune import DistillTargets, FitResult, Schedule, fit
 
 INPUTS = torch.rand(64, 6, generator=torch.Generator().manual_seed(1))
 TARGETS = (INPUTS[:, 0] > INPUTS[:, 1]).long()

@@ -8,12 +8,12 @@ from language_workload import Sentences
 from lm import tiny_lm
 
 from rlprune import trace
-from rlprune.pruning import fisher
-from rlprune.pruning.grams import collect, unit_consumers
+from rlprune.evaluation.importance import compute
+from rlprune.language.calibration import fisher
+from rlprune.language.calibration.grams import collect, unit_consumers
 from rlprune.pruning.plan import make_plan
 from rlprune.pruning.surgery import prune
 from rlprune.rules import RULES, Context
-from rlprune.unit_importance import compute
 
 
 def _workload(variant: str = "llama") -> tuple[Sentences, object]:

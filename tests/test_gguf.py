@@ -12,8 +12,8 @@ from language_settings import config_of, refused
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rlprune.errors import ArtifactError, ConfigError, DataError
-from rlprune.workloads import build_workload
-from rlprune.workloads.causal import help_tokenizer
+from rlprune.experiments.build import build_workload
+from rlprune.language.loading import help_tokenizer
 
 
 def write_gguf(path: Path) -> LlamaForCausalLM:

@@ -11,14 +11,14 @@ from synthetic import FakeAccount, FakeEvaluator, make_synthetic_task
 
 from rlprune.agents import SearchRequest, make_agent
 from rlprune.agents.base import Recorder
-from rlprune.agents.bypass import _first, _Shift
-from rlprune.agents.evopress import swap_levels
-from rlprune.agents.optuna_search import TPE, action_of
-from rlprune.agents.proposals import random_plans
-from rlprune.agents.rl_pruner import _noisy, _towards, stage_plans
+from rlprune.agents.baselines.bypass import _first, _Shift
+from rlprune.agents.baselines.evopress import swap_levels
+from rlprune.agents.baselines.optuna import TPE, action_of
+from rlprune.agents.baselines.rl_pruner import _noisy, _towards, stage_plans
+from rlprune.config.search import BypassConfig, GPConfig, RLPrunerConfig, SearchConfig
 from rlprune.envs.task import Task
 from rlprune.errors import ConfigError
-from rlprune.search_settings import BypassConfig, GPConfig, RLPrunerConfig, SearchConfig
+from rlprune.surrogates.proposals import random_plans
 
 
 def run(name, task, evaluations, *, seed=0, starts=None, settings=None):

@@ -12,11 +12,11 @@ from language_workload import evaluator_of, workload_of
 from lm import tiny_lm
 
 from rlprune.agents import SearchRequest, StateDir, make_agent
+from rlprune.config.search import GPConfig, PPOConfig, SearchConfig
 from rlprune.envs.task import Task
+from rlprune.evaluation.ledger import Account, Ledger
 from rlprune.language.workload import LanguageWorkload
-from rlprune.ledger import Account, Ledger
-from rlprune.run_results import learning_curves
-from rlprune.search_settings import GPConfig, PPOConfig, SearchConfig
+from rlprune.report.results import learning_curves
 
 SMALL = PPOConfig(hidden=8, n_steps=8, batch_size=8, n_epochs=1, surrogate_steps=256, surrogate_envs=32)
 AGENTS = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlprune.history import all_final_widths, as_history, as_widths, final_widths
+from rlprune.pruning.history import all_final_widths, as_history, as_widths, final_widths
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from rlprune.errors import ConfigError, DataError
+from rlprune.vision.data import Request, VisionData, load_data
 from rlprune.workloads import SPLITS
-from rlprune.workloads.data import Request, VisionData, load_data
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -149,7 +149,7 @@ class TestTorchPruning:
         node_kind = inside("torch-pruning", self.holder, "torch_pruning.dependency.node", "Node")
         inside("torch-pruning", self.holder, "torch_pruning", "ops", "_OutputOp")
 
-        from rlprune.pruning.torch_pruning_internals import is_node, is_output, moved
+        from rlprune.tracing.torch_pruning_internals import is_node, is_output, moved
 
         net = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten(), nn.Linear(8, 3), nn.Softmax(1))
         graph = tp.DependencyGraph().build_dependency(net, torch.zeros(1, 1, 3, 3), verbose=False)
@@ -183,7 +183,7 @@ class TestTorch:
         assert isinstance(instance, inside("torch", self.holder, "torch.nn", *path.split(".")))
 
     def test_what_a_module_holds(self) -> None:
-        from rlprune.pruning.torch_internals import buffer_slots, parameter_slots, twin, unsaved_buffers
+        from rlprune.utils.torch_internals import buffer_slots, parameter_slots, twin, unsaved_buffers
 
         net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2))
         net[1].register_buffer("scratch", torch.ones(2), persistent=False)

@@ -11,9 +11,9 @@ from language_workload import evaluator_of, plans, workload_of
 from lm import tiny_lm
 
 import rlprune
-from rlprune.config import RecoveryConfig, ScoreConfig
+from rlprune.config.config import RecoveryConfig, ScoreConfig
 from rlprune.errors import BudgetError
-from rlprune.evaluation import Evaluator
+from rlprune.evaluation.evaluator import Evaluator
 from rlprune.language.dtype import scoring_dtype
 from rlprune.language.workload import LanguageWorkload
 
@@ -77,7 +77,7 @@ class TestEvaluator:
         assert all(torch.equal(v, before[k]) for k, v in workload.model.state_dict().items())
 
     def test_gram_matrices_are_collected_once_and_freed(self, workload, monkeypatch):
-        from rlprune.pruning import grams
+        from rlprune.language.calibration import grams
 
         collected = []
 

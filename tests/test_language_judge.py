@@ -12,14 +12,14 @@ from language_workload import workload_of
 from lm import tiny_lm
 from transformers import LlamaForCausalLM
 
-from rlprune.config import ScoreConfig
+from rlprune.config.config import ScoreConfig
 from rlprune.errors import ConfigError
-from rlprune.evaluation import Evaluator
+from rlprune.evaluation.evaluator import Evaluator
 from rlprune.language.judge import perplexity
+from rlprune.language.text import IGNORED, TextRequest, split_text
+from rlprune.language.text import Text as TextOf
 from rlprune.language.workload import LanguageWorkload
 from rlprune.workloads import SPLITS
-from rlprune.workloads.text import IGNORED, TextRequest, split_text
-from rlprune.workloads.text import Text as TextOf
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ class TestLoss:
         whole = workload.evaluate(workload.model, "validation")
         assert whole.loss == pytest.approx(expected, rel=1e-5) and whole.count == 8 * 15
         assert whole.metric == pytest.approx(math.exp(expected), rel=1e-4)
-        monkeypatch.setattr("rlprune.workloads.logits.CHUNK_TOKENS", 7)
+        monkeypatch.setattr("rlprune.language.logits.CHUNK_TOKENS", 7)
         monkeypatch.setattr("rlprune.language.workload.FORWARD_TOKENS", {"cpu": 33})
         assert workload.rows("validation") == 2
         assert workload.evaluate(workload.model, "validation").loss == pytest.approx(whole.loss, rel=1e-6)
@@ -57,14 +57,14 @@ class TestLoss:
 
         model = Doubling(tiny_lm("llama").config).eval()
         workload = workload_of(model)
-        monkeypatch.setattr("rlprune.workloads.logits.CHUNK_TOKENS", 40)
+        monkeypatch.setattr("rlprune.language.logits.CHUNK_TOKENS", 40)
         ids = torch.cat([x for x, _ in workload.batches("validation")])
         with torch.no_grad():
             expected = float(workload.loss(model(ids), ids))
         assert workload.evaluate(model, "validation").loss == pytest.approx(expected, rel=1e-5)
 
     def test_no_tensor_of_tokens_times_vocabulary_is_made(self, workload, monkeypatch):
-        monkeypatch.setattr("rlprune.workloads.logits.CHUNK_TOKENS", 20)
+        monkeypatch.setattr("rlprune.language.logits.CHUNK_TOKENS", 20)
         sizes = []
         handle = workload.model.lm_head.register_forward_hook(lambda m, i, o: sizes.append(o.numel()))
         workload.evaluate(workload.model, "validation")
@@ -164,7 +164,7 @@ class TestJudge:
         model = other_model(workload.model)
         whole = workload.judge("kl", top_k=9)(model)
         fresh = workload_of(workload.model)
-        monkeypatch.setattr("rlprune.workloads.logits.CHUNK_TOKENS", 11)
+        monkeypatch.setattr("rlprune.language.logits.CHUNK_TOKENS", 11)
         monkeypatch.setattr("rlprune.language.workload.FORWARD_TOKENS", {"cpu": 50})
         other = fresh.judge("kl", top_k=9)(model)
         assert other.scores.tolist() == pytest.approx(whole.scores.tolist(), rel=1e-4)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from rlprune.errors import ArtifactError, ConfigError, DataError, GraphError, RlpruneError
-from rlprune.workloads import build_workload
-from rlprune.workloads.causal import help_tokenizer
+from rlprune.experiments.build import build_workload
+from rlprune.language.loading import help_tokenizer
 
 
 def save_tiny(folder: Path, model=None, vocabulary=300, **config) -> Path:

@@ -13,9 +13,9 @@ from lm import tiny_lm, tokens
 
 import rlprune
 from rlprune import GraphError
-from rlprune.pruning import families
+from rlprune.language import families
+from rlprune.language.proof import random_plan
 from rlprune.pruning.plan import Plan
-from rlprune.pruning.proof import random_plan
 from rlprune.pruning.surgery import attributes, dropped, prune
 
 

@@ -13,12 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import rlprune
 from rlprune.errors import DataError
+from rlprune.importance.importance import l2
+from rlprune.language.text import TextData
 from rlprune.language.workload import LanguageWorkload
-from rlprune.pruning.importance import l2
 from rlprune.pruning.plan import make_plan
 from rlprune.workloads import SPLITS
 from rlprune.workloads.base import check_workload
-from rlprune.workloads.text import TextData
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlprune.errors import DataError
-from rlprune.latency import in_turns, measure, quiet_clock
+from rlprune.utils.timing import in_turns, measure, quiet_clock
 
 
 class Slow(nn.Module):

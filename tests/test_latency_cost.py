@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from rlprune.config import BudgetConfig
+from rlprune.config.config import BudgetConfig
 from rlprune.errors import BudgetError, ConfigError
+from rlprune.latency.cost import TableCost
+from rlprune.latency.table import LayerTable, monotone, rising
 from rlprune.pruning.budget import Limits, parse_budget, project
 from rlprune.pruning.cost import AxisSize
-from rlprune.pruning.latency_cost import TableCost
-from rlprune.pruning.latency_table import LayerTable, monotone, rising
 
 GRIDS = hnp.arrays(
     np.float64, hnp.array_shapes(min_dims=2, max_dims=2, max_side=6), elements=st.floats(0, 100)

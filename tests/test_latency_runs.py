@@ -8,10 +8,11 @@ import pytest
 from fake_clock import fake_clock
 from small import SMALL_DIGITS, SMALL_RUN, without
 
-from rlprune import cli, profiling
-from rlprune.artifacts import read_plan
-from rlprune.profiling import TABLE_FILE, read_table
-from rlprune.run_results import read_results
+from rlprune.artifacts.documents import read_plan
+from rlprune.cli import main as cli
+from rlprune.latency import profile as profiling
+from rlprune.latency.profile import TABLE_FILE, read_table
+from rlprune.report.results import read_results
 
 LATENCY = ("budget.metric=latency", "budget.batch_size=16")
 SETS = without((*SMALL_RUN, *LATENCY))

@@ -15,12 +15,13 @@ from lm import tiny_lm
 from nets import NETS, build, example
 from torch import nn
 
-from rlprune import calibration, profiling
 from rlprune.api import trace
 from rlprune.errors import ArtifactError, BudgetError
-from rlprune.profiling import read_table, with_latency
-from rlprune.pruning.latency_cost import TableCost, table_cost
-from rlprune.pruning.latency_table import Calibration, LatencyTable, LayerTable
+from rlprune.latency import calibrate as calibration
+from rlprune.latency import profile as profiling
+from rlprune.latency.cost import TableCost, table_cost
+from rlprune.latency.profile import read_table, with_latency
+from rlprune.latency.table import Calibration, LatencyTable, LayerTable
 from rlprune.pruning.plan import Plan
 from rlprune.pruning.surgery import prune
 

@@ -17,8 +17,8 @@ from pruned_lm import REPO, error_of, logits, plan_of, pruned, tokenizer
 from torch import nn
 
 import rlprune
-from rlprune import pretrained
 from rlprune.errors import ConfigError
+from rlprune.language.files import pretrained
 
 ALONE = """
 import json, sys

@@ -14,9 +14,10 @@ from nets import build, example
 
 import rlprune
 from rlprune.errors import ConfigError, DataError
+from rlprune.evaluation.importance import compute
+from rlprune.importance import importance
+from rlprune.language.calibration import grams, statistics
 from rlprune.language.calibration.cache import STATISTICS
-from rlprune.pruning import grams, importance, statistics
-from rlprune.unit_importance import compute
 from rlprune.workloads import Workload
 
 EVERY = list(importance.IMPORTANCES)
@@ -294,7 +295,7 @@ class TestStatistics:
         workload = Sentences(tiny_lm(name, attention="eager", dtype=torch.float64))
         space = rlprune.trace(workload.model, workload.example_inputs)
         found = statistics.collect(workload.model, space, workload.batches("calibration"))
-        from rlprune.pruning.families import blocks_of
+        from rlprune.language.families import blocks_of
 
         for block in blocks_of(workload.model):
             expected = np.mean(

@@ -14,8 +14,9 @@ from pruned_lm import error_of, logits, plan_of, pruned_folder, tokenizer
 from torch import nn
 
 import rlprune
-from rlprune import export, uniform
-from rlprune.cli import main
+from rlprune.cli.main import main
+from rlprune.experiments import export
+from rlprune.language.files import uniform
 
 
 @pytest.fixture

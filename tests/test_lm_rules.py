@@ -17,7 +17,7 @@ from toy_blocks import Nothing
 from rlprune import rules
 from rlprune.api import trace
 from rlprune.errors import BudgetError, DataError
-from rlprune.pruning import importance
+from rlprune.importance import importance
 from rlprune.rules import RULES, Context
 from rlprune.rules.saap import chunks, stability
 from rlprune.workloads import Workload

@@ -17,14 +17,18 @@ import torch
 from small import without
 
 import rlprune
-from rlprune import benchmark, cli, deploy, fidelity, run
-from rlprune.artifacts import read_plan
-from rlprune.config import Config
+from rlprune.artifacts.documents import read_plan
+from rlprune.benchmarks import benchmark
+from rlprune.cli import main as cli
+from rlprune.config.config import Config
 from rlprune.errors import ConfigError
-from rlprune.ledger import Ledger
+from rlprune.evaluation.ledger import Ledger
+from rlprune.experiments import apply as deploy
+from rlprune.experiments import fidelity
+from rlprune.experiments import train as run
+from rlprune.experiments.build import build_workload
+from rlprune.report.results import read_results
 from rlprune.rules import RULES
-from rlprune.run_results import read_results
-from rlprune.workloads.build import build_workload
 
 OWN_RULES = [name for name, rule in RULES.items() if not rule.external]
 

@@ -17,7 +17,10 @@ from lm import tiny_lm, tokens
 from pruned_lm import REPO, edit, error_of, logits, plan_of, pruned_folder, widths_of
 
 import rlprune
-from rlprune import artifacts, pretrained, shards, tensorfiles
+from rlprune.artifacts import pruned_model as artifacts
+from rlprune.artifacts import safetensors as tensorfiles
+from rlprune.language.files import pretrained
+from rlprune.language.files import streaming as shards
 
 
 @pytest.fixture

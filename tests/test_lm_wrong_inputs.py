@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from small import SMALL_DIGITS
 from test_wrong_inputs import place, refused  # noqa: F401  (fixtures)
 
-from rlprune import cli
+from rlprune.cli import main as cli
 
 DIGITS = ["digits", *(word for override in SMALL_DIGITS for word in ("--set", override))]
 Refused = Callable[..., str]

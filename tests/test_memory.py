@@ -11,7 +11,7 @@ import pytest
 SHAPES = """
 import sys
 import torch
-from rlprune.memory import bound_kernel_caches, return_freed_memory
+from rlprune.utils.memory import bound_kernel_caches, return_freed_memory
 
 if sys.argv[1] == "bounded":
     bound_kernel_caches()
@@ -49,7 +49,7 @@ def test_products_of_many_shapes_leave_nothing_behind() -> None:
 
 
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlprune.memory import bound_kernel_caches
+    from rlprune.utils.memory import bound_kernel_caches
 
     monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
@@ -61,7 +61,7 @@ FAULTS = """
 import resource
 import sys
 import torch
-from rlprune.memory import settle_heap
+from rlprune.utils.memory import settle_heap
 
 def run(passes):
     for _ in range(passes):

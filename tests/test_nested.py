@@ -14,13 +14,13 @@ from language_workload import Sentences, plan_of
 from lm import tiny_lm
 
 import rlprune
-from rlprune.config import RecoveryConfig
+from rlprune.config.config import RecoveryConfig
 from rlprune.errors import ConfigError, DataError
-from rlprune.pruning import elimination, grams
-from rlprune.pruning.nested import NestedReconstruction, Triangles
+from rlprune.evaluation.importance import compute
+from rlprune.evaluation.recovery import Recovery
+from rlprune.language.calibration import elimination, grams
+from rlprune.language.calibration.nested import NestedReconstruction, Triangles
 from rlprune.pruning.plan import Plan
-from rlprune.pruning.recovery import Recovery
-from rlprune.unit_importance import compute
 
 RIDGE = 1e-3
 

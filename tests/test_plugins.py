@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlprune import benchmark, cli, plugins, rule, rules
+from rlprune import plugins, rule, rules
 from rlprune.agents import AGENTS, agent, make_agent
-from rlprune.config import Config
+from rlprune.benchmarks import benchmark
+from rlprune.cli import main as cli
+from rlprune.config.config import Config
 from rlprune.errors import ConfigError
 from rlprune.rules import RULES
 

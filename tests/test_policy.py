@@ -11,7 +11,7 @@ import torch
 from gymnasium import spaces
 from synthetic import FakeEvaluator, make_synthetic_task
 
-from rlprune.agents.policy import (
+from rlprune.agents.ppo.policy import (
     GroupPolicy,
     PolicyTransferWarning,
     PortablePolicy,

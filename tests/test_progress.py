@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlprune.progress import Console
+from rlprune.utils.progress import Console
 
 
 def test_a_bar_that_appears_late_takes_its_pace_from_what_it_saw(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import rlprune
-from rlprune.config import Config
-from rlprune.workloads.zoo import build_model
+from rlprune.config.config import Config
+from rlprune.vision.zoo import build_model
 
 ROOT = Path(rlprune.__file__).parent.parent
 

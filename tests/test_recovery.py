@@ -11,13 +11,13 @@ from nets import OWN, Grouped, build, example
 from torch import nn
 
 import rlprune
-from rlprune.config import RecoveryConfig
+from rlprune.config.config import RecoveryConfig
 from rlprune.errors import ConfigError
-from rlprune.pruning import importance
+from rlprune.evaluation.importance import compute
+from rlprune.evaluation.recovery import Recovery, recalibrate
+from rlprune.importance import importance
 from rlprune.pruning.plan import Plan
-from rlprune.pruning.reconstruct import Reconstruction
-from rlprune.pruning.recovery import recalibrate
-from rlprune.unit_importance import compute
+from rlprune.recovery.reconstruct import Reconstruction
 from rlprune.workloads.base import Workload
 
 torch.manual_seed(0)
@@ -209,7 +209,7 @@ class TestRecovery:
         space = rlprune.trace(workload.model, workload.example_inputs)
         settings = RecoveryConfig(steps=("finetune", "bn", "reconstruct"), finetune_steps=2, finetune_lr=1e-3)
         assert settings.steps == ("reconstruct", "bn", "finetune")
-        recover = rlprune.recovery.Recovery(workload, space, settings)
+        recover = Recovery(workload, space, settings)
         before = {k: v.clone() for k, v in workload.model.state_dict().items()}
         plan = half_plan(space)
         twice = []
@@ -234,6 +234,6 @@ class TestRecovery:
                 else RecoveryConfig(steps=("none",))
             )
             slim = rlprune.prune(workload.model, plan)
-            rlprune.recovery.Recovery(workload, space, settings)(slim, plan)
+            Recovery(workload, space, settings)(slim, plan)
             losses.append(workload.evaluate(slim, "train").loss)
         assert losses[1] < 0.8 * losses[0]

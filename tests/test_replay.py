@@ -14,7 +14,7 @@ from small import SMALL_DIGITS
 from test_zeroshot import made_up, write
 
 import rlprune
-from rlprune import cli
+from rlprune.cli import main as cli
 
 SETS = [word for override in SMALL_DIGITS for word in ("--set", override)]
 

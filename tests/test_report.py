@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from run_fixture import write_run
 
-from rlprune import plots, report
 from rlprune.errors import ArtifactError
-from rlprune.run_results import best_rule, learned, learning_curves, read_ledger
+from rlprune.report import html as report
+from rlprune.report import plots
+from rlprune.report.results import best_rule, learned, learning_curves, read_ledger
 
 PNG = b"\x89PNG"
 

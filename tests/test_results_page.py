@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from run_fixture import write_run
 
-from rlprune.benchmark import summarise
-from rlprune.config import load_config
+from rlprune.benchmarks.benchmark import summarise
+from rlprune.config.config import load_config
 
 DOCS = Path(__file__).parents[1] / "docs"
 PNG = b"\x89PNG"

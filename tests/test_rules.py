@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from rlprune import rules
 from rlprune.api import trace
 from rlprune.errors import BudgetError, ConfigError, DataError, GraphError
-from rlprune.pruning import importance
+from rlprune.importance import importance
 from rlprune.pruning.space import PruningSpace
 from rlprune.rules import RULES, Context
 from rlprune.rules.context import rule
 from rlprune.rules.lamp import _scores
 from rlprune.rules.threshold import threshold_distribution
+from rlprune.vision.zoo import build_model
 from rlprune.workloads import Workload
-from rlprune.workloads.zoo import build_model
 
 
 class Noise(Workload):

@@ -15,12 +15,15 @@ import torch
 from small import without
 
 import rlprune
-from rlprune import cli, deploy, inspection, run
-from rlprune.artifacts import read_plan
+from rlprune.artifacts.documents import read_plan
+from rlprune.cli import main as cli
 from rlprune.errors import ArtifactError, ConfigError
-from rlprune.ledger import Ledger
+from rlprune.evaluation.ledger import Ledger
+from rlprune.experiments import apply as deploy
+from rlprune.experiments import inspect as inspection
+from rlprune.experiments import train as run
+from rlprune.report.results import read_results
 from rlprune.rules import RULES
-from rlprune.run_results import read_results
 
 VISION_RULES = [name for name, rule in RULES.items() if rule.wing is None]
 
@@ -246,7 +249,7 @@ class TestOtherCommands:
         assert read_plan(tmp_path / "lamp")["origin"]["method"] == "lamp"
 
     def test_inspect_needs_no_training(self, monkeypatch):
-        monkeypatch.setattr("rlprune.workloads.build.train_dense", None)
+        monkeypatch.setattr("rlprune.experiments.build.train_dense", None)
         text = inspection.inspect(tiny())
         assert "layer1.0.conv1" in text and "feasible budgets" in text and "protected: linear" in text
 

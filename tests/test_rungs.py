@@ -9,9 +9,9 @@ from language_workload import evaluator_of, plans, workload_of
 from lm import tiny_lm
 
 from rlprune.errors import ConfigError
+from rlprune.evaluation.ledger import Account, Ledger, SearchSpent, candidate_of
 from rlprune.language.judge import LanguageJudge
 from rlprune.language.workload import LanguageWorkload
-from rlprune.ledger import Account, Ledger, SearchSpent, candidate_of
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from lm_folder import VOCABULARY, write_config, write_folder
 from test_wrong_inputs import place, refused  # noqa: F401  (fixtures)
 
 import rlprune
-from rlprune import cli
+from rlprune.cli import main as cli
 from rlprune.errors import BudgetError
-from rlprune.uniform import plain_obstacle, same_widths
+from rlprune.language.files.uniform import plain_obstacle, same_widths
 
 
 @functools.cache
@@ -157,8 +157,8 @@ def test_from_the_command_line_to_plain_transformers(
 
 def least_changing(model: Any, count: int, config: Path) -> list[int]:
     """The blocks whose input and output are most alike on the calibration split, by the model's own hidden states."""
-    from rlprune.config import load_config
-    from rlprune.workloads import build_workload
+    from rlprune.config.config import load_config
+    from rlprune.experiments.build import build_workload
 
     states: list[list[torch.Tensor]] = []
     handles = [

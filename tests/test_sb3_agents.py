@@ -13,18 +13,18 @@ from small import SMALL_RUN
 from synthetic import FakeAccount, FakeEvaluator, make_synthetic_task
 
 from rlprune.agents import SearchRequest, make_agent
-from rlprune.agents.amc import FinalRewardBuffer, truncated_normal
 from rlprune.agents.base import Recorder
-from rlprune.agents.episodes import Episodes
-from rlprune.agents.sb3 import DEFAULTS, SB3Agent, check_arguments, find_algorithm
-from rlprune.catalogue import check_names
-from rlprune.config import load_config
+from rlprune.agents.baselines.amc import FinalRewardBuffer, truncated_normal
+from rlprune.agents.baselines.episodes import Episodes
+from rlprune.agents.baselines.sb3 import DEFAULTS, SB3Agent, check_arguments, find_algorithm
+from rlprune.cli.catalogue import check_names
+from rlprune.config.config import load_config
+from rlprune.config.search import AMCConfig, PPOConfig, SB3Config, SearchConfig, StagedPPOConfig
 from rlprune.envs.distribution import DistributionEnv
 from rlprune.envs.sequential import SequentialEnv
 from rlprune.envs.task import Task
 from rlprune.errors import ConfigError
-from rlprune.ledger import Account, Ledger, SearchSpent
-from rlprune.search_settings import AMCConfig, PPOConfig, SB3Config, SearchConfig, StagedPPOConfig
+from rlprune.evaluation.ledger import Account, Ledger, SearchSpent
 
 torch.set_num_threads(1)
 LEARNERS = {
@@ -190,7 +190,7 @@ class _Scorer:
         self.known[history] = candidate
 
     def evaluate_staged(self, history):
-        from rlprune.candidate import Candidate
+        from rlprune.evaluation.candidate import Candidate
 
         if history not in self.known:
             self.scored += 1

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from rlprune import cli
-from rlprune.config import json_schema, load_config, settings_reference, shipped_configs
-from rlprune.yaml_files import read_yaml
+from rlprune.cli import main as cli
+from rlprune.config.config import json_schema, load_config, settings_reference, shipped_configs
+from rlprune.config.yaml_files import read_yaml
 
 SCHEMA = json_schema()
 TYPES = {

@@ -17,7 +17,7 @@ from nets import NETS, TORCH_PRUNING_IS_WRONG, build, example
 import rlprune
 from rlprune.pruning.plan import Plan
 from rlprune.pruning.surgery import attributes
-from rlprune.pruning.tracing import count_macs
+from rlprune.tracing.trace import count_macs
 
 
 @functools.cache

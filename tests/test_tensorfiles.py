@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlprune import tensorfiles
+from rlprune.artifacts import safetensors as tensorfiles
 from rlprune.errors import ConfigError
 
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlprune.errors import ConfigError, DataError, RlpruneError
+from rlprune.language.text import TextRequest, help_texts, load_text
 from rlprune.workloads import SPLITS
-from rlprune.workloads.text import TextRequest, help_texts, load_text
 
 WORDS = "the quick brown fox jumps over the lazy dog while every good boy does fine "
 

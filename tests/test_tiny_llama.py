@@ -6,10 +6,10 @@ import pytest
 import torch
 from language_settings import config_of, refused
 
-from rlprune.config import Config, load_config
+from rlprune.config.config import Config, load_config
 from rlprune.errors import ConfigError
-from rlprune.workloads import build_workload
-from rlprune.workloads.causal import help_tokenizer, load_causal
+from rlprune.experiments.build import build_workload
+from rlprune.language.loading import help_tokenizer, load_causal
 
 
 def training(sequences: int, epochs: int, lr: float, batch: int) -> list[str]:

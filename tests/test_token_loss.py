@@ -10,7 +10,7 @@ from lm import VOCABULARY, tiny_lm, tokens
 from torch import Tensor, nn
 
 from rlprune.errors import RlpruneError
-from rlprune.pruning.language_training import CHUNK_TOKENS, TokenLoss, train_language
+from rlprune.language.tuning.loss import CHUNK_TOKENS, TokenLoss, train_language
 
 # The loss
 

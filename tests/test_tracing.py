@@ -14,8 +14,9 @@ from torch import nn
 
 import rlprune
 from rlprune.errors import GraphError
-from rlprune.pruning.tracing import UnusedModuleWarning, fingerprint
-from rlprune.pruning.watchdog import limited
+from rlprune.pruning.space import fingerprint
+from rlprune.tracing.trace import UnusedModuleWarning
+from rlprune.tracing.watchdog import limited
 
 
 def names(space):

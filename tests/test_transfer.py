@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rlprune import cli
-from rlprune.agents.policy import load_policy
+from rlprune.agents.ppo.policy import load_policy
+from rlprune.cli import main as cli
 
 MODEL = [
     "--set",
@@ -40,7 +40,7 @@ def test_apply_refines_the_plan_of_several_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("rlprune.agents.distill._COMMON_STEPS", 50)
+    monkeypatch.setattr("rlprune.agents.ppo.behaviour_cloning._COMMON_STEPS", 50)
     done(capsys, "train", "digits", *SETS, "search.model_seeds=[1, 2]", "--out", "run")
     policy = load_policy("run/policy")
     assert policy.meta["base_rule"] == "uniform", "what several checkpoints have in common is no rule's plan"
@@ -50,7 +50,7 @@ def test_apply_refines_the_plan_of_several_checkpoints(
     assert files == {".json", ".safetensors"}, "no pickle crosses a file"
 
     # Twelve groups, and few builds for them: what matters here is that all parts fit together.
-    monkeypatch.setattr("rlprune.agents.experience.PROBES", 1)
+    monkeypatch.setattr("rlprune.agents.ppo.transfer.PROBES", 1)
     command = ["apply", "run", "digits", *REFINED, "model.seed=7", "--budget", "0.4", "--refine", "20"]
     text = done(capsys, *command, "--out", "refined")
     note = re.search(r"plans of (\d+) other checkpoints; here it built (\d+) models .* on (\d+) cal", text)

@@ -16,11 +16,12 @@ from echo import FAMILIES, QUICK, Echo, Killed, pruned, same
 from lm import tiny_lm
 from torch import Tensor
 
-from rlprune import tuning, tuning_trainer
 from rlprune.errors import ArtifactError, ConfigError, DataError
-from rlprune.pruning.language_training import TokenLoss, full_precision
-from rlprune.tuning import METHODS, learning_rate, tune
-from rlprune.tuning_trainer import share_batch
+from rlprune.language.tuning import finetune as tuning
+from rlprune.language.tuning import trainer as tuning_trainer
+from rlprune.language.tuning.finetune import METHODS, learning_rate, tune
+from rlprune.language.tuning.loss import TokenLoss, full_precision
+from rlprune.language.tuning.trainer import share_batch
 
 pytestmark = pytest.mark.usefixtures("short_collections")
 

@@ -10,8 +10,8 @@ from echo import FAMILIES, QUICK, Killed, logits, pruned, same
 from lm import tiny_lm, tokens
 from torch import nn
 
-from rlprune.tuning import METHODS
-from rlprune.tuning_adapters import GROUP_COLUMNS, GroupScale, RowColumn, attached, target_layers
+from rlprune.language.tuning.finetune import METHODS
+from rlprune.language.tuning.peft import GROUP_COLUMNS, GroupScale, RowColumn, attached, target_layers
 
 
 @pytest.mark.parametrize("method", ["lora", "group", "spp"])

@@ -13,19 +13,21 @@ from lm import tiny_lm
 from torch import Tensor, nn
 
 import rlprune
-from rlprune import finish as finish_module
-from rlprune import tuning, tuning_trainer
 from rlprune.api import trace
-from rlprune.config import Config
+from rlprune.config.config import Config
 from rlprune.errors import ArtifactError, BudgetError, ConfigError
-from rlprune.evaluation import Evaluator
-from rlprune.finish import add_latency, finish
+from rlprune.evaluation.evaluator import Evaluator
+from rlprune.evaluation.ledger import Ledger
+from rlprune.experiments import finish as finish_module
+from rlprune.experiments.finish import add_latency, finish
+from rlprune.experiments.incremental import incremental
+from rlprune.experiments.prepare import Problem
+from rlprune.experiments.search import Found, score_rule, search
+from rlprune.language.text import TextData, TextSplit
+from rlprune.language.tuning import finetune as tuning
+from rlprune.language.tuning import trainer as tuning_trainer
 from rlprune.language.workload import LanguageWorkload
-from rlprune.ledger import Ledger
-from rlprune.problem import Found, Problem, score_rule, search
 from rlprune.pruning.plan import Plan
-from rlprune.tuning_stages import incremental
-from rlprune.workloads.text import TextData, TextSplit
 
 LENGTH = 12
 

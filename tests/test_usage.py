@@ -9,14 +9,14 @@ import pytest
 import yaml
 from test_docs import EACH_PAGE, command_lines
 
-from rlprune import cli
 from rlprune.agents import AGENTS, Entry
-from rlprune.config import Config, load_config, settings_reference, shipped_configs
+from rlprune.cli import main as cli
+from rlprune.cli.options import read_config
+from rlprune.config.config import Config, load_config, settings_reference, shipped_configs
+from rlprune.config.search import PPOConfig
 from rlprune.errors import ConfigError
-from rlprune.options import read_config
-from rlprune.search_settings import PPOConfig
-from rlprune.usage import RULES, check_usage
-from rlprune.workloads.build import expected_adapter
+from rlprune.experiments.build import expected_adapter
+from rlprune.experiments.usage import RULES, check_usage
 
 COMMANDS = ("inspect", "train", "apply", "apply --refine", "prune", "prune --stages", "prune --steps", "benchmark",
             "fidelity", "evaluate")  # fmt: skip

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from rlprune.errors import DataError
+from rlprune.vision.data import load_data
+from rlprune.vision.workload import VisionWorkload, crop_and_flip
+from rlprune.vision.zoo import build_model
 from rlprune.workloads import SPLITS, Workload
 from rlprune.workloads.base import check_workload
-from rlprune.workloads.data import load_data
-from rlprune.workloads.vision import VisionWorkload, crop_and_flip
-from rlprune.workloads.zoo import build_model
 
 
 def digits_workload(**options: object) -> VisionWorkload:

@@ -16,12 +16,13 @@ from small import SMALL_DIGITS, SMALL_RUN, SMALL_SEARCH, without
 from synthetic import FakeAccount, make_synthetic_task
 from test_rules import Noise
 
-from rlprune import cli, plugins
+from rlprune import plugins
 from rlprune.agents import AGENTS, SearchRequest, make_agent
 from rlprune.api import trace
-from rlprune.pruning import importance
+from rlprune.cli import main as cli
+from rlprune.importance import importance
 from rlprune.rules import RULES, Context
-from rlprune.workloads.zoo import build_model
+from rlprune.vision.zoo import build_model
 
 PAGE = Path(__file__).parent.parent / "docs" / "write-your-own.md"
 RULE, AGENT, CLASS, SCRIPT = re.findall(

@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import save_file
 from small import SMALL_DIGITS
 
-from rlprune import cli, files
-from rlprune.config import load_config
-from rlprune.workloads.zoo import build_model
+from rlprune.cli import main as cli
+from rlprune.config.config import load_config
+from rlprune.utils import files
+from rlprune.vision.zoo import build_model
 
 SETS = [word for override in SMALL_DIGITS for word in ("--set", override)]
 Snapshot = dict[str, bytes]
@@ -265,12 +266,12 @@ def test_folders_in_the_way(place: Path, refused: Callable[..., str]) -> None:
 
 def test_two_runs_into_one_folder(place: Path, refused: Callable[..., str]) -> None:
     script = (
-        "import sys, rlprune.files as files\n"
+        "import sys, rlprune.utils.files as files\n"
         "with files.lock_run('run'):\n"
         "    print('held', flush=True)\n"
         "    sys.stdin.read()\n"
     )
-    root = str(Path(cli.__file__).parent.parent)
+    root = str(Path(cli.__file__).parent.parent.parent)
     other = subprocess.Popen(
         [sys.executable, "-c", script],
         stdin=subprocess.PIPE,
@@ -308,11 +309,11 @@ def test_a_disk_that_fills_while_writing(place: Path) -> None:
     """A real write error in the middle of a file, in a process of its own: no file may exceed 20 kB."""
     script = (
         "import resource, sys\n"
-        "from rlprune.cli import main\n"
+        "from rlprune.cli.main import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    root = str(Path(cli.__file__).parent.parent)
+    root = str(Path(cli.__file__).parent.parent.parent)
     done = subprocess.run(
         [sys.executable, "-c", script, "prune", "digits", *SETS, "--rule", "erk", "--out", "pruned"],
         capture_output=True,

@@ -16,9 +16,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlprune import zeroshot
 from rlprune.errors import ConfigError, DataError, RlpruneError
-from rlprune.zeroshot import Question, read_questions
+from rlprune.language import zeroshot
+from rlprune.language.zeroshot import Question, read_questions
 
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")
 

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from rlprune.artifacts.checkpoint import load_checkpoint, put_weights
 from rlprune.errors import ArtifactError, ConfigError, DataError
-from rlprune.workloads import list_models
-from rlprune.workloads.checkpoint import load_checkpoint, put_weights
-from rlprune.workloads.zoo import base_of, build_model, rebuild
+from rlprune.experiments.build import list_models
+from rlprune.vision.zoo import base_of, build_model, rebuild
 
 
 def test_cifar_resnet_has_the_layers_of_the_paper() -> None:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlprune.pruning import importance
+from rlprune.importance import importance
+from rlprune.language.calibration.statistics import Moments, Statistics
 from rlprune.pruning.cost import CostFormula
 from rlprune.pruning.space import Axis, Cut, Group, Member, PruningSpace
-from rlprune.pruning.statistics import Moments, Statistics
 from rlprune.rules import RULES, Context
 from rlprune.workloads import Workload
 

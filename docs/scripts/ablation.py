@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlprune.config import load_config
-from rlprune.inspection import hardware
-from rlprune.ledger import Ledger
-from rlprune.problem import Problem, prepare, search
-from rlprune.report import markdown_table
+from rlprune.config.config import load_config
+from rlprune.evaluation.ledger import Ledger
+from rlprune.experiments.prepare import Problem, prepare
+from rlprune.experiments.search import search
+from rlprune.report.html import markdown_table
+from rlprune.utils.hardware import hardware
 
 DOCS = Path(__file__).resolve().parents[1]
 # Workload: budget, whether each seed has a dense model of its own.

@@ -28,9 +28,9 @@ from torch import nn
 
 import rlprune
 from rlprune.pruning.surgery import masked
-from rlprune.pruning.tracing import count_macs
-from rlprune.report import markdown_table
-from rlprune.workloads.zoo import base_of, build_model
+from rlprune.report.html import markdown_table
+from rlprune.tracing.trace import count_macs
+from rlprune.vision.zoo import base_of, build_model
 
 DOCS = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS, TRACE_SECONDS, TRACE_GIGABYTES = 600, 60.0, 6.0

@@ -20,13 +20,14 @@ import numpy as np
 import torch
 
 import rlprune
-from rlprune import plots
-from rlprune.agents.policy import save_policy
-from rlprune.config import Config, load_config
+from rlprune.agents.ppo.policy import save_policy
+from rlprune.config.config import Config, load_config
 from rlprune.envs.task import KNOTS
-from rlprune.ledger import Ledger
-from rlprune.problem import Problem, prepare, search
-from rlprune.report import SCORE_UNITS, markdown_table
+from rlprune.evaluation.ledger import Ledger
+from rlprune.experiments.prepare import Problem, prepare
+from rlprune.experiments.search import search
+from rlprune.report import plots
+from rlprune.report.html import SCORE_UNITS, markdown_table
 from rlprune.rules import rules_for
 
 DOCS = Path(__file__).resolve().parents[1]

@@ -3,10 +3,10 @@
     python docs/scripts/features.py [--config digits] [--budgets 0.5 0.3] [--networks 2]
 
 Reads what docs/scripts/transfer.py has searched on its eight training checkpoints (--runs). Each of them is left out in
-turn: a network is taught the best plans of the other seven (`rlprune/agents/distill.py`) with some columns of the
-observation (`rlprune/envs/observation.py`) hidden or filled with probes, and answers for the one that was left out.
-Scores are -KL on that checkpoint's validation split, by which its own search has chosen, too. The unseen checkpoints of
-docs/transfer.md and every test split stay untouched. Finished parts are kept in --out.
+turn: a network is taught the best plans of the other seven (`rlprune/agents/ppo/behaviour_cloning.py`) with some
+columns of the observation (`rlprune/envs/observation.py`) hidden or filled with probes, and answers for the one that
+was left out. Scores are -KL on that checkpoint's validation split, by which its own search has chosen, too. The unseen
+checkpoints of docs/transfer.md and every test split stay untouched. Finished parts are kept in --out.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlprune.agents.distill import COMMON_PLANS, distill
-from rlprune.agents.policy import GroupPolicy, PortablePolicy
-from rlprune.benchmark.statistics import bootstrap
-from rlprune.config import load_config
+from rlprune.agents.ppo.behaviour_cloning import COMMON_PLANS, distill
+from rlprune.agents.ppo.policy import GroupPolicy, PortablePolicy
+from rlprune.benchmarks.statistics import bootstrap
+from rlprune.config.config import load_config
 from rlprune.envs.distribution import DistributionEnv
 from rlprune.envs.observation import BOUND, FEATURE_VERSIONS, KINDS
 from rlprune.envs.task import Task, deviate
-from rlprune.files import read_json, write_json_atomic
-from rlprune.inspection import hardware
-from rlprune.ledger import Ledger
-from rlprune.problem import Problem, prepare
-from rlprune.report import markdown_table
+from rlprune.evaluation.ledger import Ledger
+from rlprune.experiments.prepare import Problem, prepare
+from rlprune.report.html import markdown_table
+from rlprune.utils.files import read_json, write_json_atomic
+from rlprune.utils.hardware import hardware
 
 DOCS = Path(__file__).resolve().parents[1]
 TRAINED = tuple(range(8))

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlprune import fidelity
-from rlprune.config import load_config
-from rlprune.fidelity_table import markdown
+from rlprune.config.config import load_config
+from rlprune.experiments import fidelity
+from rlprune.experiments.fidelity_table import markdown
 
 DOCS = Path(__file__).resolve().parents[1]
 

@@ -26,20 +26,21 @@ import numpy as np
 import torch
 
 from rlprune.api import trace
-from rlprune.config import Config, RecoveryConfig, load_config
-from rlprune.files import write_json_atomic
-from rlprune.finish import choose
-from rlprune.inspection import hardware
-from rlprune.ledger import Ledger
-from rlprune.problem import Problem, prepare, search
-from rlprune.progress import Console
-from rlprune.pruning.grams import Grams
-from rlprune.pruning.grams import collect as collect_grams
+from rlprune.config.config import Config, RecoveryConfig, load_config
+from rlprune.evaluation.importance import compute
+from rlprune.evaluation.ledger import Ledger
+from rlprune.evaluation.recovery import Recovery
+from rlprune.experiments.finish import choose
+from rlprune.experiments.prepare import Problem, prepare
+from rlprune.experiments.search import search
+from rlprune.language.calibration.grams import Grams
+from rlprune.language.calibration.grams import collect as collect_grams
 from rlprune.pruning.plan import make_plan
-from rlprune.pruning.recovery import Recovery
 from rlprune.pruning.surgery import prune
 from rlprune.rules import Context, rules_for
-from rlprune.unit_importance import compute
+from rlprune.utils.files import write_json_atomic
+from rlprune.utils.hardware import hardware
+from rlprune.utils.progress import Console
 
 Rows = list[dict[str, Any]]
 
@@ -213,8 +214,8 @@ def published(
 
 def run_tune(args: argparse.Namespace) -> None:
     """An equal number of LoRA steps for dense, the best rule, random search and PPO; then zero-shot accuracy."""
-    from rlprune import zeroshot
-    from rlprune.finish import fine_tune
+    from rlprune.experiments.finish import fine_tune
+    from rlprune.language import zeroshot
 
     kept = Kept(args.out)
     config = settings(args, args.budget).override(

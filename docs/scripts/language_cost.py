@@ -21,14 +21,15 @@ from typing import Any
 
 import torch
 
-from rlprune.config import Config, load_config
-from rlprune.files import write_text_atomic
-from rlprune.inspection import hardware
-from rlprune.ledger import Ledger
-from rlprune.problem import Problem, prepare, search
-from rlprune.pruning.recovery import Recovery
+from rlprune.config.config import Config, load_config
+from rlprune.evaluation.ledger import Ledger
+from rlprune.evaluation.recovery import Recovery
+from rlprune.experiments.prepare import Problem, prepare
+from rlprune.experiments.search import search
 from rlprune.pruning.surgery import prune
-from rlprune.report import markdown_table
+from rlprune.report.html import markdown_table
+from rlprune.utils.files import write_text_atomic
+from rlprune.utils.hardware import hardware
 
 
 def settings(args: argparse.Namespace, *more: str) -> Config:

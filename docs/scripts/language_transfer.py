@@ -24,14 +24,15 @@ import numpy as np
 import torch
 
 import rlprune
-from rlprune.agents.policy import PolicyTransferWarning, save_policy
-from rlprune.config import Config, load_config
-from rlprune.files import write_json_atomic, write_text_atomic
-from rlprune.inspection import hardware
-from rlprune.ledger import Ledger
-from rlprune.problem import Problem, prepare, search
-from rlprune.report import markdown_table
+from rlprune.agents.ppo.policy import PolicyTransferWarning, save_policy
+from rlprune.config.config import Config, load_config
+from rlprune.evaluation.ledger import Ledger
+from rlprune.experiments.prepare import Problem, prepare
+from rlprune.experiments.search import search
+from rlprune.report.html import markdown_table
 from rlprune.rules import RULES, rules_for
+from rlprune.utils.files import write_json_atomic, write_text_atomic
+from rlprune.utils.hardware import hardware
 
 DOCS = Path(__file__).resolve().parents[1]
 SHOWN = ("uniform", "ffn_uniform", "flap", "fisher")

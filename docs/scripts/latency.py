@@ -4,8 +4,8 @@
 
 For each model and batch size all cut models and the dense one run in turns, at three moments in a process each; figures
 are ratios to the dense model. With one thread the clock is the processor time of the thread, which other work on the
-machine does not lengthen (`rlprune.latency.quiet_clock`); the machine's load is written down. Weights do not change
-a model's speed: only digits is trained, for its PPO plan.
+machine does not lengthen (`rlprune.utils.timing.quiet_clock`); the machine's load is written down. Weights do not
+change a model's speed: only digits is trained, for its PPO plan.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ from torch import Tensor, nn
 
 import rlprune
 from rlprune.errors import BudgetError
-from rlprune.latency import measure, processor, quiet_clock
-from rlprune.ledger import Ledger
-from rlprune.problem import prepare, search
-from rlprune.profiling import with_latency
+from rlprune.evaluation.ledger import Ledger
+from rlprune.experiments.prepare import prepare
+from rlprune.experiments.search import search
+from rlprune.latency.profile import with_latency
 from rlprune.pruning.space import PruningSpace
-from rlprune.report import markdown_table
+from rlprune.report.html import markdown_table
 from rlprune.rules import RULES
 from rlprune.rules.context import Context
-from rlprune.workloads.zoo import build_model
+from rlprune.utils.hardware import processor
+from rlprune.utils.timing import measure, quiet_clock
+from rlprune.vision.zoo import build_model
 
 DOCS = Path(__file__).resolve().parents[1]
 BUDGETS = (0.8, 0.6, 0.5, 0.4)
@@ -249,8 +251,8 @@ Load of the machine (1 minute) during the run: {low:.1f} to {high:.1f} on {cores
 Every figure is the ratio to the dense model of the shortest of at most {repeats} passes at each of {moments} moments,
 each in a process of its own, with all other lines measured in between; in every round all models of
 one line's model and batch size take turns, each timed pass right after an untimed one; {clock}.
-The process has freed a large block before (`rlprune.memory.settle_heap`): a young one pays for its pages in every pass.
-Absolute milliseconds are shown for scale only. Took {minutes:.1f} minutes, {tables:.0f} s of them
+The process has freed a large block before (`rlprune.utils.memory.settle_heap`): a young one pays for its pages in every
+pass. Absolute milliseconds are shown for scale only. Took {minutes:.1f} minutes, {tables:.0f} s of them
 for the tables (none for what the cache had).
 
 ## Half of the MACs is not half of the time

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlprune import comparison, plots
-from rlprune.benchmark.statistics import difference
-from rlprune.config import load_config
-from rlprune.report import markdown_table
-from rlprune.run_results import read_results
+from rlprune.benchmarks.statistics import difference
+from rlprune.config.config import load_config
+from rlprune.report import comparison, plots
+from rlprune.report.html import markdown_table
+from rlprune.report.results import read_results
 
 EVALUATIONS = 300
 DOCS = Path(__file__).resolve().parents[1]

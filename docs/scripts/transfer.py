@@ -27,20 +27,21 @@ import numpy as np
 import torch
 
 import rlprune
-from rlprune.agents.experience import builds as builds_of
-from rlprune.agents.experience import planned
-from rlprune.agents.policy import PortablePolicy, save_policy
-from rlprune.agents.proposals import neighbours
-from rlprune.benchmark.statistics import bootstrap
-from rlprune.config import Config, load_config
-from rlprune.deploy import refined
+from rlprune.agents.ppo.policy import PortablePolicy, save_policy
+from rlprune.agents.ppo.transfer import builds as builds_of
+from rlprune.agents.ppo.transfer import planned
+from rlprune.benchmarks.statistics import bootstrap
+from rlprune.config.config import Config, load_config
 from rlprune.envs.task import Task
-from rlprune.files import read_json, write_json_atomic
-from rlprune.inspection import hardware
-from rlprune.ledger import Ledger
-from rlprune.problem import Problem, prepare, search
-from rlprune.progress import Console
-from rlprune.report import markdown_table
+from rlprune.evaluation.ledger import Ledger
+from rlprune.experiments.apply import refined
+from rlprune.experiments.prepare import Problem, prepare
+from rlprune.experiments.search import search
+from rlprune.report.html import markdown_table
+from rlprune.surrogates.proposals import neighbours
+from rlprune.utils.files import read_json, write_json_atomic
+from rlprune.utils.hardware import hardware
+from rlprune.utils.progress import Console
 
 DOCS = Path(__file__).resolve().parents[1]
 TRAINED, UNSEEN = tuple(range(8)), (101, 102, 103, 104, 105)
@@ -339,11 +340,11 @@ image (an evaluation costs a build as well). "Best rule" is the best of all rule
 copied" are those that the search found on the first model seed, "widths averaged" the mean of the logarithms of the
 best plans' keep ratios.
 
-A policy of several checkpoints has been taught what their best plans have in common (`rlprune/agents/distill.py`):
-"network alone" is what it answers then, without a build. Its builds start from that plan, the uniform one and the
-checkpoints' best plans, and a Gaussian process of the logits says what to build next (`rlprune/expectation.py`). "No
-policy, same process" does that from the rules' plans, "no policy, local search" changes the best plans so far at
-random. What the policy itself adds is the difference to these.
+A policy of several checkpoints has been taught what their best plans have in common
+(`rlprune/agents/ppo/behaviour_cloning.py`): "network alone" is what it answers then, without a build. Its builds start
+from that plan, the uniform one and the checkpoints' best plans, and a Gaussian process of the logits says what to build
+next (`rlprune/surrogates/logit_gp.py`). "No policy, same process" does that from the rules' plans, "no policy, local
+search" changes the best plans so far at random. What the policy itself adds is the difference to these.
 
 Every budget has two tables. The first is of the validation split: the full search chooses among 300 plans by it, the
 refined policies among 20 by it and the unlabelled images together, the others do not read it: it flatters who has seen

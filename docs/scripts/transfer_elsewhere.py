@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from transfer import DOCS, TRAINED, Way, percent, policies, problem, recorded, table, trained, ways
 
-from rlprune.agents.experience import PROBES
-from rlprune.agents.policy import PortablePolicy
-from rlprune.config import Config, load_config
-from rlprune.inspection import hardware
-from rlprune.problem import Problem
-from rlprune.report import markdown_table
+from rlprune.agents.ppo.policy import PortablePolicy
+from rlprune.agents.ppo.transfer import PROBES
+from rlprune.config.config import Config, load_config
+from rlprune.experiments.prepare import Problem
+from rlprune.report.html import markdown_table
+from rlprune.utils.hardware import hardware
 
 
 @dataclass(frozen=True)

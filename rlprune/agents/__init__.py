@@ -12,11 +12,11 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
+from ..config.search import SearchConfig
 from ..errors import ConfigError, near_miss
 from ..rules.context import RULES, check_free
-from ..search_settings import SearchConfig
 from .base import Agent, SearchRequest, SearchResult
-from .function import FunctionAgent, Session
+from .baselines.function import FunctionAgent, Session
 from .state import StateDir
 
 
@@ -47,45 +47,53 @@ AGENTS: dict[str, Entry] = {
         Entry(
             "ppo",
             "stable-baselines3 PPO with weights shared over groups (surrogate or direct)",
-            "ppo:PPOAgent",
+            "ppo.agents:PPOAgent",
         ),
         Entry(
             "ppo_stages",
             "PPO that prunes and recovers in stages (search.ppo_stages), each of them an evaluation",
-            "ppo_stages:StagedPPO",
+            "baselines.episodes:StagedPPO",
         ),
-        Entry("ppo_sequential", "PPO that decides one group a step", "ppo_sequential:SequentialPPO"),
-        Entry("amc", "DDPG that decides one group a step, explored and rewarded as in AMC", "amc:AMC"),
-        Entry("sac", "soft actor-critic of stable-baselines3 on the whole distribution", "sb3:SAC"),
-        Entry("td3", "twin delayed DDPG of stable-baselines3 on the whole distribution", "sb3:TD3"),
-        Entry("a2c", "advantage actor-critic of stable-baselines3 on the whole distribution", "sb3:A2C"),
+        Entry("ppo_sequential", "PPO that decides one group a step", "baselines.episodes:SequentialPPO"),
+        Entry(
+            "amc", "DDPG that decides one group a step, explored and rewarded as in AMC", "baselines.amc:AMC"
+        ),
+        Entry("sac", "soft actor-critic of stable-baselines3 on the whole distribution", "baselines.sb3:SAC"),
+        Entry("td3", "twin delayed DDPG of stable-baselines3 on the whole distribution", "baselines.sb3:TD3"),
+        Entry(
+            "a2c",
+            "advantage actor-critic of stable-baselines3 on the whole distribution",
+            "baselines.sb3:A2C",
+        ),
         Entry(
             "sb3",
             "any algorithm of stable-baselines3 or sb3-contrib, by search.sb3.algorithm and .arguments",
-            "sb3:SB3Agent",
+            "baselines.sb3:SB3Agent",
         ),
         Entry(
             "random",
             "random distributions projected onto the budget (EagleEye)",
-            "random_search:RandomSearch",
+            "baselines.random:RandomSearch",
         ),
-        Entry("cma_es", "CMA-ES by optuna's sampler (extra `benchmark`)", "optuna_search:CMAES"),
-        Entry("tpe", "multivariate TPE by optuna's sampler (extra `benchmark`)", "optuna_search:TPE"),
+        Entry("cma_es", "CMA-ES by optuna's sampler (extra `benchmark`)", "baselines.optuna:CMAES"),
+        Entry("tpe", "multivariate TPE by optuna's sampler (extra `benchmark`)", "baselines.optuna:TPE"),
         Entry(
             "gp",
             "Gaussian-process Bayesian optimisation by optuna's sampler (extra `benchmark`)",
-            "optuna_search:GaussianProcess",
+            "baselines.optuna:GaussianProcess",
         ),
-        Entry("evopress", "EvoPress-style evolution by level swaps at equal cost", "evopress:EvoPress"),
+        Entry(
+            "evopress", "EvoPress-style evolution by level swaps at equal cost", "baselines.evopress:EvoPress"
+        ),
         Entry(
             "rl_pruner",
             "RL-Pruner's probability vector, in stages of exact cost (arXiv 2411.06463)",
-            "rl_pruner:RLPruner",
+            "baselines.rl_pruner:RLPruner",
         ),
         Entry(
             "bypass",
             "policy gradient over Bernoulli keep probabilities (Bypass back-propagation)",
-            "bypass:Bypass",
+            "baselines.bypass:Bypass",
         ),
     )
 }

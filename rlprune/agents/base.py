@@ -7,36 +7,17 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..arrays import Ints
-from ..envs.randomness import isolated_randomness
 from ..envs.task import Scored, Task
 from ..errors import ConfigError
-from ..history import History, as_history, final_widths
+from ..pruning.history import History, as_history, final_widths
+from ..utils.arrays import Ints
+from ..utils.randomness import isolated_randomness
+from .account import Purse, Starts
 
 if TYPE_CHECKING:
     from .callbacks import Progress
-    from .policy import GroupPolicy, PortablePolicy
+    from .ppo.policy import GroupPolicy, PortablePolicy
     from .state import StateDir
-
-Starts = Sequence[Sequence[Any]]
-
-
-class Purse(Protocol):
-    """An account as the agents see it (:class:`rlprune.ledger.Account`)."""
-
-    @property
-    def limit(self) -> int: ...
-    @property
-    def left(self) -> int: ...
-    @property
-    def spent(self) -> int: ...
-    @property
-    def history(self) -> Sequence[Scored]: ...
-    def evaluate(self, widths: Any) -> Any: ...
-    def evaluate_staged(self, history: Any) -> Any: ...
-    def evaluate_many(self, plans: Sequence[Any]) -> Any: ...
-    @property
-    def dropped(self) -> Any: ...
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import StateFile
+from ..utils.checkpoints import StateFile
 
 
 class StateDir:

@@ -9,8 +9,8 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import Floats, Floats32, Ints
 from ..errors import ConfigError
+from ..utils.arrays import Floats, Floats32, Ints
 from .render import draw
 from .task import Scored, Task, make_task
 

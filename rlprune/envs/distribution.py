@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from ..arrays import Floats32, Ints
 from ..errors import ConfigError
+from ..utils.arrays import Floats32, Ints
 from .base import PruningEnv, resolve_tasks
 from .observation import BOUND, pad
 from .task import Task, deviate

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from ..arrays import Floats32, Ints
+from ..utils.arrays import Floats32, Ints
 from .base import PruningEnv, resolve_tasks
 from .observation import BOUND
 from .task import Task

@@ -9,16 +9,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..arrays import Floats, Floats32, Ints
 from ..errors import BudgetError, ConfigError, near_miss
-from ..evaluation import Evaluator
-from ..history import as_history
+from ..evaluation.evaluator import Evaluator
 from ..pruning.budget import Limits, project
 from ..pruning.cost import formula
+from ..pruning.history import as_history
 from ..pruning.space import PruningSpace
 from ..rules import RULES, rules_for
+from ..utils.arrays import Floats, Floats32, Ints
+from ..utils.randomness import isolated_randomness
 from .observation import FEATURE_VERSIONS, feature_version, fill_dynamic, static_features
-from .randomness import isolated_randomness
 from .reward import RewardScale, reward_scale
 
 # d = base * exp(ACTION_SCALE * (a - mean a)): two groups can differ by a factor of e^3 from the base rule.
@@ -54,7 +54,7 @@ class Scorer(Protocol):
 
 
 class Judge(Scorer, Protocol):
-    """What a task needs of an evaluator (see :class:`rlprune.evaluation.Evaluator`)."""
+    """What a task needs of an evaluator (see :class:`rlprune.evaluation.evaluator.Evaluator`)."""
 
     @property
     def space(self) -> PruningSpace: ...

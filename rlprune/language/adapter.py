@@ -12,37 +12,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..artifacts import check_base, check_roots
-from ..config import FinishConfig, RecoveryConfig
-from ..documents import PLAN_FILE
+from ..artifacts.documents import PLAN_FILE
+from ..artifacts.pruned_model import check_base
+from ..artifacts.safetensors import check_roots
+from ..config.config import FinishConfig, RecoveryConfig
 from ..errors import ArtifactError
-from ..memory import return_freed_memory
-from ..pretrained import SOURCE, load_folder
-from ..pruning.calibration_cache import CalibrationCache
-from ..pruning.compensation import BiasCompensation
-from ..pruning.grams import group_consumers, unit_consumers
-from ..pruning.language import is_language_model, language_space
-from ..pruning.language_training import train_language
-from ..pruning.nested import NestedReconstruction
+from ..importance.calibration_cache import CalibrationCache
+from ..importance.unit_scores import Scores
 from ..pruning.plan import Plan
-from ..pruning.reconstruct import Reconstruction
-from ..pruning.space import PruningSpace
-from ..pruning.statistics import collect as collect_statistics
-from ..pruning.tracing import TraceOptions, fingerprint, trace_channels
-from ..pruning.unit_scores import Scores
-from ..shards import space_of
-from ..tuning import tune
+from ..pruning.space import PruningSpace, fingerprint
+from ..recovery.reconstruct import Reconstruction
+from ..tracing.trace import TraceOptions, trace_channels
+from ..utils.memory import return_freed_memory
 from ..workloads.adapter import LatencySettings, ModelAdapter, RecoveryLadder, Repair, Tuned, TuneJob
 from ..workloads.base import Quality, Workload, evaluate_outputs
 from ..workloads.judge import ClassJudge, Judge
-from ..workloads.logits import ChunkedLogs, logits_of, next_token_loss
 from . import describe
-from .calibration import importance as importance  # registers the importances of language models
 from .calibration.cache import LanguageCalibration, language_calibration
+from .calibration.compensation import BiasCompensation
+from .calibration.grams import group_consumers, unit_consumers
+from .calibration.nested import NestedReconstruction
+from .calibration.statistics import collect as collect_statistics
 from .comparison import compare, read_tasks
 from .dtype import scoring_dtype
-from .folder import save_language_model
+from .files.folder import save_language_model
+from .files.pretrained import SOURCE, load_folder
+from .files.streaming import space_of
 from .judge import DenseAnswers, LanguageJudge, StoredSequences, check_kind, token_quality
+from .logits import ChunkedLogs, logits_of, next_token_loss
+from .space import is_language_model, language_space
+from .tuning.finetune import tune
+from .tuning.loss import train_language
 
 _LESSON_BATCH = 8
 

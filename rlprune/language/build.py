@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import pretrained
-from ..config import Config, DataConfig
+from ..artifacts.checkpoint import load_checkpoint, put_weights
+from ..config.config import Config, DataConfig
 from ..errors import ArtifactError, ConfigError
-from ..memory import bound_kernel_caches, return_freed_memory
-from ..pruning.tracing import fingerprint
+from ..pruning.space import fingerprint
+from ..utils.memory import bound_kernel_caches, return_freed_memory
 from ..workloads.builder import Inspected, WorkloadBuilder
-from ..workloads.causal import PREFIX, is_causal, list_causal, load_causal, read_config
-from ..workloads.checkpoint import load_checkpoint, put_weights
 from ..workloads.checks import check_finite, run_forward
-from ..workloads.text import TextRequest, is_text, list_text, read_text, split_text
 from .describe import context_length
+from .files import pretrained
+from .loading import PREFIX, is_causal, list_causal, load_causal, read_config
+from .text import TextRequest, is_text, list_text, read_text, split_text
 from .workload import LanguageWorkload, base_of_model
 
 
@@ -61,7 +61,7 @@ class LanguageBuilder(WorkloadBuilder):
     def cut_files(
         self, config: Config, checkpoint: Path | None, document: dict[str, Any], source: Path, out: Path
     ) -> bool:
-        from ..shards import dense_skeleton, prune_shards
+        from .files.streaming import dense_skeleton, prune_shards
 
         folder = _streamed(config, checkpoint)
         if folder is None:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import pretrained, zeroshot
-from ..artifacts import example_of
+from ..artifacts.pruned_model import example_of
 from ..errors import ArtifactError
-from ..latency import measure
-from ..pruning.tracing import fingerprint
+from ..pruning.space import fingerprint
+from ..utils.timing import measure
 from ..workloads.base import Workload
-from . import describe
+from . import describe, zeroshot
+from .files import pretrained
 
 
 def read_tasks(tasks: Sequence[Path]) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError
-from ..files import read_json, write_json_atomic
-from ..workloads.data import cache_folder
+from ..utils.cache import cache_folder
+from ..utils.files import read_json, write_json_atomic
 
 _FASTER = 1.3  # how much faster bfloat16 has to be to be taken
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError
-from ..pruning.reconstruct import evaluating
+from ..utils.modes import evaluating
 from ..workloads.base import Quality, Workload
 from ..workloads.judge import Judge, Judgement
-from ..workloads.logits import ChunkedLogs
-from ..workloads.text import IGNORED
+from .logits import ChunkedLogs
+from .text import IGNORED
 
 # Tokens of one forward pass: enough for a matrix product at full speed, few enough for the memory.
 FORWARD_TOKENS = {"cpu": 512, "cuda": 8192}

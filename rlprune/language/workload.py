@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import ModelConfig
-from ..pruning.finetune import FitResult, Progress
-from ..pruning.language_training import train_language
+from ..config.config import ModelConfig
+from ..recovery.finetune import FitResult, Progress
 from ..workloads.adapter import ModelAdapter, adapter_named
 from ..workloads.base import SPLITS, Batch, Quality, TrainedWorkload, check_split
 from ..workloads.judge import Judge
-from ..workloads.logits import ChunkedLogs
-from ..workloads.text import TextData
 from .judge import FORWARD_TOKENS, DenseAnswers, LanguageJudge, check_kind, token_quality
+from .logits import ChunkedLogs
+from .text import TextData
+from .tuning.loss import train_language
 
 # What a config says of where it came from, not of the architecture.
 _ELSEWHERE = ("_name_or_path", "transformers_version", "quantization_config")

@@ -1,0 +1,1 @@
+"""The mathematics of pruning: groups, widths, costs, budgets, cuts."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Floats, Ints
 from ..errors import BudgetError
+from ..utils.arrays import Floats, Ints
 from .cost import Cost, amount
 
 _SUFFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}

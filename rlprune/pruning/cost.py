@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..arrays import Floats
 from ..errors import BudgetError, near_miss
+from ..utils.arrays import Floats
 
 METRICS = ("macs", "params")
 UNITS = {"latency": "ms"}
@@ -128,7 +128,7 @@ def formula(costs: Mapping[str, Cost], metric: str) -> Cost:
     """The cost of a metric; raises :class:`BudgetError` with the near miss for an unknown one."""
     if metric == "latency" and metric not in costs:
         raise BudgetError(
-            "budget.metric: latency needs a table of this model (rlprune.profiling.with_latency)"
+            "budget.metric: latency needs a table of this model (rlprune.latency.profile.with_latency)"
         )
     if metric not in costs:
         raise BudgetError(

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import Ints
 from ..errors import ArtifactError, BudgetError
+from ..utils.arrays import Ints
 from .space import PruningSpace
 
 

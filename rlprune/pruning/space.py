@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,9 +11,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
-from ..arrays import Floats, Ints
 from ..errors import BudgetError
+from ..utils.arrays import Floats, Ints
 from .budget import Limits, parse_budget, project
 from .cost import Cost, amount, formula
 
@@ -150,7 +152,7 @@ class PruningSpace:
         ``macs`` are half of the FLOPs that torch's counter finds for one sample, ``params`` counts
         every parameter once; both include what is protected. Language models also have ``block_params``
         (inside the blocks only) and ``kv_cache`` (bytes for each token of context, in bfloat16); a space with
-        a latency table (``rlprune.profiling``) has ``latency``, in milliseconds.
+        a latency table (``rlprune.latency.profile``) has ``latency``, in milliseconds.
         """
         w = self._checked(widths)
         value = formula(self.costs, metric)(w)
@@ -233,3 +235,13 @@ def rounded(group: Group, round_to: int, minimum: int) -> Group:
     lowest = max(1, math.ceil(minimum / group.unit))
     lowest = min(math.ceil(lowest / step) * step, group.width) if group.minimum else 0
     return replace(group, step=step, minimum=lowest)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of the architecture: names, shapes and layer types, not the values of the weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)};".encode())
+    for name, module in model.named_modules():
+        digest.update(f"{name}:{type(module).__name__};".encode())
+    return digest.hexdigest()[:32]

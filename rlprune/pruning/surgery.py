@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..arrays import Ints
 from ..errors import GraphError
+from ..utils.arrays import Ints
+from ..utils.torch_internals import twin, unsaved_buffers
 from .plan import Plan
 from .space import PruningSpace
-from .torch_internals import twin, unsaved_buffers
 
 
 def axis_indices(space: PruningSpace, kept: tuple[Ints, ...]) -> list[Ints | None]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arrays import Floats
+from ..utils.arrays import Floats
 from .blocks import block_count, block_prefixes, per_group
 from .context import Context, rule
 from .threshold import as_distribution, mean_share

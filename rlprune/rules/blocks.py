@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..arrays import Bools, Floats, Ints
 from ..errors import ConfigError
-from ..pruning.grams import Consumer
+from ..language.calibration.grams import Consumer
 from ..pruning.space import PruningSpace
+from ..utils.arrays import Bools, Floats, Ints
 from .context import Context
 
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")

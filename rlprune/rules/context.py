@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from ..arrays import Bools, Floats, Ints
 from ..errors import ConfigError, DataError
+from ..importance.calibration_cache import CalibrationCache
 from ..language.calibration.cache import language_calibration
-from ..pruning.calibration_cache import CalibrationCache
+from ..language.calibration.statistics import Statistics
 from ..pruning.space import PruningSpace
-from ..pruning.statistics import Statistics
+from ..utils.arrays import Bools, Floats, Ints
 from ..workloads.adapter import adapter_named
 from ..workloads.base import Workload
 
@@ -75,7 +75,8 @@ class Context:
         return self.calibration.cached(name, make)
 
     def statistics(self) -> Statistics:
-        """Input moments and cosines of a language model on the calibration split (``pruning.statistics``)."""
+        """Input moments and cosines of a language model on the calibration split
+        (``language.calibration.statistics``)."""
         assert self.calibration is not None
         return language_calibration(self.calibration, "statistics").statistics()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..arrays import Floats
+from ..utils.arrays import Floats
 from .context import Context, rule
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 import torch_pruning as tp
 
-from ..arrays import Floats, Ints
 from ..errors import GraphError, first_line
-from ..pruning.graph import MIXERS, passive_pads, run, trainable_copy
-from ..pruning.watchdog import limited
+from ..tracing.graph import MIXERS, passive_pads, run, trainable_copy
+from ..tracing.watchdog import limited
+from ..utils.arrays import Floats, Ints
 from .context import Context, rule
 from .threshold import widths_distribution
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..arrays import Floats
-from ..pruning import fisher as information
-from ..pruning.calibration_cache import CURVES, Curves
-from ..pruning.grams import collect
+from ..importance.calibration_cache import CURVES, Curves
+from ..language.calibration import fisher as information
+from ..language.calibration.grams import collect
+from ..utils.arrays import Floats
 from .context import Context, rule
 from .threshold import widths_distribution
 
@@ -26,7 +26,7 @@ RIDGE = 1e-3
 def fisher(context: Context) -> Floats:
     """Equal marginal divergence: what every cut is expected to cost, by K-FAC, without a single evaluation.
 
-    Each group has a curve of expected KL(dense || pruned) over its width (``pruning.fisher``: greedy
+    Each group has a curve of expected KL(dense || pruned) over its width (``language.calibration.fisher``: greedy
     elimination with the output's error weighted by the second moments of the log-likelihood's gradients,
     after K-FAC, arXiv 1503.05671). Costs of groups are taken to add up. Under a budget that is linear in the
     widths the least sum of the curves' convex hulls is found by taking the hulls' segments in the order of

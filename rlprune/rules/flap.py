@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..arrays import Floats
-from ..pruning.grams import unit_consumers
+from ..language.calibration.grams import unit_consumers
+from ..utils.arrays import Floats
 from .blocks import array, weights
 from .context import Context, rule
 from .threshold import threshold_distribution

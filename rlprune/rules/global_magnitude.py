@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..arrays import Floats
-from ..pruning import importance
+from ..importance import importance
+from ..utils.arrays import Floats
 from .context import Context, rule
 from .threshold import threshold_distribution
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..arrays import Floats
-from ..pruning import importance
+from ..importance import importance
+from ..utils.arrays import Floats
 from .context import Context, rule
 from .global_magnitude import normalised
 from .threshold import threshold_distribution

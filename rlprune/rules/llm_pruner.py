@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..arrays import Bools, Floats
+from ..utils.arrays import Bools, Floats
 from .blocks import block_count, block_indices
 from .context import Context, rule
 

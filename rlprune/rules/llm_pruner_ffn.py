@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..arrays import Floats
+from ..utils.arrays import Floats
 from .blocks import of_kind
 from .context import Context, rule
 from .llm_pruner import inside

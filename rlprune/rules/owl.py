@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..arrays import Floats
-from ..pruning.grams import Consumer, unit_consumers
+from ..language.calibration.grams import Consumer, unit_consumers
+from ..utils.arrays import Floats
 from .blocks import array, block_count, block_indices, per_group, weights
 from .context import Context, rule
 from .threshold import as_distribution, mean_share

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arrays import Floats
-from ..pruning import importance
+from ..importance import importance
+from ..utils.arrays import Floats
 from .context import Context, rule
 from .threshold import threshold_distribution
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..arrays import Floats, Ints
 from ..pruning.plan import make_plan
 from ..pruning.space import PruningSpace
 from ..pruning.surgery import prune
+from ..utils.arrays import Floats, Ints
 from .context import Context, rule
 from .threshold import scaled_distribution
 

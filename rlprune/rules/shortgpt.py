@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..arrays import Bools, Floats, Ints
+from ..utils.arrays import Bools, Floats, Ints
 from .blocks import block_cosines, block_indices, of_kind
 from .context import Context, rule
 from .threshold import widths_distribution

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import Floats, Ints
 from ..pruning.space import PruningSpace
+from ..utils.arrays import Floats, Ints
 from .context import Context
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..arrays import Bools, Floats
-from ..pruning.grams import Consumer, unit_consumers
-from ..pruning.reconstruct import evaluating
+from ..language.calibration.grams import Consumer, unit_consumers
+from ..utils.arrays import Bools, Floats
+from ..utils.modes import evaluating
 from .blocks import of_kind
 from .context import Context, rule
 from .threshold import mean_share, widths_distribution

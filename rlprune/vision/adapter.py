@@ -11,23 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..artifacts import example_of, load_pruned, save_pruned
-from ..config import FinishConfig, RecoveryConfig
+from ..artifacts.pruned_model import example_of, load_pruned, save_pruned
+from ..config.config import FinishConfig, RecoveryConfig
 from ..errors import ArtifactError, ConfigError, GraphError, near_miss
-from ..latency import DEFAULT_BATCH_SIZES, measure
-from ..pruning.calibration_cache import CalibrationCache
-from ..pruning.finetune import DistillTargets, fit
+from ..importance.calibration_cache import CalibrationCache
+from ..importance.unit_scores import Scores
 from ..pruning.plan import Plan
-from ..pruning.reconstruct import Reconstruction, evaluating
 from ..pruning.space import PruningSpace
 from ..pruning.surgery import attributes
-from ..pruning.tracing import TraceOptions, count_macs, trace_channels
-from ..pruning.unit_scores import Scores
+from ..recovery.finetune import DistillTargets, fit
+from ..recovery.reconstruct import Reconstruction
+from ..tracing.trace import TraceOptions, count_macs, trace_channels
+from ..utils.modes import evaluating
+from ..utils.timing import DEFAULT_BATCH_SIZES, measure
 from ..workloads.adapter import LatencySettings, ModelAdapter, RecoveryLadder, Repair, Tuned, TuneJob
 from ..workloads.base import Quality, Workload, evaluate_outputs
-from ..workloads.identify import identify
 from ..workloads.judge import ClassJudge, Judge
-from ..workloads.zoo import rebuild
+from .identify import identify
+from .zoo import rebuild
 
 SGD_LR = 0.02
 """Peak learning rate of the final fine-tune where the settings leave it open."""

@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import Config, DataConfig
+from ..config.config import Config, DataConfig
 from ..errors import ConfigError
-from ..workloads import data as vision_data
-from ..workloads import zoo
 from ..workloads.base import Workload
 from ..workloads.builder import WorkloadBuilder
 from ..workloads.checks import check_finite, run_forward
-from ..workloads.data import Request, VisionData, load_data
-from ..workloads.vision import VisionWorkload
-from ..workloads.zoo import base_of, build_model
+from . import data as vision_data
+from . import zoo
+from .data import Request, VisionData, load_data
+from .workload import VisionWorkload
+from .zoo import base_of, build_model
 
 
 class VisionBuilder(WorkloadBuilder):

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..config import FinishConfig, RecoveryConfig
-from ..pruning.calibration_cache import CalibrationCache
-from ..pruning.finetune import Progress
+from ..config.config import FinishConfig, RecoveryConfig
+from ..importance.calibration_cache import CalibrationCache
+from ..importance.unit_scores import Scores
 from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
-from ..pruning.tracing import TraceOptions
-from ..pruning.unit_scores import Scores
+from ..recovery.finetune import Progress
+from ..tracing.trace import TraceOptions
 
 if TYPE_CHECKING:
     from .base import Quality, Workload

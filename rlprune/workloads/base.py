@@ -14,11 +14,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..config import FinishConfig, ModelConfig
+from ..artifacts.safetensors import MAX_SHARD_SIZE
+from ..config.config import FinishConfig, ModelConfig
 from ..errors import DataError, near_miss
-from ..pruning.finetune import FitResult, Progress
 from ..pruning.plan import Plan
-from ..tensorfiles import MAX_SHARD_SIZE
+from ..recovery.finetune import FitResult, Progress
 from .adapter import ModelAdapter, Tuned, TuneJob, adapter_of
 from .judge import Judge
 

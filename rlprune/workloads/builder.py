@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import Config
+from ..config.config import Config
 from .adapter import WINGS, ModelAdapter, adapter_named
 from .base import TrainedWorkload, Workload
 

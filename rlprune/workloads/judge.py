@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DataError
-from ..pruning.reconstruct import evaluating
+from ..utils.modes import evaluating
 
 if TYPE_CHECKING:
     from .base import Workload

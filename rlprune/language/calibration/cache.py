@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ...errors import ConfigError
-from ...pruning.calibration_cache import CalibrationCache
-from ...pruning.grams import Grams
-from ...pruning.grams import collect as collect_grams
-from ...pruning.statistics import Statistics
-from ...pruning.statistics import collect as collect_statistics
+from ...importance.calibration_cache import CalibrationCache
+from .grams import Grams
+from .grams import collect as collect_grams
+from .statistics import Statistics
+from .statistics import collect as collect_statistics
 
 STATISTICS = "statistics"
 

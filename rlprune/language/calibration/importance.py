@@ -7,19 +7,19 @@ from collections.abc import Callable
 import numpy as np
 from torch import nn
 
-from ...memory import return_freed_memory
-from ...pruning.calibration_cache import CURVES, CalibrationCache, Curves
-from ...pruning.elimination import eliminations
-from ...pruning.fisher import divergence_curves, fisher_eliminations, output_moments
-from ...pruning.grams import Consumer, Grams, group_consumers
-from ...pruning.importance import first_sentence, l2, register
+from ...importance.calibration_cache import CURVES, CalibrationCache, Curves
+from ...importance.importance import first_sentence, l2, register
+from ...importance.unit_scores import Batches, Floats, Scores
 from ...pruning.space import PruningSpace
-from ...pruning.statistics import Statistics
-from ...pruning.unit_scores import Batches, Floats, Scores
+from ...utils.memory import return_freed_memory
 from .cache import LanguageCalibration, language_calibration
+from .elimination import eliminations
+from .fisher import divergence_curves, fisher_eliminations, output_moments
+from .grams import Consumer, Grams, group_consumers
+from .statistics import Statistics
 
 # Calibration samples of the backward pass of `obs_fisher`: (O, O) moments need fewer than (I, I) ones.
-_FISHER_SAMPLES = 64
+FISHER_SAMPLES = 64
 
 
 def _by_column(
@@ -119,7 +119,7 @@ def _obs(cache: CalibrationCache) -> Scores:
 @register(first_sentence(obs_fisher), wing="language", name="obs_fisher")
 def _obs_fisher(cache: CalibrationCache) -> Scores:
     own = _checked(cache, "obs_fisher")
-    most = _FISHER_SAMPLES if cache.limit is None else min(cache.limit, _FISHER_SAMPLES)
+    most = FISHER_SAMPLES if cache.limit is None else min(cache.limit, FISHER_SAMPLES)
     batches = cache.batches(most)
     scores, curves = obs_fisher(cache.model, cache.space, own.grams, batches, cache.ridge, cache.seed)
     cache.keep(CURVES, curves)

@@ -1,0 +1,1 @@
+"""Every other agent: evolution, optuna's samplers, published reinforcement learners."""

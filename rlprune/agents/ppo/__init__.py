@@ -1,0 +1,1 @@
+"""PPO with a portable policy, trained on a surrogate of the score or directly."""

@@ -1,0 +1,263 @@
+"""Surrogate training: batches of real evaluations, and between them PPO on a fitted model of the score.
+
+A batch: fit a Gaussian process to all that an account has scored, let PPO take its thousands of steps
+on it, and score next what the process finds most promising among the policy's mode, samples of the
+policy, and small changes of the best plans. A range of budgets is searched at several of them in turn, all
+with one process; at the end the policy is taught the best plan of each, and those of several checkpoints
+(:mod:`.distill`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ...envs.task import Task
+from ...evaluation.ledger import SearchSpent
+from ...pruning.history import all_final_widths, final_widths
+from ...surrogates.base import Surrogate
+from ...surrogates.composite import CompositeModel
+from ...surrogates.probes import ProbedModel
+from ...surrogates.proposals import choose_batch, climb, fresh, neighbours, random_plans
+from ...surrogates.score_gp import ScoreModel
+from ...utils.arrays import Floats, Ints
+from ..base import Recorder, SearchResult
+from ..sb3_internals import reset_before_rollout
+from .behaviour_cloning import COMMON_PLANS, distill, lessons
+from .policy import GroupPolicy
+from .surrogate_env import SurrogateVecEnv
+from .trainer import Search, derived_seed, make_ppo, restore_training, seed_everything, training_state
+from .transfer import can_build, collect
+
+MODE = "surrogate"
+# PPO on the surrogate: steps are cheap and an update is not, so its rollouts are long and its epochs few.
+_ROLLOUT = 256
+_MINIBATCH = 128
+_EPOCHS = 4
+# Logarithm of the first deviation: the surrogate is asked thousands of times, so it can be wide.
+_LOG_STD = -1.0
+# Plans of each kind that compete for a place in the next batch.
+_SAMPLES = 128
+_NEIGHBOURS = 192
+_PARENTS = 5
+# Probed plans that compete too, where experience has probed the checkpoint.
+_PROMISING = 24
+# A batch asks for the sure and for the unknown: the confidence bound's weight goes through these in turn.
+_KAPPAS = (0.0, 0.5, 1.0, 2.0)
+
+
+class Guided:
+    """The parts of a running surrogate search."""
+
+    def __init__(self, search: Search) -> None:
+        self.search = search
+        self.experience = None if search.policy is None else search.policy.experience
+        if self.experience is not None and not all(can_build(t) for t in search.tasks):
+            self.experience = None
+        self.models = [self._model(task) for task in search.tasks]
+        settings = search.settings.ppo
+        envs = max(2, settings.surrogate_envs, len(search.tasks))
+        self.venv = SurrogateVecEnv(
+            search.env, self.models, envs, settings.kappa, derived_seed(search.seed, 3)
+        )
+        n_steps = max(1, _ROLLOUT // envs)
+        rollout = n_steps * envs
+        batch = max(d for d in range(1, rollout + 1) if rollout % d == 0 and d <= _MINIBATCH)
+        self.ppo = make_ppo(
+            search, self.venv, n_steps=n_steps, batch_size=batch, n_epochs=_EPOCHS, log_std_init=_LOG_STD
+        )
+
+    def _model(self, task: Task) -> Surrogate:
+        if self.experience is not None and self.search.policy is not None:
+            self.search.policy.widths(task, task.budget, task.metric)  # probes, where that has not been done
+            return ProbedModel(task)
+        if self.search.settings.ppo.surrogate == "logits" and CompositeModel.applies(task):
+            return CompositeModel(task)
+        expected = getattr(task.evaluator, "expected", None)
+        cost = partial(task.space.cost, metric=task.metric) if task.is_range else None
+        return ScoreModel(task.space.widths, task.evaluator.dense.score, expected, cost)
+
+    @property
+    def batch(self) -> int:
+        """Evaluations between two fits."""
+        asked = self.search.settings.batch
+        most = [asked if model.batch is None else model.batch for model in self.models]
+        return min(asked, sum(most))
+
+    @property
+    def steps(self) -> int:
+        """PPO's steps between two fits, in proportion to the evaluations."""
+        settings = self.search.settings
+        return -(-settings.ppo.surrogate_steps * self.batch // settings.batch)
+
+    @property
+    def informed(self) -> bool:
+        """Whether the models have something to say before the first batch."""
+        known = min(len(recorder.scores) for recorder in self.search.recorders)
+        return all(model.ready(known) for model in self.models)
+
+    @property
+    def policy(self) -> GroupPolicy:
+        policy = self.ppo.policy
+        assert isinstance(policy, GroupPolicy)
+        return policy
+
+    def save(self, batch: int) -> None:
+        contents = {
+            "batch": batch,
+            "training": training_state(self.ppo),
+            "thetas": [model.theta for model in self.models],
+        }
+        self.search.save(MODE, contents)
+
+    def restore(self, saved: dict[str, Any]) -> int:
+        restore_training(self.ppo, saved["training"])
+        for model, theta in zip(self.models, saved["thetas"], strict=True):
+            model.theta = theta
+        return int(saved["batch"])
+
+    def fit(self) -> None:
+        for model, recorder in zip(self.models, self.search.recorders, strict=True):
+            widths = all_final_widths(recorder.scores)
+            model.fit(widths, np.array([c.score for c in recorder.scores.values()]))
+
+    def train(self, batch: int) -> None:
+        """PPO's steps on the freshly fitted surrogate."""
+        seed_everything(self.search.seed, 1, batch)
+        self.venv.reseed(derived_seed(self.search.seed, 4, batch))
+        reset_before_rollout(self.ppo)  # so that nothing of the last batch has to be saved
+        if self.steps:
+            self.ppo.learn(self.steps, reset_num_timesteps=False)
+
+    def budget(self, task: Task, batch: int) -> Any:
+        return task.knots[batch % len(task.knots)]
+
+    def teach(self) -> None:
+        """Teach the policy the best plans: of several checkpoints, where these have plans in common, and of a range."""
+        search = self.search
+        several = len(search.tasks) > 1 and all(task.common_plans for task in search.tasks)
+        if not several and not search.tasks[0].is_range:
+            return
+        seed_everything(search.seed, 7)
+        wanted = []
+        for task, recorder in zip(search.tasks, search.recorders, strict=True):
+            plans = [(b, [final_widths(p) for p in recorder.within(task, b)]) for b in task.knots]
+            best = [(budget, found[0]) for budget, found in plans if found]
+            more = [(b, p.astype(np.float64), 1.0) for b, found in plans for p in found[1:COMMON_PLANS]]
+            wanted.append(lessons(best) + (more if several else []))
+        distill(self.policy, search.env, search.tasks, wanted, common=several)
+
+
+def guided_search(search: Search) -> SearchResult:
+    """Spend the accounts batch by batch; the last batch holds the mode of the policy that is returned, unless that
+    is taught other plans at the end."""
+    guided = Guided(search)
+    saved = search.load(MODE)
+    batch = 0
+    try:
+        if saved is None:
+            search.score_starts()
+        else:
+            batch = guided.restore(saved)
+        while any(recorder.account.left > 0 for recorder in search.recorders):
+            guided.save(batch)
+            before = sum(recorder.account.spent for recorder in search.recorders)
+            _run_batch(guided, batch)
+            batch += 1
+            if sum(recorder.account.spent for recorder in search.recorders) == before:
+                break  # nothing left that has not been scored: the space is smaller than the account
+    except SearchSpent:
+        pass
+    # A base rule that probes may have nothing left to ask at the budgets between those that were searched.
+    with contextlib.suppress(SearchSpent):
+        guided.teach()
+    scored = [recorder.scores for recorder in search.recorders]
+    guided.policy.experience = collect(search.tasks, scored)
+    return search.result(guided.policy)
+
+
+def _run_batch(guided: Guided, batch: int) -> None:
+    search = guided.search
+    generator = np.random.default_rng([search.seed, 5, batch])
+    per_task = max(1, guided.batch // len(search.tasks))
+    informed = batch > 0 or guided.informed
+    if informed:
+        guided.fit()
+        guided.train(batch)
+    for index, (task, recorder) in enumerate(zip(search.tasks, search.recorders, strict=True)):
+        count = min(per_task, recorder.account.left)
+        budget = guided.budget(task, batch + index)
+        if not informed:
+            plans = first_plans(guided, index, budget, count, generator)
+        else:
+            plans = next_plans(guided, index, budget, count, generator)
+        recorder.evaluate_batch(plans[:count])
+
+
+def first_plans(guided: Guided, index: int, budget: Any, count: int, generator: np.random.Generator) -> Ints:
+    """The policy's mode (untrained: the base plan), samples around it, and as many random plans.
+
+    Where costs are expected before any evaluation, plans far from the starts are known to be bad: small
+    changes of the best start take the random plans' place.
+    """
+    task, recorder = guided.search.tasks[index], guided.search.recorders[index]
+    seed_everything(guided.search.seed, 6, index)
+    around = fresh(_policy_plans(guided, index, budget), recorder.known)[: -(-count // 2)]
+    parents = _parents(task, recorder, budget, around)
+    if guided.models[index].informed(parents):
+        anywhere = neighbours(task, parents, budget, 4 * count, generator)
+    else:
+        anywhere = random_plans(task, budget, 4 * count, generator)
+    return fresh(np.vstack([around, anywhere]), recorder.known)
+
+
+def next_plans(guided: Guided, index: int, budget: Any, count: int, generator: np.random.Generator) -> Ints:
+    """The policy's mode first, then what the surrogate ranks highest among all proposals."""
+    task, recorder = guided.search.tasks[index], guided.search.recorders[index]
+    model = guided.models[index]
+    samples = _policy_plans(guided, index, budget)
+    mode = fresh(samples[:1], recorder.known)
+    parents = np.vstack([_parents(task, recorder, budget, samples), model.promising(_PROMISING)])
+
+    def acquisition(kappa: float, plans: Ints) -> Floats:
+        mean, std = model.predict(plans)
+        return mean + kappa * std
+
+    climbed = np.vstack(
+        [climb(task, parents, budget, partial(acquisition, k), generator) for k in model.climbs]
+    )
+    changed = neighbours(task, parents, budget, _NEIGHBOURS, generator)
+    pool = fresh(np.vstack([mode, climbed, parents, samples, changed]), recorder.known)
+    # Few evaluations are spent with experience, and it knows better than the policy what is worth them.
+    chosen: list[int] = [0] if len(mode) and guided.experience is None else []
+    picks = choose_batch(model, pool, count, _KAPPAS, chosen)
+    return pool[picks]
+
+
+def _parents(task: Task, recorder: Recorder, budget: Any, samples: Ints) -> Ints:
+    """The best plans within the budget, the best plans of other budgets brought to this one, the policy's mode."""
+    within = recorder.within(task, budget)[:_PARENTS]
+    best = all_final_widths(within).reshape(-1, samples.shape[1])
+    others = [recorder.within(task, other)[:1] for other in task.knots if other != budget]
+    shares = [1.0 - final_widths(found[0]) / task.space.widths for found in others if found]
+    if not shares:
+        return np.vstack([best, samples[:1]])
+    moved = task.space.project(np.maximum(shares, 1e-4), budget, task.metric)
+    return np.vstack([best, moved, samples[:1]])
+
+
+def _policy_plans(guided: Guided, index: int, budget: Any) -> Ints:
+    """Plans of the policy: its mode (row 0) and samples."""
+    task, policy = guided.search.tasks[index], guided.policy
+    obs, _ = guided.search.env.reset(options={"task": index, "budget": budget})
+    rows = torch.from_numpy(np.repeat(obs[None], _SAMPLES, axis=0))
+    with torch.no_grad():
+        distribution = policy.get_distribution(rows)
+        actions: NDArray[Any] = distribution.sample().numpy()
+        actions[0] = distribution.mode().numpy()[0]
+    return task.widths(np.clip(actions[:, : len(task.space.groups)], -1.0, 1.0), budget)

@@ -1,0 +1,1 @@
+"""Pruned models and policies on disk: safetensors and JSON, no pickle."""

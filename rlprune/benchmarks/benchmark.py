@@ -1,0 +1,291 @@
+"""Every method through one fair door: same workload, evaluator, starts, evaluations and final fine-tune.
+
+A benchmark is a grid of cells (`cells.Cell`): methods, seeds and budgets. Cells are independent of one another, so
+they may be computed in any order and in several processes, and a finished one is never computed again. The
+seed decides a method's search and its final fine-tune, and where there are several dense models which of them is
+pruned, so methods are compared in pairs of one seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..agents import AGENTS, make_agent
+from ..config.config import Config
+from ..config.search import SB3Config, SearchConfig
+from ..errors import ConfigError, RunError, near_miss
+from ..experiments.prepare import dense_model
+from ..plugins import loaded
+from ..pruning.space import PruningSpace
+from ..rules import RULES, rules_for
+from ..utils.files import lock_run, write_text_atomic
+from ..utils.progress import Console
+from ..workloads.adapter import adapter_named
+from .cells import DENSE, Cell, Problems, cell_key, compute, finished, reason, with_checkpoint
+from .outcome import Outcome, page, write
+from .pool import Pool, Worker
+from .schedule import Schedule
+from .statistics import bootstrap, summarise
+
+__all__ = ["Cell", "bootstrap", "cell_key", "page", "run", "summarise"]
+
+
+def run(
+    config: Config,
+    methods: Sequence[str] | None,
+    seeds: int,
+    evaluations: int,
+    out: str | Path,
+    *,
+    budgets: Sequence[str | float] = (),
+    jobs: int = 1,
+    checkpoints: int = 1,
+) -> dict[str, Any]:
+    """Compare methods and write results.json, benchmark.md, plots, ledger.jsonl and report.html.
+
+    Args:
+        methods: names of rules and agents; for None all that apply here and whose libraries are installed.
+        seeds: number of seeds, from `config.seed` upwards.
+        evaluations: distinct plans that each agent may have scored, its starts included.
+        budgets: as in `budget.target`, which is taken where there are none.
+        jobs: processes that compute cells at the same time, each with `config.threads` threads (1 by default).
+            With one job this process computes them, and torch chooses its threads.
+        checkpoints: dense models that the seeds take in turn, each trained with other seeds, on other splits.
+
+    Returns the content of results.json: its rows are one per method, seed and budget, its `summary` one per
+    method and budget.
+
+    Raises:
+        ConfigError: an unknown method or one that cannot run here, or no seed, evaluation or job.
+        BudgetError: a budget that is malformed or not feasible.
+        RunError: cells have failed; the others are finished, and what they gave is written.
+    """
+    _checked(methods, [*RULES, *AGENTS])  # a wrong name is said before anything is trained
+    for option, number in (("seeds", seeds), ("evaluations", evaluations), ("jobs", jobs)):
+        if number < 1:
+            raise ConfigError(f"--{option} {number}: must be at least 1")
+    asked = [config.override([f"budget.target={budget}"]).budget.target for budget in budgets]
+    asked = asked or [config.budget.target]
+    _check_checkpoints(config, checkpoints, seeds)
+    config = _settled(config, evaluations, asked[0], jobs)
+    unable = unable_agents(methods, config.search)
+    _refuse(methods, unable)
+    console = Console(True)
+    with lock_run(out, worth="cells") as folder:
+        problems = None
+        if jobs == 1:
+            problems = Problems(config, console)
+            workload, space = problems.of(0).workload, problems.of(0).space
+        else:  # each worker prepares its own problems, but the dense models are trained once, here
+            workload, space = dense_model(config, console=console)
+            for number in range(1, checkpoints):
+                dense_model(with_checkpoint(config, number), console=console)
+        _check_budgets(space, asked, config.budget.metric)
+        names, left_out = applicable(methods, space, unable)
+        wanted = [Cell(DENSE, config.seed + i, asked[0], i) for i in range(checkpoints)]
+        wanted += [
+            Cell(name, config.seed + i, budget, i % checkpoints)
+            for budget in asked
+            for name in names
+            for i in range(seeds)
+        ]
+        write_text_atomic(folder / "config.yaml", config.to_yaml())
+        work = _Work(config, folder, console, wanted, problems, jobs, tuple(loaded()))
+        work.run()
+        protocol = {
+            "seeds": seeds,
+            "checkpoints": checkpoints,
+            "evaluations": evaluations,
+            "jobs": jobs,
+            "methods": names,
+            "left_out": left_out,
+            "failed": {str(cell): why for cell, why in work.failed.items()},
+        }
+        content = {cell: work.content[cell] for cell in wanted if cell in work.content}
+        outcome = Outcome(config, workload, space, asked, protocol, content)
+        results = write(folder, outcome)
+    if work.failed:
+        first = "; ".join(f"{cell}: {why}" for cell, why in list(work.failed.items())[:3])
+        raise RunError(
+            f"{len(work.failed)} of {len(wanted)} cells failed; the same command repeats only them: {first}"
+        )
+    return results
+
+
+@dataclass
+class _Work:
+    """The cells of one benchmark on their way from wanted to finished."""
+
+    config: Config
+    folder: Path
+    console: Console
+    wanted: Sequence[Cell]
+    problems: Problems | None
+    jobs: int
+    plugins: tuple[str, ...]
+    content: dict[Cell, dict[str, Any]] = field(default_factory=dict)
+    failed: dict[Cell, str] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Take what is finished, compute the rest; failures are kept in ``failed``."""
+        self.cells.mkdir(exist_ok=True)
+        self.content = {cell: found for cell in self.wanted if (found := self._finished(cell))}
+        pending = [cell for cell in self.wanted if cell not in self.content]
+        self.schedule = Schedule(min(self.jobs, max(1, len(pending))))
+        for cell, found in self.content.items():
+            self.schedule.took(cell, found["seconds"])
+        if len(pending) < len(self.wanted):
+            reused = len(self.wanted) - len(pending)
+            self.console.note(f"{reused} of {len(self.wanted)} cells are there already")
+        if not pending:
+            return
+        try:
+            if self.problems is not None:
+                self._serial(self.problems, pending)
+            else:
+                self._parallel(pending)
+        except KeyboardInterrupt:
+            self.console.close()
+            self.console.note(f"{self.folder} holds what has been done; the same command goes on from there")
+            raise
+
+    @property
+    def cells(self) -> Path:
+        return self.folder / "cells"
+
+    def _finished(self, cell: Cell) -> dict[str, Any] | None:
+        return finished(self.cells, self.config, cell, self.console)
+
+    def _serial(self, problems: Problems, pending: Sequence[Cell]) -> None:
+        left = list(pending)
+        while left:
+            cell = self.schedule.take(left)
+            left.remove(cell)
+            why = None
+            try:
+                compute(problems, cell, self.cells, self.console)
+            except Exception as error:
+                why = reason(error)
+            self._ended(cell, why)
+
+    def _parallel(self, pending: Sequence[Cell]) -> None:
+        order = {
+            "config": self.config.to_dict(),
+            "cells": str(self.cells),
+            "plugins": list(self.plugins),
+        }
+        threads = self.config.threads or 1
+        self.console.note(f"{len(pending)} cells in {self.schedule.jobs} processes of {threads} threads")
+        with Pool(order, self.schedule.jobs, threads, self.folder) as pool:
+            pool.run(pending, self.schedule.take, self._ended, self._progress)
+        self.console.close()
+
+    def _ended(self, cell: Cell, why: str | None) -> None:
+        """Take the cell's content, and say in a line how far everything is."""
+        found = self._finished(cell) if why is None else None
+        if found is None:
+            self.failed[cell] = why or "its file is missing"
+        else:
+            self.content[cell] = found
+            self.schedule.took(cell, found["seconds"])
+        done = len(self.content) + len(self.failed)
+        left = [c for c in self.wanted if c not in self.content and c not in self.failed]
+        what = _brief(found["row"]) if found else f"FAILED: {self.failed[cell]}"
+        best = _best(self.content, cell.budget)
+        self.console.close()
+        self.console.note(f"{done}/{len(self.wanted)} {cell}: {what}{best}{self.schedule.time_left(left)}")
+
+    def _progress(self, workers: Sequence[Worker]) -> None:
+        done = len(self.content) + len(self.failed)
+        facts = [f"{w.cell.method} {w.progress[0]}/{w.progress[1]}" for w in workers if w.cell and w.progress]
+        self.console.status("cells", done, len(self.wanted), ", ".join(facts))
+
+
+def _settled(config: Config, evaluations: int, budget: str | float, jobs: int) -> Config:
+    """The settings of all cells; the first budget stands for the others, a worker has one thread by default."""
+    threads = config.threads if jobs == 1 else config.threads or 1
+    first = replace(config.budget, target=budget)
+    search = replace(config.search, evaluations=evaluations)
+    return replace(config, search=search, budget=first, threads=threads)
+
+
+def _check_budgets(space: PruningSpace, budgets: Sequence[str | float], metric: str) -> None:
+    """Refuse an infeasible budget, or two that are the same, before anything is computed."""
+    seen: dict[float, str | float] = {}
+    for budget in budgets:
+        target = float(space.target(budget, metric))
+        if target in seen:
+            raise ConfigError(f"--budgets: {seen[target]} and {budget} are the same budget")
+        seen[target] = budget
+
+
+def _check_checkpoints(config: Config, checkpoints: int, seeds: int) -> None:
+    """Refuse more dense models than seeds, and more than one where none is trained."""
+    if not 1 <= checkpoints <= seeds:
+        raise ConfigError(f"--checkpoints {checkpoints}: must be from 1 to the number of seeds, {seeds}")
+    if checkpoints > 1 and (config.model.train.epochs == 0 or config.workload is not None):
+        why = "model.train.epochs is 0" if config.workload is None else "the workload is your own"
+        raise ConfigError(
+            f"--checkpoints {checkpoints}: only 1, since no dense model is trained here ({why})"
+        )
+
+
+def _checked(methods: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+    for name in methods or ():
+        if name not in known:
+            hint = near_miss(name, known)
+            raise ConfigError(f"--methods: unknown method {name!r}{hint}; allowed: {', '.join(known)}")
+    return list(dict.fromkeys(methods or known))
+
+
+def applicable(
+    methods: Sequence[str] | None, space: PruningSpace, unable: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """The methods that can run here, and of all others why not; ConfigError where one was asked for by name."""
+    reasons = {
+        name: f"for {adapter_named(rule.wing).models} only"
+        for name, rule in RULES.items()
+        if rule.wing is not None and name not in rules_for(space, external=True)
+    }
+    reasons |= unable
+    _refuse(methods, reasons)
+    names = _checked(methods, [*RULES, *AGENTS])
+    return [name for name in names if name not in reasons], {} if methods else reasons
+
+
+def _refuse(methods: Sequence[str] | None, reasons: Mapping[str, str]) -> None:
+    for name in methods or ():
+        if name in reasons:
+            raise ConfigError(f"--methods: {name!r} cannot run here: {reasons[name]}")
+
+
+def unable_agents(methods: Sequence[str] | None, settings: SearchConfig) -> dict[str, str]:
+    """Agents, of those asked for, that cannot be made, with the reason: a library is missing, say."""
+    reasons = {}
+    for name in AGENTS:
+        if methods is None or name in methods:
+            try:
+                make_agent(name, settings)
+            except (ConfigError, ImportError) as error:
+                reasons[name] = reason(error)
+    if methods is None and settings.sb3 == SB3Config() and "sac" in AGENTS:
+        reasons["sb3"] = "the same as sac where search.sb3 does not say otherwise"
+    return reasons
+
+
+def _best(content: Mapping[Cell, Mapping[str, Any]], budget: str | float) -> str:
+    """The best score so far under a budget, for the progress line."""
+    rows = [c["row"] for cell, c in content.items() if cell.method != DENSE and cell.budget == budget]
+    rows = [row for row in rows if row["score"] is not None]
+    if not rows:
+        return ""
+    best = max(rows, key=lambda row: row["score"])
+    return f"; best so far {best['score']:.4f} ({best['method']})"
+
+
+def _brief(row: Mapping[str, Any]) -> str:
+    loss = row.get("test_loss")
+    return f"score {row['score']:.4f}" + (f", test loss {loss:.4f}" if loss is not None else "")

@@ -1,0 +1,196 @@
+"""One cell of a benchmark: one method under one seed, one budget and one dense model, in a file once it is finished.
+
+The file is named after a hash of everything that determines its content and lists that, so that a stopped
+benchmark goes on where it was and one with more methods, seeds or budgets reuses what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..agents import AGENTS
+from ..config.config import Config, settings_reference
+from ..errors import ArtifactError, RlpruneError, one_line
+from ..evaluation.ledger import Ledger
+from ..experiments.finish import choose, finish
+from ..experiments.prepare import Problem, prepare
+from ..experiments.search import Found, score_rule, search
+from ..experiments.train import results_of
+from ..plugins import fingerprint
+from ..rules import RULES
+from ..utils.checkpoints import settings_key
+from ..utils.files import read_json, write_json_atomic
+from ..utils.hardware import library_versions
+from ..utils.progress import Console
+
+DENSE = "dense"
+# Settings that say how a run is shown or where it runs, not what comes out of a cell.
+_NOT_DETERMINING = (
+    "name", "device", "threads", "seed", "search.baselines", "search.tensorboard", "finish.rules",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is computed at once; the seed decides the search and the final fine-tune.
+
+    ``checkpoint`` is added to the seeds of the dense model and of the splits.
+    """
+
+    method: str
+    seed: int
+    budget: str | float
+    checkpoint: int = 0
+
+    def __str__(self) -> str:
+        where = f", checkpoint {self.checkpoint}" if self.checkpoint else ""
+        return f"{self.method}, seed {self.seed}, budget {self.budget}{where}"
+
+
+class Problems:
+    """The prepared problem of every dense model that cells ask for, each prepared once and kept."""
+
+    def __init__(self, config: Config, console: Console | None = None) -> None:
+        self.config = config
+        self._console = console
+        self._prepared: dict[int, Problem] = {}
+
+    def of(self, checkpoint: int) -> Problem:
+        """The problem of a dense model, which is trained where it is not in the cache folder."""
+        if checkpoint not in self._prepared:
+            settings = with_checkpoint(self.config, checkpoint)
+            self._prepared[checkpoint] = prepare(settings, console=self._console)
+        return self._prepared[checkpoint]
+
+
+def with_checkpoint(config: Config, checkpoint: int) -> Config:
+    """The settings of another dense model: the seeds of its weights, its training and its splits are other ones."""
+    model = replace(config.model, seed=config.model.seed + checkpoint)
+    return replace(config, model=model, data=replace(config.data, seed=config.data.seed + checkpoint))
+
+
+def determinants(config: Config, cell: Cell) -> dict[str, Any]:
+    """Everything that decides what comes out of a cell, by dotted name: settings, method, seeds, libraries."""
+    settings = flat(json.loads(json.dumps(with_checkpoint(config, cell.checkpoint).to_dict())))
+    settings["budget.target"] = cell.budget
+    skipped = list(_NOT_DETERMINING)
+    if cell.method == DENSE:
+        skipped.append("budget.target")
+    if cell.method in RULES or cell.method == DENSE:
+        skipped.append("search")
+    elif getattr(AGENTS[cell.method], "own", None) is None:
+        # The settings of other agents; ppo's are those of ppo_... as well. A plugin's agent may read any.
+        skipped += [f"search.{name}" for name in AGENTS if not cell.method.startswith(name)]
+    kept = {
+        key: value
+        for key, value in settings.items()
+        if not any(key == name or key.startswith(f"{name}.") for name in skipped)
+    }
+    about: dict[str, Any] = {"method": cell.method, "cell seed": cell.seed, "prepared with seed": config.seed}
+    # A name from outside says nothing of the code behind it.
+    for name in dict.fromkeys((cell.method, config.search.base_rule)):
+        if (digest := fingerprint(name)) is not None:
+            about[f"code of {name}"] = digest
+    return kept | about | flat({"libraries": library_versions()})
+
+
+def cell_key(config: Config, cell: Cell) -> str:
+    """Hash of the determinants."""
+    return settings_key(determinants(config, cell))[:16]
+
+
+def finished(folder: Path, config: Config, cell: Cell, console: Console) -> dict[str, Any] | None:
+    """The content of a finished cell, or None where it has to be computed.
+
+    A cell that was computed before a setting existed is as good as a new one where that setting has its
+    default now, so an update that adds settings does not cost a benchmark its cells.
+    """
+    wanted = determinants(config, cell)
+    named = folder / f"{_name(config, cell)}.json"
+    for path in dict.fromkeys([named, *sorted(folder.glob(f"{cell.method}-{cell.seed}-*.json"))]):
+        try:
+            kept = read_json(path)
+            if _same(kept["determinants"], wanted):
+                return {name: kept[name] for name in ("row", "ledger", "seconds")}
+        except (ArtifactError, KeyError, TypeError):
+            if path == named and path.exists():
+                console.note(f"{path}: damaged, so this cell is computed again")
+    return None
+
+
+def compute(problems: Problems, cell: Cell, folder: Path, console: Console, progress: Any = None) -> None:
+    """Search, choose, fine-tune, look at test, and write the cell's file; a killed try is continued.
+
+    Args:
+        problems: prepared under the benchmark's settings; their budget is replaced by the cell's.
+        progress: called as `Agent.search` calls it; a bar of the console where it is not given.
+    """
+    config, problem = problems.config, problems.of(cell.checkpoint)
+    started = time.perf_counter()
+    settings = replace(problem.config, budget=replace(config.budget, target=cell.budget))
+    here = replace(problem, config=settings, evaluator=problem.evaluator.fork())
+    state = folder / f"{_name(config, cell)}.state"
+    state.mkdir(exist_ok=True)
+    ledger = Ledger(state / "ledger.jsonl")
+    chosen = None
+    if cell.method != DENSE:
+        found = _found(here, cell, ledger, state, progress or console.search(str(cell)))
+        chosen = choose(here, replace(found, seconds=found.seconds + here.evaluator.reused))
+    row = finish(here, chosen, seed=cell.seed, state=state, console=console).row
+    row |= {"samples": chosen.account.samples if chosen else 0}
+    row |= {"budget": None if cell.method == DENSE else cell.budget}
+    content = {
+        "determinants": determinants(config, cell),
+        "row": results_of(here, [row])["rows"][0],
+        "ledger": ledger.rows,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    write_json_atomic(folder / f"{_name(config, cell)}.json", content)
+    shutil.rmtree(state, ignore_errors=True)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def _name(config: Config, cell: Cell) -> str:
+    return f"{cell.method}-{cell.seed}-{cell_key(config, cell)}"
+
+
+def _same(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether nothing that was recorded differs and everything that was not has its default."""
+    defaults = {s.path: json.loads(json.dumps(s.default, default=list)) for s in settings_reference()}
+    missing = {key: value for key, value in wanted.items() if key not in kept}
+    return all(key in wanted and wanted[key] == value for key, value in kept.items()) and all(
+        key in defaults and defaults[key] == value for key, value in missing.items()
+    )
+
+
+def _found(problem: Problem, cell: Cell, ledger: Ledger, state: Path, progress: Any) -> Found:
+    if cell.method in RULES:
+        return score_rule(problem, cell.method, ledger, cell.seed)
+    return search(cell.method, [problem], ledger, seed=cell.seed, state=state / "search", progress=progress)
+
+
+def to_message(cell: Cell) -> dict[str, Any]:
+    """A cell as plain values, for another process; `Cell(**message)` turns them back."""
+    return asdict(cell)
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line; the kind of those that are not ours is named."""
+    text = one_line(error, None)
+    return text if isinstance(error, RlpruneError) or not str(error) else f"{type(error).__name__}: {text}"

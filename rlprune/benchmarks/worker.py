@@ -1,0 +1,85 @@
+"""A worker of a benchmark: ``python -m rlprune.benchmarks.worker``, started by `benchmarks.pool`.
+
+It reads JSON lines: first the order {"config", "cells", "plugins"}, then one cell after the other. It answers on its
+standard output with {"ready": true}, {"progress": [spent, limit, best score]} and, for each cell, {"done": true} or
+{"failed": reason}; what a cell holds goes into the cell's file. Whatever else is printed goes to standard error.
+
+When its standard input ends (the benchmark has stopped or was killed) it ends at once, wherever it is: cells are
+made to be killed, and no worker outlives its benchmark. It stands outside of the package `benchmark` so that it
+listens before the seconds that importing torch takes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+PROGRESS_SECONDS = 1.0
+
+
+def main() -> int:
+    """Prepare the first problem, then work until the standard input ends."""
+    # Ctrl-C goes to the whole group of processes: the benchmark decides, and then closes our input.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    work: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(work,), daemon=True).start()
+    order = work.get()
+
+    from ..config.config import Config
+    from ..plugins import load
+    from ..utils.progress import Console
+    from .cells import Cell, Problems, compute, reason
+
+    load(order["plugins"])
+    problems = Problems(Config.from_dict(order["config"]))
+    problems.of(0)
+    _answer(answers, {"ready": True})
+    while True:
+        cell = Cell(**work.get())
+        try:
+            compute(problems, cell, Path(order["cells"]), Console(False), _reporter(answers))
+        except Exception as error:
+            traceback.print_exc()
+            _answer(answers, {"failed": reason(error)})
+        else:
+            _answer(answers, {"done": True})
+
+
+def _listen(work: queue.SimpleQueue[dict[str, Any]]) -> None:
+    for line in sys.stdin:
+        work.put(json.loads(line))
+    os._exit(0)
+
+
+def _answer(answers: TextIO, message: dict[str, Any]) -> None:
+    answers.write(json.dumps(message) + "\n")
+    answers.flush()
+
+
+def _reporter(answers: TextIO) -> Callable[[Any], None]:
+    """Passes the progress of a search on, at most once a second."""
+    last = 0.0
+
+    def report(state: Any) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PROGRESS_SECONDS:
+            last = time.monotonic()
+            best = state.best_score if state.best_score > float("-inf") else None
+            _answer(answers, {"progress": [state.spent, state.limit, best]})
+
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main())

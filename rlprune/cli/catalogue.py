@@ -1,0 +1,103 @@
+"""What there is, by name: the registries as `rlprune list` prints them, and the names a config may use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config.config import Config, settings_reference, shipped_configs
+from ..config.search import SB3Config
+from ..errors import ConfigError, near_miss
+
+if TYPE_CHECKING:
+    from ..importance.importance import Importance
+
+KINDS = ("models", "rules", "agents", "importances", "recoveries", "data", "configs", "settings")
+
+
+def rows(kind: str) -> list[tuple[str, str]]:
+    """(name, one line) of everything of a kind, from the registries themselves."""
+    if kind == "configs":
+        return [(name, _first_comment(path)) for name, path in shipped_configs().items()]
+    if kind == "settings":
+        return [(s.path, f"{s.doc} ({s.type}; default: {s.default!r})") for s in settings_reference()]
+    if kind == "models":
+        from ..experiments.build import list_models
+
+        return list_models()
+    if kind == "data":
+        from ..experiments.build import list_data
+
+        return list_data()
+    if kind == "rules":
+        from ..rules import RULES
+
+        return [(name, rule.summary) for name, rule in RULES.items()]
+    if kind == "agents":
+        from ..agents import AGENTS
+
+        return [(name, agent.summary) for name, agent in AGENTS.items()]
+    if kind == "importances":
+        return [(name, found.summary) for name, found in _importances().items()]
+    from ..evaluation.recovery import RECOVERIES
+
+    return list(RECOVERIES.items())
+
+
+def check_names(config: Config) -> None:
+    """Refuse unknown names at once, not after minutes of training; raises ConfigError with the near miss."""
+    from ..agents import AGENTS, make_agent
+    from ..rules import RULES
+
+    wanted = [
+        ("prune.importance", config.prune.importance, list(_importances())),
+        ("search.agent", config.search.agent, list(AGENTS)),
+        ("search.base_rule", config.search.base_rule, ["auto", *RULES]),
+        *((f"search.baselines[{i}]", name, list(AGENTS)) for i, name in enumerate(config.search.baselines)),
+    ]
+    if config.workload is None and not config.data.name.startswith("hub:"):
+        wanted.append(("data.name", config.data.name, [name for name, _ in rows("data")]))
+    for field, name, allowed in wanted:
+        if name not in allowed:
+            hint = near_miss(name, allowed)
+            raise ConfigError(f"{field}: unknown name {name!r}{hint}; allowed: {', '.join(allowed)}")
+    if config.search.sb3 != SB3Config():
+        make_agent("sb3", config.search)  # which knows the algorithm's arguments
+
+
+def check_wing(config: Config, rules: Sequence[str] = ()) -> None:
+    """Refuse, before anything is trained, what the models of the config's wing do not have; raises ConfigError."""
+    from ..experiments.build import expected_adapter
+    from ..rules import RULES
+    from ..workloads.adapter import adapter_named, adapters
+
+    adapter = expected_adapter(config)
+    if adapter is None:
+        return
+    importances, wing = _importances(), adapter.wing
+    settings = [("prune.importance", config.prune.importance, {n: i.wing for n, i in importances.items()})]
+    known = {name: rule.wing for name, rule in RULES.items()}
+    settings += [("rule", rule, known) for rule in (config.search.base_rule, *rules) if rule in RULES]
+    steps = {s: None if s in adapter.recovery_steps else a.wing for a in adapters() for s in a.recovery_steps}
+    settings += [("recovery.steps", step, steps) for step in config.recovery.steps]
+    for field, name, wings in settings:
+        owner = wings.get(name)
+        if owner not in (None, wing):
+            allowed = ", ".join(n for n, w in wings.items() if w in (None, wing))
+            raise ConfigError(
+                f"{field}: {name!r} is for {adapter_named(owner).models} only; allowed here: {allowed}"
+            )
+
+
+def _importances() -> dict[str, Importance]:
+    """Every registered importance; the wings register theirs when they are imported."""
+    from ..importance.importance import IMPORTANCES
+    from ..workloads.adapter import adapters
+
+    adapters()
+    return IMPORTANCES
+
+
+def _first_comment(path: Path) -> str:
+    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")

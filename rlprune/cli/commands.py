@@ -1,0 +1,322 @@
+"""The commands of `rlprune`: their options, and for each the one call that does its work.
+
+The code that works is imported when a command runs, so that `--help` and wrong settings answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..config.config import Config, json_schema
+from ..errors import ConfigError
+from .catalogue import KINDS, rows
+from .options import (
+    add_config,
+    add_out,
+    add_plugin,
+    add_seed,
+    check_packages,
+    existing_folder,
+    free_folder,
+    name_list,
+    new_command,
+    print_rows,
+    read_config,
+    show,
+    show_run,
+    whole_number,
+)
+from .pruning_commands import add_apply, add_prune
+
+
+def _add_demo(commands: Any) -> None:
+    parser = new_command(
+        commands,
+        "demo",
+        "the whole path on handwritten digits, in a few minutes",
+        "rlprune demo --out runs/demo",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out, where there is one"
+    )
+    add_out(parser, "runs/demo")
+    add_seed(parser)
+    parser.set_defaults(action=_demo, config="digits", overrides=[])
+
+
+def _demo(args: argparse.Namespace) -> None:
+    """A `train` of the shipped digits; then its policy prunes a second checkpoint."""
+    config = read_config(args)
+    out = _run_folder(args, "demo")
+    _run(args, config, out)
+    from ..experiments import apply as deploy
+
+    other = config.override([f"model.seed={config.model.seed + 1}"])
+    print("\nthe learned policy on a second checkpoint, without a search:")
+    target = config.budget.target
+    print(deploy.apply(out, other, checkpoint=None, budget=target, refine=0, out=out / "second"))
+    show_run(out)
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = new_command(
+        commands,
+        "inspect",
+        "groups, widths, costs, protected parts, feasible budgets",
+        "rlprune inspect digits",
+    )
+    add_config(parser)
+    parser.add_argument("--resources", action="store_true", help="also print seconds and peak memory")
+    parser.set_defaults(action=_inspect)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    config = read_config(args)
+    from ..experiments import inspect as inspection
+
+    print(inspection.inspect(config))
+    if args.resources:
+        print(inspection.resources(time.perf_counter() - started))
+
+
+def _add_train(commands: Any) -> None:
+    parser = new_command(
+        commands,
+        "train",
+        "learn the distribution, pick the best plan, finish it, save everything",
+        "rlprune train digits --set budget.target=30% search.evaluations=200 --out runs/digits30",
+    )
+    add_config(parser)
+    add_out(parser, "runs/NAME of the config")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in --out where it was stopped"
+    )
+    add_seed(parser)
+    parser.set_defaults(action=_train)
+
+
+def _train(args: argparse.Namespace) -> None:
+    config = read_config(args)
+    out = _run_folder(args, config.name)
+    if args.resume and not out.is_dir():
+        raise ConfigError(f"--resume: no run in {out}; give its folder with --out")
+    _run(args, config, out)
+    show_run(out)
+
+
+def _run_folder(args: argparse.Namespace, name: str) -> Path:
+    """--out, or the folder of that name in runs/, numbered where it is taken and --resume is not given."""
+    out: Path = args.out or (Path("runs") / name if args.resume else free_folder(name))
+    return out
+
+
+def _run(args: argparse.Namespace, config: Config, out: Path) -> None:
+    """Train into ``out``, which an interruption then names."""
+    check_packages(config, config.finish.steps)
+    from ..experiments import train as run
+
+    args.resumable.append(out)
+    run.train(config, out, resume=args.resume, progress=True)
+
+
+def _add_benchmark(commands: Any) -> None:
+    parser = new_command(
+        commands,
+        "benchmark",
+        "all methods with the same number of evaluations: table, plots, results.json",
+        "rlprune benchmark digits --methods ppo,random,lamp --budgets 0.5 0.3 --jobs 2",
+    )
+    add_config(parser)
+    number = whole_number(1)
+    arguments: dict[str, dict[str, Any]] = {
+        "--methods": {"metavar": "a,b,c", "type": name_list, "help": "rules and agents (all that can run)"},
+        "--seeds": {"metavar": "N", "type": number, "default": 5, "help": "seeds of each method (5)"},
+        "--checkpoints": {"metavar": "N", "type": number, "default": 1, "help": "dense models, for seeds in turn (1)"},
+        "--evaluations": {"metavar": "N", "type": number, "help": "instead of search.evaluations"},
+        "--budgets": {"metavar": "B", "nargs": "+", "default": [], "help": "several, instead of budget.target"},
+        "--jobs": {"metavar": "N", "type": number, "default": 1, "help": "processes, each of --threads threads (1)"},
+        "--out": {"metavar": "DIR", "type": Path, "help": "folder (runs/NAME-benchmark); what it holds is reused"},
+    }  # fmt: skip
+    for option, options in arguments.items():
+        parser.add_argument(option, **options)
+    add_seed(parser)
+    parser.set_defaults(action=_benchmark)
+
+
+def _benchmark(args: argparse.Namespace) -> None:
+    config = read_config(args)
+    check_packages(config, config.finish.steps)
+    from ..benchmarks import benchmark
+
+    out = args.out or Path("runs") / f"{config.name}-benchmark"
+    evaluations = args.evaluations or config.search.evaluations
+    more = {"budgets": args.budgets, "jobs": args.jobs, "checkpoints": args.checkpoints}
+    benchmark.run(config, args.methods, args.seeds, evaluations, out, **more)
+    print((out / "benchmark.md").read_text(encoding="utf-8"))
+    print(f"report: {out / 'report.html'}")
+
+
+def _add_fidelity(commands: Any) -> None:
+    parser = new_command(
+        commands,
+        "fidelity",
+        "does the reward predict the quality after the final fine-tune?",
+        "rlprune fidelity digits --candidates 20 --out runs/fidelity",
+    )
+    add_config(parser)
+    parser.add_argument(
+        "--candidates", metavar="N", type=whole_number(4), default=14, help="plans compared (14)"
+    )
+    parser.add_argument(
+        "--steps",
+        metavar="N",
+        type=whole_number(0),
+        help="gradient steps of the dearest recovery (20; none for language models)",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help="folder (runs/NAME-fidelity); what it holds is reused"
+    )
+    add_seed(parser)
+    parser.set_defaults(action=_fidelity)
+
+
+def _fidelity(args: argparse.Namespace) -> None:
+    config = read_config(args)
+    check_packages(config, config.finish.steps)
+    from ..experiments import fidelity
+
+    out = args.out or Path("runs") / f"{config.name}-fidelity"
+    show(fidelity.run(config, args.candidates, out, args.steps), out)
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = new_command(
+        commands,
+        "evaluate",
+        "metric, costs and measured latency of a saved pruned model beside its dense base",
+        "rlprune evaluate runs/demo/pruned digits",
+    )
+    parser.add_argument("directory", metavar="DIR", type=Path, help="folder of a pruned model")
+    add_config(parser, required=False)
+    parser.add_argument(
+        "--tasks",
+        metavar="FILE,FILE",
+        type=name_list,
+        default=[],
+        help="zero-shot accuracy of a language model on these multiple-choice files (extra `zeroshot`)",
+    )
+    parser.add_argument(
+        "--limit", metavar="N", type=whole_number(1), help="first N questions of each file only"
+    )
+    parser.set_defaults(action=_evaluate)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    existing_folder(args.directory, "DIR")
+    if args.limit is not None and not args.tasks:
+        raise ConfigError("--limit: limits the questions of --tasks, which is not given")
+    config = read_config(args) if args.config is not None else None
+    from ..experiments import inspect as inspection
+
+    print(inspection.evaluate(args.directory, config, [Path(t) for t in args.tasks], args.limit))
+
+
+def _add_export(commands: Any) -> None:
+    parser = new_command(
+        commands,
+        "export",
+        "other formats, checked against the PyTorch outputs",
+        "rlprune export runs/demo/pruned --to onnx --out model.onnx",
+    )
+    parser.add_argument("directory", metavar="DIR", type=Path, help="folder of a pruned model")
+    parser.add_argument(
+        "--to", metavar="FORMAT", required=True, help="onnx or torch-export; hf for a language model"
+    )
+    parser.add_argument("--out", metavar="PATH", type=Path, help="file to write (in DIR by default)")
+    parser.set_defaults(action=_export)
+
+
+def _export(args: argparse.Namespace) -> None:
+    existing_folder(args.directory, "DIR")
+    from ..experiments import export
+
+    written = export.export(args.directory, args.to, args.out)
+    print(f"written: {written.path}" + (f" ({written.needs})" if written.needs else ""))
+
+
+def _add_report(commands: Any) -> None:
+    parser = new_command(
+        commands, "report", "rebuild report.html from what the run recorded", "rlprune report runs/demo"
+    )
+    parser.add_argument("directory", metavar="RUN", type=Path, help="folder of a run")
+    parser.set_defaults(action=_report)
+
+
+def _report(args: argparse.Namespace) -> None:
+    existing_folder(args.directory, "RUN")
+    from ..report import html as report
+
+    print(f"report: {report.build(args.directory)}")
+
+
+def _add_list(commands: Any) -> None:
+    parser = new_command(commands, "list", "what there is, one line each", "rlprune list rules")
+    parser.add_argument("kind", nargs="?", choices=KINDS, metavar="KIND", help=f"one of: {', '.join(KINDS)}")
+    add_plugin(parser)
+    parser.set_defaults(action=_list)
+
+
+def _list(args: argparse.Namespace) -> None:
+    if args.kind is not None:
+        print_rows(rows(args.kind))
+        return
+    for kind in KINDS:
+        if kind != "settings":  # long, and asked for by name
+            print(f"{kind}:")
+            print_rows(rows(kind), "  ")
+
+
+def _add_schema(commands: Any) -> None:
+    parser = new_command(
+        commands,
+        "schema",
+        "a JSON schema of the settings, for editors",
+        "rlprune schema --out rlprune.schema.json",
+    )
+    parser.add_argument("--out", metavar="FILE", type=Path, help="file to write (printed by default)")
+    parser.set_defaults(action=_schema)
+
+
+def _schema(args: argparse.Namespace) -> None:
+    if args.out is None:
+        print(json.dumps(json_schema(), indent=1))
+        return
+    if args.out.is_dir():
+        raise ConfigError(f"--out: {args.out}: is a folder; give a file")
+    from ..utils.files import write_json_atomic
+
+    write_json_atomic(args.out, json_schema())
+    print(f"written: {args.out}")
+
+
+COMMANDS: tuple[Callable[[Any], None], ...] = (
+    _add_demo,
+    _add_inspect,
+    _add_train,
+    add_apply,
+    add_prune,
+    _add_benchmark,
+    _add_fidelity,
+    _add_evaluate,
+    _add_export,
+    _add_report,
+    _add_list,
+    _add_schema,
+)
+"""In the order of `rlprune --help`."""

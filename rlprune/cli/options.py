@@ -1,0 +1,178 @@
+"""What the commands of `rlprune` share: their common options, how these are read, and what is printed."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config.config import Config, load_config
+from ..errors import ConfigError
+from .catalogue import check_names, check_wing
+
+
+def new_command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    """The sub-parser of a command, with an example at the end of its help."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=f"example: {example}"
+    )
+    add_common(parser, argparse.SUPPRESS)
+    return parser
+
+
+def add_common(parser: argparse.ArgumentParser, default: Any) -> None:
+    """Options that may stand before or after the command; a sub-parser must not overwrite what came before."""
+    debug_default = False if default is None else default
+    parser.add_argument("--debug", action="store_true", default=debug_default, help="show tracebacks")
+    parser.add_argument(
+        "--threads", metavar="N", type=whole_number(1), default=default, help="CPU threads of torch"
+    )
+
+
+def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """CONFIG and --set."""
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        nargs=None if required else "?",
+        help="a YAML file, or the name of a shipped one (`rlprune list configs`)",
+    )
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        dest="overrides",
+        action="append",
+        default=[],
+        help="override a setting, as in search.evaluations=200; several may follow (`rlprune list settings`)",
+    )
+    add_plugin(parser)
+
+
+def add_plugin(parser: argparse.ArgumentParser) -> None:
+    """--plugin; whoever types it runs that code, so nothing on disk may name one."""
+    parser.add_argument(
+        "--plugin",
+        metavar="FILE.py",
+        dest="plugins",
+        action="append",
+        default=[],
+        help="a Python file or module that registers rules or agents of yours; may be repeated",
+    )
+
+
+def add_out(parser: argparse.ArgumentParser, default: str) -> None:
+    """--out; ``default`` says in the help what is written without it."""
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help=f"folder to write ({default}, numbered if taken)"
+    )
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """--seed."""
+    parser.add_argument("--seed", metavar="N", type=whole_number(0), help="seed of all that is random")
+
+
+def add_budget(parser: argparse.ArgumentParser) -> None:
+    """--budget."""
+    parser.add_argument("--budget", metavar="B", help='what may be left: 0.5, "50%%" or "150M"')
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """The settings of a command: the file or shipped name, then --set, then the options of their own."""
+    overrides = list(args.overrides)
+    for option, field in (("budget", "budget.target"), ("seed", "seed"), ("threads", "threads")):
+        value = getattr(args, option, None)
+        if value is not None:
+            overrides.append(f"{field}={value}")
+    config = load_config(args.config, overrides)
+    check_names(config)
+    methods = getattr(args, "methods", None)
+    check_wing(config, methods or ())
+    from ..experiments.usage import check_usage
+
+    check_usage(config, _what_runs(args), args.overrides, methods=methods)
+    return config
+
+
+def _what_runs(args: argparse.Namespace) -> str:
+    """The command as `experiments.usage.check_usage` knows it."""
+    command: str = args.command
+    if command == "apply" and args.refine:
+        return "apply --refine"
+    if command == "prune" and args.steps is not None:
+        return "prune --steps"
+    if command == "prune" and (args.stages or 1) > 1:
+        return "prune --stages"
+    return command
+
+
+def check_packages(config: Config, steps: int) -> None:
+    """A package that only the final fine-tune needs is missed before the search, not after it."""
+    from ..experiments.build import expected_adapter
+
+    adapter = expected_adapter(config) if steps else None
+    if adapter is not None and (missing := adapter.missing_package(config.finish)):
+        raise ConfigError(missing)
+
+
+def whole_number(low: int) -> Callable[[str], int]:
+    """A converter of options: a whole number of ``low`` and more."""
+
+    def convert(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = low - 1
+        if number < low:
+            raise argparse.ArgumentTypeError(f"must be a whole number of {low} and more, got {text!r}")
+        return number
+
+    return convert
+
+
+def name_list(text: str) -> list[str]:
+    """A converter of options: different names with commas between."""
+    names = [name.strip() for name in text.split(",")]
+    if not all(names) or len(set(names)) != len(names):
+        raise argparse.ArgumentTypeError(f"must be different names with commas between, got {text!r}")
+    return names
+
+
+def free_folder(name: str, parent: str = "runs") -> Path:
+    """PARENT/NAME, or the first of PARENT/NAME-2, -3, ... that does not exist yet."""
+    folder, number = Path(parent) / name, 1
+    while folder.exists():
+        number += 1
+        folder = Path(parent) / f"{name}-{number}"
+    return folder
+
+
+def existing_folder(path: Path, what: str) -> None:
+    """ConfigError naming the option ``what`` unless the folder is there."""
+    if not path.is_dir():
+        raise ConfigError(f"{what}: {path}: no such folder")
+
+
+def show_run(out: Path) -> None:
+    """The table of a finished run and where its report is."""
+    from ..report.html import markdown
+    from ..report.results import read_results
+
+    print(markdown(read_results(out)))
+    if (out / "report.html").is_file():
+        print(f"report: {out / 'report.html'}")
+
+
+def show(result: object, out: Path) -> None:
+    """What a command returned in words, if anything, and where its files are."""
+    if isinstance(result, str):
+        print(result)
+    print(f"written: {out}")
+
+
+def print_rows(rows: Sequence[tuple[str, str]], indent: str = "") -> None:
+    """Names and what they are, in two columns."""
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, text in rows:
+        print(f"{indent}{name:<{width}}  {text}".rstrip())

@@ -1,0 +1,365 @@
+"""Typed, validated settings: YAML files and command-line overrides become one frozen `Config`.
+
+Every section is a frozen dataclass; every field carries one sentence of documentation and its allowed
+range, and is checked when the section is built, from YAML or from Python. An error names the dotted
+field and what is allowed: ``search.evaluations: must be at least 1, got 0``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from ..errors import ConfigError, near_miss
+from .schema import Section, Setting, apply_override, build, plain, section, setting, show
+from .schema import json_schema as _schema
+from .schema import settings_reference as _reference
+from .search import SearchConfig
+from .yaml_files import dump_yaml, read_yaml
+
+METRICS = ("macs", "params", "block_params", "kv_cache", "latency")
+RECOVERY_STEPS = ("none", "bias", "reconstruct", "bn", "finetune")
+DTYPES = ("auto", "float32", "bfloat16")
+_BUDGET_TEXT = re.compile(r"\s*(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*(%|ms|[kKmMgGtT]?)\s*")
+
+
+@section
+class TrainConfig(Section):
+    """Dense training, used when the model comes without weights or its checkpoint needs a fine-tune."""
+
+    prefix: ClassVar[str] = "model.train."
+
+    epochs: int = setting(
+        0, "Epochs of dense training on the train split; with given weights, of a dense fine-tune.", low=0
+    )
+    lr: float = setting(0.1, "Peak learning rate of SGD; it falls to zero by a cosine.", above=0, high=10)
+    batch_size: int = setting(128, "Images in a batch.", low=1)
+    weight_decay: float = setting(5e-4, "L2 penalty on every weight.", low=0, high=1)
+    momentum: float = setting(0.9, "Nesterov momentum of SGD.", low=0, high=0.999)
+    label_smoothing: float = setting(0.0, "Share of the target spread over all classes.", low=0, high=0.9)
+
+
+@section
+class ModelConfig(Section):
+    """The dense model that is pruned."""
+
+    prefix: ClassVar[str] = "model."
+
+    name: str = setting(
+        "", "A name from `rlprune list models`, or `module:function` that returns a torch.nn.Module."
+    )
+    dtype: str = setting(
+        "auto", "Number format of a language model's weights; `auto` takes float32.", choices=DTYPES
+    )
+    arguments: dict[str, Any] = setting(dict, "Keyword arguments of the model's constructor.")
+    weights: str | None = setting(None, "Name of published weights (torchvision, timm); null for none.")
+    checkpoint: str | None = setting(
+        None, "A safetensors (or weights-only .pt) file of weights to start from."
+    )
+    train: TrainConfig = setting(TrainConfig, "Dense training.")
+    seed: int = setting(0, "Seed of the initial weights and of the dense training.", low=0)
+
+
+@section
+class DataConfig(Section):
+    """The data set and its four disjoint splits."""
+
+    prefix: ClassVar[str] = "data."
+
+    name: str = setting("", "A name from `rlprune list data`.")
+    root: str | None = setting(None, "Folder of the files; null for the data set's usual place.")
+    files: dict[str, Any] = setting(
+        dict,
+        "Text: {split: path of a .txt or .jsonl file}; splits that share a file get disjoint parts of it.",
+    )
+    column: str = setting(
+        "text", "Text: the field of a .jsonl line or of a hub data set that holds the text."
+    )
+    sequence_length: int = setting(128, "Text: tokens in a sequence.", low=8)
+    test_length: int | None = setting(
+        None, "Text: tokens in a sequence of the test split; null for data.sequence_length.", low=8
+    )
+    stride: int | None = setting(
+        None, "Text: tokens between the starts of two test sequences; null for no overlap.", low=1
+    )
+    download: bool = setting(False, "Whether a missing data set may be fetched from the internet.")
+    image_size: int | None = setting(
+        None, "Side in pixels that images are scaled to; null keeps theirs.", low=1
+    )
+    train: int | None = setting(
+        None, "Images (or sequences) of the train split; null for all that are left.", low=1
+    )
+    calibration: int | None = setting(None, "Images for importance and recovery; null for a default.", low=1)
+    validation: int | None = setting(None, "Images that score candidates; null for a default.", low=1)
+    test: int | None = setting(None, "Images of the test split, read once at the end; null for all.", low=1)
+    seed: int = setting(0, "Seed of the splits.", low=0)
+    batch_size: int = setting(256, "Images in a batch of an evaluation.", low=1)
+    augment: bool = setting(True, "Whether training uses the data set's usual augmentation.")
+
+
+@section
+class BudgetConfig(Section):
+    """What may be left of the model."""
+
+    prefix: ClassVar[str] = "budget."
+
+    target: str | float = setting(
+        0.5, 'A share of the dense cost (0.5, "50%") or an absolute cost ("150M", for latency "3.5ms").'
+    )
+    metric: str = setting("macs", "The cost that the budget limits.", choices=METRICS)
+    batch_size: int = setting(
+        1, "Latency: samples (or sequences of data.sequence_length) in a forward pass.", low=1
+    )
+    table: str | None = setting(
+        None, "Latency: a table measured before (RUN/latency_table.json); null to measure on this machine."
+    )
+
+    def __post_init__(self) -> None:
+        timed = self.metric == "latency"
+        absolute = 'milliseconds such as "3.5ms"' if timed else 'an absolute cost such as "150M"'
+        allowed = f'a ratio in (0, 1] such as 0.5 or "50%", or {absolute}'
+        problem = ConfigError(f"budget.target: {show(self.target)} is not a budget; allowed: {allowed}")
+        if isinstance(self.target, str):
+            match = _BUDGET_TEXT.fullmatch(self.target)
+            if not match:
+                raise problem
+            number = float(match[1] + (match[2] or "")) / (100 if match[3] == "%" else 1)
+            share, plain = match[3] == "%", match[3] == ""
+            if not (share or plain) and (match[3] == "ms") != timed:
+                raise problem
+        else:
+            number, share, plain = float(self.target), False, True
+        if not (math.isfinite(number) and number > 0) or (share and number > 1):
+            raise problem
+        # "1.5" is far more often a mistaken ratio than one and a half multiply-accumulates.
+        if plain and number > 1 and number != int(number) and not timed:
+            raise problem
+
+
+@section
+class PruneConfig(Section):
+    """Which units go first, and what is never cut."""
+
+    prefix: ClassVar[str] = "prune."
+
+    importance: str = setting(
+        "taylor", "How units are ranked within a group; see `rlprune list importances`."
+    )
+    ignore: tuple[str, ...] = setting((), "Name patterns (shell style) of layers that stay whole.")
+    round_to: int = setting(1, "Kept channels are a multiple of this number.", low=1)
+    minimum: int = setting(1, "Channels that every group keeps at least.", low=1)
+    drop: bool = setting(
+        False, "Language models: whether an attention or a feed-forward part may be removed whole."
+    )
+    hidden: bool = setting(
+        False, "Language models: whether the hidden size is a group too (no exact cut: norms cross it)."
+    )
+
+
+@section
+class RecoveryConfig(Section):
+    """What every candidate receives before it is scored."""
+
+    prefix: ClassVar[str] = "recovery."
+
+    steps: tuple[str, ...] = setting(
+        ("reconstruct", "bn"), "Steps, always run in this order.", choices=RECOVERY_STEPS
+    )
+    ridge: float = setting(1e-3, "Relative ridge penalty of the closed-form reconstruction.", above=0)
+    shrink: float = setting(
+        0.0,
+        "Language models: further penalty on each input of the reconstruction, as a share of its own second moment.",
+        low=0,
+        high=10,
+    )
+    images: int | None = setting(None, "Calibration images used; null for all of the split.", low=1)
+    finetune_steps: int = setting(0, "Gradient steps of the step `finetune`.", low=0)
+    finetune_lr: float | None = setting(
+        None,
+        "Learning rate of the step `finetune`; null for 0.01 (SGD on images) or 2e-5 (AdamW on a language "
+        "model).",
+        above=0,
+        high=10,
+    )
+    distill: bool = setting(True, "Whether `finetune` learns from the dense model's cached logits.")
+
+    def __post_init__(self) -> None:
+        if len(set(self.steps)) != len(self.steps):
+            raise ConfigError(f"recovery.steps: {show(list(self.steps))} names a step twice")
+        if "none" in self.steps and len(self.steps) > 1:
+            raise ConfigError("recovery.steps: 'none' stands alone")
+        if ("finetune" in self.steps) != (self.finetune_steps > 0):
+            raise ConfigError(
+                "recovery.finetune_steps: the step 'finetune' needs at least 1 gradient step, and only that "
+                f"step uses them; got {self.finetune_steps} with recovery.steps {show(list(self.steps))}"
+            )
+        ordered = tuple(step for step in RECOVERY_STEPS if step in self.steps)
+        object.__setattr__(self, "steps", ordered or ("none",))
+
+
+@section
+class ScoreConfig(Section):
+    """How a candidate is judged during the search; higher is better for every kind."""
+
+    prefix: ClassVar[str] = "score."
+
+    kind: str = setting(
+        "kl",
+        "`kl`: -KL(dense || pruned); `loss`: -validation loss; `accuracy`: the workload's metric.",
+        choices=("kl", "loss", "accuracy"),
+    )
+    images: int | None = setting(
+        None, "Validation images (or sequences) used; null for all of the split.", low=1
+    )
+    top_k: int = setting(
+        256,
+        "Language models: largest dense probabilities kept for each token; the rest is one bucket.",
+        low=1,
+    )
+    dtype: str = setting(
+        "auto",
+        "Language models: number format of scored candidates; `auto` takes the faster one.",
+        choices=DTYPES,
+    )
+    rungs: tuple[int, ...] = setting(
+        (), "Successive halving: sequences after which the worse half of a batch is dropped.", low=1
+    )
+
+
+@section
+class FinishConfig(Section):
+    """Choosing the winner and its final fine-tune."""
+
+    prefix: ClassVar[str] = "finish."
+
+    candidates: int = setting(
+        5, "Best candidates that are scored again on the whole validation split.", low=1
+    )
+    epochs: int = setting(0, "Epochs of the final fine-tune; 0 leaves it out.", low=0)
+    method: str = setting(
+        "lora",
+        "Language models: `lora`, `full`, `group` (SAAP: scaled column groups and low rank) or `spp` (row and "
+        "column factors).",
+        choices=("lora", "full", "group", "spp"),
+    )
+    steps: int = setting(
+        0, "Language models: optimizer steps of the final fine-tune; 0 leaves it out.", low=0
+    )
+    rank: int = setting(8, "Rank of the low-rank adapters.", low=1)
+    alpha: float = setting(16.0, "Scale of the low-rank adapters is alpha / rank.", above=0)
+    dropout: float = setting(0.05, "Dropout before the low-rank adapters.", low=0, high=0.9)
+    lr: float | None = setting(
+        None,
+        "Peak learning rate, falling to zero by a cosine; null for 0.02 (SGD on images), 1e-4 (AdamW on "
+        "adapters) or 2e-5 (AdamW on a whole language model).",
+        above=0,
+        high=10,
+    )
+    batch_size: int = setting(128, "Images (or sequences, over all processes) in a batch.", low=1)
+    weight_decay: float = setting(5e-4, "L2 penalty on every weight.", low=0, high=1)
+    momentum: float = setting(0.9, "Nesterov momentum of SGD.", low=0, high=0.999)
+    distill: bool = setting(True, "Whether the dense model's outputs are learned beside the labels.")
+    temperature: float = setting(2.0, "Temperature of the distillation.", above=0, high=100)
+    mixed_precision: bool = setting(True, "Whether a GPU computes in mixed precision; a CPU never does.")
+    rules: bool = setting(True, "Whether every rule gets the same fine-tune and a row in the table.")
+
+
+@section
+class Config(Section):
+    """All settings of a run. Relative paths are relative to the folder the command runs in."""
+
+    name: str = setting("run", "Name of the run, shown in reports.")
+    workload: str | None = setting(
+        None,
+        "`module:name` of a Workload class, an object, or a function (with or without this Config) that returns one, "
+        "instead of model and data.",
+    )
+    model: ModelConfig = setting(ModelConfig, "The dense model.")
+    data: DataConfig = setting(DataConfig, "The data.")
+    budget: BudgetConfig = setting(BudgetConfig, "The budget.")
+    prune: PruneConfig = setting(PruneConfig, "What is cut.")
+    recovery: RecoveryConfig = setting(RecoveryConfig, "Recovery before scoring.")
+    score: ScoreConfig = setting(ScoreConfig, "The score.")
+    search: SearchConfig = setting(SearchConfig, "The search.")
+    finish: FinishConfig = setting(FinishConfig, "The finish.")
+    seed: int = setting(0, "Seed of the search and of the final fine-tune.", low=0)
+    device: str = setting("auto", "`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`.")
+    threads: int | None = setting(None, "CPU threads of torch; null leaves torch's own choice.", low=1)
+
+    def __post_init__(self) -> None:
+        if self.workload is None:
+            for path, value in (("model.name", self.model.name), ("data.name", self.data.name)):
+                if not value:
+                    raise ConfigError(f"{path}: required (or give a `workload`, as module:function)")
+        elif not re.fullmatch(r"[\w.]+:\w+", self.workload):
+            raise ConfigError(f"workload: must look like module:function, got {show(self.workload)}")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise ConfigError(f"device: allowed are auto, cpu, cuda, cuda:N and mps, got {show(self.device)}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build the settings from nested mappings, as a YAML file gives them; raises ConfigError."""
+        return build(cls, values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain dicts, lists and scalars; `from_dict` turns them back."""
+        return plain(self)
+
+    def to_yaml(self) -> str:
+        """All settings as YAML text, defaults included."""
+        return dump_yaml(self.to_dict())
+
+    def override(self, overrides: Sequence[str]) -> Self:
+        """A copy with ``a.b=c`` overrides applied; values are read as YAML. Raises ConfigError."""
+        values = self.to_dict()
+        for text in overrides:
+            apply_override(type(self), values, text)
+        return type(self).from_dict(values)
+
+
+def settings_reference() -> Iterator[Setting]:
+    """Every setting with its type, default and documentation, in the order of the YAML file."""
+    return _reference(Config)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of a config file, for editors: types, limits, choices, defaults, documentation."""
+    return _schema(Config) | {"title": "Settings of rlprune"}
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The YAML files that come with the package, by name."""
+    folder = Path(__file__).parent.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_config(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, or the shipped one of that name, and apply ``a.b=c`` overrides.
+
+    Raises ConfigError: no such file or name, text that is not a mapping in YAML, or a wrong setting.
+    """
+    path = _find_config(path_or_name)
+    values = read_yaml(path)
+    for text in overrides:
+        apply_override(Config, values, text)
+    values.setdefault("name", path.stem)
+    return Config.from_dict(values)
+
+
+def _find_config(path_or_name: str | Path) -> Path:
+    path = Path(path_or_name)
+    shipped = shipped_configs()
+    text = str(path_or_name)
+    if text in shipped and not path.is_file():
+        return shipped[text]
+    if "\0" in text:
+        raise ConfigError("config: a file name cannot hold a zero byte")
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder, not a config file")
+    if not path.is_file():
+        hint = near_miss(path.stem, shipped) or f"; shipped ones: {', '.join(shipped)}"
+        raise ConfigError(f"config {show(text)}: no such file and no shipped config of that name{hint}")
+    return path

@@ -1,0 +1,258 @@
+"""Machinery of the typed settings: documented fields that pydantic checks, overrides, the reference, the schema.
+
+What the settings are stands in `config`; this file knows none of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, dataclass_transform
+
+from pydantic import BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from ..errors import ConfigError, near_miss
+from .yaml_files import one_line, parse_yaml
+
+SectionType = TypeVar("SectionType", bound="Section")
+
+
+def setting(
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: Sequence[str] | None = None,
+) -> Any:
+    """A documented field. ``low``/``high`` are inclusive limits, ``above`` an exclusive one; limits and choices
+    hold for every item of a sequence."""
+    limits = {"ge": low, "le": high, "gt": above}
+    metadata = {"description": doc, "limits": limits, "choices": choices}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Section:
+    """Base of all sections, which `section` completes; checks of several fields at once go into __post_init__."""
+
+    prefix: ClassVar[str] = ""
+    hints: ClassVar[dict[str, Any]]
+    """Types of the fields as they are written; pydantic sees them with the limits of `setting`."""
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+@dataclass_transform(frozen_default=True)
+def section(cls: type[SectionType]) -> type[SectionType]:
+    """A frozen dataclass of settings, checked by pydantic whenever one is made; ConfigError where it is wrong."""
+    every = typing.get_type_hints(cls)
+    cls.hints = {name: every[name] for name in cls.__annotations__ if name != "prefix"}
+    for name, hint in cls.hints.items():
+        cls.__annotations__[name] = _checked(hint, getattr(cls, name).metadata, cls.prefix + name)
+    made: Any = checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))(cls)
+    made.__init__ = _one_line_errors(cls)(made.__init__)
+    return cls
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the settings' reference: dotted name, type, default and documentation."""
+
+    path: str
+    type: str
+    default: Any
+    doc: str
+
+
+def settings_reference(root: type[Section]) -> Iterator[Setting]:
+    """Every setting with its documentation, in the order of the YAML file."""
+    for item in dataclasses.fields(root):
+        hint = root.hints[item.name]
+        if _is_section(hint):
+            yield from settings_reference(hint)
+            continue
+        default = item.default if item.default is not MISSING else {}
+        doc = item.metadata["description"]
+        if item.metadata["choices"]:
+            doc += f" One of: {', '.join(item.metadata['choices'])}."
+        yield Setting(root.prefix + item.name, _type_name(hint), default, doc)
+
+
+def json_schema(root: type[Section]) -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of a YAML file of these settings."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **TypeAdapter(root).json_schema()}
+
+
+def apply_override(root: type[Section], values: dict[str, Any], text: str) -> None:
+    """Set one ``a.b=c`` in nested plain dicts; the path is checked against the sections first."""
+    path, sign, raw = text.partition("=")
+    path = path.strip()
+    if not sign or not path:
+        raise ConfigError(f"--set {show(text)}: must look like search.evaluations=200")
+    value = parse_yaml(raw, f"--set {path}") if raw.strip() else None
+    *above, last = keys = path.split(".")
+    _, hint, rest = _place(root, keys)
+    if _is_section(hint):
+        example = next(iter(hint.hints))
+        raise ConfigError(f"{path}: is a section; set one of its fields, as in {path}.{example}=...")
+    # Below a mapping such as model.arguments every key is free; below anything else there is none.
+    if rest and typing.get_origin(hint) is not dict:
+        name = ".".join(keys[: -len(rest)])
+        raise ConfigError(f"{name}: is a value, it has no field {rest[0]!r}")
+    target = values
+    for depth, key in enumerate(above, 1):
+        if target.get(key) is None:
+            target[key] = {}
+        target = target[key]
+        if not isinstance(target, dict):
+            raise ConfigError(f"{'.'.join(keys[:depth])}: must be a mapping of fields, got {show(target)}")
+    target[last] = value
+
+
+def build(cls: type[SectionType], values: Any) -> SectionType:
+    """A section from nested mappings, defaults for what is missing; raises ConfigError."""
+    with _one_line_errors(cls):
+        return TypeAdapter(cls).validate_python(_fields_of(values))
+
+
+def plain(section: Section) -> dict[str, Any]:
+    """A section as nested dicts and lists, copied."""
+    values: dict[str, Any] = TypeAdapter(type(section)).dump_python(section, mode="json")
+    return values
+
+
+def show(value: Any) -> str:
+    """A short one-line picture of any value, for error messages."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _is_section(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Section)
+
+
+def _place(root: type[Section], keys: Sequence[Any]) -> tuple[type[Section], Any, Sequence[Any]]:
+    """The section and the type that a path of keys leads to, and the keys below it; ConfigError for an unknown one."""
+    owner, hint = root, root
+    for depth, key in enumerate(keys):
+        if not _is_section(hint):
+            return owner, hint, keys[depth:]
+        owner = hint
+        if key not in owner.hints:
+            known = list(owner.hints)
+            name = key if isinstance(key, str) and len(key) <= 60 else show(key)
+            miss = near_miss(str(key), known) or f"; known: {', '.join(known)}"
+            raise ConfigError(one_line(f"{owner.prefix}{name}: unknown field{miss}"))
+        hint = owner.hints[key]
+    return owner, hint, ()
+
+
+def _type_name(hint: Any) -> str:
+    """The type in words: "whole number", "text or null"."""
+    words = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null"}
+    if hint in words:
+        return words[hint]
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        return f"list of {_type_name(typing.get_args(hint)[0])}"
+    if origin is dict:
+        return "mapping"
+    return " or ".join(_type_name(option) for option in typing.get_args(hint))
+
+
+def _checked(hint: Any, meta: Mapping[str, Any], path: str) -> Any:
+    """A field's type with its limits and choices, for pydantic: nothing converts but whole numbers to floats, lists
+    to tuples and mappings to sections."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, Union):
+        return Union[tuple(_checked(option, meta, path) for option in options)]  # noqa: UP007
+    if origin is tuple:
+        items: Any = types.GenericAlias(tuple, (_checked(options[0], meta, path), ...))
+        return Annotated[
+            items, Strict(), BeforeValidator(lambda value: tuple(value) if type(value) is list else value)
+        ]
+    if origin is dict:
+        return Annotated[hint, BeforeValidator(partial(_free_mapping, path=path))]
+    if _is_section(hint):
+        return Annotated[hint, BeforeValidator(_fields_of)]
+    if hint is str and meta["choices"]:
+        return Literal[tuple(meta["choices"])]
+    if hint in (int, float):
+        return Annotated[hint, Strict(), Field(**meta["limits"], allow_inf_nan=False)]
+    return Annotated[hint, Strict()] if hint in (str, bool) else hint
+
+
+def _fields_of(value: Any) -> Any:
+    """The fields of a section; one without a line below it reads as null in YAML: all its defaults."""
+    return {} if value is None else dict(value) if isinstance(value, Mapping) else value
+
+
+def _free_mapping(value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"{path}: expected mapping, got {show(value)}")
+    scalars: dict[str, Any] = _scalars(value, path)
+    return scalars
+
+
+def _scalars(value: Any, path: str, depth: int = 0) -> Any:
+    """A deep copy of a free mapping, refused where it holds something that JSON cannot."""
+    if depth > 20:
+        raise ConfigError(f"{path}: nested too deeply")
+    if isinstance(value, Mapping):
+        return {str(key): _scalars(item, f"{path}.{key}", depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_scalars(item, path, depth + 1) for item in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    raise ConfigError(f"{path}: must be text, a finite number, true, false or null, got {show(value)}")
+
+
+_LIMITS = {"greater_than_equal": "at least", "less_than_equal": "at most", "greater_than": "above"}
+
+
+@contextlib.contextmanager
+def _one_line_errors(root: type[Section]) -> Iterator[None]:
+    """pydantic's errors as one ConfigError: the dotted field, what is allowed there, and what was given."""
+    try:
+        yield
+    except ValidationError as error:
+        raise _translated(root, error) from None
+
+
+def _translated(root: type[Section], error: ValidationError) -> ConfigError:
+    errors = error.errors(include_url=False)
+    loc = errors[0]["loc"]
+    owner, hint, rest = _place(root, loc)  # which refuses an unknown field
+    field_loc = loc[: len(loc) - len(rest)]
+    path = root.prefix + ".".join(map(str, field_loc))
+    first = errors[0]
+    if rest and isinstance(rest[0], int):
+        path += f"[{rest[0]}]"
+        hint = typing.get_args(hint)[0]
+    elif rest:
+        # The options of a union are reported one by one; the last one is the number, which alone has limits.
+        first = [each for each in errors if each["loc"][: len(field_loc)] == field_loc][-1]
+    kind, value = first["type"], first["input"]
+    if _is_section(hint):
+        return ConfigError(f"{path or 'config'}: must be a mapping of fields, got {show(value)}")
+    if kind == "literal_error" and isinstance(value, str):
+        choices = owner.__dataclass_fields__[str(field_loc[-1])].metadata["choices"]
+        miss = near_miss(value, choices)
+        return ConfigError(f"{path}: {show(value)} is not one of {', '.join(choices)}{miss}")
+    if kind == "finite_number":
+        return ConfigError(f"{path}: must be a finite number, got {value}")
+    if kind in _LIMITS:
+        (limit,) = first["ctx"].values()
+        return ConfigError(f"{path}: must be {_LIMITS[kind]} {limit:g}, got {value}")
+    return ConfigError(f"{path}: expected {_type_name(hint)}, got {show(value)}")

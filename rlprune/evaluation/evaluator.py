@@ -1,0 +1,392 @@
+"""From a plan to a scored candidate, and the memo of all of them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..config.config import RecoveryConfig, ScoreConfig
+from ..errors import BudgetError, ConfigError
+from ..importance.calibration_cache import CURVES, CalibrationCache
+from ..importance.importance import find_importance
+from ..importance.unit_scores import Scores
+from ..pruning.history import History, as_history, final_widths
+from ..pruning.plan import Plan, make_plan
+from ..pruning.space import PruningSpace
+from ..pruning.surgery import prune
+from ..rules.context import Context
+from ..surrogates.logit_gp import CALIBRATION_IMAGES, TRAIN_IMAGES, LogitProbes
+from ..tracing.trace import TraceOptions
+from ..workloads.base import Workload
+from ..workloads.judge import Judge, Judgement
+from .candidate import Candidate
+from .kept_logits import KeptLogits
+from .recovery import Recovery
+
+
+@dataclass
+class _Stage:
+    """A model after some stages of incremental pruning, and the matrices that its candidates share."""
+
+    model: nn.Module
+    plan: Plan | None
+    space: PruningSpace
+    importance: Scores
+    recovery: Recovery
+    shared: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Evaluator:
+    """Builds, recovers and scores candidates of one workload; every distinct plan once.
+
+    Where the adapter scores candidates in a format of their own (``score.dtype``), they share what no plan cuts with
+    one another; what is built for keeps is a full copy in the dense model's format.
+
+    Args:
+        space: traced from the workload's model when not given.
+        importance: a name (``rlprune list importances``) or G arrays of unit scores.
+        metric: the cost that candidates report.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        space: PruningSpace | None = None,
+        *,
+        importance: str | Sequence[Any] = "taylor",
+        recovery: RecoveryConfig | None = None,
+        score: ScoreConfig | None = None,
+        metric: str = "macs",
+        seed: int = 0,
+    ) -> None:
+        self.workload = workload
+        self.adapter = workload.adapter
+        if space is None:
+            space = self.adapter.trace(workload.model, workload.example_inputs, TraceOptions())
+        self.space = space
+        self.metric = metric
+        self.score_settings = score or ScoreConfig()
+        self.seed = seed
+        self._recovery_settings = recovery or RecoveryConfig()
+        self._importance_name = importance if isinstance(importance, str) else None
+        self._dtype = self.adapter.scoring_dtype(workload, self.score_settings.dtype)
+        self._judges = {False: self._new_judge(self.score_settings.images)}
+        self._logit_probes: dict[float, LogitProbes] = {}
+        self._kept_logits: KeptLogits | None = None
+        given = None if isinstance(importance, str) else [np.asarray(s, dtype=np.float64) for s in importance]
+        # What importances and rules measure once, for all contexts.
+        self.calibration = self._calibration(workload.model, self.space)
+        self.importance, recover = self._prepared(self.calibration, given)
+        self._dense_stage = _Stage(workload.model, None, self.space, self.importance, recover)
+        # What has been scored for this evaluator's forks, by plan, split (whole or not) and samples.
+        self._bank: dict[tuple[History, bool, int | None], Candidate] = {}
+        self._memo: dict[History, Candidate] = {}
+        self._full: dict[History, Candidate] = {}
+        self._partial: dict[tuple[History, int], Candidate] = {}
+        self._begun: dict[History, list[Judgement]] = {}
+        self._last: dict[History, _Stage] = {}
+        self.reused = 0.0
+        self._prepared_names = self.calibration.names
+        self._visible: frozenset[str] | None = None
+
+    def fork(self) -> Evaluator:
+        """This evaluator as it was when it had been prepared, for one of several methods that are compared.
+
+        Forks share the prepared statistics and score no plan twice. What one of them does changes nothing
+        for the others: each counts in ``reused`` the seconds that it was spared, so that a method's time does
+        not depend on who came before, and ``has_measured`` only what the preparation has measured.
+        """
+        other = copy.copy(self)
+        other._memo, other._full, other._partial, other._begun, other._last = {}, {}, {}, {}, {}
+        other._logit_probes, other._kept_logits = {}, None
+        other.reused = 0.0
+        other._visible = self._prepared_names
+        return other
+
+    def _new_judge(self, limit: int | None) -> Judge:
+        settings = self.score_settings
+        judge: Judge = self.workload.judge(settings.kind, limit, top_k=settings.top_k)
+        return judge
+
+    def _calibration(self, model: nn.Module, space: PruningSpace) -> CalibrationCache:
+        settings = self._recovery_settings
+        return self.adapter.calibration(
+            self.workload, space, model, seed=self.seed, ridge=settings.ridge, recovery_limit=settings.images
+        )
+
+    def _prepared(self, calibration: CalibrationCache, given: Scores | None) -> tuple[Scores, Recovery]:
+        """Unit scores (computed unless ``given``) and the recovery of a model; what is measured serves both."""
+        if given is None:
+            assert self._importance_name is not None
+            found = find_importance(self._importance_name).function(calibration)
+            given = [np.asarray(s, dtype=np.float64) for s in found]
+        recovery = Recovery(
+            self.workload,
+            calibration.space,
+            self._recovery_settings,
+            calibration.model,
+            importance=given,
+            calibration=calibration,
+        )
+        self.adapter.release_memory()
+        return given, recovery
+
+    @property
+    def dense(self) -> Candidate:
+        """The dense model under the same recovery."""
+        return self.evaluate(self.space.widths)
+
+    def evaluate(self, widths: Any) -> Candidate:
+        """Score widths (G,) in units; the same widths give the same object again, at no cost."""
+        return self.evaluate_staged((np.asarray(widths).ravel(),))
+
+    def evaluate_staged(self, history: Any) -> Candidate:
+        """Score the last of several stages: cut, recover, rank the units anew, cut again.
+
+        ``history`` holds the widths (G,) after each stage, none above the one before it.
+        """
+        key = as_history(history)
+        if key not in self._memo:
+            self._memo[key] = self._candidate(key, full=False)
+        return self._memo[key]
+
+    def evaluate_partial(self, widths: Any, samples: int) -> Candidate:
+        """Score widths (G,), or a history of stages, on the first ``samples`` validation samples only.
+
+        ``samples`` is one of ``score.rungs`` (successive halving). What was scored is kept: a later
+        ``evaluate`` or a larger rung reads only the samples that are left, with the same result as at once.
+        """
+        key = as_history(widths)
+        rungs = self.score_settings.rungs
+        if samples >= self.samples:
+            return self.evaluate_staged(key)
+        if samples not in rungs:
+            allowed = ", ".join(str(r) for r in rungs) or "none"
+            raise ConfigError(f"score.rungs: no rung of {samples} samples; there are: {allowed}")
+        if (key, samples) not in self._partial:
+            self._partial[key, samples] = self._candidate(key, full=False, samples=samples)
+        return self._partial[key, samples]
+
+    @property
+    def samples(self) -> int:
+        """Validation samples (images, sequences) that a whole score in the search reads."""
+        size = int(self.workload.size("validation"))
+        return size if self.score_settings.images is None else min(self.score_settings.images, size)
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """Sample counts at which successive halving may drop a candidate, rising, all below ``samples``."""
+        rungs = self.score_settings.rungs
+        return tuple(r for r in sorted(set(rungs)) if r < self.samples) if rungs else ()
+
+    def evaluate_full(self, widths: Any) -> Candidate:
+        """Score on the whole validation split (the search may look at its first images only)."""
+        key = as_history(widths)
+        images = self.score_settings.images
+        if images is None or images >= self.workload.size("validation"):
+            return self.evaluate_staged(key)
+        if key not in self._full:
+            self._full[key] = self._candidate(key, full=True)
+        return self._full[key]
+
+    def remember(self, history: History, candidate: Candidate) -> None:
+        """Take a candidate that was scored earlier, on all samples or on a rung's, instead of scoring it again."""
+        partial = self.rungs and 0 < candidate.samples < self.samples
+        self._bank.setdefault((history, False, candidate.samples if partial else None), candidate)
+
+    def plan(self, widths: Any, origin: dict[str, Any] | None = None) -> Plan:
+        """The plan of widths (G,): the most important units of each group."""
+        return make_plan(self.space, importance=self.importance, widths=widths, origin=origin)
+
+    def build(self, widths: Any, *, scoring: bool = False) -> nn.Module:
+        """The cut and recovered model of widths (G,) or of a history of stages; new at every call.
+
+        ``scoring``: as a candidate is scored, not for keeps: where there is a scoring format, the model is in it and
+        shares what no plan cuts.
+        """
+        return self._built(as_history(widths), scoring=scoring)[0]
+
+    def staged_plan(self, history: Any, origin: dict[str, Any] | None = None) -> Plan:
+        """The plan, in units of the dense model, that a history of stages ends in."""
+        plan = self._built(as_history(history))[1]
+        return dataclasses.replace(plan, origin=dict(origin or {}))
+
+    def context(self, budget: Any, metric: str | None = None, probe: Any = None) -> Context:
+        """What a rule sees of this workload; its probes are scored here unless ``probe`` charges for them."""
+        return Context(
+            space=self.space,
+            model=self.workload.model,
+            importance=self.importance,
+            budget=budget,
+            metric=metric or self.metric,
+            workload=self.workload,
+            probe=probe or (lambda widths: self.evaluate(widths).loss),
+            seed=self.seed,
+            calibration=self.calibration,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Number format in which candidates are scored; None for the dense model's own."""
+        return self._dtype
+
+    @property
+    def recovery(self) -> Recovery:
+        """What a candidate of one stage receives before it is scored."""
+        return self._dense_stage.recovery
+
+    def has_measured(self, name: str) -> bool:
+        """Whether something that an importance or a rule measures of the dense model is there (see `fork`)."""
+        return self.calibration.known(name) and (self._visible is None or name in self._visible)
+
+    def expected(self, widths: Any) -> NDArray[np.float64] | None:
+        """Divergence (N, G) that each group's cut is expected to cost at widths (N, G), before any evaluation.
+
+        Known where an importance or a rule has measured it (see ``CalibrationCache.curves``); None elsewhere, and 0
+        for groups without such a curve.
+        """
+        curves = self.calibration.curves if self.has_measured(CURVES) else None
+        if curves is None:
+            return None
+        cut = self.space.widths - np.asarray(widths, dtype=np.int64)
+        costs = np.zeros(cut.shape)
+        for group, curve in curves.items():
+            costs[:, group] = curve[cut[:, group]]
+        return costs
+
+    def logit_probes(self, target: float) -> LogitProbes | None:
+        """What this checkpoint's logits tell of plans of a cost (absolute); nothing is known at the first call.
+
+        Images of the calibration and the train split are read, without labels. None where builds on them tell
+        nothing (``ModelAdapter.unlabelled_builds``).
+        """
+        if not self.adapter.unlabelled_builds:
+            return None
+        if target not in self._logit_probes:
+            parts = (("calibration", CALIBRATION_IMAGES), ("train", TRAIN_IMAGES))
+            batches = [inputs for split, n in parts for inputs, _ in self.workload.batches(split, n)]
+            self._logit_probes[target] = LogitProbes(self.space, self.build, torch.cat(batches))
+        return self._logit_probes[target]
+
+    def kept_logits(self) -> KeptLogits | None:
+        """The logits of what is scored from the first call on; None where a search cannot do with them.
+
+        That is for outputs that are neither one row a sample nor one a token, for other scores than `kl`, and where
+        a rung may drop a candidate half-scored.
+        """
+        if self._kept_logits is None and not self.rungs:
+            dense = self._judges[False](self.workload.model).outputs
+            if dense is not None and self.score_settings.kind == "kl":
+                self._kept_logits = KeptLogits(dense, self._outputs)
+        return self._kept_logits
+
+    def _outputs(self, history: History) -> Tensor:
+        model = self._built(history, scoring=True)[0]
+        found: Tensor = self._judge(model, [], full=False, samples=None).outputs
+        del model
+        self.adapter.release_memory()
+        return found
+
+    def standard_error(self, candidate: Candidate) -> float:
+        """Standard error of a candidate's score over the validation images."""
+        return candidate.error
+
+    def _candidate(self, history: History, *, full: bool, samples: int | None = None) -> Candidate:
+        """Scored now, or taken from the bank with its seconds counted in ``reused``."""
+        asked = (history, full, samples)
+        if asked in self._bank:
+            self.reused += self._bank[asked].seconds
+        else:
+            limit = {} if samples is None else {"samples": samples}
+            self._bank[asked] = self._scored(history, full=full, **limit)
+        return self._bank[asked]
+
+    def _scored(self, history: History, *, full: bool, samples: int | None = None) -> Candidate:
+        started = time.perf_counter()
+        slim, plan = self._built(history, scoring=True)
+        parts = [] if full else self._begun.pop(history, [])
+        joint = self._judge(slim, parts, full, samples)
+        if samples is not None:
+            self._begun[history] = parts
+        del slim
+        self.adapter.release_memory()  # candidates of many sizes leave holes that add up to a second model
+        if self._kept_logits is not None and not full:
+            self._kept_logits.keep(history, joint.outputs)
+        values = joint.scores
+        score = float(values.mean())
+        return Candidate(
+            widths=history[-1],
+            cost=self.space.cost(plan.widths, self.metric),
+            # A diverged candidate is the worst there is, not a hole in the ledger.
+            score=score if math.isfinite(score) else -1e9,
+            loss=joint.loss,
+            metric=joint.metric,
+            error=float(values.std(unbiased=False)) / math.sqrt(len(values)),
+            seconds=time.perf_counter() - started,
+            samples=len(values),
+        )
+
+    def _judge(self, model: nn.Module, parts: list[Judgement], full: bool, samples: int | None) -> Judgement:
+        """Judge on what ``parts`` have not read, up to ``samples``, and add to them; always cut at the rungs,
+        so that the result does not depend on where a candidate paused."""
+        if full not in self._judges:
+            self._judges[full] = self._new_judge(None)
+        judge = self._judges[full]
+        rungs = () if full else self.rungs
+        spans: list[tuple[int, int | None]] = list(zip((0, *rungs), (*rungs, None), strict=True))
+        for start, stop in spans[len(parts) :]:
+            if samples is not None and start >= samples:
+                break
+            part = judge(model, start, stop)
+            # Nobody keeps the outputs of what may be dropped half-scored.
+            parts.append(dataclasses.replace(part, outputs=None) if self.rungs else part)
+        return judge.merge(parts)
+
+    def _built(self, history: History, *, scoring: bool = False) -> tuple[nn.Module, Plan]:
+        """Cut and recovered model, and its plan in units of the dense model; ``scoring``: cheap, not for keeps."""
+        stage = self._dense_stage if len(history) == 1 else self._after(history[:-1])
+        widths = final_widths(history)
+        if widths.shape != stage.space.widths.shape or (widths > stage.space.widths).any():
+            raise BudgetError(
+                f"widths {list(history[-1])} do not fit the model; allowed: up to {stage.space.widths}"
+            )
+        cut = make_plan(stage.space, importance=stage.importance, widths=widths)
+        slim = self._for_scoring(stage, cut) if scoring and self._dtype else prune(stage.model, cut)
+        stage.recovery(slim, cut)
+        if stage.plan is None:
+            return slim, cut
+        kept = tuple(before[now] for before, now in zip(stage.plan.kept, cut.kept, strict=True))
+        return slim, Plan(self.space, widths, kept)
+
+    def _for_scoring(self, stage: _Stage, cut: Plan) -> nn.Module:
+        """A candidate in the scoring format, without copies of what is never cut."""
+        if "finetune" in self._recovery_settings.steps:  # which would train what is shared
+            return prune(stage.model, cut, dtype=self._dtype)
+        slim = prune(stage.model, cut, dtype=self._dtype, shared=stage.shared)
+        # Matrices that other plans cut would add up to a second model.
+        for name in {c.tensor for c in stage.space.cuts}:
+            stage.shared.pop(name, None)
+        return slim
+
+    def _after(self, history: History) -> _Stage:
+        """The stage that a history leaves; the latest one is kept, as an episode asks for it again."""
+        if history not in self._last:
+            model, plan = self._built(history)
+            space = self.space.after(plan.kept)
+            given = None
+            if self._importance_name is None:
+                given = [s[k] for s, k in zip(self.importance, plan.kept, strict=True)]
+            importance, recovery = self._prepared(self._calibration(model, space), given)
+            self._last = {h: s for h, s in self._last.items() if h == history[:-1]}
+            self._last[history] = _Stage(model, plan, space, importance, recovery)
+        return self._last[history]

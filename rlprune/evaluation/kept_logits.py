@@ -1,0 +1,39 @@
+"""The validation logits of what a search scores, kept until a model of them has taken them in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..pruning.history import History
+
+# Logits of a plan that are kept, at most: a search holds those of all its plans, and predicts them for every proposal.
+MOST_LOGITS = 2**16
+
+
+class KeptLogits:
+    """Rows (n, C) of the outputs (N, C) on the scored validation images or tokens, evenly spread where N is too many.
+
+    Args:
+        dense: outputs (N, C) of the dense model as it is, which scores of kind `kl` are measured from.
+        judged: a plan (history of widths) -> its outputs (N, C), for plans that were scored before.
+    """
+
+    def __init__(self, dense: Tensor, judged: Callable[[History], Tensor]) -> None:
+        self._step = max(1, -(-dense.numel() // MOST_LOGITS))
+        self._judged = judged
+        self._kept: dict[History, Tensor] = {}
+        self.dense = self._part(dense)
+
+    def keep(self, history: History, outputs: Tensor) -> None:
+        """Keep those of a plan that has just been scored."""
+        self._kept[history] = self._part(outputs)
+
+    def take(self, history: History) -> Tensor:
+        """Hand over those of a scored plan; what is not kept (any more) is computed again and is the same."""
+        kept = self._kept.pop(history, None)
+        return self._part(self._judged(history)) if kept is None else kept
+
+    def _part(self, outputs: Tensor) -> Tensor:
+        return outputs[:: self._step].clone()

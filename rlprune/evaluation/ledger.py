@@ -1,0 +1,240 @@
+"""Every scored candidate on disk, and who pays for which."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import ArtifactError
+from ..pruning.history import History, as_history
+from ..utils.files import append_line, whole_lines
+from .candidate import Candidate
+
+
+class SearchSpent(Exception):
+    """Raised by an account that has nothing left."""
+
+
+class Ledger:
+    """Every scored candidate, one JSON line each, on disk as soon as it is scored.
+
+    Columns: index, seconds, method, seed, task, widths (a list of stages where there are several),
+    cost, score, metric, loss, error, samples (validation images or sequences read, counted from the first
+    one; a candidate that successive halving took further has a row for each rung).
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        if path is not None:
+            self._read(path)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row and wait until it is on the disk."""
+        row = {"index": len(self.rows), **row}
+        if self.path is not None:
+            append_line(self.path, json.dumps(row))
+        self.rows.append(row)
+
+    def of(self, method: str, seed: int, task: str) -> list[dict[str, Any]]:
+        """Rows of one method, seed and task, in order."""
+        key = (method, seed, task)
+        return [r for r in self.rows if (r["method"], r["seed"], r["task"]) == key]
+
+    def _read(self, path: Path) -> None:
+        # Of a line that was torn by a kill the candidate is scored again.
+        for number, line in enumerate(whole_lines(path), start=1):
+            try:
+                row = json.loads(line)
+                candidate_of(row)
+                if row["index"] != len(self.rows):
+                    raise ValueError("index out of order")
+            except (ValueError, KeyError, TypeError) as error:
+                raise ArtifactError(f"{path}: line {number} is damaged ({error})") from None
+            self.rows.append(row)
+
+
+def candidate_of(row: dict[str, Any]) -> Candidate:
+    """The candidate that a ledger row records."""
+    numbers = {name: float(row[name]) for name in ("cost", "score", "loss", "metric", "error", "seconds")}
+    # Ledgers of version 0.1 do not say how many samples were read.
+    return Candidate(widths=history_of(row)[-1], samples=int(row.get("samples", 0)), **numbers)
+
+
+def history_of(row: dict[str, Any]) -> History:
+    """The widths of each stage that a ledger row records."""
+    return as_history(row["widths"])
+
+
+def charged_scores(rows: Iterable[Mapping[str, Any]], limit: float = math.inf) -> list[float]:
+    """Scores of one account's rows in the order charged, one for each plan.
+
+    A plan over ``limit`` (a probe of the sensitivity rule, say) is NaN: it takes its place in the order and cannot
+    be the best. So is one that successive halving dropped: its score is over fewer samples. A plan with a
+    row for each rung takes one place.
+    """
+    plans: dict[str, tuple[float, float]] = {}
+    for row in rows:
+        score, cost, samples = row.get("score"), row.get("cost"), row.get("samples")
+        if isinstance(score, int | float):
+            fits = not isinstance(cost, int | float) or cost <= limit * (1 + 1e-9)
+            # Rows without samples (version 0.1) are one to a plan, all of them whole.
+            plan = str(row.get("widths")) if samples else str(len(plans))
+            plans[plan] = (float(samples or 0), float(score) if fits else math.nan)
+    most = max((samples for samples, _ in plans.values()), default=0.0)
+    return [score if samples == most else math.nan for samples, score in plans.values()]
+
+
+class Scorer(Protocol):
+    """The part of an evaluator that an account needs."""
+
+    @property
+    def rungs(self) -> tuple[int, ...]: ...
+    def evaluate_staged(self, history: Any) -> Candidate: ...
+    def evaluate_partial(self, widths: Any, samples: int) -> Candidate: ...
+    def remember(self, history: History, candidate: Candidate) -> None: ...
+
+
+class Account:
+    """Charges one method and seed for every distinct plan it has scored (DESIGN: contract 6).
+
+    A plan that another method has scored before costs this one an evaluation all the same; its own
+    repeats are free, up to three times its limit of calls in all. Rows that the ledger already holds
+    for this account are replayed in their order instead of being scored again.
+
+    ``plans`` and ``history`` hold what was scored on all samples, ``dropped`` what successive halving gave
+    up on fewer; both are charged. ``samples`` is the number of samples read for this account, each of
+    them by one candidate.
+
+    Raises (from ``evaluate``):
+        SearchSpent: nothing is left.
+        ArtifactError: the ledger holds other plans than the ones asked for, so its run had other settings.
+    """
+
+    def __init__(
+        self, evaluator: Scorer, ledger: Ledger, *, method: str, seed: int, limit: int, task: str = ""
+    ) -> None:
+        self.evaluator = evaluator
+        self.ledger = ledger
+        self.method, self.seed, self.task = method, seed, task
+        self.limit = limit
+        self.calls = 0
+        self.samples = 0
+        self.history: list[Candidate] = []
+        self.plans: dict[History, Candidate] = {}
+        self.dropped: dict[History, Candidate] = {}
+        self._rows = 0
+        self._recorded = ledger.of(method, seed, task)
+        for row in ledger.rows:
+            if row["task"] == task:
+                evaluator.remember(history_of(row), candidate_of(row))
+
+    @property
+    def spent(self) -> int:
+        return len(self.plans) + len(self.dropped)
+
+    @property
+    def left(self) -> int:
+        return self.limit - self.spent if self.calls < 3 * self.limit else 0
+
+    @property
+    def best(self) -> Candidate | None:
+        """The highest score on all samples so far, the earliest of equals."""
+        return max(self.history, key=lambda c: c.score, default=None)
+
+    def evaluate(self, widths: Any) -> Candidate:
+        return self.evaluate_staged((widths,))
+
+    def evaluate_staged(self, history: Any) -> Candidate:
+        key = as_history(history)
+        self._called()
+        if key in self.plans:
+            return self.plans[key]
+        if key not in self.dropped and self.spent >= self.limit:
+            raise SearchSpent
+        return self._finished(key)
+
+    def evaluate_many(self, plans: Sequence[Any]) -> list[Candidate]:
+        """Score a batch of widths (G,) or histories by successive halving (Jamieson and Talwalkar, arXiv 1502.07943).
+
+        All are scored on the first rung of samples (``score.rungs``), the better half of them on to the
+        next, and those that are left on all samples. Each distinct plan is charged once, however far it
+        gets. Without rungs this is `evaluate` for each. Returns the furthest candidate of each plan, in
+        order, for as many plans as the account can pay.
+
+        Raises SearchSpent when not one of them can be paid.
+        """
+        keys = [as_history(plan) for plan in plans]
+        if not self.evaluator.rungs:
+            return [self.evaluate_staged(key) for key in keys[: self._payable(keys)]]
+        keys = keys[: self._payable(keys)]
+        alive = []
+        for key in dict.fromkeys(keys):
+            self._called()
+            if key not in self.plans and key not in self.dropped:
+                alive.append(key)
+        for rung in self.evaluator.rungs:
+            for key in alive:
+                self.dropped[key] = self._recorded_or_new(key, self.evaluator.evaluate_partial(key, rung))
+            # The first of equals stays, so that a resumed search halves as the first one did.
+            alive = sorted(alive, key=lambda k: -self.dropped[k].score)[: -(-len(alive) // 2)]
+        for key in alive:
+            self._finished(key)
+        return [self.plans.get(key) or self.dropped[key] for key in keys]
+
+    def _payable(self, keys: Sequence[History]) -> int:
+        """How many of these plans, from the first on, the account can still pay for."""
+        new: set[History] = set()
+        for count, key in enumerate(keys):
+            if key not in self.plans and key not in self.dropped:
+                new.add(key)
+            if self.spent + len(new) > self.limit:
+                if count == 0:
+                    raise SearchSpent
+                return count
+        return len(keys)
+
+    def _called(self) -> None:
+        if self.calls >= 3 * self.limit:
+            raise SearchSpent
+        self.calls += 1
+
+    def _finished(self, key: History) -> Candidate:
+        """Score a plan on all samples and enter it."""
+        candidate = self._recorded_or_new(key, self.evaluator.evaluate_staged(key))
+        self.dropped.pop(key, None)
+        self.plans[key] = candidate
+        self.history.append(candidate)
+        return candidate
+
+    def _recorded_or_new(self, key: History, candidate: Candidate) -> Candidate:
+        """Check the candidate against the ledger's next row of this account, or write that row."""
+        before = self.dropped[key].samples if key in self.dropped else 0
+        self.samples += candidate.samples - before
+        if self._rows < len(self._recorded):
+            row = self._recorded[self._rows]
+            if history_of(row) != key or row.get("samples", 0) not in (0, candidate.samples):
+                raise ArtifactError(
+                    f"{self.ledger.path or 'ledger'}: evaluation {self._rows} of {self.method!r} is of another "
+                    "plan; the run was started with other settings"
+                )
+        else:
+            self.ledger.append(self._row(key, candidate))
+        self._rows += 1
+        return candidate
+
+    def _row(self, key: History, candidate: Candidate) -> dict[str, Any]:
+        row = dataclasses.asdict(candidate)
+        widths: Any = [list(stage) for stage in key]
+        row["widths"] = widths[0] if len(key) == 1 else widths
+        return {
+            "seconds": row.pop("seconds"),
+            "method": self.method,
+            "seed": self.seed,
+            "task": self.task,
+            **row,
+        }

@@ -1,0 +1,90 @@
+"""Short recovery of a cut model before it is scored: bias, reconstruct, bn, finetune, always in this order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config.config import RecoveryConfig
+from ..importance.calibration_cache import CalibrationCache
+from ..pruning.plan import Plan
+from ..pruning.space import PruningSpace
+from ..utils.modes import evaluating
+from ..utils.torch_internals import BATCH_NORM
+from ..workloads.base import Workload
+
+RECOVERIES = {
+    "none": "leave the cut model as it is",
+    "bias": "put the mean of what the removed units gave into the consumers' biases (language models; no gradient)",
+    "reconstruct": "fold removed units into the kept weights by ridge regression (no gradient)",
+    "bn": "recompute batch-norm statistics on calibration data",
+    "finetune": "k steps of SGD (AdamW for language models), distilled from the dense model on request",
+}
+
+
+class Recovery:
+    """The configured steps for one dense model; Gram matrices and dense logits are computed once.
+
+    The closed forms and the gradient steps are those of the model's adapter.
+
+    Args:
+        model: the model that candidates are cut from (the workload's, or an earlier stage of it).
+        importance: G arrays of unit scores that plans are made with: closed forms factorise their ranking.
+        calibration: what has been measured of this model; made here when not given. Its Gram matrices are used up.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        space: PruningSpace,
+        settings: RecoveryConfig,
+        model: nn.Module | None = None,
+        importance: Sequence[Any] | None = None,
+        calibration: CalibrationCache | None = None,
+    ) -> None:
+        adapter = workload.adapter
+        if calibration is None:
+            subject = workload.model if model is None else model
+            calibration = adapter.calibration(workload, space, subject, recovery_limit=settings.images)
+        scores = None if importance is None else [np.asarray(s, dtype=np.float64) for s in importance]
+        self._calibration, self._settings = calibration, settings
+        self._closed_form = adapter.closed_form(calibration, settings, scores)
+        self._gradient_steps = adapter.gradient_steps(workload, calibration, settings)
+
+    def __call__(self, slim: nn.Module, plan: Plan) -> None:
+        """Recover ``slim`` in place; the same plan always gives the same weights (CPU, fixed threads)."""
+        if self._closed_form is not None:
+            self._closed_form(slim, plan)
+        if "bn" in self._settings.steps:
+            recalibrate(slim, self._calibration.batches(self._settings.images))
+        if "finetune" in self._settings.steps:
+            self._gradient_steps(slim)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the closed form holds between candidates, where it says so."""
+        return getattr(self._closed_form, "nbytes", 0)
+
+
+def recalibrate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Recompute all batch-norm statistics as the average over ``batches``, in place (EagleEye, arXiv 2007.02491).
+
+    Everything but the batch norms stays in eval mode; modes and momenta are restored.
+    """
+    norms = [m for m in model.modules() if isinstance(m, BATCH_NORM) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    with torch.no_grad(), evaluating(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain average over all batches
+            norm.train()
+        for inputs, _ in batches:
+            model(inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum

@@ -1,0 +1,294 @@
+"""Does the score of a search predict the quality after the final fine-tune?
+
+A search is worth nothing where its score does not rank plans as the final fine-tune will. Here random
+plans of the budget are scored under several recoveries (tiers), each plan is fine-tuned as a winner would be,
+and the rank correlation (Spearman) with its bootstrap interval and its cost decides between the tiers.
+
+A default that is chosen by this table is the outcome of a search, so the test split is not read. The validation
+split is halved: scores on one half meet the final losses on the other, and the reverse; the mean of the two
+correlations counts. Images that are in both would share their noise and flatter every tier.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ..config.config import Config, RecoveryConfig
+from ..envs.task import Task
+from ..errors import ConfigError
+from ..evaluation.evaluator import Evaluator
+from ..report import plots
+from ..report.comparison import SCORE_UNITS
+from ..surrogates.proposals import random_plans
+from ..utils.checkpoints import forget, settings_key
+from ..utils.files import (
+    append_line,
+    lock_run,
+    whole_lines,
+    write_bytes_atomic,
+    write_json_atomic,
+    write_text_atomic,
+)
+from ..utils.hardware import hardware, library_versions
+from ..utils.progress import Console
+from ..workloads.adapter import ModelAdapter, RecoveryLadder, TuneJob
+from ..workloads.judge import Judge
+from .build import expected_adapter
+from .fidelity_table import Point, markdown, summarise
+from .prepare import Problem, prepare
+
+_WORST = 1e9  # a diverged model is the worst there is, not a hole in the table
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A recovery before scoring, and the name of its row."""
+
+    name: str
+    recovery: RecoveryConfig
+
+
+def run(config: Config, candidates: int, out: str | Path, steps: int | None = None) -> str:
+    """Score and fine-tune ``candidates`` random plans; write fidelity.json, fidelity.md and fidelity.png into ``out``.
+
+    Every score and every fine-tune is kept in ``out`` under a hash of what determines it: a stopped run goes on
+    where it was, a fine-tune in its middle too, and more candidates or tiers reuse what is there.
+
+    Args:
+        steps: gradient steps of the last tier; None for those of the adapter's ladder.
+
+    Returns the Markdown text: Spearman's rho between score and final quality with its 95% interval, the
+    difference to the best tier, and the cost, per tier; which tier is recommended; and rho for fewer samples.
+
+    Raises:
+        ConfigError: fewer than 4 candidates, too few validation samples, or a config without a final fine-tune.
+    """
+    if candidates < 4:
+        raise ConfigError(f"--candidates: must be at least 4, got {candidates}")
+    expected = expected_adapter(config)
+    if expected is not None:  # before anything is trained
+        _length(config, expected)
+    console = Console(True)
+    with lock_run(out, worth="cells.jsonl") as folder:
+        problem = prepare(config, console=console)
+        length = _length(config, problem.workload.adapter)
+        study = _Study(problem, folder, console)
+        rows = tiers(config, problem.workload.adapter.ladder, steps)
+        points = study.points(rows, candidates)
+        content = {"version": 2, "hardware": hardware(), "length": length, "candidates": candidates}
+        content |= study.facts() | summarise(points, own_tier(config).name, study.samples)
+        write_json_atomic(folder / "fidelity.json", content | {"points": points})
+        text = markdown(content)
+        write_text_atomic(folder / "fidelity.md", text + "\n")
+        write_bytes_atomic(folder / "fidelity.png", _figure(config, points, content))
+    return text
+
+
+def own_tier(config: Config) -> Tier:
+    """The recovery that the settings use."""
+    return Tier(_name(config.recovery), config.recovery)
+
+
+def tiers(config: Config, ladder: RecoveryLadder, steps: int | None = None) -> list[Tier]:
+    """The recoveries that are compared: the one in use, the closed forms, and the best of them with gradient steps."""
+    steps = ladder.steps if steps is None else steps
+    wanted = [dataclasses.replace(config.recovery, steps=s, finetune_steps=0) for s in ladder.closed]
+    if steps:
+        wanted.append(dataclasses.replace(config.recovery, steps=ladder.trained, finetune_steps=steps))
+    found = {own.name: own for own in (own_tier(config), *(Tier(_name(r), r) for r in wanted))}
+    return list(found.values())
+
+
+class _Study:
+    """The measurements of one problem, each of them made once and kept in a folder."""
+
+    def __init__(self, problem: Problem, folder: Path, console: Console) -> None:
+        self.problem, self.config = problem, problem.config
+        self.folder, self.console = folder, console
+        self.cells = _Cells(folder / "cells.jsonl")
+        self.half = problem.workload.size("validation") // 2
+        if self.half < 2:
+            raise ConfigError("data.validation: must be at least 4 to be halved")
+        # Other programs stretch the time on the wall, but not a CPU's own count of it.
+        on_cpu = problem.workload.device.type == "cpu"
+        self.clock = time.process_time if on_cpu else time.perf_counter
+        self.samples = min(self.config.score.images or self.half, self.half)
+        # Sizes at which the score is looked at, the one of the settings among them.
+        self.sizes = sorted({self.samples, *(max(1, self.half >> k) for k in range(4))})
+
+    def points(self, rows: Sequence[Tier], candidates: int) -> list[dict[str, Any]]:
+        """One record a plan: widths, per tier scores and seconds, and loss and metric after the fine-tune.
+
+        Scores, losses and metrics are pairs, one for each half of the validation split.
+        """
+        config = self.config
+        task = Task(self.problem.evaluator, config.budget.target, config.budget.metric)
+        drawn = random_plans(task, config.budget.target, candidates, np.random.default_rng(config.seed))
+        plans = [[int(width) for width in plan] for plan in drawn]
+        scores = {tier.name: self._scores(tier, plans) for tier in rows}
+        found = []
+        for i, plan in enumerate(plans):
+            final = self._final(plan, f"fine-tune {i + 1}/{candidates}")
+            found.append({"widths": plan, "scores": {n: s[i] for n, s in scores.items()}, **final})
+        self.console.close()
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """What the table says about the workload."""
+        workload, config = self.problem.workload, self.config
+        return {
+            "name": workload.name,
+            "score": config.score.kind,
+            "budget": config.budget.target,
+            "metric": config.budget.metric,
+            "unit": workload.adapter.score_unit,
+            "tokens": workload.scored("validation"),
+        }
+
+    def _scores(self, tier: Tier, plans: Sequence[list[int]]) -> list[dict[str, Any]]:
+        """Scores of all plans under one tier; only one tier's statistics are in memory at a time."""
+        config, kept = self.config, []
+        keys = [self._key("score", tier.recovery, config.score, self.sizes, plan) for plan in plans]
+        evaluator = judge = None
+        show = self.console.counting(f"scores, {tier.name}", len(plans))
+        for key, plan in zip(keys, plans, strict=True):
+            cell = self.cells.get(key)
+            if cell is None:
+                if evaluator is None or judge is None:
+                    evaluator, judge = self._evaluator(tier)
+                cell = self._score(tier, evaluator, judge, plan)
+                self.cells.put(key, cell)
+            kept.append(cell)
+            show(len(kept))
+        return kept
+
+    def _evaluator(self, tier: Tier) -> tuple[Evaluator, Judge]:
+        own, score = self.problem.evaluator, self.config.score
+        evaluator = Evaluator(
+            own.workload, own.space, importance=own.importance, recovery=tier.recovery, score=score
+        )
+        judge = own.workload.judge(score.kind, None, top_k=score.top_k)
+        # The dense model's answers and the first call's allocations are nobody's cost.
+        judge(evaluator.build(own.space.widths, scoring=True))
+        return evaluator, judge
+
+    def _score(self, tier: Tier, evaluator: Evaluator, judge: Judge, plan: list[int]) -> dict[str, Any]:
+        started = self.clock()
+        slim = evaluator.build(plan, scoring=True)
+        built = self.clock()
+        values: dict[str, list[float]] = {str(n): [] for n in self.sizes}
+        for first in (0, self.half):
+            parts = []
+            for start, stop in zip([0, *self.sizes], self.sizes, strict=False):
+                parts.append(judge(slim, first + start, first + stop))
+                values[str(stop)].append(_finite(float(judge.merge(parts).scores.mean()), -_WORST))
+        judged = self.clock() - built
+        return {
+            "values": values,
+            "seconds": built - started,
+            "per_sample": judged / (2 * self.half),
+            "reads": self._reads(tier.recovery),
+        }
+
+    def _reads(self, recovery: RecoveryConfig) -> int:
+        """Samples that the recovery of one candidate runs through it, beside those of the score."""
+        size = self.problem.workload.size("calibration")
+        batch = self.problem.workload.adapter.ladder.batch
+        calibration = min(recovery.images or size, size) if "bn" in recovery.steps else 0
+        return calibration + batch * recovery.finetune_steps
+
+    def _final(self, plan: list[int], label: str) -> dict[str, Any]:
+        """Loss and metric on both halves after the final fine-tune of the plan, as a winner would get it."""
+        config, problem = self.config, self.problem
+        finish = dataclasses.replace(config.finish, candidates=1, rules=True)
+        key = self._key("final", config.recovery, finish, config.seed, plan)
+        cell = self.cells.get(key)
+        if cell is None:
+            started = time.perf_counter()
+            slim = problem.evaluator.build(plan)
+            training = self.folder / f"final-{key[:16]}.state"
+            job = TuneJob(config.seed, state=training, progress=self.console.training, phase=label)
+            problem.workload.fine_tune(slim, config.finish, job)
+            cell = self._quality(slim) | {"seconds": time.perf_counter() - started}
+            self.cells.put(key, cell)
+            forget(training)
+        return {name: cell[name] for name in ("loss", "metric")} | {"final_seconds": cell["seconds"]}
+
+    def _quality(self, slim: nn.Module) -> dict[str, Any]:
+        judge = self.problem.workload.judge("loss", None)
+        halves = [judge(slim, first, first + self.half) for first in (0, self.half)]
+        return {
+            "loss": [_finite(half.loss, _WORST) for half in halves],
+            "metric": [_finite(half.metric, 0.0) for half in halves],
+        }
+
+    def _key(self, kind: str, *parts: Any) -> str:
+        """Hash of everything that determines a measurement."""
+        config = self.config
+        whole = [kind, config.workload, config.model, config.data, config.prune, library_versions(), *parts]
+        return settings_key(whole, dataclasses.asdict)
+
+
+class _Cells:
+    """Finished measurements by key, a JSON line each, on disk as soon as they are there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, dict[str, Any]] = {}
+        for line in whole_lines(path):
+            try:
+                content = json.loads(line)
+                self.found[content["key"]] = content["cell"]
+            except (ValueError, KeyError, TypeError):
+                continue  # nothing that could be used
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        return self.found.get(key)
+
+    def put(self, key: str, cell: dict[str, Any]) -> None:
+        append_line(self.path, json.dumps({"key": key, "cell": cell}))
+        self.found[key] = cell
+
+
+def _name(recovery: RecoveryConfig) -> str:
+    steps = [step for step in recovery.steps if step != "finetune"]
+    if recovery.finetune_steps:
+        steps.append(f"{recovery.finetune_steps} steps")
+    return " + ".join(steps)
+
+
+def _length(config: Config, adapter: ModelAdapter) -> str:
+    """How long the final fine-tune is, in words; ConfigError where the settings leave it out."""
+    count, unit = adapter.fine_tune_length(config.finish)
+    if count < 1:
+        raise ConfigError(
+            f"finish.{unit}: fidelity compares with the final fine-tune, so it must be at least 1"
+        )
+    return f"{count} {unit}"
+
+
+def _finite(value: float, otherwise: float) -> float:
+    return value if math.isfinite(value) else otherwise
+
+
+def _figure(config: Config, points: Sequence[Point], content: Mapping[str, Any]) -> bytes:
+    """Scores of the tier in use against the final loss, both as the mean of the halves."""
+    row = next(row for row in content["rows"] if row["used"])
+    own, samples = content["used"], str(content["samples"])
+    figure = plots.scatter(
+        [float(np.mean(point["scores"][own]["values"][samples])) for point in points],
+        [float(np.mean(point["loss"])) for point in points],
+        (f"{SCORE_UNITS[config.score.kind]} after {own}", "validation loss after the fine-tune (nats)"),
+        f"Spearman {row['spearman']:.2f}, 95% interval {row['low']:.2f} to {row['high']:.2f}",
+    )
+    return plots.to_png(figure)

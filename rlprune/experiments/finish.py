@@ -1,0 +1,202 @@
+"""Choosing the winner on validation, the final fine-tune, and the one look at the test split."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import ArtifactError
+from ..pruning.history import History
+from ..pruning.plan import Plan
+from ..pruning.surgery import prune
+from ..utils.checkpoints import forget
+from ..utils.files import read_json, read_tensors, write_json_atomic, write_tensors_atomic
+from ..utils.progress import Console
+from ..utils.timing import measure
+from ..workloads.adapter import TuneJob
+from .prepare import Problem
+from .search import Found, finalists
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A method's model after the final fine-tune, its plan in units of the dense model, and its table row.
+
+    ``model`` is None for rules and baselines where models are large (``ModelAdapter.keeps_models``): with all of them
+    in memory a table of twenty methods would need the weights twenty times.
+    """
+
+    row: dict[str, Any]
+    model: Any
+    plan: Plan | None
+
+
+def choose(problem: Problem, found: Found, fallback: Sequence[Found] = ()) -> Found:
+    """Score the best few on the whole validation split and take the best of them.
+
+    ``fallback`` (the rules) joins only now, so that the final plan is never worse on validation than any
+    of them; a plan that only ties with a rule's is not replaced.
+    """
+    count = problem.config.finish.candidates
+    histories = finalists(problem, found.account, count)
+    scores = {h: problem.evaluator.evaluate_full(h).score for h in histories}
+    best = max(histories, key=scores.__getitem__)
+    chosen = replace(found, history=best)
+    for other in fallback:
+        score = problem.evaluator.evaluate_full(other.history).score
+        if score > scores[best]:
+            chosen, scores[best] = replace(found, history=other.history), score
+    return chosen
+
+
+def finish(
+    problem: Problem,
+    found: Found | None,
+    *,
+    seed: int,
+    state: Path | None = None,
+    console: Console | None = None,
+) -> Finished:
+    """Fine-tune a method's plan (the dense model for ``found = None``) and report it on test, before and after.
+
+    The test split is read here and nowhere else, after everything has been chosen. With ``state`` the
+    outcome is kept in that folder and a killed fine-tune goes on where it was.
+    """
+    console = console or Console(False)
+    method = found.method if found else "dense"
+    label = f"{method}-{found.seed if found else 0}"
+    model, plan = _built(problem, found.history if found else None)
+    keep = _Kept(state, label)
+    # Only the same plan under the same settings may be taken from an earlier try.
+    mark = {
+        "widths": list(plan.widths.tolist()) if plan else [],
+        "finish": repr(problem.config.finish),
+        "seed": seed,
+    }
+    facts = keep.load(mark, model)
+    if facts is None:
+        facts = _measured(problem, model, seed, keep.training, f"fine-tune {method}", console)
+        keep.save(mark, facts, model)
+    console.close()
+    row = _row(problem, found, model, plan, seed, facts)
+    kept = problem.workload.adapter.keeps_models or row["kind"] in ("dense", "agent")
+    return Finished(row, model if kept else None, plan)
+
+
+def add_latency(finished: Sequence[Finished], problem: Problem, budget_seconds: float = 15.0) -> None:
+    """Measure all models that are in memory in turns and put the medians, in milliseconds, into their rows."""
+    models = {str(i): f.model for i, f in enumerate(finished) if f.model is not None}
+    how = problem.workload.adapter.latency
+    times = measure(
+        models,
+        problem.workload.example_inputs,
+        batch_sizes=how.batch_sizes,
+        budget_seconds=budget_seconds,
+        warmup=how.warmup,
+    )
+    for i, found in times.items():
+        finished[int(i)].row["latency_ms"] = {str(batch): round(ms, 4) for batch, ms in found.items()}
+
+
+def _built(problem: Problem, history: History | None) -> tuple[nn.Module, Plan | None]:
+    if history is None:
+        # A cut that keeps everything is a copy that shares no tensor with the dense model.
+        space = problem.space
+        return prune(problem.workload.model, problem.evaluator.plan(space.widths)), None
+    origin = {"budget": str(problem.budget), "metric": problem.metric}
+    if len(history) == 1:
+        return problem.evaluator.build(history[0]), problem.evaluator.plan(history[0], origin)
+    return problem.evaluator.build(history), problem.evaluator.staged_plan(history, origin)
+
+
+def _measured(
+    problem: Problem, model: nn.Module, seed: int, training: Path | None, label: str, console: Console
+) -> dict[str, Any]:
+    workload = problem.workload
+    started = time.perf_counter()
+    with workload.test_opened():
+        before = workload.evaluate(model, "test")
+    facts: dict[str, Any] = {"test": before.metric, "test_loss": before.loss}
+    facts |= workload.test_facts(before.count) | workload.adapter.finish_facts(problem.config.finish)
+    after = before
+    if workload.adapter.fine_tune_length(problem.config.finish)[0]:
+        job = TuneJob(seed, state=training, progress=console.training, phase=label)
+        workload.fine_tune(model, problem.config.finish, job)
+        with workload.test_opened():
+            after = workload.evaluate(model, "test")
+    facts |= {"test_finetuned": after.metric, "test_loss_finetuned": after.loss}
+    return facts | {"finish_seconds": time.perf_counter() - started}
+
+
+def _row(
+    problem: Problem,
+    found: Found | None,
+    model: nn.Module,
+    plan: Plan | None,
+    seed: int,
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    space = problem.space
+    widths = space.widths if plan is None else plan.widths
+    if found is None:
+        quality = problem.workload.evaluate(problem.workload.model, "validation")
+        head: dict[str, Any] = {
+            "method": "dense",
+            "kind": "dense",
+            "seed": seed,
+            "evaluations": 0,
+            "seconds": 0.0,
+        }
+        score, validation, validation_loss = 0.0, quality.metric, quality.loss
+        if problem.evaluator.score_settings.kind != "kl":  # KL of the dense model to itself is 0
+            score = validation if problem.evaluator.score_settings.kind == "accuracy" else -validation_loss
+    else:
+        head = {"method": found.method, "kind": found.kind, "seed": seed}
+        head |= {"evaluations": found.account.spent, "seconds": round(found.seconds, 2)}
+        full = problem.evaluator.evaluate_full(found.history)
+        score, validation, validation_loss = full.score, full.metric, full.loss
+    costs = {metric: space.cost(widths, metric) for metric in space.costs}
+    row = head | {"cost": costs[problem.metric], **costs, "score": score, "validation": validation}
+    row |= {"validation_loss": validation_loss, **facts, "widths": [int(w) for w in widths]}
+    dense = {name for name, _ in problem.workload.model.named_parameters()}
+    # The recovery step `bias` gives some layers a bias that the dense model has not.
+    if sum(p.numel() for name, p in model.named_parameters() if name in dense) != costs["params"]:
+        raise AssertionError("the built model does not have the parameters that its widths say")
+    return row
+
+
+class _Kept:
+    """The outcome of one fine-tune in the run's state folder, so that a resumed run does not repeat it."""
+
+    def __init__(self, folder: Path | None, label: str) -> None:
+        self._facts = folder / f"finish-{label}.json" if folder else None
+        self._weights = folder / f"finish-{label}.safetensors" if folder else None
+        self.training = folder / f"finish-{label}.state" if folder else None
+
+    def load(self, mark: dict[str, Any], model: nn.Module) -> dict[str, Any] | None:
+        """The facts of an earlier try with the same mark, its weights put into ``model``; None without one."""
+        if self._facts is None or self._weights is None or not self._facts.exists():
+            return None
+        try:
+            kept = read_json(self._facts)
+            if kept["mark"] != mark:
+                return None
+            model.load_state_dict(read_tensors(self._weights))
+        except (ArtifactError, KeyError, RuntimeError):
+            return None  # a private file of this run that is not whole: the fine-tune is done again
+        forget(self.training)
+        facts: dict[str, Any] = kept["facts"]
+        return facts
+
+    def save(self, mark: dict[str, Any], facts: dict[str, Any], model: nn.Module) -> None:
+        if self._facts is None or self._weights is None or self.training is None:
+            return
+        self._facts.unlink(missing_ok=True)
+        write_tensors_atomic(self._weights, {k: v.detach().cpu() for k, v in model.state_dict().items()})
+        write_json_atomic(self._facts, {"mark": mark, "facts": facts})
+        forget(self.training)

@@ -1,0 +1,214 @@
+"""Incremental pruning led by a rule: cut a little, train, look again, cut again (Adapt-Pruner).
+
+The learned counterpart needs nothing of this file: with ``search.stages`` above 1 and the recovery step
+``finetune`` an agent chooses the distribution of each stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from ..evaluation.importance import compute
+from ..evaluation.recovery import Recovery
+from ..pruning.history import History, Widths, final_widths
+from ..pruning.plan import Plan, make_plan
+from ..pruning.space import PruningSpace
+from ..pruning.surgery import prune
+from ..rules.context import Context
+from ..utils.arrays import Ints
+from ..utils.checkpoints import forget, require_same
+from ..utils.files import read_json, read_tensors, write_json_atomic, write_tensors_atomic
+from ..utils.progress import Console
+from ..workloads.adapter import TuneJob
+from .prepare import Problem, find_rule
+
+
+@dataclass(frozen=True)
+class Incremental:
+    """What an incremental pruning ends in.
+
+    ``plan`` is in units of the dense model; ``history`` holds the widths (G,) after each stage; ``rounds`` one
+    dict a stage: cost, loss and metric on the validation split after its training.
+    """
+
+    model: nn.Module
+    plan: Plan
+    history: History
+    rounds: tuple[dict[str, Any], ...]
+
+
+@dataclass
+class _Now:
+    """The model as it stands: its space, and which units of the dense model it has kept."""
+
+    model: nn.Module
+    space: PruningSpace
+    kept: tuple[Ints, ...]
+
+
+def incremental(
+    problem: Problem,
+    rule: str | Sequence[Sequence[int]],
+    *,
+    stages: int = 5,
+    steps: int = 0,
+    seed: int = 0,
+    out: str | Path | None = None,
+    console: Console | None = None,
+) -> Incremental:
+    """Prune in rounds: statistics, rule, cut, closed-form recovery and training, each on what is left.
+
+    Adapt-Pruner (Pan et al. 2025, arXiv 2502.03460): 5 to 20 rounds of about 5% with linear targets, the
+    importances recomputed in each, all parameters trained in between at a peak of 2e-5. Round t of T cuts to
+    ``dense - t / T (dense - budget)`` in the budget's metric (the published one is ``params``). The recovery steps
+    of the settings follow each cut, but for their gradient steps: ``steps`` of training take their place
+    (`language.tuning.finetune.tune` for language models, by ``finish.method`` with ``finish.lr`` and the rest of that
+    section; SGD otherwise). ``method: full`` is the published choice.
+
+    Args:
+        rule: name of a rule; or the widths (G,) after each stage themselves, none above those before.
+        stages: rounds; ignored where the widths are given.
+        steps: optimizer steps of each round, 0 for none.
+        seed: of the training's data; every round has text of its own.
+        out: folder of the state; rounds that an earlier try finished are taken from there.
+
+    Raises:
+        ConfigError: an unknown rule, or no stage at all.
+        BudgetError: the budget or the widths do not fit.
+        ArtifactError: ``out`` holds the state of other settings.
+    """
+    console = console or Console(False)
+    wanted = None if isinstance(rule, str) else [np.asarray(w, dtype=np.int64) for w in rule]
+    stages = stages if wanted is None else len(wanted)
+    if stages < 1 or steps < 0:
+        raise ConfigError(f"stages: at least 1 stage and 0 steps are needed, got {stages} and {steps}")
+    if isinstance(rule, str):
+        find_rule(rule)
+    space = problem.space
+    now = _Now(problem.workload.model, space, tuple(np.arange(g.width) for g in space.groups))
+    kept = _Rounds(out, problem, rule, stages, steps, seed)
+    history: list[Widths] = []
+    rounds = []
+    for stage in range(1, stages + 1):
+        folder = None if out is None else Path(out) / f"round-{stage}.state"
+        finished = kept.load(stage, now)
+        if finished is None:
+            widths = _widths(problem, rule, now, stage, stages) if wanted is None else wanted[stage - 1]
+            now = _cut(problem, now, widths)
+            if steps:
+                label, own = f"round {stage}/{stages}", seed + 1000 * stage
+                job = TuneJob(own, steps, folder, console.training, label)
+                problem.workload.fine_tune(now.model, problem.config.finish, job)
+            quality = problem.workload.evaluate(now.model, "validation")
+            cost = space.cost(widths, problem.metric)
+            finished = {"cost": cost, "loss": quality.loss, "metric": quality.metric}
+            kept.save(stage, now, finished)
+        history.append(tuple(len(k) for k in now.kept))
+        rounds.append(finished)
+    origin = {"method": rule if isinstance(rule, str) else "widths", "stages": stages, "steps": steps}
+    origin |= {"budget": str(problem.budget), "metric": problem.metric}
+    plan = Plan(space, final_widths(tuple(history)), now.kept, origin)
+    return Incremental(now.model, plan, tuple(history), tuple(rounds))
+
+
+def _widths(problem: Problem, rule: Any, now: _Now, stage: int, stages: int) -> Ints:
+    """What the rule keeps after a stage, judged by the model as it stands now."""
+    dense, metric = problem.space.dense_cost(problem.metric), problem.metric
+    # The costs count kept units, so a stage's absolute target means the same in every stage's space.
+    share = (dense - stage / stages * (dense - problem.target)) / now.space.dense_cost(metric)
+    share = min(1.0, share)
+    context = Context(
+        space=now.space,
+        model=now.model,
+        importance=_importance(problem, now),
+        budget=share,
+        metric=metric,
+        workload=problem.workload,
+        seed=problem.config.seed,
+    )
+    widths: Ints = now.space.project(find_rule(rule).function(context), share, metric)
+    return widths
+
+
+def _importance(problem: Problem, now: _Now) -> Any:
+    if now.model is problem.workload.model:
+        return problem.evaluator.importance
+    name = problem.config.prune.importance
+    return compute(name, problem.workload, now.space, problem.config.seed, now.model)
+
+
+def _cut(problem: Problem, now: _Now, widths: Ints) -> _Now:
+    """The next smaller model, recovered without gradient steps."""
+    settings = problem.config.recovery
+    closed = tuple(step for step in settings.steps if step != "finetune") or ("none",)
+    settings = replace(settings, steps=closed, finetune_steps=0)
+    cut = make_plan(now.space, importance=_importance(problem, now), widths=widths)
+    slim = prune(now.model, cut)
+    Recovery(problem.workload, now.space, settings, now.model)(slim, cut)
+    kept = tuple(before[units] for before, units in zip(now.kept, cut.kept, strict=True))
+    return _Now(slim, problem.space.after(kept), kept)
+
+
+class _Rounds:
+    """The finished rounds in a state folder: weights and kept units of the last, the facts of all."""
+
+    def __init__(
+        self, out: str | Path | None, problem: Problem, rule: Any, stages: int, steps: int, seed: int
+    ) -> None:
+        self._folder = None if out is None else Path(out)
+        config = problem.config
+        facts = [config.finish, config.recovery, config.prune, problem.budget, problem.metric, rule, stages]
+        self._key = repr([*facts, steps, seed, problem.space.fingerprint])
+        self._done: list[dict[str, Any]] = []
+        self._last: dict[str, Any] | None = None
+        if self._folder is not None and (self._folder / "rounds.json").is_file():
+            content = read_json(self._folder / "rounds.json")
+            require_same(self._folder, content, {"key": self._key})
+            self._done, self._last = content["rounds"], content
+        self._problem = problem
+
+    def load(self, stage: int, now: _Now) -> dict[str, Any] | None:
+        """The facts of a finished round; with the last of them ``now`` becomes the model that it left."""
+        if self._last is None or stage > len(self._done):
+            return None
+        # The rounds before the last give their widths only: their weights are gone, and nobody needs them.
+        now.kept = tuple(np.array(k, dtype=np.int64) for k in self._done[stage - 1]["kept"])
+        if stage == len(self._done) and self._folder is not None:
+            space = self._problem.space
+            cut = Plan(space, np.array([len(k) for k in now.kept]), now.kept)
+            now.model = prune(self._problem.workload.model, cut)
+            now.space = space.after(now.kept)
+            _put(now.model, read_tensors(self._folder / f"round-{stage}.safetensors"))
+        return {k: v for k, v in self._done[stage - 1].items() if k != "kept"}
+
+    def save(self, stage: int, now: _Now, facts: dict[str, Any]) -> None:
+        if self._folder is None:
+            return
+        tensors = {name: p.detach() for name, p in now.model.named_parameters()}
+        tensors |= dict(now.model.named_buffers())
+        write_tensors_atomic(self._folder / f"round-{stage}.safetensors", tensors)
+        self._done.append(facts | {"kept": [k.tolist() for k in now.kept]})
+        write_json_atomic(self._folder / "rounds.json", {"key": self._key, "rounds": self._done})
+        (self._folder / f"round-{stage - 1}.safetensors").unlink(missing_ok=True)
+        forget(self._folder / f"round-{stage}.state")
+
+
+def _put(model: nn.Module, tensors: dict[str, Any]) -> None:
+    """Put tensors in by name; a bias that the recovery gave a layer is made."""
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parent, _, last = name.rpartition(".")
+            module = model.get_submodule(parent)
+            old = getattr(module, last)
+            if old is None:
+                setattr(module, last, nn.Parameter(tensor.to(next(model.parameters()).device)))
+            else:
+                old.copy_(tensor)

@@ -1,0 +1,88 @@
+"""Looking without changing: what can be pruned in a model, and how good a pruned model is."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..artifacts.documents import read_plan
+from ..config.config import Config
+from ..pruning.cost import plain_amount
+from ..pruning.space import PruningSpace
+from ..tracing.trace import TraceOptions
+from ..utils.progress import Console
+from ..workloads.adapter import adapter_of, adapter_of_base
+from ..workloads.builder import Inspected, builder_of
+from .build import build_workload, resolve_device
+from .prepare import timed_space
+
+
+def inspect(config: Config) -> str:
+    """Groups, widths, costs, protected parts and feasible budgets as text; nothing is trained or searched."""
+    if config.workload is None:
+        found = builder_of(config.model.name).inspected(config, resolve_device(config.device))
+    else:
+        own = build_workload(config, train=False)
+        found = Inspected(own.model, own.example_inputs, own)
+    adapter = adapter_of(found.model) if found.workload is None else found.workload.adapter
+    space = adapter.trace(found.model, found.example_inputs, TraceOptions.of(config.prune))
+    if config.budget.metric == "latency":
+        assert found.workload is not None
+        space = timed_space(config, found.workload, space)
+    lines = [*adapter.group_lines(space), "", *adapter.protected_lines(space.protected)]
+    lines += [f"unused in eval mode: {name}" for name in space.unused]
+    lines += adapter.cost_lines(space, found.model)
+    if "latency" in space.costs:
+        lines.append(_latency_line(space))
+    return "\n".join([*lines, _budget_line(space, config)])
+
+
+def resources(seconds: float) -> str:
+    """What a command took: seconds, and the largest memory of this process where the system tells it."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return f"took {seconds:.1f} s"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"took {seconds:.1f} s, peak memory {peak / 1e6:,.0f} MB"
+
+
+def evaluate(
+    directory: Path, config: Config | None, tasks: Sequence[Path] = (), limit: int | None = None
+) -> str:
+    """A saved pruned model beside its dense base: costs, latency and, with a config, its quality on test.
+
+    Args:
+        tasks: multiple-choice files for a language model's zero-shot accuracy (see `zeroshot`).
+        limit: only the first ``limit`` questions of each.
+    """
+    document = read_plan(directory)
+    adapter = adapter_of_base(document["base"])
+    adapter.check_tasks(document, directory, tasks)
+    workload = build_workload(config, progress=Console(True).training) if config is not None else None
+    return adapter.comparison(directory, document, workload, tasks, limit)
+
+
+def _budget_line(space: PruningSpace, config: Config) -> str:
+    target = space.target(config.budget.target, config.budget.metric)
+    metric = config.budget.metric
+    return f"budget: {config.budget.target} of {metric} = {plain_amount(target, metric)}"
+
+
+def _latency_line(space: PruningSpace) -> str:
+    """What the latency table says, where it was measured, and how far it is from the models that it was tied to."""
+    low, dense = space.feasible("latency")
+    table = space.costs["latency"].table  # type: ignore[attr-defined]
+    # The dense model comes first; what was measured of it is in the table as it is.
+    off = sorted(abs(check["table"] / check["measured"] - 1.0) for check in table.checks[1:])
+    where = f"{table.machine['device']}, {table.machine['threads']} threads, batch size {table.batch_size}"
+    fit = (
+        f"; off by {off[len(off) // 2]:.1%} (median) and {off[-1]:.1%} (most) on {len(off)} cut models"
+        if off
+        else ""
+    )
+    return (
+        f"latency: dense {dense:,.3f} ms; feasible budgets {low / dense:.4f} to 1 ({low:,.3f} to {dense:,.3f} ms); "
+        f"table of {len(table.tables)} layers on {where}{fit}"
+    )

@@ -1,0 +1,191 @@
+"""One workload under one budget, ready to be searched: every method comes in through here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config.config import Config
+from ..errors import ConfigError, near_miss
+from ..evaluation.evaluator import Evaluator
+from ..evaluation.ledger import Account, Ledger
+from ..latency.profile import TABLE_FILE, Progress, machine, read_table, with_latency
+from ..pruning.space import PruningSpace
+from ..rules import RULES, Rule, rules_for
+from ..tracing.trace import TraceOptions
+from ..utils.arrays import Ints
+from ..utils.progress import Console
+from ..workloads.base import Workload
+from .build import build_workload, train_dense
+
+# Share of a search's evaluations that a rule's probes may take for the rule to be among the starts.
+MOST_PROBES = 0.25
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A dense model, its space, the evaluator of its candidates, and the budget they have to meet."""
+
+    config: Config
+    workload: Workload
+    evaluator: Evaluator
+    name: str = ""
+
+    @property
+    def space(self) -> Any:
+        return self.evaluator.space
+
+    @property
+    def budget(self) -> str | float:
+        return self.config.budget.target
+
+    @property
+    def metric(self) -> str:
+        return self.config.budget.metric
+
+    @property
+    def target(self) -> float:
+        """Absolute cost that the budget allows."""
+        return float(self.space.target(self.budget, self.metric))
+
+    def account(self, ledger: Ledger, method: str, seed: int, limit: int) -> Account:
+        return Account(self.evaluator, ledger, method=method, seed=seed, limit=limit, task=self.name)
+
+    def rule_widths(
+        self, rule: str, probe: Callable[[Ints], float] | None = None, budget: Any = None
+    ) -> Ints:
+        """Widths that a rule gives at the budget, or at another one."""
+        budget = self.budget if budget is None else budget
+        context = self.evaluator.context(budget, self.metric, probe)
+        widths: Ints = self.space.project(find_rule(rule).function(context), budget, self.metric)
+        return widths
+
+    def starts(self, budgets: Sequence[Any] = ()) -> list[Ints]:
+        """Plans that every search starts from and pays for: uniform and the other rules, probes included.
+
+        ``budgets`` are those of a search over a range, which starts from the rules at each of them after its own,
+        as far as half of its evaluations allow.
+        """
+        plans: list[Ints] = []
+
+        def probe(widths: Ints) -> float:
+            plans.append(widths)
+            return self.evaluator.evaluate(widths).loss
+
+        names = self.start_rules()
+        for budget in dict.fromkeys((self.budget, *budgets)):
+            if plans and len(plans) + len(names) > self.config.search.evaluations / 2:
+                break
+            for name in names:
+                plans.append(self.rule_widths(name, probe, budget))
+        return plans
+
+    def start_rules(self) -> list[str]:
+        """The shipped rules that apply here and are worth their probes as a start, uniform first.
+
+        A rule that probes every group is left out where that would eat most of the evaluations, and a slow one
+        (`is_slow`), unless the importance has measured what it needs.
+        """
+        most = self.config.search.evaluations * MOST_PROBES
+        names = ["uniform"]
+        for name, rule in rules_for(self.space).items():
+            slow = self.is_slow(rule) and not self.evaluator.has_measured(name)
+            if name != "uniform" and rule.shipped and rule.probe_count(self.space) <= most and not slow:
+                names.append(name)
+        return names
+
+    def is_slow(self, rule: Rule) -> bool:
+        """Whether a rule runs more passes over the model than a search should spend that did not ask for it."""
+        return rule.costly and self.workload.adapter.costly_passes
+
+
+def find_rule(name: str) -> Any:
+    """A rule by name; ConfigError with the near miss for an unknown one."""
+    if name not in RULES:
+        raise ConfigError(f"rule: unknown rule {name!r}{near_miss(name, RULES)}; allowed: {', '.join(RULES)}")
+    return RULES[name]
+
+
+def prepare(
+    config: Config,
+    *,
+    model_seed: int | None = None,
+    checkpoint: str | Path | None = None,
+    console: Console | None = None,
+    name: str = "",
+    run: Path | None = None,
+) -> Problem:
+    """Build (and train) the workload, trace it, compute importances and the recovery's statistics.
+
+    ``run`` is the folder of a run whose latency table is taken where it was measured on this model and machine.
+    """
+    if model_seed is not None:
+        config = replace(config, model=replace(config.model, seed=model_seed))
+    workload, space = dense_model(config, checkpoint=checkpoint, console=console, run=run)
+    evaluator = Evaluator(
+        workload,
+        space,
+        importance=config.prune.importance,
+        recovery=config.recovery,
+        score=config.score,
+        metric=config.budget.metric,
+        seed=config.seed,
+    )
+    return Problem(config, workload, evaluator, name)
+
+
+def dense_model(
+    config: Config,
+    *,
+    checkpoint: str | Path | None = None,
+    console: Console | None = None,
+    run: Path | None = None,
+) -> tuple[Workload, PruningSpace]:
+    """The first part of `prepare`: the workload, its dense model trained, and the space of its groups."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    console = console or Console(False)
+    workload = build_workload(config, checkpoint=checkpoint, train=False)
+    space = workload.adapter.trace(workload.model, workload.example_inputs, TraceOptions.of(config.prune))
+    if config.budget.metric == "latency":
+        space = timed_space(config, workload, space, run=run, progress=console.training)
+        console.close()
+    # An infeasible budget is refused before anything is trained.
+    space.target(config.budget.target, config.budget.metric)
+    if checkpoint is None and config.model.train.epochs > 0:
+        train_dense(workload, config.model, console.training)
+        console.close()
+    return workload, space
+
+
+def timed_space(
+    config: Config,
+    workload: Workload,
+    space: PruningSpace,
+    *,
+    run: Path | None = None,
+    progress: Progress | None = None,
+) -> PruningSpace:
+    """The space with the latency of its models: from ``budget.table``, the run's own table, or measured now."""
+    settings = config.budget
+    table = None
+    if settings.table is not None:
+        table = read_table(settings.table)
+        if table.batch_size != settings.batch_size:
+            raise ConfigError(
+                f"budget.table: {settings.table} was measured at batch size {table.batch_size}, "
+                f"budget.batch_size is {settings.batch_size}"
+            )
+        if table.fingerprint != space.fingerprint:
+            raise ConfigError(f"budget.table: {settings.table} was measured on another architecture")
+    elif run is not None and (run / TABLE_FILE).is_file():
+        kept = read_table(run / TABLE_FILE)
+        same = (kept.fingerprint, kept.batch_size, dict(kept.machine))
+        if same == (space.fingerprint, settings.batch_size, machine(workload.device)):
+            table = kept
+    example = workload.example_inputs
+    return with_latency(space, workload.model, example, settings.batch_size, table=table, progress=progress)

@@ -1,0 +1,257 @@
+"""``train``: from settings to a finished run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..agents.ppo.policy import PortablePolicy, portable_state, save_policy
+from ..config.config import Config, load_config
+from ..errors import ConfigError
+from ..evaluation.ledger import Ledger
+from ..latency.profile import TABLE_FILE
+from ..pruning.cost import plain_amount
+from ..pruning.space import PruningSpace
+from ..report import html as report
+from ..rules import rules_for
+from ..utils.files import lock_run, write_json_atomic, write_text_atomic
+from ..utils.hardware import hardware
+from ..utils.progress import Console, log_to, logger
+from ..workloads.base import Workload
+from .finish import Finished, add_latency, choose, finish
+from .prepare import Problem, prepare
+from .search import Found, score_rule, search
+
+_CURVE = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+
+
+def train(config: Config, out: Path, *, resume: bool = False, progress: bool = True) -> Path:
+    """Learn the distribution, choose, finish, and write everything into ``out``; returns ``out``.
+
+    Raises:
+        ConfigError: ``out`` holds a run and ``resume`` is not set, or a run of other settings.
+    """
+    console = Console(progress)
+    with _run_folder(config, Path(out), resume) as folder:
+        if (folder / "results.json").is_file():
+            console.note(f"{folder}: this run is complete; nothing to resume")
+            report.build(folder)
+            return folder
+        problems = _problems(config, console, folder)
+        problem = problems[0]
+        _note_problem(problem, console)
+        ledger = Ledger(folder / "ledger.jsonl")
+        state = folder / "state"
+        rules = _scored_rules(problem, ledger, config.seed, console)
+        best = max(rules, key=lambda r: r.best.score)
+        console.note(f"best rule: {best.method}, score {best.best.score:.4f}")
+        found = [_searched(name, problems, ledger, folder, console) for name in _agents(config)]
+        chosen = [choose(problem, f, rules if f.kind == "agent" else ()) for f in found]
+        finished = _finish_all(problem, rules, chosen, state, console)
+        _save_outcome(problem, folder, found, finished)
+        _write_results(problem, folder, finished, _curve(problem, rules, found))
+        for kept in state.glob("finish-*"):  # the models of all methods: only an unfinished run needs them
+            kept.unlink()
+    return folder
+
+
+@contextlib.contextmanager
+def _run_folder(config: Config, folder: Path, resume: bool) -> Iterator[Path]:
+    """The locked run folder with config.yaml and run.log; what is there is continued or refused."""
+    with lock_run(folder):
+        recorded = folder / "config.yaml"
+        if recorded.exists():
+            if not resume:
+                raise ConfigError(f"--out: {folder} holds a run already; use --resume or another folder")
+            _same_settings(load_config(recorded), config, folder)
+        else:
+            write_text_atomic(recorded, config.to_yaml())
+        (folder / "state").mkdir(exist_ok=True)
+        handler = log_to(folder / "run.log")
+        try:
+            yield folder
+        finally:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def _same_settings(before: Config, now: Config, folder: Path) -> None:
+    ours, theirs = _flat(now.to_dict()), _flat(before.to_dict())
+    changed = [
+        key for key in theirs if theirs[key] != ours.get(key) and key not in ("threads", "search.tensorboard")
+    ]
+    if changed:
+        key = changed[0]
+        raise ConfigError(f"--resume: {folder} was started with {key}={theirs[key]!r}, not {ours.get(key)!r}")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _problems(config: Config, console: Console, folder: Path) -> list[Problem]:
+    """The problem that is wanted, then those that only train the policy (further checkpoints and seeds)."""
+    problems = [prepare(config, console=console, run=folder)]
+    latency = problems[0].space.costs.get("latency")
+    if latency is not None:  # a resumed run goes on with the same numbers
+        write_json_atomic(folder / TABLE_FILE, latency.table.to_dict())
+    for seed in config.search.model_seeds:
+        problems.append(prepare(config, model_seed=seed, console=console, name=f"seed{seed}", run=folder))
+    for checkpoint in config.search.checkpoints:
+        name = Path(checkpoint).stem
+        problems.append(prepare(config, checkpoint=checkpoint, console=console, name=name, run=folder))
+    return problems
+
+
+def _note_problem(problem: Problem, console: Console) -> None:
+    space, dense = problem.space, problem.space.dense_cost(problem.metric)
+    quality = problem.workload.evaluate(problem.workload.model, "validation")
+    whole, allowed = (plain_amount(value, problem.metric) for value in (dense, problem.target))
+    console.note(
+        f"{problem.workload.name}: {len(space.groups)} groups, {whole} {problem.metric}, budget {allowed} "
+        f"({problem.target / dense:.1%}); dense validation {problem.workload.metric_name} "
+        f"{quality.metric:.4f}, loss {quality.loss:.4f}"
+    )
+
+
+def _agents(config: Config) -> list[str]:
+    return [*(name for name in config.search.baselines if name != config.search.agent), config.search.agent]
+
+
+def _scored_rules(problem: Problem, ledger: Ledger, seed: int, console: Console) -> list[Found]:
+    names = rules_for(problem.space)
+    show, rules = console.counting("rules", len(names)), []
+    for name in names:
+        rules.append(score_rule(problem, name, ledger, seed))
+        show(len(rules))
+    return rules
+
+
+def _searched(
+    method: str, problems: Sequence[Problem], ledger: Ledger, folder: Path, console: Console
+) -> Found:
+    config = problems[0].config
+    found = search(
+        method,
+        problems if method == config.search.agent else problems[:1],
+        ledger,
+        seed=config.seed,
+        state=folder / "state",
+        progress=console.search(method),
+        tensorboard=folder / "tensorboard" if config.search.tensorboard else None,
+    )
+    console.note(f"{method}: best score {found.best.score:.4f} after {found.account.spent} evaluations")
+    return found
+
+
+def _finish_all(
+    problem: Problem, rules: Sequence[Found], chosen: Sequence[Found], state: Path, console: Console
+) -> list[Finished]:
+    seed = problem.config.seed
+    finished = [finish(problem, None, seed=seed, state=state, console=console)]
+    every = [*(rules if problem.config.finish.rules else ()), *chosen]
+    finished += [finish(problem, f, seed=seed, state=state, console=console) for f in every]
+    add_latency(finished, problem)
+    return finished
+
+
+def _save_outcome(
+    problem: Problem, folder: Path, found: Sequence[Found], finished: Sequence[Finished]
+) -> None:
+    """policy/ and pruned/ of the agent."""
+    for search_result in found:
+        if search_result.policy is not None:
+            save_policy(search_result.policy, folder / "policy")
+    for done in finished:
+        if done.row["kind"] == "agent" and done.plan is not None:
+            origin = dict(done.plan.origin) | {"method": done.row["method"], "seed": done.row["seed"]}
+            problem.workload.save(done.model, replace(done.plan, origin=origin), folder / "pruned")
+
+
+def _curve(problem: Problem, rules: Sequence[Found], found: Sequence[Found]) -> list[dict[str, Any]]:
+    """Score against budget of the policy as it stands, at budgets it may not have seen, and of rules beside it.
+
+    A policy that was trained over a range is shown over that range, beside every rule that needs no probes;
+    one of a single budget beside uniform and the best rule there.
+    """
+    space, metric = problem.space, problem.metric
+    if searched := problem.config.search.budget_range:
+        low, high = searched
+        budgets = sorted({low, high, *(b for b in _CURVE if low < b < high)}, reverse=True)
+        names = [
+            name for name, rule in rules_for(space).items() if not rule.probes and not problem.is_slow(rule)
+        ]
+    else:
+        budgets = [b for b in _CURVE if b > space.feasible(metric)[0] / space.dense_cost(metric)]
+        names = ["uniform", max(rules, key=lambda r: r.best.score).method]
+    policies = {f.method: PortablePolicy.from_state(*portable_state(f.policy)) for f in found if f.policy}
+    rows = []
+    for budget in budgets:
+        plans = {(name, "rule"): problem.rule_widths(name, budget=budget) for name in dict.fromkeys(names)}
+        for name, policy in policies.items():
+            plans[f"{name} policy", "agent"] = policy.plan(problem.evaluator, budget, metric).widths
+        for (name, kind), widths in plans.items():
+            score = problem.evaluator.evaluate(widths).score
+            rows.append({"budget": budget, "method": name, "kind": kind, "score": score, "metric": metric})
+    return rows
+
+
+def _write_results(
+    problem: Problem, folder: Path, finished: Sequence[Finished], curve: Sequence[dict[str, Any]]
+) -> None:
+    write_json_atomic(folder / "budgets.json", list(curve))
+    write_json_atomic(folder / "results.json", results_of(problem, [f.row for f in finished]))
+    report.build(folder)
+
+
+def results_of(problem: Problem, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The content of results.json (see the public surface in the docs)."""
+    return outcome(problem.config, problem.workload, problem.space, rows)
+
+
+def outcome(
+    config: Config, workload: Workload, space: PruningSpace, rows: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """`results_of` where nothing has been prepared but the dense model and its space."""
+    metric = config.budget.metric
+    protocol = workload.protocol()
+    sizes = {split: workload.size(split) for split in ("train", "calibration", "validation", "test")}
+    return {
+        "version": 1,
+        "workload": {
+            "name": workload.name,
+            "model": config.model.name,
+            "data": config.data.name,
+            "metric": workload.metric_name,
+            "sizes": sizes,
+            "fingerprint": space.fingerprint,
+            **({"protocol": protocol} if protocol else {}),
+        },
+        "budget": {
+            "metric": metric,
+            "target": float(space.target(config.budget.target, metric)),
+            "dense": space.dense_cost(metric),
+            **({"range": list(config.search.budget_range)} if config.search.budget_range else {}),
+        },
+        "score": config.score.kind,
+        "hardware": hardware(),
+        "groups": [{"name": g.name, "kind": g.kind, "width": g.width} for g in space.groups],
+        "rows": [_finite(row) for row in rows],
+    }
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN: a loss that is not finite is written as null."""
+    text = json.dumps(row, default=float)
+    parsed: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
+    return parsed

@@ -1,0 +1,90 @@
+"""The final fine-tune of a saved pruned model, in a process of its own; and over several GPUs for language models::
+
+    rlprune train CONFIG --set finish.steps=0 --out RUN       # the search, one process
+    accelerate config                                         # once: number of GPUs, FSDP or not
+    accelerate launch -m rlprune.experiments.tune RUN/pruned CONFIG --out RUN/tuned --set finish.steps=2000
+
+``python -m rlprune.experiments.tune ...`` is the same on one device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..api import load
+from ..artifacts.documents import read_plan
+from ..config.config import Config, load_config
+from ..errors import ConfigError, RlpruneError
+from ..pruning.plan import Plan
+from ..recovery.finetune import Progress
+from ..tracing.trace import TraceOptions
+from ..utils.checkpoints import forget
+from ..workloads.adapter import TuneJob
+from .build import build_workload
+from .usage import check_usage
+
+
+def tune_folder(
+    folder: str | Path, config: Config, out: str | Path, *, progress: Progress | None = None
+) -> str:
+    """Fine-tune a saved pruned model and save it again with the same plan; returns a table.
+
+    Runs in one process or, for language models, in all that ``accelerate launch`` started; the first of them saves.
+
+    Args:
+        folder: a pruned model that a run or ``rlprune prune`` left.
+        config: the settings it was made with; ``finish`` says how it is tuned.
+        out: the new folder; the state to go on from lies beside it, in ``OUT.state``, until it is done.
+
+    Raises ConfigError: the settings leave the fine-tune out; ArtifactError: the folder.
+    """
+    workload = build_workload(config)
+    count, unit = workload.adapter.fine_tune_length(config.finish)
+    if count < 1:
+        raise ConfigError(f"finish.{unit}: a fine-tune needs at least 1, got {count}")
+    model = load(folder, base=workload.model).to(workload.device)
+    document = read_plan(folder)
+    space = workload.adapter.trace(workload.model, workload.example_inputs, TraceOptions.of(config.prune))
+    plan = Plan.from_dict(document, space)
+    state = Path(f"{Path(out)}.state")
+    result = workload.fine_tune(model, config.finish, TuneJob(config.seed, state=state, progress=progress))
+    if int(os.environ.get("RANK", "0")) != 0:
+        return ""
+    workload.save(result.model, plan, out)
+    forget(state)
+    rows = [("dense", workload.model), ("tuned", result.model.to(workload.device))]
+    name = workload.metric_name
+    lines = [result.note]
+    for label, each in rows:
+        quality = workload.evaluate(each, "validation")
+        lines.append(f"{label:<8} validation loss {quality.loss:.4f}, {name} {quality.metric:.4f}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m rlprune.experiments.tune DIR CONFIG --out OUT [--set a.b=c ...]``; exit codes as `rlprune`'s."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rlprune.experiments.tune", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("folder", help="folder of a pruned model")
+    parser.add_argument("config", help="YAML file or name of the settings it was made with")
+    parser.add_argument("--out", required=True, help="folder of the tuned model")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    args = parser.parse_args(argv)
+    try:
+        config = load_config(args.config, args.set)
+        check_usage(config, "tune", args.set)
+        table = tune_folder(args.folder, config, args.out)
+    except RlpruneError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(table, end="\n" if table else "")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

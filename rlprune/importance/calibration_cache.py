@@ -1,0 +1,90 @@
+"""What is measured once of a model on its calibration split, for importances, rules and the recovery together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeVar, cast
+
+from torch import Tensor, nn
+
+from ..errors import DataError
+from ..pruning.space import PruningSpace
+from .unit_scores import Floats
+
+Measured = TypeVar("Measured")
+Curves = dict[int, Floats]
+"""{group: expected divergence from the dense model when 0, 1, ..., all units are gone, (width + 1,)}."""
+CURVES = "fisher"
+"""The name that they are kept under: that of the rule which measures them where no importance has."""
+
+
+class CalibrationSource(Protocol):
+    """Who gives calibration data and the loss: a workload."""
+
+    def batches(self, split: str, limit: int | None = None) -> Iterator[tuple[Any, Any]]: ...
+    def loss(self, outputs: Any, targets: Any) -> Tensor: ...
+
+
+class CalibrationCache:
+    """Measurements of one model on the calibration split; each is made when it is first asked for.
+
+    Wings add measurements of their own as methods of a subclass; what a rule of anybody's measures is kept under the
+    rule's name by :meth:`cached`.
+
+    Args:
+        source: gives the batches and the loss; None where there are no data.
+        limit: calibration samples that importances read; None for all.
+        ridge: relative penalty of importances that solve regressions.
+        recovery_limit: calibration samples that the recovery reads; None for all.
+    """
+
+    def __init__(
+        self,
+        source: CalibrationSource | None,
+        space: PruningSpace,
+        model: nn.Module,
+        *,
+        seed: int = 0,
+        limit: int | None = None,
+        ridge: float = 1e-3,
+        recovery_limit: int | None = None,
+    ) -> None:
+        self.space, self.model, self.seed = space, model, seed
+        self.limit, self.ridge, self.recovery_limit = limit, ridge, recovery_limit
+        self._source = source
+        self._measured: dict[str, object] = {}
+
+    @property
+    def source(self) -> CalibrationSource:
+        """Who gives the data; DataError where there is nobody."""
+        if self._source is None:
+            raise DataError("calibration: needs a workload, which gives the data; give Context(workload=...)")
+        return self._source
+
+    def batches(self, limit: int | None = None) -> Iterator[tuple[Any, Any]]:
+        """Batches (inputs, targets) of the calibration split: the first ``limit`` samples, None for all."""
+        return self.source.batches("calibration", limit)
+
+    def cached(self, name: str, make: Callable[[], Measured]) -> Measured:
+        """``make()``, once under each name."""
+        if name not in self._measured:
+            self._measured[name] = make()
+        return cast("Measured", self._measured[name])
+
+    def keep(self, name: str, value: object) -> None:
+        """Take what an importance measured on its way and a rule can use."""
+        self._measured[name] = value
+
+    def known(self, name: str) -> bool:
+        """Whether something has been measured under a name."""
+        return name in self._measured
+
+    @property
+    def curves(self) -> Curves | None:
+        """Expected divergences of every width, once an importance or a rule has measured them."""
+        return cast("Curves | None", self._measured.get(CURVES))
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of everything that has been measured."""
+        return frozenset(self._measured)

@@ -1,0 +1,59 @@
+"""FLAP's bias compensation: what the removed units gave on average moves into the consumer's bias."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...pruning.plan import Plan
+from ...pruning.space import PruningSpace
+from ...pruning.surgery import axis_indices
+from .grams import unit_consumers
+
+
+class BiasCompensation:
+    """``b += W_r mean(x_r)`` for the removed input columns r of every attention and feed-forward consumer.
+
+    An et al. 2023, FLAP, arXiv 2312.11983, section 3.3. A layer without a bias gets one where units of its
+    group are cut; a part that is dropped whole leaves its mean output behind.
+
+    Args:
+        means: mean of each consumer's input, (I,), by module name.
+    """
+
+    def __init__(self, model: nn.Module, space: PruningSpace, means: Mapping[str, Tensor]) -> None:
+        self._model = model
+        self._space = space
+        self._means = [(c, means[c.module]) for c in unit_consumers(space)]
+
+    def __call__(self, slim: nn.Module, plan: Plan) -> None:
+        """Change the biases of ``slim``, which was cut by ``plan``, in place."""
+        indices = axis_indices(self._space, plan.kept)
+        modules = dict(slim.named_modules())
+        with torch.no_grad():
+            for consumer, mean in self._means:
+                kept = indices[consumer.axis]
+                if kept is None or consumer.module not in modules:
+                    continue
+                gone = torch.from_numpy(np.setdiff1d(np.arange(len(mean)), kept)).to(mean.device)
+                weights = consumer.matrix(self._model)
+                change = mean[gone].double() @ weights[gone.to(weights.device)].double()
+                rows = None if consumer.rows is None else indices[consumer.rows]
+                if rows is not None:
+                    change = change[torch.from_numpy(rows).to(change.device)]
+                shift_bias(modules[consumer.module], change)
+
+
+def shift_bias(layer: Any, change: Tensor) -> None:
+    """Add ``change`` (O,) to a layer's bias, which is made where there is none.
+
+    The parameter is replaced, not written into: candidates may share uncut tensors with each other.
+    """
+    old = layer.bias
+    value = change if old is None else old.double() + change
+    like = layer.weight if old is None else old
+    layer.bias = nn.Parameter(value.to(like.device, like.dtype), requires_grad=like.requires_grad)

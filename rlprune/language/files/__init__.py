@@ -1,0 +1,1 @@
+"""Folders of pruned language models that transformers reads."""

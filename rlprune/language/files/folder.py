@@ -1,0 +1,67 @@
+"""Writing the folder of a pruned causal language model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...artifacts.documents import PLAN_FILE, VERSION
+from ...artifacts.pruned_model import check_against_plan, plan_document
+from ...artifacts.safetensors import MAX_SHARD_SIZE, Entry, parse_size, write_checkpoint
+from ...pruning.plan import Plan
+from ...utils.files import replacing_folder, write_json_atomic
+from . import pretrained
+
+
+def save_language_model(
+    slim: nn.Module,
+    plan: Plan,
+    directory: str | Path,
+    base: Mapping[str, Any] | None,
+    tokenizer: Any,
+    max_shard_size: str | int,
+) -> Path:
+    """Write a pruned language model with all that transformers needs to load it; see `rlprune.save`."""
+    tensors = slim.state_dict()
+    stored = pretrained.stored_entries(slim)
+
+    def stream(names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            pretrained.refuse_nan(name, tensors[name], "the model")
+            yield name, tensors[name]
+
+    return write_language_model(slim, plan, directory, stored, stream, base, tokenizer, max_shard_size)
+
+
+def write_language_model(
+    slim: nn.Module,
+    plan: Plan,
+    directory: str | Path,
+    stored: Mapping[str, Entry],
+    stream: Callable[[Sequence[str]], Iterator[tuple[str, Tensor]]],
+    base: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
+) -> Path:
+    """The folder of a language model whose tensors come from a stream; ``slim`` may be on ``meta``.
+
+    Args:
+        stored: the tensors to write, in order; of tied ones the first.
+        stream: gives (name, tensor) for a list of these names.
+    """
+    parse_size(max_shard_size)
+    check_against_plan(slim.state_dict(), plan)
+    dense = pretrained.dense_config(slim, plan.space.fingerprint)
+    config = pretrained.pruned_config(slim, dense)
+    source = {"source": pretrained.SOURCE, "name": (base or {}).get("name"), "config": dense}
+    document = plan_document(plan, source, {name: entry.shape for name, entry in stored.items()})
+    document |= pretrained.plan_fields(slim, config)
+    with replacing_folder(directory, PLAN_FILE) as folder:
+        metadata = {"format": "pt", "rlprune": str(VERSION)}
+        write_checkpoint(folder, stored, stream, max_shard_size, metadata)
+        pretrained.write_side_files(folder, config, slim, tokenizer)
+        write_json_atomic(folder / PLAN_FILE, document)
+    return Path(directory)

@@ -1,0 +1,397 @@
+"""Folders of pruned language models: what stands in them beside plan.json, and how a model is built from them.
+
+Such a folder is read by two loaders, ours and transformers' ``AutoModelForCausalLM.from_pretrained(...,
+trust_remote_code=True)``, which have to agree to the bit. Ours builds the model from classes of this package
+and of transformers only, chosen by ``model_type`` among the supported families; no code of the folder is run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...artifacts.safetensors import Entry, TensorFiles, entry_of
+from ...errors import ArtifactError, near_miss, one_line
+from ...pruning.space import fingerprint
+from ...utils.files import read_json, write_json_atomic
+from .. import families
+
+SOURCE = "transformers"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+CODE = ("modeling_rlprune.py", "families.py")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_RENAMED = {("gpt_neox", "lm_head"): "embed_out"}  # (model type, module) -> module in its checkpoints
+# What differs between config.json and the dense configuration in plan.json, or has no part in the outputs.
+_SAID_TWICE = ("added_biases", "pruned_hidden_size")
+_OWN = ("per_layer_config", *_SAID_TWICE, "auto_map", "architectures")
+_IDLE = (
+    "transformers_version",
+    "_name_or_path",
+    "_model_name_or_path",
+    "use_cache",
+    "quantization_config",
+    "_attn_implementation",
+)
+
+
+def is_language_model(model: object) -> bool:
+    """Whether a model is a transformers model of a family that we support (transformers is not imported for it)."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return False
+    return model.config.model_type in families.FAMILIES and model.get_output_embeddings() is not None
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A configuration as JSON-able fields, without what only says where it came from (a GGUF file, say)."""
+    fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    return {name: value for name, value in fields.items() if name not in _IDLE}
+
+
+def dense_fields(config: Any) -> dict[str, Any]:
+    """`plain_config` without what a pruned model adds to the dense one's, nor the number format."""
+    return dense_fields_of(plain_config(config))
+
+
+def dense_fields_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`dense_fields` for the content of a config.json."""
+    return {name: value for name, value in fields.items() if name not in (*_OWN, "dtype")}
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """The content of config.json; raises ArtifactError where it is no table."""
+    fields = read_json(folder / CONFIG)
+    if not isinstance(fields, dict):
+        raise ArtifactError(f"{folder / CONFIG}: not a configuration")
+    return fields
+
+
+def build_config(fields: Mapping[str, Any]) -> Any:
+    """The configuration object of saved fields; the stock class where all layers are alike.
+
+    Raises ArtifactError for a model type that is not supported and for fields that transformers refuses.
+    """
+    model_type = fields.get("model_type")
+    if not isinstance(model_type, str) or model_type not in families.FAMILIES:
+        known = ", ".join(families.FAMILIES)
+        raise ArtifactError(f"model_type: {model_type!r} is not supported; allowed: {known}")
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    uneven = any(name in fields for name in ("per_layer_config", *_SAID_TWICE))
+    cls = _modeling().config_class(model_type) if uneven else CONFIG_MAPPING[model_type]
+    kept = {name: value for name, value in fields.items() if name not in ("auto_map", *_IDLE)}
+    try:
+        return cls.from_dict(kept)
+    except Exception as error:  # validators of transformers raise errors of many kinds
+        raise ArtifactError(f"{model_type} configuration refused: {_brief(error)}") from error
+
+
+def skeleton(config: Any) -> nn.Module:
+    """The model of a configuration without memory for its weights (on ``meta``), in eval mode."""
+    try:
+        with torch.device("meta"):
+            return _class_of(config)(config).eval()
+    except Exception as error:  # families raise whatever their layers raise
+        raise ArtifactError(
+            f"no {config.model_type} model fits the configuration: {_brief(error)}"
+        ) from error
+
+
+def stored_entries(model: nn.Module) -> dict[str, Entry]:
+    """Name -> shape and format of what is stored for a model; of tied tensors the first name only."""
+    seen: set[int] = set()
+    entries = {}
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
+    for name in model.state_dict():
+        if id(tensors[name]) not in seen:
+            seen.add(id(tensors[name]))
+            entries[name] = entry_of(tensors[name])
+    return entries
+
+
+def dense_config(slim: Any, dense_fingerprint: str) -> dict[str, Any]:
+    """The fields of the dense model's configuration, found from the pruned model's; ArtifactError when it is another.
+
+    The pruned model may be the stock class as `rlprune.prune` made it, or one that was loaded from a folder of
+    ours, whose configuration has layers of their own; the dense model of a second pruning has them as well.
+    """
+    candidates = [dense_fields(slim.config)]
+    fields = plain_config(slim.config)
+    if any(name in fields for name in ("per_layer_config", *_SAID_TWICE)):
+        candidates.append(
+            {name: value for name, value in fields.items() if name not in ("auto_map", "dtype")}
+        )
+    for candidate in candidates:
+        twin = skeleton(build_config(candidate))
+        if fingerprint(twin) == dense_fingerprint:
+            return candidate | {"architectures": [type(twin).__name__]}
+    raise ArtifactError(
+        f"save: the plan was made for another architecture than the configuration of {type(slim).__name__} describes"
+    )
+
+
+def pruned_config(slim: Any, base: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of config.json: the dense fields, the sizes of the layers that differ, added biases, the classes."""
+    sizes = families.layer_sizes(slim)
+    fields = {name: value for name, value in base.items() if name not in _OWN}
+    fields |= {"per_layer_config": _sparse(sizes, fields), "dtype": one_dtype(slim)}
+    hidden = slim.get_input_embeddings().weight.shape[1]
+    if hidden < base.get("hidden_size", hidden) and "word_embed_proj_dim" not in base:
+        fields["pruned_hidden_size"] = hidden
+    names = set(stored_entries(skeleton(build_config(fields))))
+    extra = [name for name in stored_entries(slim) if name not in names]
+    if any(not name.endswith(".bias") for name in extra):
+        raise ArtifactError(f"save: the tensor {extra[0]!r} is none of the architecture's")
+    if extra:
+        fields["added_biases"] = [name.removesuffix(".bias") for name in extra]
+    config = build_config(fields)
+    model = _modeling().model_class(config.model_type)
+    config.architectures = [model.__name__]
+    config.auto_map = {
+        "AutoConfig": f"modeling_rlprune.{type(config).__name__}",
+        "AutoModelForCausalLM": f"modeling_rlprune.{model.__name__}",
+    }
+    return plain_config(config)
+
+
+def plan_fields(slim: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What plan.json says again of config.json, so that a change in one of the two shows."""
+    fields: dict[str, Any] = {"layers": families.layer_sizes(slim)}
+    return fields | {name: config[name] for name in _SAID_TWICE if name in config}
+
+
+def write_side_files(folder: Path, config: Mapping[str, Any], slim: Any, tokenizer: Any = None) -> None:
+    """Write config.json, generation_config.json, the code for other loaders, and the tokenizer's files."""
+    write_tokenizer(folder, tokenizer)
+    write_json_atomic(folder / CONFIG, dict(config))
+    generation = getattr(slim, "generation_config", None)
+    if generation is not None:
+        write_json_atomic(folder / GENERATION, json.loads(generation.to_json_string()))
+    for name in CODE:
+        shutil.copyfile(Path(__file__).parent.parent / name, folder / name)
+
+
+def write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Write a tokenizer's files; ``tokenizer`` may also be a folder that has them, or None."""
+    if isinstance(tokenizer, (str, Path)):
+        for name in TOKENIZER_FILES:
+            if (Path(tokenizer) / name).is_file():
+                shutil.copyfile(Path(tokenizer) / name, folder / name)
+    elif tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a pruned model's folder, or None where it has none; no code of the folder is run.
+
+    ``AutoTokenizer.from_pretrained(folder)`` looks at config.json first, and some stock families refuse that.
+    """
+    path = Path(folder)
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    config = _read_config(dense_fields_of(read_fields(path)), path / CONFIG)
+    try:
+        return AutoTokenizer.from_pretrained(
+            path, config=config, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # damaged files raise whatever their parser raises
+        raise ArtifactError(f"{path}: the tokenizer cannot be read: {_brief(error)}") from error
+
+
+def published_name(model_type: str, name: str) -> str:
+    """How checkpoints of a family name a tensor on disk, where transformers renames it while loading."""
+    module, _, last = name.rpartition(".")
+    return f"{_RENAMED.get((model_type, module), module)}.{last}" if module else name
+
+
+def load_folder(folder: Path, document: Mapping[str, Any]) -> Any:
+    """The pruned model of a folder, on the CPU; every file is checked against plan.json (``document``) first."""
+    config = _checked_config(folder, document)
+    files = TensorFiles(folder)
+    _check_entries(files, config, document)
+    dense = skeleton(_read_config(document["base"]["config"], folder / "plan.json", "base.config."))
+    if fingerprint(dense) != document["fingerprint"]:
+        raise ArtifactError(
+            f"{folder / 'plan.json'}: base.config: describes another architecture than was pruned"
+        )
+    state = {}
+    for name, tensor in files.read():
+        refuse_nan(name, tensor, files.where(name))
+        state[name] = tensor
+    with quiet_loading():
+        model = _class_of(config).from_pretrained(None, config=config, state_dict=state)
+    generation = folder / GENERATION
+    if generation.is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_dict(read_json(generation))
+    return model
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No progress bar of transformers while weights are put in."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def refuse_nan(name: str, tensor: Tensor, where: str) -> None:
+    """Raise ArtifactError for a tensor with NaN or infinite values."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise ArtifactError(f"{where}: the tensor {name!r} holds NaN or infinite values")
+
+
+def _checked_config(folder: Path, document: Mapping[str, Any]) -> Any:
+    """config.json as an object, after it was compared with plan.json field by field."""
+    path = folder / CONFIG
+    fields, base = read_fields(folder), document["base"].get("config")
+    if not isinstance(base, dict) or not isinstance(document.get("layers"), list):
+        name = "base.config" if not isinstance(base, dict) else "layers"
+        raise ArtifactError(f"{folder / 'plan.json'}: damaged: the field {name!r} is missing")
+    for name in {**base, **fields}:
+        if name in _OWN or name in _IDLE or name == "dtype":
+            continue
+        if fields.get(name) != base.get(name):
+            raise ArtifactError(f"{path}: {name}: is {fields.get(name)!r}, plan.json says {base.get(name)!r}")
+    _check_layers(fields.get("per_layer_config", {}), base, document["layers"], path)
+    for name in _SAID_TWICE:
+        if fields.get(name) != document.get(name):
+            raise ArtifactError(
+                f"{path}: {name}: is {fields.get(name)!r}, plan.json says {document.get(name)!r}"
+            )
+    return _read_config(fields | {"per_layer_config": fields.get("per_layer_config", {})}, path)
+
+
+def _check_layers(sparse: Any, base: Mapping[str, Any], layers: Sequence[Any], path: Path) -> None:
+    """The sizes in config.json are those in plan.json."""
+    field = f"{path}: per_layer_config"
+    if not isinstance(sparse, dict):
+        raise ArtifactError(f"{field}: must be a table of layers")
+    given: dict[int, Any] = {}
+    for key, values in sparse.items():
+        if not key.isdecimal() or int(key) >= len(layers) or not isinstance(values, dict):
+            raise ArtifactError(
+                f"{field}.{key}: must be one of the layers 0 to {len(layers) - 1} and its sizes"
+            )
+        given[int(key)] = values
+    for index, wanted in enumerate(layers):
+        if not isinstance(wanted, dict):
+            raise ArtifactError(f"{path.parent / 'plan.json'}: damaged: layers.{index} is no table of sizes")
+        found = given.get(index, {})
+        for name in found:
+            if name not in wanted:
+                raise ArtifactError(f"{field}.{index}.{name}: unknown size{near_miss(name, wanted)}")
+        for name, size in wanted.items():
+            value = found.get(name, base.get(name, size))
+            # Where the family's own field is empty the dense size follows from others, and so does this one.
+            if value is not None and value != size:
+                raise ArtifactError(f"{field}.{index}.{name}: is {value!r}, plan.json says {size!r}")
+
+
+def _check_entries(files: TensorFiles, config: Any, document: Mapping[str, Any]) -> None:
+    """The files hold the tensors that plan.json lists, in the shapes that config.json asks for and of its format."""
+    wanted, listed = stored_entries(skeleton(config)), document["tensors"]
+    at = str(files.folder / "model.safetensors") if files.index is None else str(files.index)
+    missing, foreign = sorted(set(listed) - set(files.entries)), sorted(set(files.entries) - set(listed))
+    if missing:
+        raise ArtifactError(f"{at}: the tensor {missing[0]!r} is missing{near_miss(missing[0], foreign)}")
+    if foreign:
+        raise ArtifactError(
+            f"{files.where(foreign[0])}: holds the tensor {foreign[0]!r}, which plan.json does not list"
+        )
+    if set(wanted) != set(listed):
+        name = sorted(set(wanted) ^ set(listed))[0]
+        raise ArtifactError(f"{files.folder / 'plan.json'}: tensors: {name!r} does not fit config.json")
+    for name, entry in files.entries.items():
+        if list(entry.shape) != listed[name]:
+            raise ArtifactError(
+                f"{files.where(name)}: {name!r} has shape {list(entry.shape)}, plan.json says {listed[name]}"
+            )
+        if entry.shape != wanted[name].shape:
+            raise ArtifactError(
+                f"{files.where(name)}: {name!r} has shape {list(entry.shape)}, "
+                f"config.json asks for {list(wanted[name].shape)}"
+            )
+        if entry.dtype.is_floating_point and entry.dtype != config.dtype:
+            raise ArtifactError(
+                f"{files.folder / CONFIG}: dtype: is {_short(config.dtype)}, "
+                f"but {name!r} is stored as {_short(entry.dtype)}"
+            )
+
+
+def _read_config(fields: Mapping[str, Any], path: Path, prefix: str = "") -> Any:
+    try:
+        return build_config(fields)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {prefix}{error}") from error
+
+
+def _sparse(sizes: Sequence[Mapping[str, int]], fields: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """{layer: sizes that differ from the whole's}; a size that the whole does not state is given for every layer."""
+    plain = build_config(fields)
+    table: dict[str, dict[str, int]] = {}
+    for index, layer in enumerate(sizes):
+        changed = {name: size for name, size in layer.items() if getattr(plain, name, None) != size}
+        if changed:
+            table[str(index)] = changed
+    return table
+
+
+def one_dtype(model: nn.Module) -> str:
+    """The name of the number format of all floating-point tensors; loaders know one for a whole model."""
+    found: dict[torch.dtype, str] = {}
+    for name, entry in stored_entries(model).items():
+        if entry.dtype.is_floating_point:
+            found.setdefault(entry.dtype, name)
+    if len(found) > 1:
+        (first, a), (second, b), *_ = found.items()
+        raise ArtifactError(
+            f"save: {a!r} is {_short(first)} and {b!r} {_short(second)}; convert the model to one number format"
+        )
+    return _short(next(iter(found)))
+
+
+def _class_of(config: Any) -> Any:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    modeling = _modeling()
+    if isinstance(config, modeling.PerLayerConfig):
+        return modeling.model_class(config.model_type)
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def _modeling() -> ModuleType:
+    from .. import modeling_rlprune
+
+    return modeling_rlprune
+
+
+def _short(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _brief(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"

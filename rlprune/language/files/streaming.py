@@ -1,0 +1,191 @@
+"""Pruning a checkpoint on disk: a plan is applied tensor by tensor, for models that do not fit into memory twice.
+
+The result is the folder that `rlprune.save(rlprune.prune(model, plan), plan, ...)` writes, to the bit, but the
+dense weights are never in memory together: one tensor is read, cut, written and dropped.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...artifacts.documents import PLAN_FILE, read_plan
+from ...artifacts.safetensors import MAX_SHARD_SIZE, Entry, TensorFiles
+from ...errors import ArtifactError, near_miss
+from ...pruning.plan import Plan
+from ...pruning.space import PruningSpace, fingerprint
+from ...pruning.surgery import axis_indices, prune
+from ...tracing.trace import TraceOptions
+from ...utils.arrays import Ints
+from ...utils.files import read_json
+from ..space import language_space
+from . import pretrained
+from .folder import write_language_model
+
+# Buffers that older checkpoints hold and that models now compute themselves.
+_COMPUTED = (
+    ".rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+)
+
+
+def prune_shards(
+    source: str | Path,
+    plan: Plan | str | Path,
+    out: str | Path,
+    *,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
+) -> Path:
+    """Apply a plan to a language model's checkpoint folder and write the pruned model's folder.
+
+    Args:
+        source: a transformers folder: config.json and safetensors, in one file or in shards; tokenizer files and
+            the generation config are taken along.
+        plan: a `Plan` made for this architecture (on ``meta``, say), a plan.json, or a folder with one.
+        out: new, empty, or an earlier pruned model of ours.
+        max_shard_size: a larger model is written as several files.
+
+    Raises ArtifactError: files that are missing, damaged, quantised or of another architecture than the plan.
+    """
+    folder = Path(source)
+    files = TensorFiles(folder)
+    dense = dense_skeleton(folder, files)
+    if isinstance(plan, Plan):
+        chosen = plan
+    else:
+        document = read_plan(plan)
+        chosen = Plan.from_dict(document, space_of(dense, document))
+    try:
+        slim = prune(dense, chosen)
+    except Exception as error:  # a plan for other shapes fails somewhere in the slicing
+        raise ArtifactError(f"{folder}: the plan does not fit this checkpoint ({error})") from error
+    names = _source_names(dense, files)
+    cuts = _cuts_by_tensor(chosen)
+    dtypes = {name: entry.dtype for name, entry in pretrained.stored_entries(slim).items()}
+
+    def stream(wanted: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        for name, (found, tensor) in zip(wanted, files.read([names[n] for n in wanted]), strict=True):
+            for dim, index in cuts.get(name, ()):
+                tensor = tensor.index_select(dim, torch.from_numpy(index))
+            tensor = tensor.to(dtypes[name])
+            pretrained.refuse_nan(found, tensor, files.where(found))
+            yield name, tensor
+
+    stored = pretrained.stored_entries(slim)
+    base = {"name": folder.name}
+    return write_language_model(slim, chosen, out, stored, stream, base, folder, max_shard_size)
+
+
+def dense_skeleton(folder: str | Path, files: TensorFiles | None = None) -> Any:
+    """The dense model of a checkpoint folder on ``meta``: enough to trace it, to cost it and to plan.
+
+    Its tensors have the number format that transformers would load them in.
+    Raises ArtifactError for a configuration that is not supported.
+    """
+    path = Path(folder)
+    fields = pretrained.read_fields(path)
+    if fields.get("quantization_config") is not None:
+        raise ArtifactError(
+            f"{path / pretrained.CONFIG}: quantization_config: quantised weights cannot be cut"
+        )
+    try:
+        config = pretrained.build_config(fields)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path / pretrained.CONFIG}: {error}") from error
+    model: Any = pretrained.skeleton(config)
+    entries = (files if files is not None else TensorFiles(path)).entries
+    stored = next((e.dtype for e in entries.values() if e.dtype.is_floating_point), torch.float32)
+    model.to(getattr(config, "dtype", None) or stored)
+    if (path / pretrained.GENERATION).is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_dict(read_json(path / pretrained.GENERATION))
+    return model
+
+
+def space_of(model: nn.Module, document: Mapping[str, Any]) -> PruningSpace:
+    """The pruning space in which a saved plan was made; the model may be on ``meta``.
+
+    Raises ArtifactError: a group of the plan is none of the model's.
+    """
+    names = [group["name"] for group in document["groups"]]
+    shape = document.get("input") or [1, 8]
+    example = torch.zeros((1, int(shape[-1])), dtype=torch.long)
+    drop = any(width == 0 for width in document["widths"])
+
+    def traced(ignore: Sequence[str]) -> PruningSpace:
+        options = TraceOptions(ignore=ignore, verify=False, drop=drop, hidden="hidden" in names)
+        return language_space(model, example, fingerprint(model), options)
+
+    space = traced(())
+    own = [group.name for group in space.groups]
+    foreign = sorted(set(names) - set(own))
+    if foreign:
+        raise ArtifactError(f"{PLAN_FILE}: the model has no group {foreign[0]!r}{near_miss(foreign[0], own)}")
+    left_out = [name for name in own if name not in names]
+    return traced(left_out) if left_out else space
+
+
+def _cuts_by_tensor(plan: Plan) -> dict[str, list[tuple[int, Ints]]]:
+    indices = axis_indices(plan.space, plan.kept)
+    cuts: dict[str, list[tuple[int, Ints]]] = defaultdict(list)
+    for cut in plan.space.cuts:
+        index = indices[cut.axis]
+        if index is not None:
+            cuts[cut.tensor].append((cut.dim, np.ascontiguousarray(index)))
+    return cuts
+
+
+def _source_names(dense: Any, files: TensorFiles) -> dict[str, str]:
+    """Stored name of the model -> name in the checkpoint, which may lack the prefix or name another tied tensor."""
+    wanted = pretrained.stored_entries(dense)
+    aliases = _aliases(dense)
+    prefix = f"{dense.base_model_prefix}."
+    names: dict[str, str] = {}
+    used: set[str] = set()
+    for name, entry in wanted.items():
+        spellings = [s for alias in aliases[name] for s in (alias, alias.removeprefix(prefix))]
+        spellings.append(pretrained.published_name(dense.config.model_type, name))
+        found = next((s for s in spellings if s in files.entries), None)
+        if found is None:
+            hint = near_miss(name, files.entries)
+            raise ArtifactError(f"{files.folder}: the tensor {name!r} is missing{hint}")
+        _check_shape(files, found, entry)
+        names[name] = found
+        used |= set(spellings)
+    for name in files.entries:
+        if name not in used and not name.endswith(_COMPUTED):
+            raise ArtifactError(
+                f"{files.where(name)}: holds the tensor {name!r}, which {type(dense).__name__} has not"
+            )
+    return names
+
+
+def _check_shape(files: TensorFiles, name: str, entry: Entry) -> None:
+    found = files.entries[name]
+    if found.shape != entry.shape:
+        raise ArtifactError(
+            f"{files.where(name)}: {name!r} has shape {list(found.shape)}, "
+            f"{pretrained.CONFIG} asks for {list(entry.shape)}"
+        )
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """The first name of each tensor -> all its names."""
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
+    first: dict[int, str] = {}
+    names: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(first.setdefault(id(tensor), name), []).append(name)
+    return names

@@ -1,0 +1,321 @@
+"""Causal language models by name: a hub id, a local folder, a GGUF file, or a tiny Llama of our own.
+
+Code that comes with a model is never run (``trust_remote_code`` stays off), and what cannot be pruned is
+refused before its weights are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ArtifactError, ConfigError, DataError, GraphError, near_miss
+from .families import UnsupportedModel, family_of
+from .text import help_texts
+
+PREFIX = "hf:"
+TINY = "tiny_llama"
+TINY_ARGUMENTS = {
+    "layers": 6,
+    "hidden": 64,
+    "heads": 4,
+    "kv_heads": 2,
+    "intermediate": 176,
+    "vocab": 512,
+    "context": 512,
+    "tied": True,
+}
+_END = "<|endoftext|>"
+_GGUF_PACKAGES = ("gguf", "accelerate")
+_CAUSAL_NAMES = ("ForCausalLM", "LMHeadModel")
+_NAMES = {
+    "hf:PATH": "a transformers causal language model: folder with config.json, or a .gguf file",
+    "hf:ID": "the same by hub id; it is downloaded where it is not cached",
+    TINY: f"small Llama, trained on the spot; arguments: {', '.join(f'{k} ({v})' for k, v in TINY_ARGUMENTS.items())}",
+}
+
+
+@dataclass(frozen=True)
+class Causal:
+    """A dense causal LM in eval mode on the CPU, and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def longest(self) -> int | None:
+        """Most tokens of a sequence, None where positions have no end."""
+        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return int(found) if found else None
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the input embedding: token ids are below it."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a whole text; the special tokens are those that the tokenizer adds by itself."""
+        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        return ids
+
+
+def list_causal() -> list[tuple[str, str]]:
+    """(name, one line) of every way to name a language model."""
+    return list(_NAMES.items())
+
+
+def is_causal(name: str) -> bool:
+    """Whether a model's name stands for a causal language model."""
+    return name == TINY or name.startswith(PREFIX)
+
+
+def load_causal(
+    name: str, *, dtype: str = "auto", arguments: Mapping[str, Any] | None = None, seed: int = 0
+) -> Causal:
+    """Load a language model and its tokenizer by name; ``auto`` is float32.
+
+    Raises ConfigError (name, arguments, missing packages), DataError (no such file, no download),
+    ArtifactError (broken files, missing weights), GraphError (not a causal LM of a supported family).
+    """
+    torch_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    with _quiet():
+        if name == TINY:
+            return _tiny(dict(arguments or {}), seed, torch_dtype)
+        if arguments:
+            raise ConfigError(f"model.arguments: only {TINY!r} takes any, not {name!r}")
+        place, file = _place(name)
+        options: dict[str, Any] = {"trust_remote_code": False} | ({"gguf_file": file} if file else {})
+        config = _config(name, place, options)
+        model = _weights(name, place, options, torch_dtype)
+        _refuse_unsupported(name, model)
+        tokenizer = _tokenizer(name, place, options)
+    if file:
+        _forget_quantisation(model, place)
+    elif getattr(config, "quantization_config", None) is not None:
+        raise GraphError(f"model.name {name!r}: its weights are quantised; give the unquantised model")
+    return Causal(model.eval(), tokenizer)
+
+
+def read_config(name: str) -> Any:
+    """The config of a model named ``hf:...``, without its weights; refuses what `load_causal` refuses by it."""
+    with _quiet():
+        place, file = _place(name)
+        return _config(name, place, {"trust_remote_code": False} | ({"gguf_file": file} if file else {}))
+
+
+def _place(name: str) -> tuple[str, str | None]:
+    """(folder or hub id, GGUF file in it or None); DataError where a local one is not there."""
+    text = name.removeprefix(PREFIX)
+    path = Path(text).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise DataError(f"model.name {name!r}: no such file")
+        missing = [p for p in _GGUF_PACKAGES if importlib.util.find_spec(p) is None]
+        if missing:
+            raise ConfigError(
+                f"model.name {name!r}: a GGUF file needs {' and '.join(missing)}: pip install 'rlprune[language]'"
+            )
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ArtifactError(f"model.name {name!r}: not a GGUF file")
+        return str(path.parent), path.name
+    if text and path.is_dir():
+        if not (path / "config.json").is_file():
+            files = sorted(p.name for p in path.glob("*.gguf"))
+            hint = f"; it holds {files[0]}: name that file" if files else ""
+            raise DataError(f"model.name {name!r}: the folder has no config.json{hint}")
+        _refuse_pruned(name, path / "config.json")
+        return str(path), None
+    if path.is_file():
+        raise DataError(f"model.name {name!r}: give the folder with config.json, or a .gguf file")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text[:1] == ".":
+        raise DataError(f"model.name {name!r}: no such folder, and not a hub id (ORGANISATION/NAME)")
+    return text, None
+
+
+def _refuse_pruned(name: str, path: Path) -> None:
+    """Refuse a folder of ours; stock classes would stumble over its unequal layers with a riddle."""
+    try:
+        uneven = bool(json.loads(path.read_text(encoding="utf-8")).get("per_layer_config"))
+    except (OSError, ValueError, AttributeError):
+        return  # transformers says what is wrong with it
+    if uneven:
+        raise GraphError(f"model.name {name!r}: is a pruned model already; give the dense one")
+
+
+def _config(name: str, place: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    config = _read(lambda: AutoConfig.from_pretrained(place, **options), name, "config", options)
+    kind, classes = config.model_type, list(getattr(config, "architectures", None) or [])
+    if config.to_dict().get("per_layer_config"):  # the attribute of that name is there for every config
+        raise GraphError(f"model.name {name!r}: is a pruned model already; give the dense one")
+    if kind not in CAUSAL or (classes and not any(c.endswith(_CAUSAL_NAMES) for c in classes)):
+        what = f"{classes[0]} ({kind})" if classes else f"model type {kind!r}"
+        raise GraphError(f"model.name {name!r}: {what} is not a causal language model")
+    _refuse_unsupported(name, config)
+    return config
+
+
+def _refuse_unsupported(name: str, model_or_config: Any) -> None:
+    try:
+        family_of(model_or_config)
+    except UnsupportedModel as error:
+        reason = str(_closer(model_or_config) or error)
+        raise GraphError(f"model.name {name!r}: {reason}") from None
+
+
+def _closer(config: Any) -> UnsupportedModel | None:
+    """What is said of the modules of an unknown kind of model, found on a skeleton without weights."""
+    from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+    if not isinstance(config, PreTrainedConfig):
+        return None
+    try:
+        with torch.device("meta"):
+            family_of(AutoModelForCausalLM.from_config(config))
+    except UnsupportedModel as error:
+        return error
+    except Exception:  # any kind of model, any kind of failure: the config's own refusal stands
+        return None
+    return None
+
+
+def _weights(name: str, place: str, options: dict[str, Any], dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, output_loading_info=True, **options)
+
+    model, report = _read(load, name, "weights", options)
+    missing = sorted(report.get("missing_keys", ()))
+    if missing:
+        raise ArtifactError(
+            f"model.name {name!r}: the files lack {len(missing)} of the model's tensors, {missing[0]!r} among them"
+        )
+    return model
+
+
+def _tokenizer(name: str, place: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    return _read(lambda: AutoTokenizer.from_pretrained(place, **options), name, "tokenizer", options)
+
+
+def _read(read: Callable[[], Any], name: str, what: str, options: Mapping[str, Any]) -> Any:
+    """What ``read`` returns; whatever the libraries raise for broken files becomes one line."""
+    try:
+        return read()
+    except Exception as error:
+        line = _line(error)
+        if "gguf_file" in options:
+            raise ArtifactError(f"model.name {name!r}: truncated or unknown GGUF file ({line})") from error
+        if not Path(name.removeprefix(PREFIX)).expanduser().is_dir():
+            raise DataError(f"model.name {name!r}: its {what} cannot be fetched ({line})") from error
+        raise ArtifactError(f"model.name {name!r}: its {what} cannot be read ({line})") from error
+
+
+def _forget_quantisation(model: Any, place: str) -> None:
+    """The weights of a GGUF file were dequantised on reading; nothing but marks is left to say otherwise."""
+    if hasattr(model, "hf_quantizer"):
+        del model.hf_quantizer  # save_pretrained refuses a model that has one
+    for mark in ("is_quantized", "quantization_method"):
+        if mark in vars(model):
+            delattr(model, mark)
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+    model.config._name_or_path = place
+
+
+def _tiny(given: dict[str, Any], seed: int, dtype: torch.dtype) -> Causal:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    for key, value in given.items():
+        if key not in TINY_ARGUMENTS:
+            known = ", ".join(TINY_ARGUMENTS)
+            raise ConfigError(
+                f"model.arguments.{key}: unknown{near_miss(key, TINY_ARGUMENTS)}; allowed: {known}"
+            )
+        wanted = bool if key == "tied" else int
+        if type(value) is not wanted or (wanted is int and value < 1):
+            what = "true or false" if wanted is bool else "a whole number of 1 and more"
+            raise ConfigError(f"model.arguments.{key}: must be {what}, got {value!r}")
+    sizes: dict[str, Any] = TINY_ARGUMENTS | given
+    if sizes["hidden"] % (2 * sizes["heads"]) or sizes["heads"] % sizes["kv_heads"]:
+        raise ConfigError(
+            "model.arguments: hidden must be a multiple of 2 * heads and heads one of kv_heads, got "
+            f"{sizes['hidden']}, {sizes['heads']} and {sizes['kv_heads']}"
+        )
+    tokenizer = help_tokenizer(sizes["vocab"])
+    config = LlamaConfig(
+        vocab_size=sizes["vocab"],
+        hidden_size=sizes["hidden"],
+        intermediate_size=sizes["intermediate"],
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes["heads"],
+        num_key_value_heads=sizes["kv_heads"],
+        max_position_embeddings=sizes["context"],
+        tie_word_embeddings=sizes["tied"],
+        # The usual 0.02 suits widths of thousands; here the blocks would add nothing for hundreds of steps.
+        initializer_range=sizes["hidden"] ** -0.5,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+    )
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        model: Any = LlamaForCausalLM(config)
+        model = model.to(dtype).eval()
+    return Causal(model, tokenizer)
+
+
+@functools.lru_cache(maxsize=2)
+def help_tokenizer(vocabulary: int) -> Any:
+    """A byte-level BPE tokenizer of ``vocabulary`` tokens, trained on Python's help texts; always the same one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocabulary <= len(alphabet):
+        raise ConfigError(f"model.arguments.vocab: must be at least {len(alphabet) + 1}, got {vocabulary}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[_END], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(help_texts().splitlines(keepends=True), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=_END, eos_token=_END)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and notes; what matters in them is raised as an error."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

@@ -1,0 +1,341 @@
+"""The pruning space of a transformers causal language model, read from its family's adapter instead of a trace.
+
+A dependency tracer follows tensors, not meaning: it couples grouped-query heads by position (DESIGN: traps).
+Head counts and names are known exactly, so the groups are written down from them, in time linear in the depth,
+on any device (``meta`` too), and proved against the masked dense model.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from ..errors import BudgetError, GraphError, near_miss
+from ..pruning.cost import AxisSize, CostFormula, FormulaBuilder
+from ..pruning.space import AttributeRule, Axis, Cut, DropRule, Group, Member, PruningSpace, rounded
+from ..tracing.trace import TraceOptions
+from ..utils.arrays import Ints
+from . import families
+from .families import Block
+from .proof import prove
+
+_CACHE_BYTES = 2 * 2  # keys and values, two bytes each (bfloat16)
+
+
+def is_language_model(model: nn.Module) -> bool:
+    """Whether this is a transformers model that reads token ids."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not hasattr(model, "config"):
+        return False
+    return isinstance(model, transformers.PreTrainedModel) and model.main_input_name == "input_ids"
+
+
+def language_space(
+    model: nn.Module, example_inputs: Any, fingerprint: str, options: TraceOptions
+) -> PruningSpace:
+    """The space of a causal LM: a group for each attention and each feed-forward part, in block order.
+
+    A unit is a neuron, or a key-value head with its query heads and their output columns. With ``drop`` a
+    group's minimum is 0: the part is then removed whole. With ``hidden`` the residual width is a group too,
+    the last one; no exact cut exists there because norms cross it.
+
+    Args:
+        example_inputs: token ids (B, L), or a dict with ``input_ids``; costs are those of one sequence of L.
+
+    Raises:
+        GraphError: no adapter knows the model, or the proof fails; the module is named.
+    """
+    length = sequence_length(example_inputs)
+    try:
+        blocks = families.blocks_of(model)
+    except families.UnsupportedModel as error:
+        raise GraphError(str(error)) from None
+    ignored = _ignored(model, blocks, options.ignore)
+    layout = _LanguageLayout(model, blocks, length, options.drop, options.hidden, ignored)
+    _check_rounding(layout.groups, options.round_to)
+    space = layout.space(fingerprint, options.round_to, options.minimum)
+    if not space.groups:
+        reasons = [f"{name!r}: {why}" for name, why in space.protected.items()]
+        raise GraphError(f"no part of {type(model).__name__} can be pruned; " + "; ".join(reasons[:3]))
+    if options.verify:
+        prove(
+            model,
+            space,
+            lambda twin, tokens, own: _without_hidden(twin, tokens, options.drop, ignored if own else {}),
+        )
+    return space
+
+
+def _check_rounding(groups: Sequence[Group], round_to: int) -> None:
+    """A multiple above a layer's width would keep the layer whole without a word."""
+    for group in groups:
+        if group.kind != "attention" and round_to > group.width:
+            units = "neurons" if group.kind == "ffn" else "channels"
+            raise BudgetError(
+                f"prune.round_to: {round_to} is larger than the {group.width} {units} of {group.name!r}; lower "
+                "it, or name the layer in prune.ignore"
+            )
+
+
+def _without_hidden(model: nn.Module, length: int, drop: bool, ignored: dict[str, str]) -> PruningSpace:
+    """The space whose cuts are exact, at another sequence length."""
+    blocks = families.blocks_of(model)
+    return _LanguageLayout(model, blocks, length, drop, False, ignored).space("", 1, 1)
+
+
+def sequence_length(example_inputs: Any) -> int:
+    """Tokens in the example input; GraphError where it holds no token ids."""
+    ids = example_inputs
+    if isinstance(ids, dict) or hasattr(ids, "keys"):
+        ids = ids.get("input_ids")
+    elif isinstance(ids, (tuple, list)) and ids:
+        ids = ids[0]
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
+        raise GraphError(
+            "example_inputs: a language model needs token ids, an integer tensor of shape (1, L)"
+        )
+    return int(ids.shape[1])
+
+
+def _ignored(model: nn.Module, blocks: Sequence[Block], patterns: Sequence[str]) -> dict[str, str]:
+    """{part: reason} of the parts that a pattern names, by the part, a layer of it, or a block around it."""
+    if isinstance(patterns, str):
+        raise GraphError(f"ignore: {patterns!r} is one string; give a list of layer names or patterns")
+    names = [name for name, _ in model.named_modules() if name]
+    ignored: dict[str, str] = {}
+    for pattern in patterns:
+        hits = {n for n in names if fnmatch.fnmatchcase(n, pattern) or n.startswith(pattern + ".")}
+        hits |= {"hidden"} & {pattern}
+        if not hits:
+            raise GraphError(f"ignore: no layer matches {pattern!r}{near_miss(pattern, names)}")
+        reason = f"ignored by {pattern!r}"
+        for block in blocks:
+            ignored |= dict.fromkeys({block.attention} & hits, reason)
+            ignored |= dict.fromkeys({block.ffn} & hits, reason)
+            if hits & {*block.qkv, block.out}:
+                ignored[block.attention] = reason
+            if hits & {*block.up, block.down}:
+                ignored[block.ffn] = reason
+        if "hidden" in hits or hits & {n for n, m in model.named_modules() if isinstance(m, nn.Embedding)}:
+            ignored["hidden"] = reason
+    return ignored
+
+
+def _size_rule(module: str, attribute: str, axis: int, factor: int) -> AttributeRule:
+    return AttributeRule(module, attribute, axis, factor, families.set_attribute)
+
+
+class _LanguageLayout:
+    """Builds one space: numbers the units, then writes down axes, cuts, attributes, drops and costs."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        length: int,
+        drop: bool,
+        hidden: bool,
+        ignored: dict[str, str],
+    ) -> None:
+        self.model, self.blocks, self.length, self.drop = model, blocks, length, drop
+        self.modules = dict(model.named_modules())
+        self.canonical = {id(p): n for n, p in model.named_parameters()}
+        self.protected: dict[str, str] = {}
+        self.groups: list[Group] = []
+        self.axes: list[Axis] = []
+        self.cuts: list[Cut] = []
+        self.rules: list[AttributeRule] = []
+        self.drops: list[DropRule] = []
+        self.heads: dict[int, int] = {}  # block -> axis of its key-value heads (or of its whole attention)
+        self._units = 0
+        for block in blocks:
+            self._attention(block, ignored)
+            self._ffn(block, ignored)
+        if not hidden:
+            self.protected["hidden"] = "the residual width stays (prune.hidden makes it a group)"
+        elif "hidden" in ignored:
+            self.protected["hidden"] = ignored["hidden"]
+        else:
+            self._hidden()
+        self.protected["lm_head"] = "output of the model"
+
+    def space(self, fingerprint: str, round_to: int, minimum: int) -> PruningSpace:
+        return PruningSpace(
+            groups=tuple(rounded(g, round_to, minimum) for g in self.groups),
+            protected=self.protected,
+            fingerprint=fingerprint,
+            axes=tuple(self.axes),
+            cuts=tuple(self.cuts),
+            attribute_rules=tuple(self.rules),
+            costs=self._costs(),
+            input_shape=(1, self.length),
+            drops=tuple(self.drops),
+            wing="language",
+        )
+
+    # Groups
+
+    def _attention(self, block: Block, ignored: dict[str, str]) -> None:
+        reason = ignored.get(block.attention, "" if block.kv_heads else "already dropped")
+        if block.whole and not self.drop:
+            reason = reason or f"{block.whole}: it can only be dropped whole (prune.drop)"
+        elif block.kv_heads == 1 and not self.drop:
+            reason = reason or "a single key-value head"
+        if reason:
+            self.protected[block.attention] = reason
+            return
+        units = 1 if block.whole else block.kv_heads
+        r, d = block.query_heads // units, block.head_dim
+        kv = block.kv_heads // units
+        rows_of = {n: families.features(self.modules[n])[1] // units for n in block.qkv}
+        members = (*(Member(n, "out", rows) for n, rows in rows_of.items()), Member(block.out, "in", r * d))
+        start = self._group(block.attention, "attention", units, r * d, members, block.index, 0)
+        heads = np.arange(start, start + units)
+        queries, keys = np.repeat(heads, r * d), np.repeat(heads, kv * d)
+        if len(block.qkv) == 3:
+            rows = [queries, keys, keys]
+        elif families.family_of(self.model).blocked:
+            rows = [np.concatenate([queries, keys, keys])]
+        else:
+            rows = [np.repeat(heads, (r + 2 * kv) * d)]
+        for name, slots in zip(block.qkv, rows, strict=True):
+            self._cut_linear(name, "out", self._axis(slots))
+        self._cut_linear(block.out, "in", self._axis(queries))
+        self.heads[block.index] = axis = self._axis(heads)
+        for attribute, worth in families.head_attributes(self.model, block).items():
+            self.rules.append(_size_rule(block.attention, attribute, axis, worth))
+        self.drops.append(DropRule(block.attention, axis, partial(families.drop, kind="attention")))
+
+    def _ffn(self, block: Block, ignored: dict[str, str]) -> None:
+        reason = ignored.get(block.ffn, "" if block.neurons else "already dropped")
+        if block.neurons == 1 and not self.drop:
+            reason = reason or "a single unit, nothing to choose from"
+        if reason:
+            self.protected[block.ffn] = reason
+            return
+        halves = [families.features(self.modules[n])[1] // block.neurons for n in block.up]
+        members = tuple(Member(n, "out", h) for n, h in zip(block.up, halves, strict=True))
+        members += (Member(block.down, "in", 1),)
+        start = self._group(block.ffn, "ffn", block.neurons, 1, members, block.index, 1)
+        neurons = np.arange(start, start + block.neurons)
+        axis = self._axis(neurons)
+        for name, half in zip(block.up, halves, strict=True):
+            self._cut_linear(name, "out", axis if half == 1 else self._axis(np.tile(neurons, half)))
+        self._cut_linear(block.down, "in", axis)
+        for attribute, worth in families.neuron_attributes(self.model, block).items():
+            self.rules.append(_size_rule(block.ffn, attribute, axis, worth))
+        self.drops.append(DropRule(block.ffn, axis, partial(families.drop, kind="ffn")))
+
+    def _hidden(self) -> None:
+        tensors, attributes = families.hidden_dims(self.model)
+        size = families.hidden_size(self.model)
+        roles: dict[tuple[str, str], None] = {}
+        for tensor, _, consumer in tensors:
+            owner = tensor.rsplit(".", 1)[0]
+            kind = "norm" if not families.is_linear(self.modules[owner]) else "in" if consumer else "out"
+            kind = "out" if isinstance(self.modules[owner], nn.Embedding) else kind
+            roles[owner, kind] = None
+        members = tuple(Member(n, role, 1) for n, role in roles)
+        start = self._group("hidden", "hidden", size, 1, members, -1, 0)
+        axis = self._axis(np.arange(start, start + size))
+        self.cuts += [Cut(tensor, dim, axis, consumer) for tensor, dim, consumer in tensors]
+        self.rules += [_size_rule(module, attribute, axis, 1) for module, attribute in attributes]
+
+    def _group(
+        self,
+        name: str,
+        kind: str,
+        width: int,
+        unit: int,
+        members: tuple[Member, ...],
+        block: int,
+        second: int,
+    ) -> int:
+        """Append a group and return the number of its first unit."""
+        last = max(1, 2 * len(self.blocks) - 1)
+        depth = 0.0 if block < 0 else (2 * block + second) / last
+        lowest = 0 if self.drop and kind != "hidden" else 1
+        self.groups.append(
+            Group(name, kind, width, unit, lowest, 1, members, depth, 1, 1, block, kind != "hidden")
+        )
+        self._units += width
+        return self._units - width
+
+    # Tensors
+
+    def _axis(self, slots: Ints) -> int:
+        self.axes.append(Axis(np.asarray(slots, dtype=np.int64)))
+        return len(self.axes) - 1
+
+    def _cut_linear(self, name: str, side: str, axis: int) -> None:
+        layer = self.modules[name]
+        inputs, outputs = families.feature_names(layer)
+        flipped = families.is_conv1d(layer)
+        if side == "in":
+            self.cuts.append(Cut(f"{name}.weight", 0 if flipped else 1, axis, True))
+            self.rules.append(_size_rule(name, inputs, axis, 1))
+            return
+        self.cuts.append(Cut(f"{name}.weight", 1 if flipped else 0, axis, False))
+        if getattr(layer, "bias", None) is not None:
+            self.cuts.append(Cut(f"{name}.bias", 0, axis, False))
+        self.rules.append(_size_rule(name, outputs, axis, 1))
+
+    # Costs
+
+    def _costs(self) -> dict[str, CostFormula]:
+        sizes = self._sizes()
+        by_tensor: dict[str, list[Cut]] = defaultdict(list)
+        for cut in self.cuts:
+            by_tensor[cut.tensor].append(cut)
+        builders = {
+            n: FormulaBuilder(len(self.groups)) for n in ("macs", "params", "block_params", "kv_cache")
+        }
+        stem = families.family_of(self.model).blocks + "."
+        terms = {}
+        for name, parameter in self.model.named_parameters():
+            cut_dims = {c.dim: c.axis for c in by_tensor.get(name, [])}
+            rest = math.prod(n for d, n in enumerate(parameter.shape) if d not in cut_dims)
+            terms[name] = rest, [sizes[a] for a in cut_dims.values()]
+            builders["params"].add(rest, *terms[name][1])
+            if name.startswith(stem):
+                builders["block_params"].add(rest, *terms[name][1])
+        for module in self.modules.values():
+            if families.is_linear(module):
+                rest, axes = terms[self.canonical[id(module.weight)]]
+                builders["macs"].add(self.length * rest, *axes)
+        for block in self.blocks:
+            # Queries times keys and scores times values, whole squares: masked entries are computed too.
+            units = 1 if block.whole else max(1, block.kv_heads)
+            scores = 2.0 * self.length**2 * block.head_dim * block.query_heads / units
+            cached = float(_CACHE_BYTES * block.head_dim * self._cached_heads(block)) / units
+            where = [sizes[self.heads[block.index]]] if block.index in self.heads else []
+            times = 1 if where else units
+            builders["macs"].add(scores * times, *where)
+            builders["kv_cache"].add(cached * times, *where)
+        return {name: builder.build() for name, builder in builders.items()}
+
+    def _cached_heads(self, block: Block) -> int:
+        """Heads that the cache really holds: Falcon's grouped version stores its keys once for each query head."""
+        config: Any = self.model.config
+        repeated = getattr(config, "model_type", "") == "falcon" and config.new_decoder_architecture
+        return block.query_heads if repeated else block.kv_heads
+
+    def _sizes(self) -> list[AxisSize]:
+        bounds = np.cumsum([0, *(g.width for g in self.groups)]).astype(np.int64)
+        owner = np.repeat(np.arange(len(self.groups)), [g.width for g in self.groups])
+        sizes = []
+        for axis in self.axes:
+            slope = np.zeros(len(self.groups))
+            groups, counts = np.unique(owner[axis.slots], return_counts=True)
+            # A slot belongs to one unit: slots of a group are its width times the slots of a unit.
+            slope[groups] = counts / (bounds[groups + 1] - bounds[groups])
+            sizes.append(AxisSize(0.0, slope))
+        return sizes

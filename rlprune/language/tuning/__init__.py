@@ -1,0 +1,1 @@
+"""The final fine-tune of a pruned language model."""

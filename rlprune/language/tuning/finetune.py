@@ -1,0 +1,149 @@
+"""The final fine-tune of a pruned language model: LoRA, all parameters, SAAP's groups or SPP's factors.
+
+It runs through transformers' Trainer and accelerate: on one device with nothing set up, on several GPUs or sharded by
+FSDP in the processes that ``accelerate launch`` starts (see `rlprune.experiments.tune`). ``finish.batch_size`` counts
+the sequences of one optimizer step over all processes; passes are accumulated so that one holds few enough tokens. GPUs
+that have bfloat16 compute in it. Checkpoints go into a folder, and a killed fine-tune goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...config.config import FinishConfig
+from ...errors import ConfigError, DataError, near_miss
+from ...recovery.finetune import Progress
+from ...utils.randomness import isolated_randomness
+from .loss import ADAPTER_LR, FULL_LR, TokenLoss, full_precision
+from .peft import attached
+from .trainer import Work, run_trainer
+
+METHODS = {
+    "lora": "low-rank adapters on the linear layers of attention and feed-forward (peft)",
+    "full": "all parameters",
+    "group": "SAAP: a scale for each row and group of columns, and low rank",
+    "spp": "SPP: factors of rows and columns that multiply the weights",
+}
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What a fine-tune did.
+
+    ``model`` is the tuned model, merged (the one given, but under FSDP a copy on the CPU of the main
+    process); ``loss`` the mean over the last tenth of the steps, of this process's share, NaN or infinite
+    when it diverged; ``tokens`` those of all steps; ``trained`` the number of trained parameters.
+    """
+
+    model: nn.Module
+    steps: int
+    loss: float
+    tokens: int
+    trained: int
+    seconds: float
+
+
+def tune(
+    workload: Any,
+    model: nn.Module,
+    settings: FinishConfig,
+    *,
+    seed: int,
+    steps: int | None = None,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+    phase: str = "fine-tune",
+    save_steps: int | None = None,
+) -> TuneResult:
+    """Fine-tune a causal language model on the workload's train split, in place, and merge what was learned.
+
+    AdamW, linear warm-up over 5% of the steps, a cosine to zero, gradients clipped to norm 1. The loss
+    is that of `TokenLoss`: with ``settings.distill`` the dense model (``workload.model``) is the teacher.
+    The model is a plain one again afterwards, in eval mode: the same modules and state-dict names, tied weights
+    still tied. On a CPU with a fixed number of threads the result depends on the seed alone, and a resumed
+    fine-tune gives the bits of an uninterrupted one; the global random state is left as it was.
+
+    Args:
+        workload: gives ``train_batches(generator, batch_size) -> (input_ids (B, L), targets)`` and the teacher.
+        model: the pruned model, any causal language model of transformers.
+        settings: section ``finish``; ``lr`` None means 1e-4 for adapters and 2e-5 for all parameters.
+        seed: of the data's order, the adapters' start and dropout.
+        steps: optimizer steps; None for ``settings.steps``. None at all (0) changes nothing.
+        out: folder of the Trainer's checkpoints; where it holds some of this very fine-tune, it goes on.
+        progress: called as progress(phase, done, total, values).
+        save_steps: steps between two checkpoints; None for a tenth of all.
+
+    Raises:
+        ConfigError: an unknown method, or a package of the extra ``language`` is missing.
+        DataError: the train split is empty.
+        ArtifactError: ``out`` holds the state of a fine-tune with other settings.
+    """
+    started = time.monotonic()
+    if settings.method not in METHODS:
+        hint = near_miss(settings.method, METHODS)
+        raise ConfigError(
+            f"finish.method: unknown method {settings.method!r}{hint}; allowed: {', '.join(METHODS)}"
+        )
+    total = settings.steps if steps is None else steps
+    if total < 1:
+        return TuneResult(model, 0, math.nan, 0, 0, 0.0)
+    work = Work(
+        settings, settings.method, total, learning_rate(settings.lr, settings.method), seed, phase, save_steps
+    )
+    with ExitStack() as stack:
+        stack.enter_context(_isolated())
+        folder = Path(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        sequences = _sequences(workload, total * settings.batch_size, settings.batch_size, seed)
+        stack.enter_context(torch.enable_grad())
+        if settings.method == "full":
+            stack.enter_context(full_precision(model))
+        torch.manual_seed(seed)
+        teacher = workload.model if settings.distill else None
+        with attached(model, settings) as handle:
+            loss = TokenLoss(model, teacher, settings.temperature)
+            saving = out is not None
+            mean, whole = run_trainer(model, loss, sequences, work, folder, progress, saving=saving)
+            handle.model = whole or model
+        handle.model.eval()
+    tokens = total * settings.batch_size * len(sequences[0])
+    return TuneResult(handle.model, total, mean, tokens, handle.trained, time.monotonic() - started)
+
+
+def learning_rate(lr: float | None, method: str) -> float:
+    """The peak learning rate of a method where the settings leave it open: 2e-5 for `full`, else 1e-4."""
+    if lr is not None:
+        return lr
+    return FULL_LR if method == "full" else ADAPTER_LR
+
+
+def _sequences(workload: Any, count: int, batch_size: int, seed: int) -> list[Tensor]:
+    """The first ``count`` sequences (L,) of shuffled epochs of the train split, as int32 on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[Tensor] = []
+    while len(rows) < count:
+        before = len(rows)
+        for ids, _ in workload.train_batches(generator, batch_size):
+            rows += ids.to("cpu", torch.int32).unbind(0)
+            if len(rows) >= count:
+                break
+        if len(rows) == before:
+            raise DataError(f"workload {workload.name!r}: the split 'train' is empty")
+    return rows[:count]
+
+
+@contextlib.contextmanager
+def _isolated() -> Iterator[None]:
+    """Leave all global random states, a GPU's too, as they were found."""
+    with isolated_randomness(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield

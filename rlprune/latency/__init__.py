@@ -1,0 +1,1 @@
+"""Timing, and the latency tables that budgets in milliseconds are met by."""

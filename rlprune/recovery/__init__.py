@@ -1,0 +1,1 @@
+"""Steps that mend a cut model: the closed form and the training loop."""

@@ -1,0 +1,316 @@
+"""One training loop for dense training, the short recovery of a candidate, and the final fine-tune.
+
+SGD with Nesterov momentum, linear warm-up and a cosine to zero (Loshchilov & Hutter 2017, arXiv
+1608.03983), optional distillation (Hinton et al. 2015, arXiv 1503.02531), optional private state that a
+killed run goes on from. On a CPU with a fixed number of threads the result depends on the generator
+alone, and a resumed run gives the bits of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import RlpruneError
+from ..utils.checkpoints import StateFile, settings_key
+
+Batches = Callable[[torch.Generator], Iterable[tuple[Tensor, ...]]]
+"""Gives one epoch: (inputs, targets), or (inputs, targets, teacher's logits) where these are cached."""
+Loss = Callable[[Any, Tensor], Tensor]
+Progress = Callable[[str, int, int, dict[str, float]], None]
+"""Called as progress(phase, done, total, values) a few times a second."""
+
+_LOOK_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class DistillTargets:
+    """Learn a teacher's outputs beside the labels.
+
+    The loss is (1 - soft) * hard loss + soft * T^2 * KL(teacher || student) at temperature T. Without a
+    ``teacher`` every batch has to carry the teacher's logits as a third tensor.
+    """
+
+    teacher: nn.Module | None = None
+    temperature: float = 2.0
+    soft: float = 0.75
+
+    def loss(self, outputs: Tensor, logits: Tensor) -> Tensor:
+        """T^2 * KL(teacher || student), mean over all but the last dimension; shapes (..., classes)."""
+        t = self.temperature
+        student = F.log_softmax(outputs.float() / t, dim=-1).flatten(0, -2)
+        teacher = F.log_softmax(logits.float() / t, dim=-1).flatten(0, -2)
+        return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * t * t
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Optimizer settings: ``steps`` in all, peak ``lr``, the share of steps that warm up."""
+
+    steps: int
+    lr: float
+    momentum: float
+    weight_decay: float
+    warmup: float
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step 0, 1, ...: linear warm-up, then a cosine that ends at zero."""
+        warm = math.ceil(self.warmup * self.steps)
+        if step < warm:
+            return self.lr * (step + 1) / (warm + 1)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Steps done, mean loss of the last epoch (NaN or infinite when it diverged), seconds of this call."""
+
+    steps: int
+    loss: float
+    seconds: float
+
+
+class _State(StateFile):
+    """What a killed run needs: model, optimizer, random states and counters, written every so many seconds."""
+
+    def __init__(self, path: str | Path, key: str, seconds: float) -> None:
+        super().__init__(path, {"key": key})
+        self.seconds = seconds
+        self.last = time.monotonic()
+
+    def due(self) -> bool:
+        return time.monotonic() - self.last >= self.seconds
+
+    def save(self, content: Mapping[str, Any]) -> None:
+        super().save(content)
+        self.last = time.monotonic()
+
+
+def fit(
+    model: nn.Module,
+    batches: Batches,
+    loss: Loss,
+    *,
+    steps: int | None = None,
+    epochs: int | None = None,
+    steps_per_epoch: int | None = None,
+    lr: float = 0.1,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    warmup: float = 0.05,
+    distill: DistillTargets | None = None,
+    mixed_precision: bool = False,
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
+    phase: str = "fine-tune",
+    checkpoint: str | Path | None = None,
+    save_seconds: float = 60.0,
+) -> FitResult:
+    """Train ``model`` in place with SGD; it is left in eval mode.
+
+    Args:
+        batches: ``batches(generator)`` gives one epoch; it is called again until the steps are done.
+        loss: ``loss(outputs, targets)``, a scalar mean.
+        steps: number of optimizer steps; or ``epochs`` with ``steps_per_epoch``.
+        weight_decay: L2 penalty on tensors of two and more dimensions (no biases, no norms).
+        warmup: share of the steps with a rising learning rate.
+        mixed_precision: bfloat16 autocast, on CUDA devices that compute in it; ignored elsewhere.
+        generator: CPU generator of every draw, dropout included (seed 0 without one). It is advanced.
+        phase: what ``progress`` calls this training.
+        checkpoint: file of the private state; where it exists, training goes on from there.
+        save_seconds: least time between two writes of the state; it is also written at the end.
+
+    Raises RlpruneError for no data, ArtifactError for an unwritable state or one of another run.
+    """
+    started = time.monotonic()
+    total = _total_steps(steps, epochs, steps_per_epoch)
+    generator = generator or torch.Generator().manual_seed(0)
+    schedule = Schedule(total, lr, momentum, weight_decay, warmup)
+    state = None if checkpoint is None else _State(checkpoint, _key(model, schedule, distill), save_seconds)
+    device = _device(model)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        loop = _Loop(model, batches, loss, schedule, distill, _autocast(device, mixed_precision), generator)
+        with torch.enable_grad():
+            mean = loop.run(state, progress, phase)
+    model.eval()
+    return FitResult(loop.step, mean, time.monotonic() - started)
+
+
+class _Loop:
+    """One training run: what changes from step to step, and how to save and restore it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        loss: Loss,
+        schedule: Schedule,
+        distill: DistillTargets | None,
+        autocast: Callable[[], torch.autocast],
+        generator: torch.Generator,
+    ) -> None:
+        self.model, self.batches, self.hard_loss = model, batches, loss
+        self.schedule, self.distill, self.autocast = schedule, distill, autocast
+        self.generator = generator
+        self.optimizer = _optimizer(model, schedule)
+        self.device = _device(model)
+        self.step = 0
+        self.epoch_start = generator.get_state()  # the epoch in progress is drawn again from here
+        self.epoch_batches = 0
+        precision = torch.float32 if self.device.type == "mps" else torch.float64  # mps has no doubles
+        self.sum = torch.zeros((), dtype=precision, device=self.device)  # of this epoch's losses
+        self.mean = math.nan
+
+    def run(self, state: _State | None, progress: Progress | None, phase: str) -> float:
+        """All remaining steps; returns the mean loss of the last epoch."""
+        saved = state.load() if state else None
+        if saved is not None:
+            self._restore(saved)
+        self.model.train()
+        if self.distill is not None and self.distill.teacher is not None:
+            self.distill.teacher.eval()
+        last = time.monotonic()
+        total = self.schedule.steps
+        for batch in self._stream():
+            self._one(batch)
+            finished = self.step == total
+            if finished or time.monotonic() - last > _LOOK_SECONDS:
+                self.mean = float(self.sum) / self.epoch_batches
+                if progress is not None:
+                    progress(phase, self.step, total, {"loss": self.mean})
+                last = time.monotonic()
+                if not math.isfinite(self.mean):
+                    break
+            if state is not None and (finished or state.due()):
+                state.save(self._content())
+        return self.mean
+
+    def _stream(self) -> Iterator[tuple[Tensor, ...]]:
+        """The batches that are left, epoch after epoch; a resumed epoch skips what it had done."""
+        skip = self.epoch_batches
+        while self.step < self.schedule.steps:
+            self.generator.set_state(self.epoch_start)
+            seen = 0
+            for batch in self.batches(self.generator):
+                seen += 1
+                if seen <= skip:
+                    continue
+                self.epoch_batches = seen
+                yield batch
+                if self.step >= self.schedule.steps:
+                    return
+            if seen == 0:
+                raise RlpruneError("fine-tuning: the train split gives no batch")
+            skip = 0
+            self.epoch_start = self.generator.get_state()
+            self.epoch_batches = 0
+            self.sum.zero_()
+
+    def _one(self, batch: tuple[Tensor, ...]) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.rate(self.step)
+        inputs, targets = batch[0], batch[1]
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast():
+            outputs = self.model(inputs)
+        loss = self.hard_loss(outputs.float(), targets)
+        if self.distill is not None and self.distill.soft > 0:
+            soft = self.distill.loss(outputs, self._logits(batch))
+            loss = (1 - self.distill.soft) * loss + self.distill.soft * soft
+        loss.backward()
+        self.optimizer.step()
+        self.sum += loss.detach()
+        self.step += 1
+
+    def _logits(self, batch: tuple[Tensor, ...]) -> Tensor:
+        assert self.distill is not None
+        if self.distill.teacher is None:
+            if len(batch) < 3:
+                raise RlpruneError(
+                    "distillation without a teacher needs its logits as a batch's third tensor"
+                )
+            return batch[2]
+        with torch.no_grad(), self.autocast():
+            return self.distill.teacher(batch[0])
+
+    def _content(self) -> dict[str, Any]:
+        content = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "epoch_start": self.epoch_start,
+            "epoch_batches": self.epoch_batches,
+            "generator": self.generator.get_state(),
+            "sum": self.sum,
+            "mean": self.mean,
+            "torch_random": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            content["cuda_random"] = torch.cuda.get_rng_state(self.device)
+        return content
+
+    def _restore(self, content: dict[str, Any]) -> None:
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.step, self.mean = content["step"], content["mean"]
+        self.epoch_start, self.epoch_batches = content["epoch_start"], content["epoch_batches"]
+        self.generator.set_state(content["generator"])
+        self.sum.copy_(content["sum"])
+        torch.set_rng_state(content["torch_random"])
+        if "cuda_random" in content and self.device.type == "cuda":
+            torch.cuda.set_rng_state(content["cuda_random"], self.device)
+
+
+def _total_steps(steps: int | None, epochs: int | None, steps_per_epoch: int | None) -> int:
+    if steps is None:
+        if epochs is None or steps_per_epoch is None:
+            raise ValueError("give steps, or epochs and steps_per_epoch")
+        steps = epochs * steps_per_epoch
+    if steps < 1:
+        raise RlpruneError("fine-tuning: at least one step is needed (is the train split empty?)")
+    return steps
+
+
+def _optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.SGD:
+    """SGD whose weight decay leaves biases and norm weights alone."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": schedule.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(
+        [g for g in groups if g["params"]],
+        lr=schedule.lr,
+        momentum=schedule.momentum,
+        nesterov=schedule.momentum > 0,
+    )
+
+
+def _autocast(device: torch.device, wanted: bool) -> Callable[[], torch.autocast]:
+    # Older GPUs emulate bfloat16 and would be slower than in float32.
+    capable = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted and capable)
+
+
+def _device(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise RlpruneError("fine-tuning: the model has no parameters")
+    return parameter.device
+
+
+def _key(model: nn.Module, schedule: Schedule, distill: DistillTargets | None) -> str:
+    """Hash of what has to be equal for a state to fit: shapes and settings."""
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    soft = None if distill is None else [distill.temperature, distill.soft, distill.teacher is None]
+    return settings_key([shapes, asdict(schedule), soft])

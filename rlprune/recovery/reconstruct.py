@@ -1,0 +1,158 @@
+"""Closed-form reconstruction: removed units are regressed on the kept ones and folded into the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..pruning.plan import Plan
+from ..pruning.space import Cut, PruningSpace
+from ..pruning.surgery import axis_indices
+from ..tracing.graph import MIXERS
+from ..utils.arrays import Ints
+from ..utils.modes import evaluating
+from ..utils.torch_internals import CONVOLUTION
+
+# A Gram matrix wider than this (VGG's first linear layer has 25,088 inputs) costs more than it mends.
+MAX_INPUTS = 4608
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Second moments of a layer's input channels over the calibration data.
+
+    ``product`` (groups, I, I) is the mean of x x', ``mean`` (groups, I) the mean of x, with I the input
+    channels of one convolution group.
+    """
+
+    product: Tensor
+    mean: Tensor
+
+
+class Reconstruction:
+    """Gram matrices of all consumers, cached once, and the ridge regression that uses them.
+
+    For a consumer with weights W and input x split into kept (k) and removed (r) channels, the best
+    linear estimate of x_r from x_k is B' x_k with ``B = (G_kk + ridge * mean(diag G_kk) I)^-1 G_kr``, so
+    ``W_k + W_r B'`` stands in for the whole layer: the least-squares reconstruction of channel pruning
+    (He et al. 2017, arXiv 1707.06168) in closed form. Channels are regressed pixel by pixel and the
+    same B serves every kernel position. A layer with a bias gets the intercept as well; without one
+    the regression goes through the origin.
+    """
+
+    def __init__(
+        self, model: nn.Module, space: PruningSpace, batches: Iterable[tuple[Tensor, Tensor]], ridge: float
+    ) -> None:
+        self._ridge = ridge
+        self._space = space
+        self._dense = dict(model.named_parameters())
+        modules = dict(model.named_modules())
+        self._consumers: dict[str, Cut] = {}
+        for cut in space.cuts:
+            name = cut.tensor.removesuffix(".weight")
+            if cut.consumer and _mendable(modules.get(name), len(space.axes[cut.axis].slots)):
+                self._consumers[name] = cut
+        self._rows = {c.tensor: c for c in space.cuts if not c.consumer and c.tensor.endswith(".weight")}
+        self._grams = _collect(model, {n: modules[n] for n in self._consumers}, batches)
+
+    def __call__(self, slim: nn.Module, plan: Plan) -> None:
+        """Fold the removed units into the weights of ``slim`` (in place), which was cut by ``plan``."""
+        indices = axis_indices(self._space, plan.kept)
+        modules = dict(slim.named_modules())
+        with torch.no_grad():
+            for name, cut in self._consumers.items():
+                kept = indices[cut.axis]
+                if kept is not None:
+                    rows = self._rows.get(cut.tensor)
+                    self._fold(modules[name], cut, kept, indices[rows.axis] if rows else None)
+
+    def _fold(self, layer: Any, cut: Cut, kept: Ints, rows: Ints | None) -> None:
+        gram = self._grams[cut.tensor.removesuffix(".weight")]
+        device = layer.weight.device
+        k = torch.from_numpy(kept).to(device)
+        r = torch.from_numpy(np.setdiff1d(np.arange(gram.mean.shape[-1]), kept)).to(device)
+        product = gram.product
+        if layer.bias is not None:
+            product = product - gram.mean.unsqueeze(-1) * gram.mean.unsqueeze(-2)
+        b = _regress(product, k, r, self._ridge)  # (groups, K, R)
+        dense = self._dense[cut.tensor].detach()
+        if rows is not None:
+            dense = dense.index_select(1 - cut.dim, torch.from_numpy(rows).to(device))
+        removed = dense.index_select(cut.dim, r)
+        groups = layer.groups if isinstance(layer, CONVOLUTION) else 1
+        if cut.dim == 1:
+            # (O, R, ...) -> (groups, O/groups, R, rest); each group of outputs has inputs of its own
+            parts = removed.reshape(groups, removed.shape[0] // groups, removed.shape[1], -1)
+            change = torch.einsum("gkr,gorp->gokp", b.to(parts.dtype), parts)
+        else:
+            parts = removed.reshape(1, removed.shape[0], removed.shape[1], -1)
+            change = torch.einsum("gkr,grop->gkop", b.to(parts.dtype), parts)
+        layer.weight += change.reshape(layer.weight.shape)
+        if layer.bias is not None and cut.dim == 1:
+            left = gram.mean[:, r] - torch.einsum("gkr,gk->gr", b, gram.mean[:, k])
+            offset = torch.einsum("gr,gorp->go", left.to(parts.dtype), parts)
+            layer.bias += offset.reshape(-1)
+
+
+def _mendable(layer: nn.Module | None, inputs: int) -> bool:
+    """Whether a layer's weights can take up what its removed inputs gave."""
+    if not isinstance(layer, MIXERS) or inputs > MAX_INPUTS:
+        return False
+    # A grouped transposed convolution keeps its inputs in one dimension and its groups in another.
+    return not (isinstance(layer, CONVOLUTION) and layer.transposed and layer.groups > 1)
+
+
+def _regress(product: Tensor, k: Tensor, r: Tensor, ridge: float) -> Tensor:
+    kk = product.index_select(1, k).index_select(2, k)
+    kr = product.index_select(1, k).index_select(2, r)
+    scale = kk.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-12)
+    kk = kk + (ridge * scale)[:, None, None] * torch.eye(len(k), dtype=kk.dtype, device=kk.device)
+    factor, failed = torch.linalg.cholesky_ex(kk)
+    if bool(failed.any()):  # not positive definite in this precision
+        return torch.linalg.lstsq(kk, kr).solution
+    return torch.cholesky_solve(kr, factor)
+
+
+def _collect(
+    model: nn.Module, layers: dict[str, nn.Module], batches: Iterable[tuple[Tensor, Tensor]]
+) -> dict[str, Gram]:
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    rows: dict[str, int] = {}
+
+    def note(name: str) -> Any:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = _inputs(layer, inputs[0])
+            product, total = torch.einsum("ngi,ngj->gij", x, x).double(), x.sum(dim=0).double()
+            if name in sums:
+                product, total = sums[name][0] + product, sums[name][1] + total
+            sums[name] = product, total
+            rows[name] = rows.get(name, 0) + len(x)
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+    try:
+        with torch.no_grad(), evaluating(model):
+            for inputs, _ in batches:
+                model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {n: Gram(product / rows[n], total / rows[n]) for n, (product, total) in sums.items()}
+
+
+def _inputs(layer: nn.Module, x: Tensor) -> Tensor:
+    """The layer's input as samples: (rows, groups, channels of a group)."""
+    if not isinstance(layer, CONVOLUTION):
+        return x.reshape(-1, 1, x.shape[-1])
+    groups = 1 if layer.transposed else layer.groups
+    if all(n == 1 for n in layer.kernel_size) and any(n > 1 for n in layer.stride):
+        seen: Any = (..., *(slice(None, None, n) for n in layer.stride))
+        x = x[seen]  # the pixels that a 1x1 kernel reads
+    flat = x.flatten(2).transpose(1, 2)
+    return flat.reshape(-1, groups, x.shape[1] // groups)

@@ -1,0 +1,1 @@
+"""What a run recorded, as tables, plots and pages."""

@@ -1,0 +1,184 @@
+"""The tables and the views of a benchmark's results.json, for Markdown and for the report alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import plots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Table = tuple[list[str], list[list[str]]]
+SCORE_UNITS = {
+    "kl": "score (−KL to the dense model, nats)",
+    "loss": "score (−validation loss, nats)",
+    "accuracy": "score (validation accuracy)",
+}
+REFERENCES = ("uniform", "best rule", "random")
+
+
+def per_budget(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The results of each budget by itself, each as if there had been no other; one for a run of one budget."""
+    budgets = results.get("budgets") or []
+    if len(budgets) < 2:
+        return [dict(results)]
+    return [
+        {
+            **results,
+            "budget": budget,
+            "budgets": [budget],
+            "rows": [row for row in results["rows"] if row.get("budget") in (None, budget["asked"])],
+            "summary": [entry for entry in results.get("summary", []) if entry["budget"] == budget["asked"]],
+        }
+        for budget in budgets
+    ]
+
+
+def share(results: Mapping[str, Any]) -> str:
+    """The budget of results of one budget, as a share of the dense cost: "50%"."""
+    budget = results["budget"]
+    return f"{100 * budget['target'] / budget['dense']:.4g}%"
+
+
+def headline(results: Mapping[str, Any]) -> Table:
+    """Header and rows: what each method's chosen plan is worth, and what it took to find it.
+
+    Cells hold the mean over the seeds and the 95% interval of the mean; "evaluations to random's score" the median
+    over the seeds of how many a method needed for the score that random search ended with under the same seed.
+    """
+    samples = "sequences" if "protocol" in results["workload"] else "images"
+    header = [
+        "method", "seeds", "test loss", "test loss, fine-tuned", "test, fine-tuned", "score",
+        "evaluations", "evaluations to random's score", "mean best score", "seconds", f"{samples} read",
+    ]  # fmt: skip
+    rows = []
+    for entry in results["summary"]:
+        mark = " (best rule)" if entry["best_rule"] else ""
+        rows.append(
+            [
+                f"{entry['method']}{mark}",
+                str(entry["seeds"]),
+                *[
+                    interval(entry[name])
+                    for name in ("test_loss", "test_loss_finetuned", "test_finetuned", "score")
+                ],
+                _number(entry["evaluations"]["mean"], ".0f"),
+                _reached(entry.get("evaluations_to_random")),
+                _number(entry.get("area", {}).get("mean"), ".4f"),
+                _number(entry["seconds"]["mean"], ".1f"),
+                _number(entry["samples"]["mean"], ",.0f"),
+            ]
+        )
+    return header, rows
+
+
+def paired(results: Mapping[str, Any]) -> Table:
+    """Header and rows: differences under the same seed, mean [95% interval] (seeds on which the method is better)."""
+    header = ["method"]
+    kinds = (
+        ("against_loss", "test loss"),
+        ("against_loss_finetuned", "test loss, fine-tuned"),
+        ("against", "score"),
+    )
+    header += [f"{what} − {reference}" for _, what in kinds for reference in REFERENCES]
+    rows = [
+        [entry["method"], *[against(entry[kind].get(other)) for kind, _ in kinds for other in REFERENCES]]
+        for entry in results["summary"]
+    ]
+    return header, rows
+
+
+def notes(results: Mapping[str, Any]) -> list[str]:
+    """What a reader of the tables has to know: methods left out, cells that failed."""
+    protocol = results.get("protocol") or {}
+    left_out: dict[str, list[str]] = {}
+    for name, why in protocol.get("left_out", {}).items():
+        left_out.setdefault(why, []).append(name)
+    lines = [f"Left out ({why}): {', '.join(names)}." for why, names in left_out.items()]
+    return lines + [f"Failed: {cell}: {why}." for cell, why in protocol.get("failed", {}).items()]
+
+
+def interval(spread: Mapping[str, Any]) -> str:
+    """Mean and 95% interval; the mean alone where all values are the same."""
+    if spread["mean"] is None:
+        return "–"
+    if spread["min"] == spread["max"]:
+        return f"{spread['mean']:.4f}"
+    return f"{spread['mean']:.4f} [{spread['low']:.4f}, {spread['high']:.4f}]"
+
+
+def figures(results: Mapping[str, Any]) -> list[tuple[str, Figure, str]]:
+    """(file name, picture, text) of a benchmark's results of one budget; empty for those of a run."""
+    if not results.get("summary"):
+        return []
+    unit = SCORE_UNITS.get(str(results.get("score")), "score")
+    losses = {"test loss": "test_loss", "test loss, fine-tuned": "test_loss_finetuned"}
+    panels = {label: rows for label, field in losses.items() if (rows := chart(results, field))}
+    found = []
+    if panels:
+        text = "Test loss before and after the fine-tune: mean and 95% interval of every method"
+        found.append(("benchmark", plots.comparison(panels), text))
+    if scores := chart(results, "score"):
+        text = "Score: mean and 95% interval of every method"
+        found.append(("score", plots.comparison({unit: scores}), text))
+    searches = curves(results)
+    if searches:
+        best = {
+            f"best rule: {entry['method']}": entry["score"]["mean"]
+            for entry in results["summary"]
+            if entry["best_rule"] and entry["score"]["mean"] is not None
+        }
+        figure = plots.learning(searches, best, unit)
+        found.append(
+            ("learning", figure, "Best score so far against the evaluations spent, for every search")
+        )
+    return found
+
+
+def curves(results: Mapping[str, Any]) -> dict[str, list[list[float]]]:
+    """{search method: the best score so far after each evaluation, a list for each seed}; NaN before there is one."""
+    found: dict[str, list[list[float]]] = {}
+    for row in results["rows"]:
+        if row["kind"] not in ("dense", "rule") and row.get("improvements"):
+            best = [math.nan] * int(row["evaluations"])
+            for first, score in row["improvements"]:
+                best[int(first) - 1 :] = [score] * (len(best) - int(first) + 1)
+            found.setdefault(row["method"], []).append(best)
+    return found
+
+
+def chart(results: Mapping[str, Any], field: str) -> Sequence[Mapping[str, Any]]:
+    """What `report.plots.comparison` draws of a field: the methods for which it is known."""
+    return [
+        {"method": entry["method"], **{k: entry[field][k] for k in ("values", "mean", "low", "high")}}
+        for entry in results["summary"]
+        if entry[field]["mean"] is not None
+    ]
+
+
+def against(difference: Mapping[str, Any] | None) -> str:
+    """Mean of paired differences [95% interval] (seeds won/seeds); a dash where there is none."""
+    if difference is None or difference["mean"] is None:
+        return "–"
+    inside = ""
+    if difference["min"] != difference["max"]:
+        inside = f" [{difference['low']:+.4f}, {difference['high']:+.4f}]"
+    return f"{difference['mean']:+.4f}{inside} ({difference['wins']}/{difference['seeds']})"
+
+
+def _reached(counts: Mapping[str, Any] | None) -> str:
+    """Median [interval] (seeds that reached it); "never" stands for a bound above all evaluations."""
+    if counts is None or not counts["seeds"]:
+        return "–"
+    shown = {
+        name: "never" if counts[name] is None else f"{counts[name]:g}" for name in ("median", "low", "high")
+    }
+    inside = f" [{shown['low']}, {shown['high']}]" if shown["low"] != shown["high"] else ""
+    return f"{shown['median']}{inside} ({counts['reached']}/{counts['seeds']})"
+
+
+def _number(value: Any, form: str) -> str:
+    return "–" if value is None else format(value, form)

@@ -1,0 +1,92 @@
+"""A model of the score through the logits of the scored plans, for the search that PPO trains in.
+
+An evaluation tells more than a score: the logits of every validation image, or of every scored token of a text the
+log-probabilities of the dense model's likeliest tokens. They are nearly additive over the groups where the divergence
+is not, so a process of the logits (:class:`rlprune.surrogates.logit_gp.LogitModel`) makes more of each evaluation than
+one of the scores. (Bayesian optimisation of composite functions, Astudillo & Frazier 2019, arXiv 1906.01537.) The
+interface is that of :class:`.guided.Surrogate`.
+
+Shape legend: N plans, P new plans, G groups.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+
+from ..envs.task import Task
+from ..evaluation.kept_logits import KeptLogits
+from ..pruning.history import as_history
+from ..utils.arrays import Floats, Ints
+from .logit_gp import LogitModel
+
+# Scored plans from which on the process is worth asking.
+_ENOUGH = 5
+# Divergences are told apart down to this (nats).
+_FLOOR = 1e-6
+
+
+class CompositeModel:
+    """Minus the logarithm of the expected divergence, and how much of that is due to not knowing the logits."""
+
+    noise = 1e-3
+    # The process makes more of each evaluation than one of the scores does.
+    batch = 6
+    climbs = (0.0, 1.0, 2.0)
+
+    def __init__(self, task: Task) -> None:
+        self._logits: KeptLogits = cast(Any, task.evaluator).kept_logits()
+        self._groups = len(task.space.groups)
+        dense = as_history(task.space.widths)
+        self._model = LogitModel(task.space.widths, self._logits.take(dense), self._logits.dense)
+
+    @staticmethod
+    def applies(task: Task) -> bool:
+        """Whether the evaluator keeps the logits of what it scores."""
+        keeps = getattr(task.evaluator, "kept_logits", None)
+        return keeps is not None and keeps() is not None
+
+    def fit(self, widths: Ints, scores: Floats) -> None:
+        """Take in N scored plans of widths (N, G); of their scores the logits tell more."""
+        for plan in np.asarray(widths, dtype=np.int64):
+            key = as_history(plan)
+            if key[-1] not in self._model.known:
+                self._model.learn(plan, self._logits.take(key))
+        self._model.fit()
+
+    def predict(self, widths: Ints) -> tuple[Floats, Floats]:
+        """Mean (P,) and standard deviation (P,) of minus the logarithm of the divergence.
+
+        The mean is that of the expected divergence, not of the divergence of the expected logits: where nothing is
+        known the latter are the dense model's, and any plan far from the known ones would look best.
+        """
+        centre, spread = (np.maximum(part, _FLOOR) for part in self._model.expected(widths))
+        return -np.log(centre + spread), spread / (centre + spread)
+
+    def covariance(self, widths: Ints) -> tuple[Floats, Floats]:
+        """Mean (P,) and joint covariance (P, P)."""
+        mean, deviation = self.predict(widths)
+        return mean, np.outer(deviation, deviation) * self._model.correlation(widths)
+
+    def ready(self, known: int) -> bool:
+        """Whether enough plans have been scored for the process to be worth asking."""
+        return known >= _ENOUGH
+
+    def informed(self, widths: Ints) -> bool:
+        """Whether enough is known for more than random plans."""
+        return self.ready(len(self._model.known))
+
+    def promising(self, count: int) -> Ints:
+        """None: what it knows has been scored."""
+        return np.zeros((0, self._groups), dtype=np.int64)
+
+    @property
+    def theta(self) -> list[float] | None:
+        """What the next fit starts from."""
+        return self._model.state
+
+    @theta.setter
+    def theta(self, value: list[float] | None) -> None:
+        if value is not None:
+            self._model.state = list(value)

@@ -1,0 +1,1 @@
+"""From a network to the groups of units that are cut together."""

@@ -1,0 +1,116 @@
+"""Which named architecture a module is: so that a saved model can be rebuilt without its code being named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ArtifactError
+from ..pruning.space import fingerprint
+from .googlenet_cifar import CifarGoogLeNet
+from .resnet_cifar import CifarResNet
+from .zoo import CIFAR_DEPTHS, rebuild
+
+MOST_CANDIDATES = 5
+
+
+def identify(
+    model: nn.Module,
+    dense_fingerprint: str,
+    dense_params: float,
+    changed: Mapping[str, Mapping[str, int]] | None = None,
+) -> dict[str, Any] | None:
+    """How to rebuild the dense architecture of a (pruned) model, or None when it is no named one.
+
+    A few candidates, those nearest to ``dense_params`` parameters, are built and compared: the
+    fingerprint (names, shapes, layer types) has to be ``dense_fingerprint``, and every simple setting
+    of every layer (strides, dropout rates) that of ``model``, except for the integers in ``changed``
+    ({module: {attribute: value}}).
+    """
+    for base in _candidates(model, dense_params):
+        try:
+            twin = _skeleton(base)
+        except ArtifactError:
+            continue
+        if fingerprint(twin) == dense_fingerprint and _same_settings(model, twin, changed or {}):
+            return base
+    return None
+
+
+def _candidates(model: nn.Module, dense_params: float) -> Iterator[dict[str, Any]]:
+    home = type(model).__module__
+    classes, channels = _ends(model)
+    arguments: dict[str, Any]
+    if isinstance(model, CifarResNet):
+        arguments = {"width": model.width, "classes": classes, "channels": channels}
+        yield from (
+            {"source": "zoo", "name": f"cifar_resnet{d}", "arguments": arguments} for d in CIFAR_DEPTHS
+        )
+    elif isinstance(model, CifarGoogLeNet):
+        arguments = {"width": model.width, "classes": classes, "channels": channels}
+        yield {"source": "zoo", "name": "cifar_googlenet", "arguments": arguments}
+    elif home.startswith("torchvision.models."):
+        arguments = {"num_classes": classes, "channels": channels}
+        for name in _torchvision_names(home, dense_params):
+            yield {"source": "torchvision", "name": name, "arguments": arguments}
+    elif home.startswith("timm."):
+        settings = getattr(model, "pretrained_cfg", None) or {}
+        known = settings.get("architecture")
+        if isinstance(known, str):
+            arguments = {"num_classes": classes, "in_chans": channels}
+            yield {"source": "timm", "name": known, "arguments": arguments}
+
+
+def _torchvision_names(home: str, dense_params: float) -> list[str]:
+    """Models of the file ``home`` with about that many parameters: the largest of a family fill no memory."""
+    from torchvision import models
+
+    def distance(name: str) -> float:
+        published = [weights.meta.get("num_params", 0) for weights in models.get_model_weights(name)]
+        return min((abs(count - dense_params) for count in published), default=0.0)
+
+    names = [n for n in models.list_models(module=models) if models.get_model_builder(n).__module__ == home]
+    return sorted(names, key=distance)[:MOST_CANDIDATES]
+
+
+def _ends(model: nn.Module) -> tuple[int, int]:
+    """Outputs of the last layer and inputs of the first: neither is ever cut."""
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    if not layers:
+        return 0, 0
+    first, last = layers[0].weight, layers[-1].weight
+    return int(last.shape[0]), int(first.shape[1])
+
+
+def _skeleton(base: Mapping[str, Any]) -> nn.Module:
+    """The architecture without memory for its weights, where its constructor allows that."""
+    try:
+        with torch.device("meta"):
+            return rebuild(base)
+    except (ArtifactError, RuntimeError, NotImplementedError):
+        return rebuild(base)
+
+
+def _same_settings(model: nn.Module, twin: nn.Module, changed: Mapping[str, Mapping[str, int]]) -> bool:
+    ours, theirs = dict(model.named_modules()), dict(twin.named_modules())
+    if ours.keys() != theirs.keys():
+        return False
+    return all(
+        _simple(ours[name], changed.get(name, {})) == _simple(theirs[name], changed.get(name, {}))
+        for name in ours
+    )
+
+
+def _simple(module: nn.Module, leave_out: Mapping[str, int]) -> dict[str, Any]:
+    """The settings of one layer that are plain values; whether it is in training mode is none of them."""
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, (bool, int, float, str, tuple, type(None)))
+        and not key.startswith("_")
+        and key != "training"
+        and key not in leave_out
+    }
