@@ -12,8 +12,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from small import SMALL_RUN
 
+from helpers.small import SMALL_RUN
 from rlprune.config.config import Config, load_config
 
 

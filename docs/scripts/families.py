@@ -31,7 +31,7 @@ from rlprune.report.html import markdown_table
 
 DOCS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(DOCS.parent / "tests"))
-from lm import VARIANTS, tiny_lm, tokens  # noqa: E402  (the tests' own models)
+from helpers.lm import VARIANTS, tiny_lm, tokens  # noqa: E402  (the tests' own models)
 
 EXACT, LENGTH, PLANS = 1e-9, 12, 8
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {

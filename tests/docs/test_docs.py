@@ -1,0 +1,319 @@
+"""The documents: their scripts start and judge rightly, and what the pages name (commands, settings, files) exists."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+import shlex
+import sys
+import textwrap
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import yaml
+
+import rlprune
+from helpers.synthetic import FakeEvaluator
+from rlprune.cli import main as cli
+from rlprune.config.config import Config, settings_reference, shipped_configs
+from rlprune.importance.importance import IMPORTANCES
+from rlprune.language.describe import COST_NOTES
+from rlprune.language.families import FAMILIES
+from rlprune.language.files.pretrained import CODE
+from rlprune.language.tuning.finetune import METHODS
+from rlprune.rules import RULES
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+SCRIPTS = sorted((DOCS / "scripts").glob("*.py"))
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(DOCS / "scripts"))  # as Python does for a script: its siblings are importable
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(DOCS / "scripts"))
+    return module
+
+
+@pytest.mark.parametrize(
+    "script", [p for p in SCRIPTS if "def main(" in p.read_text()], ids=lambda path: path.stem
+)
+def test_every_script_starts(
+    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script.name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        load(script.stem).main()
+    assert ended.value.code == 0
+    assert "usage:" in capsys.readouterr().out
+
+
+def test_the_index_names_every_script_and_document() -> None:
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    assert {path.name for path in SCRIPTS} == set(re.findall(r"docs/scripts/(\w+\.py)", index))
+    assert {path.name for path in DOCS.glob("*.md")} - {"README.md"} <= set(re.findall(r"\]\((.*?)\)", index))
+
+
+def test_the_budget_curve_of_several_seeds_is_that_of_their_means() -> None:
+    script = load("budget_curve")
+    own, policy = "a search of its own", "policy"
+    seeds = [
+        [
+            {"budget": 0.5, "method": "lamp", "kind": "rule", "score": -1.0},
+            {"budget": 0.5, "method": policy, "kind": "agent", "score": score},
+            {"budget": 0.5, "method": own, "score": -0.4},
+            {"budget": 0.6, "method": policy, "kind": "agent", "score": -0.3},
+        ]
+        for score in (-0.5, -0.9)
+    ]
+    rows = script.together(seeds).splitlines()[2:]
+    assert len(rows) == 1 and "-0.7000" in rows[0] and "| 50% " in rows[0]  # (-0.7 + 1) / (-0.4 + 1)
+
+
+def test_the_share_of_a_gain_is_relative_to_the_best_rule() -> None:
+    transfer = load("transfer")
+    scores = {"uniform": -3.0, "best rule": -2.0, "policy": -1.5, "full search": -1.0}
+    found = {name: transfer.Way((1, 2), score, 2 * score, 0.5) for name, score in scores.items()}
+    assert [transfer.share([found], way, "score") for way in found] == [-1.0, 0.0, 0.5, 1.0]
+    none = found | {"full search": transfer.Way((1, 2), -2.0, -4.0, 0.5)}
+    assert math.isnan(transfer.share([none], "policy", "score"))
+    # Gains of 0.5 and 0.25 of 1 and 0: of the mean gain of 0.5, 0.375 is a share of 75%.
+    other = none | {"policy": transfer.Way((1, 2), -1.75, -3.5, 0.5)}
+    assert transfer.share([found, other], "policy", "score") == 0.75
+    table = transfer.table({"model seed 7": found}, "score")
+    assert "-1.5000 (50%)" in table and "model seed 7" in table and "test loss" not in table
+    tested = transfer.table({"model seed 7": found}, "test")
+    assert "-3.0000 (50%)" in tested and "0.5000" in tested
+
+
+def test_a_view_hides_columns_and_adds_probes() -> None:
+    script = load("features")
+    columns = {name: i for i, name in enumerate(script.FEATURES)}
+
+    def seen(name: str) -> np.ndarray:
+        return script.Viewed(FakeEvaluator(4), 0.5, view=script.VIEWS[name]).observe(0.5)
+
+    whole, hidden, probed = seen("as shipped"), seen("depth alone"), seen("probes around the base plan")
+    shown = [columns[name] for name in script.SHOWN_ALWAYS]
+    assert (hidden[:, shown] == whole[:, shown]).all() and np.count_nonzero(hidden.any(axis=0)) <= len(shown)
+    added = [columns[name] for name in script.PROBED]
+    assert not whole[:, added].any() and probed[:, added].all()
+    others = [i for i in columns.values() if i not in added]
+    assert (probed[:, others] == whole[:, others]).all()
+    rows = [{"answer": -0.5, "rule": -1.0, "search": 0.0}, {"answer": -1.0, "rule": -1.0, "search": 0.0}]
+    assert script.share(rows) == 0.25
+
+
+def test_a_way_that_is_on_record_is_not_measured_again(tmp_path: Path) -> None:
+    transfer = load("transfer")
+    record, asked = tmp_path / "ways-7.json", []
+
+    def way(name: str, score: float) -> transfer.Way:
+        asked.append(name)
+        return transfer.Way((1, 2), score, score, 0.5)
+
+    first = {"uniform": lambda: way("uniform", -1.0)}
+    assert transfer.recorded(record, first)["uniform"].score == -1.0
+    more = {"policy": lambda: way("policy", -0.5), "uniform": lambda: way("uniform", -9.0)}
+    found = transfer.recorded(record, more)
+    assert asked == ["uniform", "policy"]
+    assert list(found) == ["policy", "uniform"] and found["uniform"] == transfer.Way((1, 2), -1.0, -1.0, 0.5)
+
+
+def test_the_summary_of_places_leaves_out_what_a_place_has_not() -> None:
+    script = load("transfer_elsewhere")
+
+    def result(**scores: float) -> dict[str, dict[str, object]]:
+        names = {
+            "rule": "best rule",
+            "full": "full search",
+            "policy": "policy, 8 checkpoints ({}), and 20 evaluations",
+        }
+        builds = 96 if "copied" in scores else 144
+        return {
+            "model seed 7": {
+                names.get(n, "widths copied").format(builds): script.Way((1,), score, 2 * score, 0.5)
+                for n, score in scores.items()
+            }
+        }
+
+    near, far = result(rule=-2, copied=-1.5, policy=-1, full=-1), result(rule=-2, policy=-1.25, full=-1)
+    rows = script.summary({"recipe": near, "depth": far}).splitlines()[2:]
+    cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in rows}
+    assert cells["widths copied"] == ["50%", "50%", "–", "–"]
+    assert cells["policy, 8 checkpoints, and 20 evaluations"] == ["100%", "100%", "75%", "75%"]
+
+
+def test_the_fidelity_page_says_what_is_open_and_what_is_below_the_best() -> None:
+    script = load("fidelity")
+    row = {"recovery": "bn", "used": True, "spearman": 0.3, "low": 0.1, "high": 0.5, "difference": -0.5}
+    row |= {
+        "difference_low": -0.8,
+        "difference_high": -0.2,
+        "seconds": 0.01,
+        "reads": 300,
+        "halves": 0.9,
+        "by_samples": {"50": 0.3},
+    }
+    best = row | {
+        "recovery": "reconstruct",
+        "used": False,
+        "spearman": 0.8,
+        "difference": 0.0,
+        "seconds": 0.02,
+    }
+    content = {
+        "rows": [best, row],
+        "best": "reconstruct",
+        "recommended": "reconstruct",
+        "used": "bn",
+        "samples": 50,
+    }
+    content |= {
+        "unit": "images",
+        "tokens": 1,
+        "score": "kl",
+        "name": "digits",
+        "budget": 0.5,
+        "metric": "macs",
+    }
+    content |= {
+        "ceiling": 0.4,
+        "candidates": 40,
+        "length": "6 epochs",
+        "points": [{"final_seconds": 90.0}] * 2,
+    }
+    content |= {"hardware": {"processor": "CPU", "threads": 1, "libraries": {"torch": "2"}}}
+    text = script.page({"digits-50": content})
+    assert "below the best (`reconstruct`): **yes**" in text
+    assert "took 3 min" in text
+    assert "in use: `bn`, which is significantly below it" in text
+    assert "| bn (in use)" in text and "-0.80 to -0.20" in text
+    opened = text[text.index("## Open") :]
+    assert all(study.command in opened for name, study in script.STUDIES.items() if name != "digits-50")
+    assert "rlprune fidelity digits --candidates" not in opened
+    shipped = {study.config for study in script.STUDIES.values()}
+    assert shipped == set(shipped_configs()), "every shipped config has a study"
+
+
+# What the pages promise exists.
+
+PAGES = [DOCS.parent / "README.md", DOCS.parent / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
+GUIDE = DOCS / "language-models.md"
+EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language, without the indentation of a list item."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.M | re.S)
+    return [textwrap.dedent(body) for _, body in found]
+
+
+def command_lines(page: Path) -> list[list[str]]:
+    """The words of every shell line, continued lines joined, comments left out."""
+    lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def inline(page: Path) -> list[str]:
+    """The text of every inline code span outside of fenced blocks."""
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+def is_setting(path: str) -> bool:
+    known = {s.path: s.type for s in settings_reference()}
+    # The keys of a table (data.files, model.arguments) are free.
+    tables = ("data.files.", "model.arguments.")
+    return path in known or path.startswith(tables) or any(name.startswith(f"{path}.") for name in known)
+
+
+@EACH_PAGE
+def test_every_command_of_a_page_is_understood(page: Path) -> None:
+    for words in command_lines(page):
+        if words[0] == "rlprune":
+            args = cli.build_parser().parse_args(cli._separate_sets(words[1:]))
+            assert args.command
+        elif words[-1:] == ["--help"] or "rlprune.experiments.tune" not in words:
+            continue
+        for word in words[words.index("--set") + 1 :] if "--set" in words else []:
+            if "=" in word and not word.startswith("-"):
+                assert is_setting(word.partition("=")[0]), word
+
+
+@EACH_PAGE
+def test_every_name_in_a_page_exists(page: Path) -> None:
+    commands = {word for action in cli.build_parser()._actions for word in action.choices or ()}
+    options = set(cli._all_options(cli.build_parser()))
+    sections = {s.path.partition(".")[0] for s in settings_reference() if "." in s.path}
+    for text in inline(page):
+        command = re.match(r"rlprune (\w+)", text)
+        assert command is None or command[1] in commands, text
+        # Scripts have options of their own; that they start is tested above.
+        for option in [] if "python" in text else re.findall(r"(?<!\S)--[a-z-]+", text):
+            assert option in options, text
+        path = re.match(r"(\w+(?:\.\w+)+)(?:=|: |$)", text)
+        # Files and modules of a model look like settings.
+        other = text.startswith("model.layers.") or text.endswith((".py", ".json", ".md", ".safetensors"))
+        if path and path[1].partition(".")[0] in sections and not other:
+            assert is_setting(path[1]), text
+
+
+@EACH_PAGE
+def test_every_settings_block_of_a_page_is_valid(page: Path) -> None:
+    for block in blocks(page, "yaml"):
+        Config.from_dict(yaml.safe_load(block))
+
+
+@EACH_PAGE
+def test_every_python_block_of_a_page_names_what_there_is(page: Path) -> None:
+    for block in blocks(page, "python"):
+        compile(block, str(page), "exec")
+        for path in re.findall(r"\brlprune((?:\.\w+)+)", block):
+            found: object = rlprune
+            for name in path[1:].split("."):
+                found = getattr(found, name)
+
+
+@EACH_PAGE
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_guide_to_language_models_is_complete() -> None:
+    code = inline(GUIDE)
+    assert {name for name, rule in RULES.items() if rule.wing == "language"} <= set(code)
+    assert set(IMPORTANCES) - {"bn_scale"} <= set(code)
+    assert {*METHODS, *CODE} <= set(code)
+    assert set(COST_NOTES) <= set(code)
+
+
+def test_the_readme_names_every_extra() -> None:
+    project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.M)) == set(project["optional-dependencies"]) - {"dev"}
+
+
+def test_the_readme_keeps_a_place_for_the_results() -> None:
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    for start, end in (("results:begin", "results:end"), ("language-results:start", "language-results:end")):
+        marks = f"<!-- {start} -->", f"<!-- {end} -->"
+        assert [text.count(mark) for mark in marks] == [1, 1] and text.index(marks[0]) < text.index(marks[1])
+
+
+def test_the_changelog_counts_what_there_is() -> None:
+    text = (DOCS.parent / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"{len(FAMILIES)} model types" in text
+    assert "eleven rules for language models" in text
+    assert sum(rule.wing == "language" for rule in RULES.values()) == 11

@@ -1,0 +1,1 @@
+"""What several tests share: small models, texts, workloads, and changes to files."""

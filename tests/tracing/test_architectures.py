@@ -1,0 +1,82 @@
+"""Every architecture of docs/architectures.md: exact surgery and exact costs, or a refusal in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import rlprune
+
+SCRIPT = Path(__file__).parent.parent.parent / "docs" / "scripts" / "architectures.py"
+FAST = ("cifar_resnet20", "resnet18", "mobilenet_v3_small", "squeezenet1_1", "regnet_y_400mf", "googlenet")
+REFUSED = ("shufflenet_v2_x1_0", "swin_t", "timm:convnextv2_atto")
+
+
+def _script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_architectures", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+script = _script()
+SLOW = [name for name in script.ARCHITECTURES if name not in FAST + REFUSED]
+
+
+def _check(name: str) -> None:
+    if name.startswith("timm:"):
+        pytest.importorskip("timm")
+    facts = script.examine(name)
+    assert facts["macs_equal"], "formula and FLOP counter differ"
+    assert facts["params_equal"]
+    assert facts["difference"] <= 1e-9 < facts["changed"]
+    assert facts["reloaded"]
+    assert facts["ratio"] <= 0.5 or name == "timm:mixer_b16_224"
+    assert script.works(facts)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_random_cut_is_exact(name: str) -> None:
+    _check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_a_random_cut_of_a_larger_architecture_is_exact(name: str) -> None:
+    _check(name)
+
+
+def test_channel_shuffle_is_refused_in_one_line() -> None:
+    with pytest.raises(rlprune.GraphError) as error:
+        script.examine("shufflenet_v2_x1_0")
+    assert "\n" not in str(error.value) and "ShuffleNetV2" in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_norm_over_the_channels_of_the_whole_image_is_refused_in_one_line() -> None:
+    pytest.importorskip("timm")
+    # GlobalResponseNorm divides by the mean over all channels: a cut changes what is kept.
+    with pytest.raises(rlprune.GraphError, match="differs from the masked dense model") as error:
+        script.examine("timm:convnextv2_atto")
+    assert "\n" not in str(error.value) and "ConvNeXt" in str(error.value)
+
+
+def test_tracing_that_explodes_is_stopped_by_its_limit() -> None:
+    model = script.build_model("swin_t")
+    with pytest.raises(rlprune.GraphError, match="took more than 2 s"):
+        rlprune.trace(model, torch.randn(1, 3, 224, 224), max_seconds=2.0, max_memory_gb=4.0)
+
+
+def test_the_check_sees_a_wrong_cut() -> None:
+    good = {"difference": 0.0, "changed": 1.0, "macs_equal": True, "params_equal": True, "reloaded": True}
+    assert script.works(good)
+    for wrong in ({"difference": 1e-6}, {"changed": 0.0}, {"macs_equal": False}, {"reloaded": False}):
+        assert not script.works(good | wrong)
