@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ FLOORS = {
     "vision": 7,
     "language": 7,
     "rules": 8,
-    "latency": 6.5,
+    "latency": 8,
     "api": 8,
     "evaluation": 9,
     "envs": 10,
@@ -33,7 +34,7 @@ FLOORS = {
     "agents": 12,
     "experiments": 13,
     "plugins": 13,
-    "benchmark": 14,
+    "benchmarks": 14,
     "cli": 15,
     "__main__": 16,
     "__init__": 16,  # the public surface: it may name everything
@@ -176,4 +177,128 @@ def test_torch_pruning_is_imported_by_the_tracer_and_by_the_peer_only() -> None:
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         )
     ]
-    assert users == ["rules.depgraph", "tracing.graph"]
+    assert users == ["rules.depgraph", "tracing.graph", "tracing.torch_pruning_internals"]
+
+
+def insides(tree: ast.AST) -> Iterator[str]:
+    """What a file takes from the inside of libraries: private names of modules, and the attributes that are listed."""
+    libraries = {
+        "gymnasium",
+        "nn",
+        "optuna",
+        "sb3_contrib",
+        "stable_baselines3",
+        "torch",
+        "torch_pruning",
+        "tp",
+    }
+    libraries |= {"transformers", "peft", "accelerate"}
+    private = re.compile(r"(^|\.)_[a-z]\w*(\.|$)", re.I)
+    own = {
+        ast.unparse(n)
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)
+    }
+    own = {name for name in own if re.fullmatch(r"self\.\w+", name)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        elif isinstance(node, ast.ClassDef) and node.bases:
+            names = [f"{node.name}.{f.name}" for f in node.body if isinstance(f, ast.FunctionDef)]
+        else:
+            continue
+        for name in names:
+            root = name.split(".")[0]
+            inner = name.rpartition(".")[2] in OF_LIBRARIES and name not in own
+            if inner or (root in libraries and private.search(name)):
+                yield name
+
+
+# Attributes of the libraries' objects, whatever the object is called; tests/test_internals.py looks for them there.
+OF_LIBRARIES = {
+    "_last_obs", "_last_episode_starts", "_n_updates", "_sample_action", "_update_learning_rate", "_build",
+    "_get_indices", "_setup_model", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set",
+    "_no_split_modules", "_n_gpu", "_get_train_sampler", "_load_from_checkpoint",
+}  # fmt: skip
+INTERNALS = (
+    "agents.sb3_internals",
+    "utils.torch_internals",
+    "tracing.torch_pruning_internals",
+    "language.transformers_internals",
+)
+# A copy of it travels in saved folders, so it cannot import the others.
+ALONE = "language.families"
+
+
+@pytest.mark.parametrize("module", [name for name in KNOWN if name not in (*INTERNALS, ALONE)])
+def test_no_other_file_reaches_into_a_library(module: str) -> None:
+    found = sorted(set(insides(ast.parse(KNOWN[module].read_text(encoding="utf-8")))))
+    assert not found, (
+        f"rlprune/{module}.py uses {', '.join(found)}: put it into one of {', '.join(INTERNALS)}"
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["from torch_pruning._helpers import x", "from torch.nn import _x", "import torch._dynamo", "tp.ops._OutputOp",
+     "nn.modules.conv._ConvNd", "self.ppo._last_obs = None", "class Mine(DDPG):\n    def _sample_action(self): pass"],
+)  # fmt: skip
+def test_the_check_sees_a_reach_into_a_library(line: str) -> None:
+    assert list(insides(ast.parse(line)))
+
+
+def test_the_internals_are_used() -> None:
+    assert all(list(insides(ast.parse(KNOWN[name].read_text(encoding="utf-8")))) for name in INTERNALS)
+
+
+WINGS = ("vision", "language")
+# Names that only one wing has; general code gets them from an adapter or a builder.
+OF_A_WING = {
+    *("is_language_model", "is_language", "is_causal", "is_text", "language_model", "LANGUAGE_KINDS"),
+    *("LanguageWorkload", "VisionWorkload", "LanguageAdapter", "VisionAdapter", "LanguageCalibration"),
+    *("PreTrainedModel", "AutoModelForCausalLM"),
+}
+
+
+def questions(tree: ast.AST) -> Iterator[str]:
+    """Where a file asks which kind of model it holds: by a name of one wing, by a flag, or by comparing a wing."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Name, ast.Attribute)):
+            name = node.id if isinstance(node, ast.Name) else node.attr
+            if name in OF_A_WING or (isinstance(node, ast.Attribute) and name == "language"):
+                yield ast.unparse(node)
+        elif isinstance(node, ast.alias) and node.name in OF_A_WING:
+            yield node.name
+        elif isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            constants = {s.value for s in sides if isinstance(s, ast.Constant)}
+            if constants & {*WINGS, "transformers", "perplexity", "hf:"}:
+                yield ast.unparse(node)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+            asked = [a.value for a in node.args if isinstance(a, ast.Constant)]
+            if {"language", "tokenizer"} & set(asked):
+                yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("module", [name for name in KNOWN if place(name) not in WINGS])
+def test_only_a_wing_knows_the_kind_of_a_model(module: str) -> None:
+    found = sorted(set(questions(ast.parse(KNOWN[module].read_text(encoding="utf-8")))))
+    assert not found, f"rlprune/{module}.py asks {', '.join(found)}: add a method to ModelAdapter or Workload"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["if workload.language: pass", "is_causal(name)", "from x import LanguageWorkload", "space.wing == 'language'",
+     "getattr(workload, 'tokenizer', None)", "base.get('source') == 'transformers'"],
+)  # fmt: skip
+def test_the_check_sees_a_question(line: str) -> None:
+    assert list(questions(ast.parse(line)))
+
+
+def test_the_root_holds_packages_and_five_files() -> None:
+    files = {path.stem for path in ROOT.glob("*.py")}
+    assert files == {"__init__", "__main__", "errors", "api", "plugins"}

@@ -38,6 +38,7 @@ from rlprune.experiments.apply import refined
 from rlprune.experiments.prepare import Problem, prepare
 from rlprune.experiments.search import search
 from rlprune.report.html import markdown_table
+from rlprune.surrogates.logit_gp import LogitProbes
 from rlprune.surrogates.proposals import neighbours
 from rlprune.utils.files import read_json, write_json_atomic
 from rlprune.utils.hardware import hardware
@@ -123,7 +124,7 @@ def from_rules(task: Task) -> Any:
 def by_chance(target: Problem, most: int) -> Any:
     """Widths of a local search from the rules, judged on the unlabelled images as a policy's builds are."""
     task = Task(target.evaluator.fork(), target.budget, target.metric)
-    model = task.evaluator.logit_probes(target.target)
+    model = task.evaluator.logit_probes(target.target, LogitProbes)
     generator = np.random.default_rng(0)
     for widths in from_rules(task):
         model.measure(widths)

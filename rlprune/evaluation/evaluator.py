@@ -6,9 +6,9 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,13 +25,17 @@ from ..pruning.plan import Plan, make_plan
 from ..pruning.space import PruningSpace
 from ..pruning.surgery import prune
 from ..rules.context import Context
-from ..surrogates.logit_gp import CALIBRATION_IMAGES, TRAIN_IMAGES, LogitProbes
 from ..tracing.trace import TraceOptions
 from ..workloads.base import Workload
 from ..workloads.judge import Judge, Judgement
 from .candidate import Candidate
 from .kept_logits import KeptLogits
 from .recovery import Recovery
+
+Probes = TypeVar("Probes")
+Build = Callable[[Any], nn.Module]
+UNLABELLED = {"calibration": 256, "train": 768}
+"""Images of each split that plans are compared on without labels."""
 
 
 @dataclass
@@ -81,7 +85,7 @@ class Evaluator:
         self._importance_name = importance if isinstance(importance, str) else None
         self._dtype = self.adapter.scoring_dtype(workload, self.score_settings.dtype)
         self._judges = {False: self._new_judge(self.score_settings.images)}
-        self._logit_probes: dict[float, LogitProbes] = {}
+        self._logit_probes: dict[float, object] = {}
         self._kept_logits: KeptLogits | None = None
         given = None if isinstance(importance, str) else [np.asarray(s, dtype=np.float64) for s in importance]
         # What importances and rules measure once, for all contexts.
@@ -264,19 +268,20 @@ class Evaluator:
             costs[:, group] = curve[cut[:, group]]
         return costs
 
-    def logit_probes(self, target: float) -> LogitProbes | None:
-        """What this checkpoint's logits tell of plans of a cost (absolute); nothing is known at the first call.
+    def logit_probes(
+        self, target: float, make: Callable[[PruningSpace, Build, Tensor], Probes]
+    ) -> Probes | None:
+        """What this checkpoint's logits tell of plans of a cost (absolute), made once for each cost.
 
-        Images of the calibration and the train split are read, without labels. None where builds on them tell
-        nothing (``ModelAdapter.unlabelled_builds``).
+        ``make(space, build, images)`` gets what it may build and unlabelled images of the calibration and the train
+        split. None where builds on them tell nothing (``ModelAdapter.unlabelled_builds``).
         """
         if not self.adapter.unlabelled_builds:
             return None
         if target not in self._logit_probes:
-            parts = (("calibration", CALIBRATION_IMAGES), ("train", TRAIN_IMAGES))
-            batches = [inputs for split, n in parts for inputs, _ in self.workload.batches(split, n)]
-            self._logit_probes[target] = LogitProbes(self.space, self.build, torch.cat(batches))
-        return self._logit_probes[target]
+            batches = [x for split, n in UNLABELLED.items() for x, _ in self.workload.batches(split, n)]
+            self._logit_probes[target] = make(self.space, self.build, torch.cat(batches))
+        return cast("Probes", self._logit_probes[target])
 
     def kept_logits(self) -> KeptLogits | None:
         """The logits of what is scored from the first call on; None where a search cannot do with them.

@@ -153,7 +153,8 @@ def _own_workload(config: Config, checkpoint: str | Path | None) -> Workload:
         raise ConfigError(f"workload {config.workload!r}: {described(error)}") from error
     if not isinstance(workload, Workload):
         raise ConfigError(
-            f"workload {config.workload!r}: must be, or return, a rlprune.Workload, got {type(workload).__name__}"
+            f"workload {config.workload!r}: must {'return' if callable(found) else 'be'} a rlprune.Workload, "
+            f"got {type(workload).__name__}"
         )
     if checkpoint is not None:
         put_weights(workload.model, load_checkpoint(checkpoint), f"checkpoint {str(checkpoint)!r}")

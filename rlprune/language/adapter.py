@@ -31,6 +31,7 @@ from . import describe
 from .calibration.cache import LanguageCalibration, language_calibration
 from .calibration.compensation import BiasCompensation
 from .calibration.grams import group_consumers, unit_consumers
+from .calibration.importance import OWN_IMPORTANCES
 from .calibration.nested import NestedReconstruction
 from .calibration.statistics import collect as collect_statistics
 from .comparison import compare, read_tasks
@@ -64,6 +65,7 @@ class LanguageAdapter(ModelAdapter):
         steps=0,
         batch=_LESSON_BATCH,
     )
+    importances = OWN_IMPORTANCES
     recovery_steps = ("none", "bias", "reconstruct", "bn", "finetune")
     unread = {
         "finish.epochs": ("{model} is a language model", "give finish.steps"),

@@ -24,7 +24,7 @@ from ..pruning.space import PruningSpace
 from ..utils.arrays import Floats, Ints
 
 # Images that are read: of the calibration and of the train split, and logits in all (which are kept for every build).
-CALIBRATION_IMAGES, TRAIN_IMAGES, MOST_LOGITS = 256, 768, 2**18
+BATCH, MOST_LOGITS = 256, 2**18
 # Prior of the kernel's logarithms (centre of each kind, one spread) and where the first fit starts.
 _CENTRES = {"alone": -2.0, "alone_length": 0.5, "joint": -1.0, "joint_length": 1.0, "noise": -6.0}
 _STARTS = {"alone": 0.0, "alone_length": 0.0, "joint": 0.0, "joint_length": 0.7, "noise": -4.0}
@@ -226,7 +226,7 @@ def _added(logits: Tensor, variance: Tensor) -> Tensor:
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
     model.eval()
     with torch.no_grad():
-        return torch.cat([model(part).float().cpu() for part in images.split(CALIBRATION_IMAGES)])
+        return torch.cat([model(part).float().cpu() for part in images.split(BATCH)])
 
 
 def _per_group(values: dict[str, float], groups: int) -> Tensor:

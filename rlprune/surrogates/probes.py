@@ -8,6 +8,7 @@ import numpy as np
 
 from ..envs.task import Task
 from ..utils.arrays import Floats, Ints
+from .logit_gp import LogitProbes
 
 # Distances to the dense score are told apart between these (nats, or losses).
 _BOUNDS = 1e-4, 20.0
@@ -88,7 +89,7 @@ class ProbedModel:
 
 def probes_of(task: Task, budget: Any = None) -> Any:
     target = task.space.target(task.budget if budget is None else budget, task.metric)
-    return task.evaluator.logit_probes(target)  # type: ignore[attr-defined]
+    return task.evaluator.logit_probes(target, LogitProbes)  # type: ignore[attr-defined]
 
 
 def log_ratios(task: Task, widths: Any) -> Floats:

@@ -106,6 +106,8 @@ class ModelAdapter(abc.ABC):
     """What a score is a mean over, in the plural: the samples, or the tokens of text."""
     latency: LatencySettings
     ladder: RecoveryLadder
+    importances: tuple[str, ...] = ()
+    """The importances that only its models have; importing the adapter registers them."""
     recovery_steps: tuple[str, ...]
     """The recovery steps that its models can have (``recovery.steps``)."""
     unread: Mapping[str, tuple[str, str]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,9 +55,9 @@ class Checkpoint(FakeEvaluator):
     def build(self, widths: np.ndarray) -> nn.Module:
         return Additive(-np.log(np.maximum(widths, 0.5) / self.space.widths), self.directions)
 
-    def logit_probes(self, target: float) -> LogitProbes:
+    def logit_probes(self, target: float, make: Any = LogitProbes) -> LogitProbes:
         if target not in self.models:
-            self.models[target] = LogitProbes(self.space, self.build, self.unlabelled)
+            self.models[target] = make(self.space, self.build, self.unlabelled)
         return self.models[target]
 
     def divergence(self, widths: np.ndarray, images: torch.Tensor) -> float:

@@ -178,6 +178,8 @@ def test_a_rule_that_returns_no_distribution_is_named(returned: object, message:
     def plugwrong(context: object) -> object:
         return returned
 
-    context = SimpleNamespace(space=SimpleNamespace(groups=[1, 2]), active=np.array([True, True]))
+    context = SimpleNamespace(
+        space=SimpleNamespace(groups=[1, 2], wing="vision"), active=np.array([True, True])
+    )
     with pytest.raises(ConfigError, match=message):
         RULES["plugwrong"].function(context)

@@ -243,7 +243,7 @@ def test_what_only_language_models_have(refused: Refused) -> None:
     for setting in ("prune.drop", "prune.hidden"):
         line = digits(*uniform, f"{setting}=true")
         assert f"{setting}: only for language models" in line
-        assert line == refused("inspect", *DIGITS, "--set", f"{setting}=true")
+        assert line == refused("inspect", "digits", "--set", f"{setting}=true")
     assert "kv_cache" in digits(*uniform, "budget.metric=kv_cache")
     assert "flap" in digits(*uniform, "prune.importance=flap")
     assert "recovery.steps" in digits(*uniform, "recovery.steps=[bias]")

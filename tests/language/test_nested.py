@@ -312,7 +312,7 @@ class TestRecovery:
         net = build("Residual")
         space = rlprune.trace(net, example())
 
-        class Nothing:
+        class Nothing(rlprune.Workload):
             model = net
 
             def batches(self, split, limit=None):

@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from ...importance.calibration_cache import CURVES, CalibrationCache, Curves
-from ...importance.importance import first_sentence, l2, register
+from ...importance.importance import IMPORTANCES, first_sentence, l2, register
 from ...importance.unit_scores import Batches, Floats, Scores
 from ...pruning.space import PruningSpace
 from ...utils.memory import return_freed_memory
@@ -20,6 +20,7 @@ from .statistics import Statistics
 
 # Calibration samples of the backward pass of `obs_fisher`: (O, O) moments need fewer than (I, I) ones.
 FISHER_SAMPLES = 64
+WING = "language"
 
 
 def _by_column(
@@ -101,22 +102,22 @@ def _checked(cache: CalibrationCache, name: str) -> LanguageCalibration:
     return language_calibration(cache, purpose)
 
 
-@register(first_sentence(wanda_sp), wing="language", name="wanda_sp")
+@register(first_sentence(wanda_sp), wing=WING, name="wanda_sp")
 def _wanda_sp(cache: CalibrationCache) -> Scores:
     return wanda_sp(cache.model, cache.space, _checked(cache, "wanda_sp").statistics())
 
 
-@register(first_sentence(flap), wing="language", name="flap")
+@register(first_sentence(flap), wing=WING, name="flap")
 def _flap(cache: CalibrationCache) -> Scores:
     return flap(cache.model, cache.space, _checked(cache, "flap").statistics())
 
 
-@register(first_sentence(obs), wing="language", name="obs")
+@register(first_sentence(obs), wing=WING, name="obs")
 def _obs(cache: CalibrationCache) -> Scores:
     return obs(cache.model, cache.space, _checked(cache, "obs").grams(), cache.ridge)
 
 
-@register(first_sentence(obs_fisher), wing="language", name="obs_fisher")
+@register(first_sentence(obs_fisher), wing=WING, name="obs_fisher")
 def _obs_fisher(cache: CalibrationCache) -> Scores:
     own = _checked(cache, "obs_fisher")
     most = FISHER_SAMPLES if cache.limit is None else min(cache.limit, FISHER_SAMPLES)
@@ -124,3 +125,6 @@ def _obs_fisher(cache: CalibrationCache) -> Scores:
     scores, curves = obs_fisher(cache.model, cache.space, own.grams, batches, cache.ridge, cache.seed)
     cache.keep(CURVES, curves)
     return scores
+
+
+OWN_IMPORTANCES = tuple(name for name, found in IMPORTANCES.items() if found.wing == WING)
