@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from rlprune.config.config import load_config
-from rlprune.evaluation.ledger import Ledger
-from rlprune.experiments.prepare import Problem, prepare
+from rlprune.evaluation.ledger import EvaluationLog
+from rlprune.experiments.prepare import Experiment, prepare_experiment
 from rlprune.experiments.search import search
 from rlprune.report.html import markdown_table
 from rlprune.utils.hardware import hardware
@@ -73,15 +73,15 @@ CHANGES = {
 }
 
 
-def found(shipped: Problem, change: Change, settings: list[str], name: str, seed: int) -> dict[str, Any]:
+def found(shipped: Experiment, change: Change, settings: list[str], name: str, seed: int) -> dict[str, Any]:
     """One search and its best plan's score under the shipped settings."""
     config = load_config(name, [*settings, *change.settings])
-    problem = replace(shipped, config=config, evaluator=shipped.evaluator.fork())
+    experiment = replace(shipped, config=config, evaluator=shipped.evaluator.fork())
     if any(setting.startswith("score.") for setting in change.settings):
-        problem = prepare(config, model_seed=shipped.config.model.seed)
-    outcome = search(change.agent, [problem], Ledger(), seed=seed)
+        experiment = prepare_experiment(config, model_seed=shipped.config.model.seed)
+    outcome = search(change.agent, [experiment], EvaluationLog(), seed=seed)
     score = outcome.best.score
-    if problem.config.score != shipped.config.score:
+    if experiment.config.score != shipped.config.score:
         score = shipped.evaluator.evaluate(np.array(outcome.history[-1])).score
     return {"score": score, "spent": outcome.account.spent}
 
@@ -92,14 +92,16 @@ def measure(arguments: argparse.Namespace) -> None:
         budget, own_models = WORKLOADS[name]
         settings = [f"budget.target={budget}", f"search.evaluations={arguments.evaluations}", "threads=1"]
         for seed in range(arguments.seeds):
-            shipped: Problem | None = None
+            shipped: Experiment | None = None
             for label in arguments.only or CHANGES:
                 record = path(arguments.out, name, arguments.evaluations, label, seed)
                 if record.exists():
                     continue
                 if shipped is None:
                     config = load_config(name, settings)
-                    shipped = prepare(config, model_seed=config.model.seed + (seed if own_models else 0))
+                    shipped = prepare_experiment(
+                        config, model_seed=config.model.seed + (seed if own_models else 0)
+                    )
                 result = found(shipped, CHANGES[label], settings, name, seed)
                 record.parent.mkdir(parents=True, exist_ok=True)
                 record.write_text(json.dumps(result), encoding="utf-8")

@@ -23,8 +23,8 @@ import rlprune
 from rlprune.agents.ppo.policy import save_policy
 from rlprune.config.config import Config, load_config
 from rlprune.envs.task import KNOTS
-from rlprune.evaluation.ledger import Ledger
-from rlprune.experiments.prepare import Problem, prepare
+from rlprune.evaluation.ledger import EvaluationLog
+from rlprune.experiments.prepare import Experiment, prepare_experiment
 from rlprune.experiments.search import search
 from rlprune.report import plots
 from rlprune.report.html import SCORE_UNITS, markdown_table
@@ -41,7 +41,11 @@ def searched(config: Config, out: Path) -> dict[str, Any]:
         out.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
         found = search(
-            "ppo", [prepare(config)], Ledger(out / "ledger.jsonl"), seed=config.seed, state=out / "state"
+            "ppo",
+            [prepare_experiment(config)],
+            EvaluationLog(out / "ledger.jsonl"),
+            seed=config.seed,
+            state=out / "state",
         )
         save_policy(found.policy, out / "policy")
         content = {
@@ -53,15 +57,15 @@ def searched(config: Config, out: Path) -> dict[str, Any]:
     return dict(json.loads(record.read_text(encoding="utf-8")))
 
 
-def points_of(problem: Problem, policy: Any, budgets: list[float]) -> list[dict[str, Any]]:
+def points_of(experiment: Experiment, policy: Any, budgets: list[float]) -> list[dict[str, Any]]:
     """Scores of every rule without probes and of the policy at each budget."""
-    names = [name for name, rule in rules_for(problem.space).items() if not rule.probes]
+    names = [name for name, rule in rules_for(experiment.space).items() if not rule.probes]
     rows: list[dict[str, Any]] = []
     for budget in budgets:
-        plans = {(name, "rule"): problem.rule_widths(name, budget=budget) for name in names}
-        plans["policy", "agent"] = policy.plan(problem.evaluator, budget, problem.metric).widths
+        plans = {(name, "rule"): experiment.rule_widths(name, budget=budget) for name in names}
+        plans["policy", "agent"] = policy.plan(experiment.evaluator, budget, experiment.metric).widths
         for (name, kind), widths in plans.items():
-            score = problem.evaluator.evaluate(widths).score
+            score = experiment.evaluator.evaluate(widths).score
             rows.append({"budget": budget, "method": name, "kind": kind, "score": score})
     return rows
 
@@ -77,10 +81,10 @@ def study(arguments: argparse.Namespace, seed: int) -> tuple[list[dict[str, Any]
     out = arguments.out / f"{arguments.config}-{seed}"
     spent = searched(ranged, out / f"range-{arguments.evaluations}")
     policy = rlprune.load_policy(out / f"range-{arguments.evaluations}" / "policy")
-    problem = prepare(ranged)
+    experiment = prepare_experiment(ranged)
     visited = [round(float(b), 6) for b in np.linspace(low, high, KNOTS)]
     budgets = [round(float(b), 6) for b in np.linspace(low, high, (KNOTS - 1) * BETWEEN + 1)]
-    points = points_of(problem, policy, budgets)
+    points = points_of(experiment, policy, budgets)
     for budget in visited:
         config = load_config(
             arguments.config,
@@ -156,7 +160,7 @@ def main() -> int:
     )
     text = PAGE.format(
         command=f"{command} --seeds {' '.join(map(str, arguments.seeds))}",
-        low=100 * arguments.range[0], high=100 * arguments.range[1], knots=KNOTS,
+        low=100 * arguments.range[0], high=100 * arguments.range[1], anchor_budgets=KNOTS,
         parts="\n".join(parts), torch=torch.__version__,
     )  # fmt: skip
     (DOCS / "budget-curve.md").write_text(text, encoding="utf-8")

@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlprune.agents.ppo.behaviour_cloning import COMMON_PLANS, distill
+from rlprune.agents.ppo.behaviour_cloning import COMMON_PLANS, clone_behaviour
 from rlprune.agents.ppo.policy import GroupPolicy, PortablePolicy
 from rlprune.benchmarks.statistics import bootstrap
 from rlprune.config.config import load_config
 from rlprune.envs.distribution import DistributionEnv
 from rlprune.envs.observation import BOUND, FEATURE_VERSIONS, KINDS
 from rlprune.envs.task import Task, deviate
-from rlprune.evaluation.ledger import Ledger
-from rlprune.experiments.prepare import Problem, prepare
+from rlprune.evaluation.ledger import EvaluationLog
+from rlprune.experiments.prepare import Experiment, prepare_experiment
 from rlprune.report.html import markdown_table
 from rlprune.utils.files import read_json, write_json_atomic
 from rlprune.utils.hardware import hardware
@@ -109,9 +109,9 @@ class Viewed(Task):
         return np.clip(found / max(self.evaluator.dense.score - start, 1e-9), -BOUND, BOUND)
 
 
-def best_plans(problem: Problem, ledger: Ledger) -> list[tuple[float, NDArray[np.int64]]]:
+def best_plans(experiment: Experiment, ledger: EvaluationLog) -> list[tuple[float, NDArray[np.int64]]]:
     """Scores and widths of the best plans within the budget that a search has scored, the best first."""
-    rows = [row for row in ledger.rows if row["task"] == problem.name and row["cost"] <= problem.target]
+    rows = [row for row in ledger.rows if row["task"] == experiment.name and row["cost"] <= experiment.target]
     rows.sort(key=lambda row: -row["score"])
     return [(row["score"], np.array(row["widths"], dtype=np.int64)) for row in rows[:COMMON_PLANS]]
 
@@ -125,31 +125,32 @@ def answer(tasks: Sequence[Task], plans: Sequence[Any], left: Task, seed: int) -
         [(task.budget, widths.astype(np.float64), 1.0) for _, widths in found]
         for task, found in zip(tasks, plans, strict=True)
     ]
-    distill(policy, env, tasks, wanted, common=True)
+    clone_behaviour(policy, env, tasks, wanted, common=True)
     network = PortablePolicy(policy.network, {"reach": policy.reach, "base_rule": left.base_rule})
     return left.widths(network.action(left.observe(left.budget)), left.budget)
 
 
 def measured(
-    problems: Sequence[Problem], ledger: Ledger, view: View, networks: int
+    experiments: Sequence[Experiment], ledger: EvaluationLog, view: View, networks: int
 ) -> list[dict[str, float]]:
     """For every checkpoint left out: the scores of the network's answers (their mean), the best rule and the search."""
     sensitivity = (0.5, 0.8) if view.probes == "dense" else ()
     tasks = [
         Viewed(p.evaluator, p.budget, p.metric, sensitivity=sensitivity, name=p.name, view=view)
-        for p in problems
+        for p in experiments
     ]
-    plans = [best_plans(p, ledger) for p in problems]
+    plans = [best_plans(p, ledger) for p in experiments]
     found = []
-    for out, problem in enumerate(problems):
-        others = [i for i in range(len(problems)) if i != out]
+    for out, experiment in enumerate(experiments):
+        others = [i for i in range(len(experiments)) if i != out]
         answers = [
             answer([tasks[i] for i in others], [plans[i] for i in others], tasks[out], seed)
             for seed in range(networks)
         ]
-        scores = [problem.evaluator.evaluate(widths).score for widths in answers]
+        scores = [experiment.evaluator.evaluate(widths).score for widths in answers]
         rules = [
-            problem.evaluator.evaluate(problem.rule_widths(name)).score for name in problem.start_rules()
+            experiment.evaluator.evaluate(experiment.rule_widths(name)).score
+            for name in experiment.start_rules()
         ]
         found.append({"answer": float(np.mean(scores)), "rule": max(rules), "search": plans[out][0][0]})
     return found
@@ -173,11 +174,11 @@ def study(arguments: argparse.Namespace, budget: str) -> dict[str, list[dict[str
     known: dict[str, Any] = read_json(record) if record.exists() else {}
     if set(VIEWS) <= set(known):
         return {name: known[name] for name in VIEWS}
-    ledger = Ledger(searches(arguments, budget) / "ledger.jsonl")
-    problems = [prepare(config, model_seed=seed, name=f"model seed {seed}") for seed in TRAINED]
+    ledger = EvaluationLog(searches(arguments, budget) / "ledger.jsonl")
+    experiments = [prepare_experiment(config, model_seed=seed, name=f"model seed {seed}") for seed in TRAINED]
     for name, view in VIEWS.items():
         if name not in known:
-            known[name] = measured(problems, ledger, view, arguments.networks)
+            known[name] = measured(experiments, ledger, view, arguments.networks)
             record.parent.mkdir(parents=True, exist_ok=True)
             write_json_atomic(record, known)
             print(f"{budget}: {name}: {100 * share(known[name]):.0f}%", flush=True)

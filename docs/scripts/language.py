@@ -28,10 +28,10 @@ import torch
 from rlprune.api import trace
 from rlprune.config.config import Config, RecoveryConfig, load_config
 from rlprune.evaluation.importance import compute
-from rlprune.evaluation.ledger import Ledger
+from rlprune.evaluation.ledger import EvaluationLog
 from rlprune.evaluation.recovery import Recovery
 from rlprune.experiments.finish import choose
-from rlprune.experiments.prepare import Problem, prepare
+from rlprune.experiments.prepare import Experiment, prepare_experiment
 from rlprune.experiments.search import search
 from rlprune.language.calibration.grams import Grams
 from rlprune.language.calibration.grams import collect as collect_grams
@@ -91,39 +91,41 @@ class Kept:
         return found
 
 
-def perplexity(problem: Problem, model: torch.nn.Module, split: str = "test") -> float:
+def perplexity(experiment: Experiment, model: torch.nn.Module, split: str = "test") -> float:
     """Perplexity in bfloat16 (dense: within 0.05% of float32, at half the time)."""
     twin = model.to(torch.bfloat16)
     if split != "test":
-        return problem.workload.evaluate(twin, split).metric
-    with problem.workload.test_opened():
-        return problem.workload.evaluate(twin, split).metric
+        return experiment.workload.evaluate(twin, split).metric
+    with experiment.workload.test_opened():
+        return experiment.workload.evaluate(twin, split).metric
 
 
 def run_search(args: argparse.Namespace) -> None:
     kept = Kept(args.out)
     console = Console(False)
-    problem = prepare(settings(args, args.budget), console=console)
-    ledger = Ledger(args.out / f"ledger-{args.budget}.jsonl")
+    experiment = prepare_experiment(settings(args, args.budget), console=console)
+    ledger = EvaluationLog(args.out / f"ledger-{args.budget}.jsonl")
     for seed in args.seeds:
         for method in args.methods:
 
             def one(method: str = method, seed: int = seed) -> dict[str, Any]:
-                found = search(method, [problem], ledger, seed=seed, state=args.out / f"state-{args.budget}")
-                chosen = choose(problem, found)
+                found = search(
+                    method, [experiment], ledger, seed=seed, state=args.out / f"state-{args.budget}"
+                )
+                chosen = choose(experiment, found)
                 history = chosen.history[-1]
                 curve = np.maximum.accumulate([c.score for c in found.account.history]).tolist()
                 return {
                     "method": method,
                     "seed": seed,
                     "budget": args.budget,
-                    "calibration": problem.config.data.calibration,
+                    "calibration": experiment.config.data.calibration,
                     "widths": [int(w) for w in history],
                     "evaluations": found.account.spent,
-                    "score": problem.evaluator.evaluate(history).score,
+                    "score": experiment.evaluator.evaluate(history).score,
                     "curve": curve,
-                    "validation": problem.evaluator.evaluate_full(history).metric,
-                    "test": perplexity(problem, problem.evaluator.build(history)),
+                    "validation": experiment.evaluator.evaluate_full(history).metric,
+                    "test": perplexity(experiment, experiment.evaluator.build(history)),
                 }
 
             kept(f"search {args.budget} {method} {seed}", one)
@@ -132,23 +134,25 @@ def run_search(args: argparse.Namespace) -> None:
 def run_table(args: argparse.Namespace) -> None:
     kept = Kept(args.out)
     config = settings(args, args.budgets[0])
-    problem = prepare(config, console=Console(False))
+    experiment = prepare_experiment(config, console=Console(False))
 
     def dense(dtype: torch.dtype) -> dict[str, Any]:
-        copy = prune(problem.workload.model, problem.evaluator.plan(problem.space.widths)).to(dtype)
-        with problem.workload.test_opened():
-            return {"test": problem.workload.evaluate(copy, "test").metric}
+        copy = prune(experiment.workload.model, experiment.evaluator.plan(experiment.space.widths)).to(dtype)
+        with experiment.workload.test_opened():
+            return {"test": experiment.workload.evaluate(copy, "test").metric}
 
     kept("dense float32", lambda: dense(torch.float32))
     kept("dense bfloat16", lambda: dense(torch.bfloat16))
     for budget in args.budgets:
-        at = replace(problem, config=problem.config.override([f"budget.target={budget}"]))
-        for rule in rules_for(problem.space):
+        at = replace(experiment, config=experiment.config.override([f"budget.target={budget}"]))
+        for rule in rules_for(experiment.space):
             if rule == "sensitivity" or (args.rules and rule not in args.rules):
                 continue
             kept(f"allocation {budget} {rule}", lambda at=at, rule=rule: allocation(at, rule))
-    grams = collect_grams(problem.workload.model, problem.space, problem.workload.batches("calibration"))
-    shared: dict[str, Any] = problem.evaluator.context(args.budgets[0]).shared
+    grams = collect_grams(
+        experiment.workload.model, experiment.space, experiment.workload.batches("calibration")
+    )
+    shared: dict[str, Any] = experiment.evaluator.context(args.budgets[0]).shared
     importances: dict[str, Any] = {}
     for method in args.published:
         how = PUBLISHED[method]
@@ -156,13 +160,13 @@ def run_table(args: argparse.Namespace) -> None:
         if not todo:
             continue
         if how[0] not in importances:
-            measured = problem.evaluator.context(args.budgets[0]).statistics()
-            importances[how[0]] = compute(how[0], problem.workload, problem.space, statistics=measured)
+            measured = experiment.evaluator.context(args.budgets[0]).statistics()
+            importances[how[0]] = compute(how[0], experiment.workload, experiment.space, statistics=measured)
         importance = importances[how[0]]
         for budget in todo:
             kept(
                 f"published {budget} {method}",
-                lambda b=budget, h=how, i=importance: published(problem, b, h, i, grams, shared),
+                lambda b=budget, h=how, i=importance: published(experiment, b, h, i, grams, shared),
             )
 
 
@@ -170,22 +174,22 @@ def _file(method: str) -> str:
     return method.replace(" ", "_").replace(",", "")
 
 
-def allocation(problem: Problem, rule: str) -> dict[str, Any]:
+def allocation(experiment: Experiment, rule: str) -> dict[str, Any]:
     """One rule's widths under our ranking and our closed form."""
-    widths = problem.rule_widths(rule)
-    candidate = problem.evaluator.evaluate(widths)
+    widths = experiment.rule_widths(rule)
+    candidate = experiment.evaluator.evaluate(widths)
     return {
         "rule": rule,
-        "budget": problem.config.budget.target,
-        "calibration": problem.config.data.calibration,
+        "budget": experiment.config.budget.target,
+        "calibration": experiment.config.data.calibration,
         "widths": [int(w) for w in widths],
         "score": candidate.score,
-        "test": perplexity(problem, problem.evaluator.build(widths)),
+        "test": perplexity(experiment, experiment.evaluator.build(widths)),
     }
 
 
 def published(
-    problem: Problem,
+    experiment: Experiment,
     budget: float,
     how: tuple[str, str, tuple[str, ...], bool],
     importance: Any,
@@ -194,21 +198,21 @@ def published(
 ) -> dict[str, Any]:
     """A method with its own ranking, allocation and compensation; then the same units with the closed form."""
     _, rule, steps, drop = how
-    workload = problem.workload
-    space = trace(workload.model, workload.example_inputs, drop=True) if drop else problem.space
+    workload = experiment.workload
+    space = trace(workload.model, workload.example_inputs, drop=True) if drop else experiment.space
     context = Context(
         space, workload.model, importance, budget, "params", workload, shared=shared if not drop else {}
     )
     widths = space.project(rules_for(space)[rule].function(context), budget, "params")
     plan = make_plan(space, importance=importance, widths=widths)
     facts: dict[str, Any] = {"budget": budget, "rule": rule, "widths": [int(w) for w in widths]}
-    facts["calibration"] = problem.config.data.calibration
-    recovery = problem.config.recovery
+    facts["calibration"] = experiment.config.data.calibration
+    recovery = experiment.config.recovery
     for name, own in (("test", RecoveryConfig(steps=steps)), ("ours", recovery)):
         slim = prune(workload.model, plan)
         copies = Grams({n: grams[n] for n in grams.names})
         Recovery(workload, space, own, importance=importance, grams=copies)(slim, plan)
-        facts[name] = perplexity(problem, slim)
+        facts[name] = perplexity(experiment, slim)
     return facts
 
 
@@ -221,22 +225,22 @@ def run_tune(args: argparse.Namespace) -> None:
     config = settings(args, args.budget).override(
         [f"finish.steps={args.steps}", "finish.method=lora", f"finish.batch_size={args.batch}"]
     )
-    problem = prepare(config, console=Console(False))
-    plans: dict[str, Any] = {"dense": problem.space.widths}
+    experiment = prepare_experiment(config, console=Console(False))
+    plans: dict[str, Any] = {"dense": experiment.space.widths}
     for rule in args.rules:
-        plans[rule] = problem.rule_widths(rule)
+        plans[rule] = experiment.rule_widths(rule)
     for path in sorted(args.out.glob(f"search_{args.budget}_*_0.json")):
         found = json.loads(path.read_text())
         plans[found["method"]] = np.array(found["widths"])
     for name, widths in plans.items():
 
         def one(name: str = name, widths: Any = widths) -> dict[str, Any]:
-            model = problem.evaluator.build(widths)
-            before = perplexity(problem, copy.deepcopy(model))
+            model = experiment.evaluator.build(widths)
+            before = perplexity(experiment, copy.deepcopy(model))
             if name != "dense":
-                fine_tune(problem, model, seed=0)
-            after = perplexity(problem, model)
-            rows = zeroshot.accuracy(model, problem.workload.tokenizer, args.tasks, limit=args.limit)
+                fine_tune(experiment, model, seed=0)
+            after = perplexity(experiment, model)
+            rows = zeroshot.accuracy(model, experiment.workload.tokenizer, args.tasks, limit=args.limit)
             return {
                 "method": name,
                 "budget": args.budget,

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from rlprune.config.config import Config, load_config
-from rlprune.evaluation.ledger import Ledger
+from rlprune.evaluation.ledger import EvaluationLog
 from rlprune.evaluation.recovery import Recovery
-from rlprune.experiments.prepare import Problem, prepare
+from rlprune.experiments.prepare import Experiment, prepare_experiment
 from rlprune.experiments.search import search
 from rlprune.pruning.surgery import prune
 from rlprune.report.html import markdown_table
@@ -34,7 +34,7 @@ from rlprune.utils.hardware import hardware
 
 def settings(args: argparse.Namespace, *more: str) -> Config:
     overrides = [f"model.name=hf:{args.model}", f"data.files.calibration={args.valid}"]
-    overrides += [f"data.files.test={args.test}", "threads=1", f"score.images={args.sequences}"]
+    overrides += [f"data.files.test={args.test}", "threads=1", f"score.samples={args.sequences}"]
     overrides += [f"data.calibration={args.calibration}", *more]
     return load_config("smollm2_135m", overrides)
 
@@ -45,11 +45,11 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def times(problem: Problem, rounds: int, sequences: int) -> dict[str, float]:
+def times(experiment: Experiment, rounds: int, sequences: int) -> dict[str, float]:
     """Median seconds of the parts of a score, in turns; the plain forward is that of the same cut model."""
-    evaluator, workload = problem.evaluator, problem.workload
+    evaluator, workload = experiment.evaluator, experiment.workload
     assert evaluator.dtype is not None
-    widths = problem.rule_widths("fisher")
+    widths = experiment.rule_widths("fisher")
     plan = evaluator.plan(widths)
     closed_form: Recovery = evaluator.recovery
     shared: dict[str, torch.Tensor] = {}
@@ -89,12 +89,12 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
     for name in ("transformers.models.llama.modeling_llama", "accelerate", "gguf", "sklearn", "scipy.linalg"):
         importlib.import_module(name)
     facts = {"imports": resident("VmRSS")}
-    problem = prepare(settings(args))
+    experiment = prepare_experiment(settings(args))
     facts["peak with loading"] = resident("VmHWM")
-    weights = sum(p.numel() * p.element_size() for p in problem.workload.model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in experiment.workload.model.parameters())
     facts["dense weights"] = weights / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    search("random", [problem], Ledger(), seed=0, evaluations=args.evaluations)
+    search("random", [experiment], EvaluationLog(), seed=0, evaluations=args.evaluations)
     facts["peak of the search"] = resident("VmHWM")
     return facts
 
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     words += ["--sequences", str(args.sequences), "--calibration", str(args.calibration)]
     child = subprocess.run(words, capture_output=True, text=True, check=True)
     used = json.loads(child.stdout.strip().splitlines()[-1])
-    found = text(times(prepare(settings(args)), args.rounds, args.sequences), used, args)
+    found = text(times(prepare_experiment(settings(args)), args.rounds, args.sequences), used, args)
     print(found)
     if args.doc:
         write_text_atomic(args.doc, found)

@@ -26,8 +26,8 @@ import torch
 import rlprune
 from rlprune.agents.ppo.policy import PolicyTransferWarning, save_policy
 from rlprune.config.config import Config, load_config
-from rlprune.evaluation.ledger import Ledger
-from rlprune.experiments.prepare import Problem, prepare
+from rlprune.evaluation.ledger import EvaluationLog
+from rlprune.experiments.prepare import Experiment, prepare_experiment
 from rlprune.experiments.search import search
 from rlprune.report.html import markdown_table
 from rlprune.rules import RULES, rules_for
@@ -61,54 +61,54 @@ class Kept:
         return found
 
 
-def searched(problem: Problem, seed: int, folder: Path) -> Facts:
+def searched(experiment: Experiment, seed: int, folder: Path) -> Facts:
     """A full search on a model; its policy is saved in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger(folder / "ledger.jsonl")
-    found = search("ppo", [problem], ledger, seed=seed, state=folder / "state")
+    ledger = EvaluationLog(folder / "ledger.jsonl")
+    found = search("ppo", [experiment], ledger, seed=seed, state=folder / "state")
     save_policy(found.policy, folder / "policy")
     widths = [int(w) for w in found.history[-1]]
-    return {"evaluations": found.account.spent, **judged(problem, widths)}
+    return {"evaluations": found.account.spent, **judged(experiment, widths)}
 
 
-def judged(problem: Problem, widths: Sequence[int] | Any) -> Facts:
+def judged(experiment: Experiment, widths: Sequence[int] | Any) -> Facts:
     """Score on the validation split, perplexity on the test split, and what is left of the blocks."""
-    candidate = problem.evaluator.evaluate(widths)
-    slim = problem.evaluator.build(widths)
-    with problem.workload.test_opened():
-        quality = problem.workload.evaluate(slim, "test")
+    candidate = experiment.evaluator.evaluate(widths)
+    slim = experiment.evaluator.build(widths)
+    with experiment.workload.test_opened():
+        quality = experiment.workload.evaluate(slim, "test")
     return {
         "widths": [int(w) for w in widths],
         "score": candidate.score,
         "error": candidate.error,
         "test": quality.metric,
-        "share": candidate.cost / problem.space.dense_cost(problem.metric),
+        "share": candidate.cost / experiment.space.dense_cost(experiment.metric),
     }
 
 
-def dense(problem: Problem) -> Facts:
+def dense(experiment: Experiment) -> Facts:
     """What the dense model is and can do."""
-    workload, space = problem.workload, problem.space
+    workload, space = experiment.workload, experiment.space
     with workload.test_opened():
         quality = workload.evaluate(workload.model, "test")
     return {
         "test": quality.metric,
         "params": space.dense_cost("params"),
-        "cost": space.dense_cost(problem.metric),
+        "cost": space.dense_cost(experiment.metric),
         "groups": len(space.groups),
         "protocol": workload.protocol()["splits"],
     }
 
 
-def applied(problem: Problem, folder: Path) -> Facts:
+def applied(experiment: Experiment, folder: Path) -> Facts:
     """The plan of a saved policy: one forward pass of it; only a base rule that probes scores candidates."""
     policy = rlprune.load_policy(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PolicyTransferWarning)  # the other depth is what is asked about
-        plan = policy.plan(problem.evaluator, problem.budget, problem.metric)
+        plan = policy.plan(experiment.evaluator, experiment.budget, experiment.metric)
     base = str(policy.meta["base_rule"])
-    probes = RULES[base].probe_count(problem.space)
-    return {"base rule": base, "evaluations": probes, **judged(problem, plan.widths)}
+    probes = RULES[base].probe_count(experiment.space)
+    return {"base rule": base, "evaluations": probes, **judged(experiment, plan.widths)}
 
 
 def study(config: Config, depths: Sequence[int], seeds: Sequence[int], kept: Kept) -> dict[str, Any]:
@@ -133,27 +133,29 @@ def study(config: Config, depths: Sequence[int], seeds: Sequence[int], kept: Kep
     return found
 
 
-def _lazily(config: Config, depth: int, seed: int) -> Callable[[], Problem]:
+def _lazily(config: Config, depth: int, seed: int) -> Callable[[], Experiment]:
     """The problem of a depth and a training seed, prepared when it is asked for first."""
-    held: list[Problem] = []
+    held: list[Experiment] = []
 
-    def get() -> Problem:
+    def get() -> Experiment:
         if not held:
-            held.append(prepare(config.override([f"model.arguments.layers={depth}", f"model.seed={seed}"])))
+            held.append(
+                prepare_experiment(config.override([f"model.arguments.layers={depth}", f"model.seed={seed}"]))
+            )
         return held[0]
 
     return get
 
 
-def _by_rule(problem: Problem, name: str) -> Facts:
+def _by_rule(experiment: Experiment, name: str) -> Facts:
     asked: list[Any] = []
 
     def probe(widths: Any) -> float:
         asked.append(tuple(int(w) for w in widths))
-        return problem.evaluator.evaluate(widths).loss
+        return experiment.evaluator.evaluate(widths).loss
 
-    widths = problem.rule_widths(name, probe)
-    return {"evaluations": len(set(asked)), **judged(problem, widths)}
+    widths = experiment.rule_widths(name, probe)
+    return {"evaluations": len(set(asked)), **judged(experiment, widths)}
 
 
 def table(found: dict[str, Any]) -> str:

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 import rlprune
 from rlprune.errors import BudgetError
-from rlprune.evaluation.ledger import Ledger
-from rlprune.experiments.prepare import prepare
+from rlprune.evaluation.ledger import EvaluationLog
+from rlprune.experiments.prepare import prepare_experiment
 from rlprune.experiments.search import search
 from rlprune.latency.profile import with_latency
 from rlprune.pruning.space import PruningSpace
@@ -79,9 +79,9 @@ def digits(evaluations: int) -> Subject:
     plans = {}
     for rounding in ROUNDINGS:
         settings = [f"prune.round_to={rounding}", f"search.evaluations={evaluations}", "threads=1"]
-        problem = prepare(rlprune.load_config("digits", settings))
-        plans["ppo", rounding] = search("ppo", [problem], Ledger(), seed=0).history[-1]
-    workload = problem.workload
+        experiment = prepare_experiment(rlprune.load_config("digits", settings))
+        plans["ppo", rounding] = search("ppo", [experiment], EvaluationLog(), seed=0).history[-1]
+    workload = experiment.workload
     return Subject(
         "digits, ResNet-20, width 16, 8 px", workload.model, workload.example_inputs, (1, 64), plans
     )

@@ -33,9 +33,9 @@ from rlprune.agents.ppo.transfer import planned
 from rlprune.benchmarks.statistics import bootstrap
 from rlprune.config.config import Config, load_config
 from rlprune.envs.task import Task
-from rlprune.evaluation.ledger import Ledger
+from rlprune.evaluation.ledger import EvaluationLog
 from rlprune.experiments.apply import refined
-from rlprune.experiments.prepare import Problem, prepare
+from rlprune.experiments.prepare import Experiment, prepare_experiment
 from rlprune.experiments.search import search
 from rlprune.report.html import markdown_table
 from rlprune.surrogates.logit_gp import LogitProbes
@@ -48,19 +48,19 @@ DOCS = Path(__file__).resolve().parents[1]
 TRAINED, UNSEEN = tuple(range(8)), (101, 102, 103, 104, 105)
 
 
-def problem(config: Config, seed: int) -> Problem:
+def experiment(config: Config, seed: int) -> Experiment:
     """The same settings with the dense model of another training seed."""
-    return prepare(config, model_seed=seed, name=f"model seed {seed}")
+    return prepare_experiment(config, model_seed=seed, name=f"model seed {seed}")
 
 
-def trained(config: Config, problems: list[Problem], out: Path) -> dict[str, Any]:
+def trained(config: Config, experiments: list[Experiment], out: Path) -> dict[str, Any]:
     """Search on some checkpoints; the policy is saved in `out`, and what was found is returned."""
     record = out / "found.json"
-    asked = {"evaluations": config.search.evaluations, "checkpoints": len(problems)}
+    asked = {"evaluations": config.search.evaluations, "checkpoints": len(experiments)}
     if not record.exists():
         out.mkdir(parents=True, exist_ok=True)
-        ledger = Ledger(out / "ledger.jsonl")
-        found = search("ppo", problems, ledger, seed=config.seed, state=out / "state")
+        ledger = EvaluationLog(out / "ledger.jsonl")
+        found = search("ppo", experiments, ledger, seed=config.seed, state=out / "state")
         save_policy(found.policy, out / "policy")
         spent = len(ledger.rows)
         content = {"widths": list(found.history[-1]), "score": found.best.score, "spent": spent}
@@ -71,14 +71,14 @@ def trained(config: Config, problems: list[Problem], out: Path) -> dict[str, Any
     return dict(content)
 
 
-def averaged(problems: list[Problem], ledger: Ledger) -> Any:
+def averaged(experiments: list[Experiment], ledger: EvaluationLog) -> Any:
     """Widths at the budget from the mean logarithm of the keep ratios of every checkpoint's best plan."""
-    space, logs = problems[0].space, []
-    for p in problems:
+    space, logs = experiments[0].space, []
+    for p in experiments:
         rows = [row for row in ledger.rows if row["task"] == p.name and row["cost"] <= p.target]
         best = max(rows, key=lambda row: row["score"])
         logs.append(np.log(np.array(best["widths"]) / space.widths))
-    return space.project(np.maximum(1.0 - np.exp(np.mean(logs, axis=0)), 1e-6), problems[0].budget)
+    return space.project(np.maximum(1.0 - np.exp(np.mean(logs, axis=0)), 1e-6), experiments[0].budget)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Way:
     evaluations: int = 0
 
 
-def way(target: Problem, widths: Any, *, builds: int = 0, evaluations: int = 0) -> Way:
+def way(target: Experiment, widths: Any, *, builds: int = 0, evaluations: int = 0) -> Way:
     """Judge a plan whose way here is at its end; nothing is chosen by what the test split says."""
     found = target.evaluator.evaluate(widths)
     test, loss = on_test(target.workload, target.evaluator.build(widths))
@@ -121,7 +121,7 @@ def from_rules(task: Task) -> Any:
     return np.vstack([task.uniform_widths(task.budget), task.rule_plans(task.budget)])
 
 
-def by_chance(target: Problem, most: int) -> Any:
+def by_chance(target: Experiment, most: int) -> Any:
     """Widths of a local search from the rules, judged on the unlabelled images as a policy's builds are."""
     task = Task(target.evaluator.fork(), target.budget, target.metric)
     model = task.evaluator.logit_probes(target.target, LogitProbes)
@@ -133,7 +133,7 @@ def by_chance(target: Problem, most: int) -> Any:
     return model.best()[0]
 
 
-def by_process(target: Problem, most: int) -> Any:
+def by_process(target: Experiment, most: int) -> Any:
     """Widths that the process of the logits finds from the rules, without a policy."""
     task = Task(target.evaluator.fork(), target.budget, target.metric)
     return planned(task, target.budget, from_rules(task), most)
@@ -143,7 +143,7 @@ OTHERWISE = {"no policy, local search": by_chance, "no policy, same process": by
 
 
 def ways(
-    target: Problem,
+    target: Experiment,
     policies: dict[str, PortablePolicy],
     plans: dict[str, Any],
     full: dict[str, Any],
@@ -163,13 +163,13 @@ def ways(
         "best rule": lambda: way(target, best_rule(target)),
     } | {name: partial(way, target, widths) for name, widths in plans.items()}
     for name, policy in policies.items():
-        label = name if policy.experience is None else f"{name}, network alone"
+        label = name if policy.plan_memory is None else f"{name}, network alone"
         found[label] = partial(alone, target, PortablePolicy(policy.network, policy.meta))
     for most in builds:
         for label, search_on in OTHERWISE.items():
             found[f"{label} ({most})"] = partial(unguided, target, search_on, most)
         for name, policy in policies.items():
-            if policy.experience is not None:
+            if policy.plan_memory is not None:
                 # A fork knows of no builds, so that each number of them is a search of its own.
                 here = replace(target, evaluator=target.evaluator.fork())
                 found[f"{name} ({most})"] = partial(built, here, policy, most, 0)
@@ -180,25 +180,25 @@ def ways(
     return found
 
 
-def best_rule(target: Problem) -> Any:
+def best_rule(target: Experiment) -> Any:
     rules = {name: target.rule_widths(name) for name in target.start_rules()}
     return rules[max(rules, key=lambda name: target.evaluator.evaluate(rules[name]).score)]
 
 
-def alone(target: Problem, network: PortablePolicy) -> Way:
+def alone(target: Experiment, network: PortablePolicy) -> Way:
     return way(target, network.plan(target.evaluator, target.budget).widths)
 
 
-def unguided(target: Problem, search_on: Callable[[Problem, int], Any], most: int) -> Way:
+def unguided(target: Experiment, search_on: Callable[[Experiment, int], Any], most: int) -> Way:
     return way(target, search_on(target, most), builds=most)
 
 
-def built(target: Problem, policy: PortablePolicy, most: int, refine: int) -> Way:
+def built(target: Experiment, policy: PortablePolicy, most: int, refine: int) -> Way:
     """The policy's plan of so many builds, refined by evaluations where there are any."""
     task, spent = Task(target.evaluator, target.budget, target.metric), 0
     widths = policy.plan(target.evaluator, target.budget, builds=most).widths
     if refine:
-        found = refined(target, policy, refine, Ledger(), Console(False))
+        found = refined(target, policy, refine, EvaluationLog(), Console(False))
         widths, spent = found.history[-1], found.account.spent
     return way(target, widths, builds=builds_of(task)[0], evaluations=spent)
 
@@ -220,17 +220,17 @@ def recorded(record: Path, ways: dict[str, Callable[[], Way]]) -> dict[str, Way]
 
 def policies(config: Config, training: Config, out: Path) -> tuple[dict[str, PortablePolicy], dict[str, Any]]:
     """The policy of one checkpoint and that of several, and widths for others of their architecture: by rows' names."""
-    problems = [problem(training, seed) for seed in TRAINED]
-    single = trained(config, [problem(config, TRAINED[0])], out / "trained-1")
+    experiments = [experiment(training, seed) for seed in TRAINED]
+    single = trained(config, [experiment(config, TRAINED[0])], out / "trained-1")
     folder = out / f"trained-{len(TRAINED)}"
-    trained(training, problems, folder)
+    trained(training, experiments, folder)
     found = {
         "policy, 1 checkpoint": rlprune.load_policy(out / "trained-1" / "policy"),
         f"policy, {len(TRAINED)} checkpoints": rlprune.load_policy(folder / "policy"),
     }
     return found, {
         "widths copied": single["widths"],
-        "widths averaged": averaged(problems, Ledger(folder / "ledger.jsonl")),
+        "widths averaged": averaged(experiments, EvaluationLog(folder / "ledger.jsonl")),
     }
 
 
@@ -239,7 +239,7 @@ def study(config: Config, training: Config, out: Path, arguments: Any) -> dict[s
     known, plans = policies(config, training, out)
     result = {}
     for seed in UNSEEN:
-        target = problem(config, seed)
+        target = experiment(config, seed)
         full = trained(config, [target], out / f"full-{seed}")
         found = ways(target, known, plans, full, arguments.builds, arguments.refine)
         result[target.name] = recorded(out / f"ways-{seed}.json", found)

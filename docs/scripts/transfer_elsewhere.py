@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transfer import DOCS, TRAINED, Way, percent, policies, problem, recorded, table, trained, ways
+from transfer import DOCS, TRAINED, Way, experiment, percent, policies, recorded, table, trained, ways
 
 from rlprune.agents.ppo.policy import PortablePolicy
 from rlprune.agents.ppo.transfer import PROBES
 from rlprune.config.config import Config, load_config
-from rlprune.experiments.prepare import Problem
+from rlprune.experiments.prepare import Experiment
 from rlprune.report.html import markdown_table
 from rlprune.utils.hardware import hardware
 
@@ -62,7 +62,7 @@ PLACES = {
 }  # fmt: skip
 
 
-def brought(widths: Any, target: Problem) -> Any:
+def brought(widths: Any, target: Experiment) -> Any:
     """Widths of another checkpoint at the target's budget."""
     shares = np.maximum(1.0 - np.array(widths) / target.space.widths, 1e-4)
     return target.space.project(shares, target.budget, target.metric)
@@ -75,7 +75,7 @@ def studies(arguments: Any) -> dict[str, dict[str, dict[str, Way]]]:
     together = load_config(arguments.config, [*settings, f"search.evaluations={arguments.train_evaluations}"])
     folder = f"{arguments.config}-{arguments.budget}-{arguments.evaluations}"
     known, plans = policies(config, together, arguments.policies / folder)
-    architecture = problem(config, TRAINED[0]).space.fingerprint
+    architecture = experiment(config, TRAINED[0]).space.fingerprint
     results = {}
     for place in arguments.places:
         there = load_config(arguments.config, [*settings, *PLACES[place].settings])
@@ -94,7 +94,7 @@ def study(
     """Every way on every checkpoint of a place: {checkpoint: {name: way}}."""
     result = {}
     for seed in arguments.seeds:
-        target = problem(config, seed)
+        target = experiment(config, seed)
         full = trained(config, [target], out / f"full-{seed}")
         same = target.space.fingerprint == architecture
         here = {name: brought(widths, target) for name, widths in plans.items()} if same else {}

@@ -16,7 +16,7 @@ from ..config.search import SearchConfig
 from ..errors import ConfigError, near_miss
 from ..rules.context import RULES, check_free
 from .base import Agent, SearchRequest, SearchResult
-from .baselines.function import FunctionAgent, Session
+from .baselines.function import FunctionAgent, SearchContext
 from .state import StateDir
 
 
@@ -112,7 +112,7 @@ def make_agent(name: str, settings: SearchConfig | None = None) -> Agent:
 def agent(summary: str) -> Callable[[Any], Any]:
     """Register an agent of yours under the name of the function or class below.
 
-    A function takes one argument, a :class:`Session`, and spends its evaluations. A class is made with a
+    A function takes one argument, a :class:`SearchContext`, and spends its evaluations. A class is made with a
     ``SearchConfig`` and has the method ``search`` of :class:`Agent`, which takes a :class:`SearchRequest`.
 
     Args:
@@ -154,9 +154,9 @@ __all__ = [
     "AGENTS",
     "Agent",
     "Entry",
+    "SearchContext",
     "SearchRequest",
     "SearchResult",
-    "Session",
     "StateDir",
     "agent",
     "make_agent",

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..envs.task import Scored, Task
 from ..errors import ConfigError
+from ..evaluation.ledger import EvaluationBudget
 from ..pruning.history import History, as_history, final_widths
 from ..utils.arrays import Ints
 from ..utils.randomness import isolated_randomness
-from .account import Purse, Starts
 
 if TYPE_CHECKING:
     from .callbacks import Progress
     from .ppo.policy import GroupPolicy, PortablePolicy
     from .state import StateDir
+
+Starts = Sequence[Sequence[Any]]
+"""For each task plans that are scored first: widths (G,)."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +81,14 @@ class Agent(Protocol):
     def search(self, request: SearchRequest) -> SearchResult: ...
 
 
-class Recorder:
+class TrialRecorder:
     """Stands between an agent and one account: remembers every plan asked for, in order.
 
     The order is what a resumed search repeats: the account answers from its ledger, so that its
     counters, charges and history come out as they were.
     """
 
-    def __init__(self, account: Purse, after: Callable[[], None] | None = None) -> None:
+    def __init__(self, account: EvaluationBudget, after: Callable[[], None] | None = None) -> None:
         self.account = account
         self.calls: list[Any] = []
         self.scores: dict[History, Scored] = {}

@@ -30,7 +30,7 @@ class Progress:
     improved: bool
 
 
-class Watcher:
+class SearchLogger:
     """Called after each evaluation; reports to the caller and, on request, to TensorBoard."""
 
     def __init__(self, request: SearchRequest) -> None:

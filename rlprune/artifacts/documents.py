@@ -62,14 +62,14 @@ def _check_group(group: Any, width: Any, path: Path) -> None:
     if not isinstance(group, dict) or not isinstance(group.get("name"), str):
         raise ArtifactError(f"{path}: damaged: a group has no name")
     dense, kept = group.get("width"), group.get("kept")
-    problem = f"{path}: damaged: group {group['name']!r}: "
+    experiment = f"{path}: damaged: group {group['name']!r}: "
     if not is_count(dense) or not is_count(width) or not isinstance(kept, list):
-        raise ArtifactError(problem + "needs whole-number widths and a list of kept units")
+        raise ArtifactError(experiment + "needs whole-number widths and a list of kept units")
     if len(kept) != width:
-        raise ArtifactError(problem + f"keeps {len(kept)} units but its width is {width}")
+        raise ArtifactError(experiment + f"keeps {len(kept)} units but its width is {width}")
     inside = all(is_count(unit) and unit < dense for unit in kept)
     if not inside or any(a >= b for a, b in itertools.pairwise(kept)):
-        raise ArtifactError(problem + f"kept units must be ascending numbers below {dense}")
+        raise ArtifactError(experiment + f"kept units must be ascending numbers below {dense}")
 
 
 def is_count(value: Any) -> bool:

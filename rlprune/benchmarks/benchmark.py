@@ -75,10 +75,10 @@ def run(
     _refuse(methods, unable)
     console = Console(True)
     with lock_run(out, worth="cells") as folder:
-        problems = None
+        experiments = None
         if jobs == 1:
-            problems = Problems(config, console)
-            workload, space = problems.of(0).workload, problems.of(0).space
+            experiments = Problems(config, console)
+            workload, space = experiments.of(0).workload, experiments.of(0).space
         else:  # each worker prepares its own problems, but the dense models are trained once, here
             workload, space = dense_model(config, console=console)
             for number in range(1, checkpoints):
@@ -93,7 +93,7 @@ def run(
             for i in range(seeds)
         ]
         write_text_atomic(folder / "config.yaml", config.to_yaml())
-        work = _Work(config, folder, console, wanted, problems, jobs, tuple(loaded()))
+        work = _Work(config, folder, console, wanted, experiments, jobs, tuple(loaded()))
         work.run()
         protocol = {
             "seeds": seeds,
@@ -123,7 +123,7 @@ class _Work:
     folder: Path
     console: Console
     wanted: Sequence[Cell]
-    problems: Problems | None
+    experiments: Problems | None
     jobs: int
     plugins: tuple[str, ...]
     content: dict[Cell, dict[str, Any]] = field(default_factory=dict)
@@ -143,8 +143,8 @@ class _Work:
         if not pending:
             return
         try:
-            if self.problems is not None:
-                self._serial(self.problems, pending)
+            if self.experiments is not None:
+                self._serial(self.experiments, pending)
             else:
                 self._parallel(pending)
         except KeyboardInterrupt:
@@ -159,14 +159,14 @@ class _Work:
     def _finished(self, cell: Cell) -> dict[str, Any] | None:
         return finished(self.cells, self.config, cell, self.console)
 
-    def _serial(self, problems: Problems, pending: Sequence[Cell]) -> None:
+    def _serial(self, experiments: Problems, pending: Sequence[Cell]) -> None:
         left = list(pending)
         while left:
             cell = self.schedule.take(left)
             left.remove(cell)
             why = None
             try:
-                compute(problems, cell, self.cells, self.console)
+                compute(experiments, cell, self.cells, self.console)
             except Exception as error:
                 why = reason(error)
             self._ended(cell, why)

@@ -17,10 +17,10 @@ from typing import Any
 from ..agents import AGENTS
 from ..config.config import Config, settings_reference
 from ..errors import ArtifactError, RlpruneError, one_line
-from ..evaluation.ledger import Ledger
+from ..evaluation.ledger import EvaluationLog
 from ..experiments.finish import choose, finish
-from ..experiments.prepare import Problem, prepare
-from ..experiments.search import Found, score_rule, search
+from ..experiments.prepare import Experiment, prepare_experiment
+from ..experiments.search import MethodResult, score_rule, search
 from ..experiments.train import results_of
 from ..plugins import fingerprint
 from ..rules import RULES
@@ -59,13 +59,13 @@ class Problems:
     def __init__(self, config: Config, console: Console | None = None) -> None:
         self.config = config
         self._console = console
-        self._prepared: dict[int, Problem] = {}
+        self._prepared: dict[int, Experiment] = {}
 
-    def of(self, checkpoint: int) -> Problem:
+    def of(self, checkpoint: int) -> Experiment:
         """The problem of a dense model, which is trained where it is not in the cache folder."""
         if checkpoint not in self._prepared:
             settings = with_checkpoint(self.config, checkpoint)
-            self._prepared[checkpoint] = prepare(settings, console=self._console)
+            self._prepared[checkpoint] = prepare_experiment(settings, console=self._console)
         return self._prepared[checkpoint]
 
 
@@ -124,20 +124,20 @@ def finished(folder: Path, config: Config, cell: Cell, console: Console) -> dict
     return None
 
 
-def compute(problems: Problems, cell: Cell, folder: Path, console: Console, progress: Any = None) -> None:
+def compute(experiments: Problems, cell: Cell, folder: Path, console: Console, progress: Any = None) -> None:
     """Search, choose, fine-tune, look at test, and write the cell's file; a killed try is continued.
 
     Args:
         problems: prepared under the benchmark's settings; their budget is replaced by the cell's.
         progress: called as `Agent.search` calls it; a bar of the console where it is not given.
     """
-    config, problem = problems.config, problems.of(cell.checkpoint)
+    config, experiment = experiments.config, experiments.of(cell.checkpoint)
     started = time.perf_counter()
-    settings = replace(problem.config, budget=replace(config.budget, target=cell.budget))
-    here = replace(problem, config=settings, evaluator=problem.evaluator.fork())
+    settings = replace(experiment.config, budget=replace(config.budget, target=cell.budget))
+    here = replace(experiment, config=settings, evaluator=experiment.evaluator.fork())
     state = folder / f"{_name(config, cell)}.state"
     state.mkdir(exist_ok=True)
-    ledger = Ledger(state / "ledger.jsonl")
+    ledger = EvaluationLog(state / "ledger.jsonl")
     chosen = None
     if cell.method != DENSE:
         found = _found(here, cell, ledger, state, progress or console.search(str(cell)))
@@ -179,10 +179,14 @@ def _same(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     )
 
 
-def _found(problem: Problem, cell: Cell, ledger: Ledger, state: Path, progress: Any) -> Found:
+def _found(
+    experiment: Experiment, cell: Cell, ledger: EvaluationLog, state: Path, progress: Any
+) -> MethodResult:
     if cell.method in RULES:
-        return score_rule(problem, cell.method, ledger, cell.seed)
-    return search(cell.method, [problem], ledger, seed=cell.seed, state=state / "search", progress=progress)
+        return score_rule(experiment, cell.method, ledger, cell.seed)
+    return search(
+        cell.method, [experiment], ledger, seed=cell.seed, state=state / "search", progress=progress
+    )
 
 
 def to_message(cell: Cell) -> dict[str, Any]:

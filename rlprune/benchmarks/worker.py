@@ -42,13 +42,13 @@ def main() -> int:
     from .cells import Cell, Problems, compute, reason
 
     load(order["plugins"])
-    problems = Problems(Config.from_dict(order["config"]))
-    problems.of(0)
+    experiments = Problems(Config.from_dict(order["config"]))
+    experiments.of(0)
     _answer(answers, {"ready": True})
     while True:
         cell = Cell(**work.get())
         try:
-            compute(problems, cell, Path(order["cells"]), Console(False), _reporter(answers))
+            compute(experiments, cell, Path(order["cells"]), Console(False), _reporter(answers))
         except Exception as error:
             traceback.print_exc()
             _answer(answers, {"failed": reason(error)})

@@ -108,6 +108,7 @@ def add_prune(commands: Any) -> None:
     )
     parser.add_argument(
         "--same-widths",
+        dest="equal_widths",
         action="store_true",
         help="instead of a rule: the same number of neurons in all blocks, for `export --to hf`",
     )
@@ -124,8 +125,8 @@ def add_prune(commands: Any) -> None:
 
 
 def _prune(args: argparse.Namespace) -> None:
-    if args.same_widths:
-        _prune_same_widths(args)
+    if args.equal_widths:
+        _prune_equal_widths(args)
         return
     if args.rule is None:
         raise ConfigError("one of these options is required: --rule NAME, --same-widths")
@@ -149,7 +150,7 @@ def _prune(args: argparse.Namespace) -> None:
     show(deploy.prune_stages(config, args.rule, config.budget.target, stages, steps, out), out)
 
 
-def _prune_same_widths(args: argparse.Namespace) -> None:
+def _prune_equal_widths(args: argparse.Namespace) -> None:
     for option in ("rule", "stages", "steps"):
         if getattr(args, option) is not None:
             raise ConfigError(f"--{option}: not together with --same-widths, which is a way of its own")
@@ -165,4 +166,4 @@ def _prune_same_widths(args: argparse.Namespace) -> None:
     from ..experiments import apply as deploy
 
     out = args.out or free_folder(config.name, "pruned")
-    show(deploy.prune_same_widths(config, config.budget.target, dropped, out), out)
+    show(deploy.prune_equal_widths(config, config.budget.target, dropped, out), out)

@@ -14,7 +14,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from ..errors import ConfigError, near_miss
-from .schema import Section, Setting, apply_override, build, plain, section, setting, show
+from .schema import (
+    Section,
+    Setting,
+    apply_override,
+    build,
+    plain,
+    section,
+    setting,
+    show,
+    with_new_name,
+    with_new_names,
+)
 from .schema import json_schema as _schema
 from .schema import settings_reference as _reference
 from .search import SearchConfig
@@ -23,6 +34,8 @@ from .yaml_files import dump_yaml, read_yaml
 METRICS = ("macs", "params", "block_params", "kv_cache", "latency")
 RECOVERY_STEPS = ("none", "bias", "reconstruct", "bn", "finetune")
 DTYPES = ("auto", "float32", "bfloat16")
+RENAMED = {"score.images": "score.samples", "recovery.images": "recovery.samples"}
+"""Old names of settings, which work for one more version."""
 _BUDGET_TEXT = re.compile(r"\s*(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*(%|ms|[kKmMgGtT]?)\s*")
 
 
@@ -175,7 +188,7 @@ class RecoveryConfig(Section):
         low=0,
         high=10,
     )
-    images: int | None = setting(None, "Calibration images used; null for all of the split.", low=1)
+    samples: int | None = setting(None, "Calibration samples used; null for all of the split.", low=1)
     finetune_steps: int = setting(0, "Gradient steps of the step `finetune`.", low=0)
     finetune_lr: float | None = setting(
         None,
@@ -211,8 +224,8 @@ class ScoreConfig(Section):
         "`kl`: -KL(dense || pruned); `loss`: -validation loss; `accuracy`: the workload's metric.",
         choices=("kl", "loss", "accuracy"),
     )
-    images: int | None = setting(
-        None, "Validation images (or sequences) used; null for all of the split.", low=1
+    samples: int | None = setting(
+        None, "Validation samples (images, or sequences) used; null for all of the split.", low=1
     )
     top_k: int = setting(
         256,
@@ -302,7 +315,7 @@ class Config(Section):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build the settings from nested mappings, as a YAML file gives them; raises ConfigError."""
-        return build(cls, values)
+        return build(cls, with_new_names(values, RENAMED))
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain dicts, lists and scalars; `from_dict` turns them back."""
@@ -316,7 +329,7 @@ class Config(Section):
         """A copy with ``a.b=c`` overrides applied; values are read as YAML. Raises ConfigError."""
         values = self.to_dict()
         for text in overrides:
-            apply_override(type(self), values, text)
+            apply_override(type(self), values, with_new_name(text, RENAMED))
         return type(self).from_dict(values)
 
 
@@ -342,9 +355,9 @@ def load_config(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Conf
     Raises ConfigError: no such file or name, text that is not a mapping in YAML, or a wrong setting.
     """
     path = _find_config(path_or_name)
-    values = read_yaml(path)
+    values = with_new_names(read_yaml(path), RENAMED)
     for text in overrides:
-        apply_override(Config, values, text)
+        apply_override(Config, values, with_new_name(text, RENAMED))
     values.setdefault("name", path.stem)
     return Config.from_dict(values)
 

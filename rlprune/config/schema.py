@@ -10,6 +10,7 @@ import dataclasses
 import math
 import types
 import typing
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from functools import partial
@@ -116,6 +117,39 @@ def apply_override(root: type[Section], values: dict[str, Any], text: str) -> No
         if not isinstance(target, dict):
             raise ConfigError(f"{'.'.join(keys[:depth])}: must be a mapping of fields, got {show(target)}")
     target[last] = value
+
+
+class RenamedSetting(FutureWarning):
+    """A setting was given by its old name, which the next version will not know."""
+
+
+def with_new_name(text: str, renamed: Mapping[str, str]) -> str:
+    """An ``a.b=c`` override whose setting has its new name."""
+    path, sign, raw = text.partition("=")
+    if path.strip() not in renamed:
+        return text
+    _warn_renamed(path.strip(), renamed)
+    return f"{renamed[path.strip()]}{sign}{raw}"
+
+
+def with_new_names(values: Any, renamed: Mapping[str, str]) -> Any:
+    """Nested mappings whose settings have their new names, copied where one is old; ConfigError for both names."""
+    for old, new in renamed.items():
+        section, key = old.split(".")
+        given = values.get(section) if isinstance(values, Mapping) else None
+        if not isinstance(given, Mapping) or key not in given:
+            continue
+        own = new.split(".")[1]
+        if own in given:
+            raise ConfigError(f"{old}: is the old name of {new}, which is given as well; leave it out")
+        _warn_renamed(old, renamed)
+        values = {**values, section: {own if k == key else k: v for k, v in given.items()}}
+    return values
+
+
+def _warn_renamed(old: str, renamed: Mapping[str, str]) -> None:
+    message = f"{old}: is called {renamed[old]} now; the old name goes with the next version"
+    warnings.warn(message, RenamedSetting, stacklevel=4)
 
 
 def build(cls: type[SectionType], values: Any) -> SectionType:

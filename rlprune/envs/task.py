@@ -145,7 +145,7 @@ class Task:
         return self.ratio(self.budget[0]), self.ratio(self.budget[1])
 
     @property
-    def knots(self) -> tuple[Any, ...]:
+    def anchor_budgets(self) -> tuple[Any, ...]:
         """The budgets at which the task is searched: its own, or several over its range, the lowest first."""
         if not self.is_range:
             return (self.budget,)

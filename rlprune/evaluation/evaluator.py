@@ -29,7 +29,7 @@ from ..tracing.trace import TraceOptions
 from ..workloads.base import Workload
 from ..workloads.judge import Judge, Judgement
 from .candidate import Candidate
-from .kept_logits import KeptLogits
+from .logit_cache import LogitCache
 from .recovery import Recovery
 
 Probes = TypeVar("Probes")
@@ -84,9 +84,9 @@ class Evaluator:
         self._recovery_settings = recovery or RecoveryConfig()
         self._importance_name = importance if isinstance(importance, str) else None
         self._dtype = self.adapter.scoring_dtype(workload, self.score_settings.dtype)
-        self._judges = {False: self._new_judge(self.score_settings.images)}
+        self._judges = {False: self._new_judge(self.score_settings.samples)}
         self._logit_probes: dict[float, object] = {}
-        self._kept_logits: KeptLogits | None = None
+        self._logit_cache: LogitCache | None = None
         given = None if isinstance(importance, str) else [np.asarray(s, dtype=np.float64) for s in importance]
         # What importances and rules measure once, for all contexts.
         self.calibration = self._calibration(workload.model, self.space)
@@ -112,7 +112,7 @@ class Evaluator:
         """
         other = copy.copy(self)
         other._memo, other._full, other._partial, other._begun, other._last = {}, {}, {}, {}, {}
-        other._logit_probes, other._kept_logits = {}, None
+        other._logit_probes, other._logit_cache = {}, None
         other.reused = 0.0
         other._visible = self._prepared_names
         return other
@@ -125,7 +125,7 @@ class Evaluator:
     def _calibration(self, model: nn.Module, space: PruningSpace) -> CalibrationCache:
         settings = self._recovery_settings
         return self.adapter.calibration(
-            self.workload, space, model, seed=self.seed, ridge=settings.ridge, recovery_limit=settings.images
+            self.workload, space, model, seed=self.seed, ridge=settings.ridge, recovery_limit=settings.samples
         )
 
     def _prepared(self, calibration: CalibrationCache, given: Scores | None) -> tuple[Scores, Recovery]:
@@ -185,7 +185,7 @@ class Evaluator:
     def samples(self) -> int:
         """Validation samples (images, sequences) that a whole score in the search reads."""
         size = int(self.workload.size("validation"))
-        return size if self.score_settings.images is None else min(self.score_settings.images, size)
+        return size if self.score_settings.samples is None else min(self.score_settings.samples, size)
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -196,7 +196,7 @@ class Evaluator:
     def evaluate_full(self, widths: Any) -> Candidate:
         """Score on the whole validation split (the search may look at its first images only)."""
         key = as_history(widths)
-        images = self.score_settings.images
+        images = self.score_settings.samples
         if images is None or images >= self.workload.size("validation"):
             return self.evaluate_staged(key)
         if key not in self._full:
@@ -283,17 +283,17 @@ class Evaluator:
             self._logit_probes[target] = make(self.space, self.build, torch.cat(batches))
         return cast("Probes", self._logit_probes[target])
 
-    def kept_logits(self) -> KeptLogits | None:
+    def logit_cache(self) -> LogitCache | None:
         """The logits of what is scored from the first call on; None where a search cannot do with them.
 
         That is for outputs that are neither one row a sample nor one a token, for other scores than `kl`, and where
         a rung may drop a candidate half-scored.
         """
-        if self._kept_logits is None and not self.rungs:
+        if self._logit_cache is None and not self.rungs:
             dense = self._judges[False](self.workload.model).outputs
             if dense is not None and self.score_settings.kind == "kl":
-                self._kept_logits = KeptLogits(dense, self._outputs)
-        return self._kept_logits
+                self._logit_cache = LogitCache(dense, self._outputs)
+        return self._logit_cache
 
     def _outputs(self, history: History) -> Tensor:
         model = self._built(history, scoring=True)[0]
@@ -325,8 +325,8 @@ class Evaluator:
             self._begun[history] = parts
         del slim
         self.adapter.release_memory()  # candidates of many sizes leave holes that add up to a second model
-        if self._kept_logits is not None and not full:
-            self._kept_logits.keep(history, joint.outputs)
+        if self._logit_cache is not None and not full:
+            self._logit_cache.keep(history, joint.outputs)
         values = joint.scores
         score = float(values.mean())
         return Candidate(

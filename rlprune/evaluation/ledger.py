@@ -15,11 +15,11 @@ from ..utils.files import append_line, whole_lines
 from .candidate import Candidate
 
 
-class SearchSpent(Exception):
+class BudgetExhausted(Exception):
     """Raised by an account that has nothing left."""
 
 
-class Ledger:
+class EvaluationLog:
     """Every scored candidate, one JSON line each, on disk as soon as it is scored.
 
     Columns: index, seconds, method, seed, task, widths (a list of stages where there are several),
@@ -99,7 +99,7 @@ class Scorer(Protocol):
     def remember(self, history: History, candidate: Candidate) -> None: ...
 
 
-class Account:
+class EvaluationBudget:
     """Charges one method and seed for every distinct plan it has scored (DESIGN: contract 6).
 
     A plan that another method has scored before costs this one an evaluation all the same; its own
@@ -116,7 +116,7 @@ class Account:
     """
 
     def __init__(
-        self, evaluator: Scorer, ledger: Ledger, *, method: str, seed: int, limit: int, task: str = ""
+        self, evaluator: Scorer, ledger: EvaluationLog, *, method: str, seed: int, limit: int, task: str = ""
     ) -> None:
         self.evaluator = evaluator
         self.ledger = ledger
@@ -155,7 +155,7 @@ class Account:
         if key in self.plans:
             return self.plans[key]
         if key not in self.dropped and self.spent >= self.limit:
-            raise SearchSpent
+            raise BudgetExhausted
         return self._finished(key)
 
     def evaluate_many(self, plans: Sequence[Any]) -> list[Candidate]:
@@ -194,13 +194,13 @@ class Account:
                 new.add(key)
             if self.spent + len(new) > self.limit:
                 if count == 0:
-                    raise SearchSpent
+                    raise BudgetExhausted
                 return count
         return len(keys)
 
     def _called(self) -> None:
         if self.calls >= 3 * self.limit:
-            raise SearchSpent
+            raise BudgetExhausted
         self.calls += 1
 
     def _finished(self, key: History) -> Candidate:

@@ -49,7 +49,7 @@ class Recovery:
         adapter = workload.adapter
         if calibration is None:
             subject = workload.model if model is None else model
-            calibration = adapter.calibration(workload, space, subject, recovery_limit=settings.images)
+            calibration = adapter.calibration(workload, space, subject, recovery_limit=settings.samples)
         scores = None if importance is None else [np.asarray(s, dtype=np.float64) for s in importance]
         self._calibration, self._settings = calibration, settings
         self._closed_form = adapter.closed_form(calibration, settings, scores)
@@ -60,7 +60,7 @@ class Recovery:
         if self._closed_form is not None:
             self._closed_form(slim, plan)
         if "bn" in self._settings.steps:
-            recalibrate(slim, self._calibration.batches(self._settings.images))
+            recalibrate(slim, self._calibration.batches(self._settings.samples))
         if "finetune" in self._settings.steps:
             self._gradient_steps(slim)
 

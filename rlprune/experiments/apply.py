@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 
 from ..agents.ppo.policy import PortablePolicy, load_policy
-from ..agents.ppo.transfer import Experience, agreed, can_build
+from ..agents.ppo.transfer import PlanMemory, agreed, can_build
 from ..agents.ppo.transfer import builds as builds_of
 from ..artifacts.policy import POLICY_FILE
 from ..config.config import Config, load_config
 from ..errors import ConfigError
-from ..evaluation.ledger import Ledger
-from ..language.files.uniform import plain_obstacle, same_widths
+from ..evaluation.ledger import EvaluationLog
+from ..language.files.uniform import equal_widths, plain_obstacle
 from ..rules import RULES, rules_for
 from ..rules.blocks import block_cosines, block_count
 from ..utils.progress import Console
 from .incremental import incremental
-from .prepare import Problem, find_rule, prepare
+from .prepare import Experiment, find_rule, prepare_experiment
 from .search import finalists, search
 
 
@@ -48,29 +48,31 @@ def apply(
     console = Console(True)
     folder = Path(source)
     policy = load_policy(_policy_folder(folder))
-    problem = prepare(_with_budget(config, budget), checkpoint=checkpoint, console=console, run=folder)
+    experiment = prepare_experiment(
+        _with_budget(config, budget), checkpoint=checkpoint, console=console, run=folder
+    )
     if builds is not None and builds < 2:
         policy = PortablePolicy(policy.network, policy.meta)
-    elif builds is not None and _experience(problem, policy) is None:
+    elif builds is not None and _plan_memory(experiment, policy) is None:
         raise ConfigError(
             f"--builds {builds}: only for a policy of several checkpoints and an image model; allowed here: 0"
         )
-    widths = policy.plan(problem.evaluator, budget, problem.metric, builds=builds).widths
+    widths = policy.plan(experiment.evaluator, budget, experiment.metric, builds=builds).widths
     plans = [
-        (name, problem.rule_widths(name))
-        for name, rule in rules_for(problem.space).items()
+        (name, experiment.rule_widths(name))
+        for name, rule in rules_for(experiment.space).items()
         if not rule.probes
     ]
     plans.append(("policy", widths))
     if refine:
-        found = refined(problem, policy, refine, Ledger(), console)
+        found = refined(experiment, policy, refine, EvaluationLog(), console)
         widths = found.history[-1]
         plans.append((f"policy + {refine} evaluations", widths))
-    origin: dict[str, Any] = {"method": "policy", "budget": str(budget), "metric": problem.metric}
+    origin: dict[str, Any] = {"method": "policy", "budget": str(budget), "metric": experiment.metric}
     origin |= {"builds": builds, "refine": refine}
-    _save(problem, widths, origin, out)
-    notes = _probes_note(problem, str(policy.meta["base_rule"])) + _experience_note(problem, policy)
-    return _score_table(problem, plans) + notes
+    _save(experiment, widths, origin, out)
+    notes = _probes_note(experiment, str(policy.meta["base_rule"])) + _plan_memory_note(experiment, policy)
+    return _score_table(experiment, plans) + notes
 
 
 def _policy_folder(source: Path) -> Path:
@@ -92,20 +94,20 @@ def _policy_folder(source: Path) -> Path:
     )
 
 
-def _experience(problem: Problem, policy: PortablePolicy) -> Experience | None:
+def _plan_memory(experiment: Experiment, policy: PortablePolicy) -> PlanMemory | None:
     """The policy's experience, where builds on this checkpoint can go on from it."""
-    known = policy.experience
-    task = policy.task(problem.evaluator, problem.budget, problem.metric)
+    known = policy.plan_memory
+    task = policy.task(experiment.evaluator, experiment.budget, experiment.metric)
     return known if known is not None and can_build(task) else None
 
 
-def _experience_note(problem: Problem, policy: PortablePolicy) -> str:
+def _plan_memory_note(experiment: Experiment, policy: PortablePolicy) -> str:
     """What the policy's experience has looked at here, where it had any."""
-    known = _experience(problem, policy)
+    known = _plan_memory(experiment, policy)
     if known is None:
         return ""
-    models, images = builds_of(policy.task(problem.evaluator, problem.budget, problem.metric))
-    fits = known.fingerprint == problem.space.fingerprint
+    models, images = builds_of(policy.task(experiment.evaluator, experiment.budget, experiment.metric))
+    fits = known.fingerprint == experiment.space.fingerprint
     others = f"{len(known.tasks.unique())} other checkpoints"
     start = "; here" if fits else ", which do not fit here; from the rules' plans"
     return (
@@ -114,7 +116,7 @@ def _experience_note(problem: Problem, policy: PortablePolicy) -> str:
     )
 
 
-def _probes_note(problem: Problem, rule: str) -> str:
+def _probes_note(experiment: Experiment, rule: str) -> str:
     """What the policy's base rule cost, where that is more than nothing."""
     if not RULES[rule].probes:
         return ""
@@ -122,55 +124,55 @@ def _probes_note(problem: Problem, rule: str) -> str:
 
     def probe(widths: Any) -> float:
         probes.append(widths)
-        return problem.evaluator.evaluate(widths).loss
+        return experiment.evaluator.evaluate(widths).loss
 
-    problem.rule_widths(rule, probe)
+    experiment.rule_widths(rule, probe)
     return f"\nthe policy's base rule, {rule}, took {len(probes)} evaluations for its probes"
 
 
 def refined(
-    problem: Problem, policy: PortablePolicy, evaluations: int, ledger: Ledger, console: Console
+    experiment: Experiment, policy: PortablePolicy, evaluations: int, ledger: EvaluationLog, console: Console
 ) -> Any:
     """A search of a few evaluations that starts from a policy's plan and weights.
 
     Where the policy has builds of this checkpoint, the plan is chosen by the images of these as well (`agreed`).
     """
     # Few evaluations are spent in small batches: the surrogate is fitted again after each.
-    batch = max(4, min(problem.config.search.batch, evaluations // 4))
-    settings = replace(problem.config.search, batch=batch)
+    batch = max(4, min(experiment.config.search.batch, evaluations // 4))
+    settings = replace(experiment.config.search, batch=batch)
     found = search(
         settings.agent,
-        [replace(problem, config=replace(problem.config, search=settings))],
+        [replace(experiment, config=replace(experiment.config, search=settings))],
         ledger,
-        seed=problem.config.seed,
+        seed=experiment.config.seed,
         evaluations=evaluations,
         progress=console.search("refine"),
         policy=policy,
     )
-    if _experience(problem, policy) is None or problem.config.score.kind != "kl":
+    if _plan_memory(experiment, policy) is None or experiment.config.score.kind != "kl":
         return found
-    task = policy.task(problem.evaluator, problem.budget, problem.metric)
-    plans = {h: found.account.plans[h] for h in finalists(problem, found.account, evaluations)}
+    task = policy.task(experiment.evaluator, experiment.budget, experiment.metric)
+    plans = {h: found.account.plans[h] for h in finalists(experiment, found.account, evaluations)}
     return replace(found, history=agreed(task, plans))
 
 
 def prune_rule(config: Config, rule: str, budget: Any, out: Path) -> str:
     """A heuristic rule prunes the model, the recovery follows; writes it into ``out``, returns a table."""
     find_rule(rule)
-    problem = prepare(_with_budget(config, budget), console=Console(True))
-    widths = problem.rule_widths(rule)
-    _save(problem, widths, {"method": rule, "budget": str(budget), "metric": problem.metric}, out)
-    return _score_table(problem, [("uniform", problem.rule_widths("uniform")), (rule, widths)])
+    experiment = prepare_experiment(_with_budget(config, budget), console=Console(True))
+    widths = experiment.rule_widths(rule)
+    _save(experiment, widths, {"method": rule, "budget": str(budget), "metric": experiment.metric}, out)
+    return _score_table(experiment, [("uniform", experiment.rule_widths("uniform")), (rule, widths)])
 
 
-def prune_same_widths(config: Config, budget: Any, drop_blocks: int, out: Path) -> str:
+def prune_equal_widths(config: Config, budget: Any, drop_blocks: int, out: Path) -> str:
     """One number of neurons for all blocks, so that `rlprune export --to hf` gives a folder without code of ours.
 
     Of the blocks the ``drop_blocks`` with the least influence go first, 1 - the mean cosine of their input and
     output (ShortGPT, arXiv 2403.03853, equation 1). Writes the pruned model into ``out``, returns a table.
     """
-    problem = prepare(_with_budget(config, budget), console=Console(True))
-    space, metric = problem.space, problem.metric
+    experiment = prepare_experiment(_with_budget(config, budget), console=Console(True))
+    space, metric = experiment.space, experiment.metric
     if drop_blocks and drop_blocks >= block_count(space):
         allowed = f"allowed: 0 to {block_count(space) - 1}"
         raise ConfigError(
@@ -178,14 +180,16 @@ def prune_same_widths(config: Config, budget: Any, drop_blocks: int, out: Path) 
         )
     dropped: list[int] = []
     if drop_blocks:
-        influence = 1.0 - block_cosines(problem.evaluator.context(budget, metric))
+        influence = 1.0 - block_cosines(experiment.evaluator.context(budget, metric))
         dropped = sorted(int(b) for b in np.argsort(influence, kind="stable")[:drop_blocks])
-    widths = same_widths(space, budget, metric, dropped)
+    widths = equal_widths(space, budget, metric, dropped)
     origin = {"method": "same_widths", "budget": str(budget), "metric": metric, "dropped_blocks": dropped}
-    why = plain_obstacle(_save(problem, widths, origin, out))
+    why = plain_obstacle(_save(experiment, widths, origin, out))
     of = next(g for g in space.groups if g.kind == "ffn" and g.block not in dropped)
     neurons = int(widths[space.groups.index(of)])
-    table = _score_table(problem, [("uniform", problem.rule_widths("uniform")), ("same_widths", widths)])
+    table = _score_table(
+        experiment, [("uniform", experiment.rule_widths("uniform")), ("same_widths", widths)]
+    )
     gone = ", ".join(map(str, dropped)) or "none"
     table += f"\nsame_widths: {neurons} of {of.width} neurons in every block; blocks dropped: {gone}"
     return table + (f"\nno plain transformers folder can be exported: {why}" if why else "")
@@ -199,17 +203,17 @@ def prune_stages(config: Config, rule: str, budget: Any, stages: int, steps: int
     """
     find_rule(rule)
     console = Console(True)
-    problem = prepare(_with_budget(config, budget), console=console)
+    experiment = prepare_experiment(_with_budget(config, budget), console=console)
     state = out.with_name(f"{out.name}.state")
     found = incremental(
-        problem, rule, stages=stages, steps=steps, seed=config.seed, out=state, console=console
+        experiment, rule, stages=stages, steps=steps, seed=config.seed, out=state, console=console
     )
     console.close()
-    problem.workload.save(found.model, found.plan, out)
+    experiment.workload.save(found.model, found.plan, out)
     shutil.rmtree(state, ignore_errors=True)
-    total, name = problem.space.dense_cost(problem.metric), problem.workload.metric_name
-    lines = [f"{'stage':<8} {problem.metric + ' kept':>18} {'loss':>8} {name:>10}"]
-    dense = problem.workload.evaluate(problem.workload.model, "validation")
+    total, name = experiment.space.dense_cost(experiment.metric), experiment.workload.metric_name
+    lines = [f"{'stage':<8} {experiment.metric + ' kept':>18} {'loss':>8} {name:>10}"]
+    dense = experiment.workload.evaluate(experiment.workload.model, "validation")
     lines.append(f"{'dense':<8} {1:>18.1%} {dense.loss:>8.4f} {dense.metric:>10.4f}")
     for number, facts in enumerate(found.rounds, 1):
         share = facts["cost"] / total
@@ -221,23 +225,23 @@ def _with_budget(config: Config, budget: Any) -> Config:
     return replace(config, budget=replace(config.budget, target=budget))
 
 
-def _save(problem: Problem, widths: Any, origin: dict[str, Any], out: Path) -> Any:
+def _save(experiment: Experiment, widths: Any, origin: dict[str, Any], out: Path) -> Any:
     """Write the pruned and recovered model of ``widths``, and return it."""
-    plan = problem.evaluator.plan(widths, origin)
-    slim = problem.evaluator.build(widths)
-    problem.workload.save(slim, plan, out)
+    plan = experiment.evaluator.plan(widths, origin)
+    slim = experiment.evaluator.build(widths)
+    experiment.workload.save(slim, plan, out)
     return slim
 
 
-def _score_table(problem: Problem, plans: Sequence[tuple[str, Any]]) -> str:
+def _score_table(experiment: Experiment, plans: Sequence[tuple[str, Any]]) -> str:
     """Validation score, loss and metric of plans, after the recovery."""
-    dense = problem.workload.evaluate(problem.workload.model, "validation")
-    name = problem.workload.metric_name
-    total = problem.space.dense_cost(problem.metric)
-    lines = [f"{'method':<28} {problem.metric + ' kept':>12} {'score':>9} {'loss':>8} {name:>9}"]
+    dense = experiment.workload.evaluate(experiment.workload.model, "validation")
+    name = experiment.workload.metric_name
+    total = experiment.space.dense_cost(experiment.metric)
+    lines = [f"{'method':<28} {experiment.metric + ' kept':>12} {'score':>9} {'loss':>8} {name:>9}"]
     lines.append(f"{'dense':<28} {1:>12.1%} {'':>9} {dense.loss:>8.4f} {dense.metric:>9.4f}")
     for label, widths in plans:
-        c = problem.evaluator.evaluate_full(widths)
+        c = experiment.evaluator.evaluate_full(widths)
         score = c.score if math.isfinite(c.score) else float("nan")
         lines.append(f"{label:<28} {c.cost / total:>12.1%} {score:>9.4f} {c.loss:>8.4f} {c.metric:>9.4f}")
     return "\n".join(lines)

@@ -45,7 +45,7 @@ from ..workloads.adapter import ModelAdapter, RecoveryLadder, TuneJob
 from ..workloads.judge import Judge
 from .build import expected_adapter
 from .fidelity_table import Point, markdown, summarise
-from .prepare import Problem, prepare
+from .prepare import Experiment, prepare_experiment
 
 _WORST = 1e9  # a diverged model is the worst there is, not a hole in the table
 
@@ -80,10 +80,10 @@ def run(config: Config, candidates: int, out: str | Path, steps: int | None = No
         _length(config, expected)
     console = Console(True)
     with lock_run(out, worth="cells.jsonl") as folder:
-        problem = prepare(config, console=console)
-        length = _length(config, problem.workload.adapter)
-        study = _Study(problem, folder, console)
-        rows = tiers(config, problem.workload.adapter.ladder, steps)
+        experiment = prepare_experiment(config, console=console)
+        length = _length(config, experiment.workload.adapter)
+        study = _Study(experiment, folder, console)
+        rows = tiers(config, experiment.workload.adapter.ladder, steps)
         points = study.points(rows, candidates)
         content = {"version": 2, "hardware": hardware(), "length": length, "candidates": candidates}
         content |= study.facts() | summarise(points, own_tier(config).name, study.samples)
@@ -112,17 +112,17 @@ def tiers(config: Config, ladder: RecoveryLadder, steps: int | None = None) -> l
 class _Study:
     """The measurements of one problem, each of them made once and kept in a folder."""
 
-    def __init__(self, problem: Problem, folder: Path, console: Console) -> None:
-        self.problem, self.config = problem, problem.config
+    def __init__(self, experiment: Experiment, folder: Path, console: Console) -> None:
+        self.experiment, self.config = experiment, experiment.config
         self.folder, self.console = folder, console
         self.cells = _Cells(folder / "cells.jsonl")
-        self.half = problem.workload.size("validation") // 2
+        self.half = experiment.workload.size("validation") // 2
         if self.half < 2:
             raise ConfigError("data.validation: must be at least 4 to be halved")
         # Other programs stretch the time on the wall, but not a CPU's own count of it.
-        on_cpu = problem.workload.device.type == "cpu"
+        on_cpu = experiment.workload.device.type == "cpu"
         self.clock = time.process_time if on_cpu else time.perf_counter
-        self.samples = min(self.config.score.images or self.half, self.half)
+        self.samples = min(self.config.score.samples or self.half, self.half)
         # Sizes at which the score is looked at, the one of the settings among them.
         self.sizes = sorted({self.samples, *(max(1, self.half >> k) for k in range(4))})
 
@@ -132,7 +132,7 @@ class _Study:
         Scores, losses and metrics are pairs, one for each half of the validation split.
         """
         config = self.config
-        task = Task(self.problem.evaluator, config.budget.target, config.budget.metric)
+        task = Task(self.experiment.evaluator, config.budget.target, config.budget.metric)
         drawn = random_plans(task, config.budget.target, candidates, np.random.default_rng(config.seed))
         plans = [[int(width) for width in plan] for plan in drawn]
         scores = {tier.name: self._scores(tier, plans) for tier in rows}
@@ -145,7 +145,7 @@ class _Study:
 
     def facts(self) -> dict[str, Any]:
         """What the table says about the workload."""
-        workload, config = self.problem.workload, self.config
+        workload, config = self.experiment.workload, self.config
         return {
             "name": workload.name,
             "score": config.score.kind,
@@ -173,7 +173,7 @@ class _Study:
         return kept
 
     def _evaluator(self, tier: Tier) -> tuple[Evaluator, Judge]:
-        own, score = self.problem.evaluator, self.config.score
+        own, score = self.experiment.evaluator, self.config.score
         evaluator = Evaluator(
             own.workload, own.space, importance=own.importance, recovery=tier.recovery, score=score
         )
@@ -202,30 +202,30 @@ class _Study:
 
     def _reads(self, recovery: RecoveryConfig) -> int:
         """Samples that the recovery of one candidate runs through it, beside those of the score."""
-        size = self.problem.workload.size("calibration")
-        batch = self.problem.workload.adapter.ladder.batch
-        calibration = min(recovery.images or size, size) if "bn" in recovery.steps else 0
+        size = self.experiment.workload.size("calibration")
+        batch = self.experiment.workload.adapter.ladder.batch
+        calibration = min(recovery.samples or size, size) if "bn" in recovery.steps else 0
         return calibration + batch * recovery.finetune_steps
 
     def _final(self, plan: list[int], label: str) -> dict[str, Any]:
         """Loss and metric on both halves after the final fine-tune of the plan, as a winner would get it."""
-        config, problem = self.config, self.problem
+        config, experiment = self.config, self.experiment
         finish = dataclasses.replace(config.finish, candidates=1, rules=True)
         key = self._key("final", config.recovery, finish, config.seed, plan)
         cell = self.cells.get(key)
         if cell is None:
             started = time.perf_counter()
-            slim = problem.evaluator.build(plan)
+            slim = experiment.evaluator.build(plan)
             training = self.folder / f"final-{key[:16]}.state"
             job = TuneJob(config.seed, state=training, progress=self.console.training, phase=label)
-            problem.workload.fine_tune(slim, config.finish, job)
+            experiment.workload.fine_tune(slim, config.finish, job)
             cell = self._quality(slim) | {"seconds": time.perf_counter() - started}
             self.cells.put(key, cell)
             forget(training)
         return {name: cell[name] for name in ("loss", "metric")} | {"final_seconds": cell["seconds"]}
 
     def _quality(self, slim: nn.Module) -> dict[str, Any]:
-        judge = self.problem.workload.judge("loss", None)
+        judge = self.experiment.workload.judge("loss", None)
         halves = [judge(slim, first, first + self.half) for first in (0, self.half)]
         return {
             "loss": [_finite(half.loss, _WORST) for half in halves],

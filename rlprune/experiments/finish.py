@@ -19,12 +19,12 @@ from ..utils.files import read_json, read_tensors, write_json_atomic, write_tens
 from ..utils.progress import Console
 from ..utils.timing import measure
 from ..workloads.adapter import TuneJob
-from .prepare import Problem
-from .search import Found, finalists
+from .prepare import Experiment
+from .search import MethodResult, finalists
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinalModel:
     """A method's model after the final fine-tune, its plan in units of the dense model, and its table row.
 
     ``model`` is None for rules and baselines where models are large (``ModelAdapter.keeps_models``): with all of them
@@ -36,32 +36,34 @@ class Finished:
     plan: Plan | None
 
 
-def choose(problem: Problem, found: Found, fallback: Sequence[Found] = ()) -> Found:
+def choose(
+    experiment: Experiment, found: MethodResult, fallback: Sequence[MethodResult] = ()
+) -> MethodResult:
     """Score the best few on the whole validation split and take the best of them.
 
     ``fallback`` (the rules) joins only now, so that the final plan is never worse on validation than any
     of them; a plan that only ties with a rule's is not replaced.
     """
-    count = problem.config.finish.candidates
-    histories = finalists(problem, found.account, count)
-    scores = {h: problem.evaluator.evaluate_full(h).score for h in histories}
+    count = experiment.config.finish.candidates
+    histories = finalists(experiment, found.account, count)
+    scores = {h: experiment.evaluator.evaluate_full(h).score for h in histories}
     best = max(histories, key=scores.__getitem__)
     chosen = replace(found, history=best)
     for other in fallback:
-        score = problem.evaluator.evaluate_full(other.history).score
+        score = experiment.evaluator.evaluate_full(other.history).score
         if score > scores[best]:
             chosen, scores[best] = replace(found, history=other.history), score
     return chosen
 
 
 def finish(
-    problem: Problem,
-    found: Found | None,
+    experiment: Experiment,
+    found: MethodResult | None,
     *,
     seed: int,
     state: Path | None = None,
     console: Console | None = None,
-) -> Finished:
+) -> FinalModel:
     """Fine-tune a method's plan (the dense model for ``found = None``) and report it on test, before and after.
 
     The test split is read here and nowhere else, after everything has been chosen. With ``state`` the
@@ -70,31 +72,31 @@ def finish(
     console = console or Console(False)
     method = found.method if found else "dense"
     label = f"{method}-{found.seed if found else 0}"
-    model, plan = _built(problem, found.history if found else None)
+    model, plan = _built(experiment, found.history if found else None)
     keep = _Kept(state, label)
     # Only the same plan under the same settings may be taken from an earlier try.
     mark = {
         "widths": list(plan.widths.tolist()) if plan else [],
-        "finish": repr(problem.config.finish),
+        "finish": repr(experiment.config.finish),
         "seed": seed,
     }
     facts = keep.load(mark, model)
     if facts is None:
-        facts = _measured(problem, model, seed, keep.training, f"fine-tune {method}", console)
+        facts = _measured(experiment, model, seed, keep.training, f"fine-tune {method}", console)
         keep.save(mark, facts, model)
     console.close()
-    row = _row(problem, found, model, plan, seed, facts)
-    kept = problem.workload.adapter.keeps_models or row["kind"] in ("dense", "agent")
-    return Finished(row, model if kept else None, plan)
+    row = _row(experiment, found, model, plan, seed, facts)
+    kept = experiment.workload.adapter.keeps_models or row["kind"] in ("dense", "agent")
+    return FinalModel(row, model if kept else None, plan)
 
 
-def add_latency(finished: Sequence[Finished], problem: Problem, budget_seconds: float = 15.0) -> None:
+def add_latency(finished: Sequence[FinalModel], experiment: Experiment, budget_seconds: float = 15.0) -> None:
     """Measure all models that are in memory in turns and put the medians, in milliseconds, into their rows."""
     models = {str(i): f.model for i, f in enumerate(finished) if f.model is not None}
-    how = problem.workload.adapter.latency
+    how = experiment.workload.adapter.latency
     times = measure(
         models,
-        problem.workload.example_inputs,
+        experiment.workload.example_inputs,
         batch_sizes=how.batch_sizes,
         budget_seconds=budget_seconds,
         warmup=how.warmup,
@@ -103,30 +105,30 @@ def add_latency(finished: Sequence[Finished], problem: Problem, budget_seconds: 
         finished[int(i)].row["latency_ms"] = {str(batch): round(ms, 4) for batch, ms in found.items()}
 
 
-def _built(problem: Problem, history: History | None) -> tuple[nn.Module, Plan | None]:
+def _built(experiment: Experiment, history: History | None) -> tuple[nn.Module, Plan | None]:
     if history is None:
         # A cut that keeps everything is a copy that shares no tensor with the dense model.
-        space = problem.space
-        return prune(problem.workload.model, problem.evaluator.plan(space.widths)), None
-    origin = {"budget": str(problem.budget), "metric": problem.metric}
+        space = experiment.space
+        return prune(experiment.workload.model, experiment.evaluator.plan(space.widths)), None
+    origin = {"budget": str(experiment.budget), "metric": experiment.metric}
     if len(history) == 1:
-        return problem.evaluator.build(history[0]), problem.evaluator.plan(history[0], origin)
-    return problem.evaluator.build(history), problem.evaluator.staged_plan(history, origin)
+        return experiment.evaluator.build(history[0]), experiment.evaluator.plan(history[0], origin)
+    return experiment.evaluator.build(history), experiment.evaluator.staged_plan(history, origin)
 
 
 def _measured(
-    problem: Problem, model: nn.Module, seed: int, training: Path | None, label: str, console: Console
+    experiment: Experiment, model: nn.Module, seed: int, training: Path | None, label: str, console: Console
 ) -> dict[str, Any]:
-    workload = problem.workload
+    workload = experiment.workload
     started = time.perf_counter()
     with workload.test_opened():
         before = workload.evaluate(model, "test")
     facts: dict[str, Any] = {"test": before.metric, "test_loss": before.loss}
-    facts |= workload.test_facts(before.count) | workload.adapter.finish_facts(problem.config.finish)
+    facts |= workload.test_facts(before.count) | workload.adapter.finish_facts(experiment.config.finish)
     after = before
-    if workload.adapter.fine_tune_length(problem.config.finish)[0]:
+    if workload.adapter.fine_tune_length(experiment.config.finish)[0]:
         job = TuneJob(seed, state=training, progress=console.training, phase=label)
-        workload.fine_tune(model, problem.config.finish, job)
+        workload.fine_tune(model, experiment.config.finish, job)
         with workload.test_opened():
             after = workload.evaluate(model, "test")
     facts |= {"test_finetuned": after.metric, "test_loss_finetuned": after.loss}
@@ -134,17 +136,17 @@ def _measured(
 
 
 def _row(
-    problem: Problem,
-    found: Found | None,
+    experiment: Experiment,
+    found: MethodResult | None,
     model: nn.Module,
     plan: Plan | None,
     seed: int,
     facts: dict[str, Any],
 ) -> dict[str, Any]:
-    space = problem.space
+    space = experiment.space
     widths = space.widths if plan is None else plan.widths
     if found is None:
-        quality = problem.workload.evaluate(problem.workload.model, "validation")
+        quality = experiment.workload.evaluate(experiment.workload.model, "validation")
         head: dict[str, Any] = {
             "method": "dense",
             "kind": "dense",
@@ -153,17 +155,17 @@ def _row(
             "seconds": 0.0,
         }
         score, validation, validation_loss = 0.0, quality.metric, quality.loss
-        if problem.evaluator.score_settings.kind != "kl":  # KL of the dense model to itself is 0
-            score = validation if problem.evaluator.score_settings.kind == "accuracy" else -validation_loss
+        if experiment.evaluator.score_settings.kind != "kl":  # KL of the dense model to itself is 0
+            score = validation if experiment.evaluator.score_settings.kind == "accuracy" else -validation_loss
     else:
         head = {"method": found.method, "kind": found.kind, "seed": seed}
         head |= {"evaluations": found.account.spent, "seconds": round(found.seconds, 2)}
-        full = problem.evaluator.evaluate_full(found.history)
+        full = experiment.evaluator.evaluate_full(found.history)
         score, validation, validation_loss = full.score, full.metric, full.loss
     costs = {metric: space.cost(widths, metric) for metric in space.costs}
-    row = head | {"cost": costs[problem.metric], **costs, "score": score, "validation": validation}
+    row = head | {"cost": costs[experiment.metric], **costs, "score": score, "validation": validation}
     row |= {"validation_loss": validation_loss, **facts, "widths": [int(w) for w in widths]}
-    dense = {name for name, _ in problem.workload.model.named_parameters()}
+    dense = {name for name, _ in experiment.workload.model.named_parameters()}
     # The recovery step `bias` gives some layers a bias that the dense model has not.
     if sum(p.numel() for name, p in model.named_parameters() if name in dense) != costs["params"]:
         raise AssertionError("the built model does not have the parameters that its widths say")

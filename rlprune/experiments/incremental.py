@@ -28,7 +28,7 @@ from ..utils.checkpoints import forget, require_same
 from ..utils.files import read_json, read_tensors, write_json_atomic, write_tensors_atomic
 from ..utils.progress import Console
 from ..workloads.adapter import TuneJob
-from .prepare import Problem, find_rule
+from .prepare import Experiment, find_rule
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class _Now:
 
 
 def incremental(
-    problem: Problem,
+    experiment: Experiment,
     rule: str | Sequence[Sequence[int]],
     *,
     stages: int = 5,
@@ -92,88 +92,96 @@ def incremental(
         raise ConfigError(f"stages: at least 1 stage and 0 steps are needed, got {stages} and {steps}")
     if isinstance(rule, str):
         find_rule(rule)
-    space = problem.space
-    now = _Now(problem.workload.model, space, tuple(np.arange(g.width) for g in space.groups))
-    kept = _Rounds(out, problem, rule, stages, steps, seed)
+    space = experiment.space
+    now = _Now(experiment.workload.model, space, tuple(np.arange(g.width) for g in space.groups))
+    kept = _Rounds(out, experiment, rule, stages, steps, seed)
     history: list[Widths] = []
     rounds = []
     for stage in range(1, stages + 1):
         folder = None if out is None else Path(out) / f"round-{stage}.state"
         finished = kept.load(stage, now)
         if finished is None:
-            widths = _widths(problem, rule, now, stage, stages) if wanted is None else wanted[stage - 1]
-            now = _cut(problem, now, widths)
+            widths = _widths(experiment, rule, now, stage, stages) if wanted is None else wanted[stage - 1]
+            now = _cut(experiment, now, widths)
             if steps:
                 label, own = f"round {stage}/{stages}", seed + 1000 * stage
                 job = TuneJob(own, steps, folder, console.training, label)
-                problem.workload.fine_tune(now.model, problem.config.finish, job)
-            quality = problem.workload.evaluate(now.model, "validation")
-            cost = space.cost(widths, problem.metric)
+                experiment.workload.fine_tune(now.model, experiment.config.finish, job)
+            quality = experiment.workload.evaluate(now.model, "validation")
+            cost = space.cost(widths, experiment.metric)
             finished = {"cost": cost, "loss": quality.loss, "metric": quality.metric}
             kept.save(stage, now, finished)
         history.append(tuple(len(k) for k in now.kept))
         rounds.append(finished)
     origin = {"method": rule if isinstance(rule, str) else "widths", "stages": stages, "steps": steps}
-    origin |= {"budget": str(problem.budget), "metric": problem.metric}
+    origin |= {"budget": str(experiment.budget), "metric": experiment.metric}
     plan = Plan(space, final_widths(tuple(history)), now.kept, origin)
     return Incremental(now.model, plan, tuple(history), tuple(rounds))
 
 
-def _widths(problem: Problem, rule: Any, now: _Now, stage: int, stages: int) -> Ints:
+def _widths(experiment: Experiment, rule: Any, now: _Now, stage: int, stages: int) -> Ints:
     """What the rule keeps after a stage, judged by the model as it stands now."""
-    dense, metric = problem.space.dense_cost(problem.metric), problem.metric
+    dense, metric = experiment.space.dense_cost(experiment.metric), experiment.metric
     # The costs count kept units, so a stage's absolute target means the same in every stage's space.
-    share = (dense - stage / stages * (dense - problem.target)) / now.space.dense_cost(metric)
+    share = (dense - stage / stages * (dense - experiment.target)) / now.space.dense_cost(metric)
     share = min(1.0, share)
     context = Context(
         space=now.space,
         model=now.model,
-        importance=_importance(problem, now),
+        importance=_importance(experiment, now),
         budget=share,
         metric=metric,
-        workload=problem.workload,
-        seed=problem.config.seed,
+        workload=experiment.workload,
+        seed=experiment.config.seed,
     )
     widths: Ints = now.space.project(find_rule(rule).function(context), share, metric)
     return widths
 
 
-def _importance(problem: Problem, now: _Now) -> Any:
-    if now.model is problem.workload.model:
-        return problem.evaluator.importance
-    name = problem.config.prune.importance
-    return compute(name, problem.workload, now.space, problem.config.seed, now.model)
+def _importance(experiment: Experiment, now: _Now) -> Any:
+    if now.model is experiment.workload.model:
+        return experiment.evaluator.importance
+    name = experiment.config.prune.importance
+    return compute(name, experiment.workload, now.space, experiment.config.seed, now.model)
 
 
-def _cut(problem: Problem, now: _Now, widths: Ints) -> _Now:
+def _cut(experiment: Experiment, now: _Now, widths: Ints) -> _Now:
     """The next smaller model, recovered without gradient steps."""
-    settings = problem.config.recovery
+    settings = experiment.config.recovery
     closed = tuple(step for step in settings.steps if step != "finetune") or ("none",)
     settings = replace(settings, steps=closed, finetune_steps=0)
-    cut = make_plan(now.space, importance=_importance(problem, now), widths=widths)
+    cut = make_plan(now.space, importance=_importance(experiment, now), widths=widths)
     slim = prune(now.model, cut)
-    Recovery(problem.workload, now.space, settings, now.model)(slim, cut)
+    Recovery(experiment.workload, now.space, settings, now.model)(slim, cut)
     kept = tuple(before[units] for before, units in zip(now.kept, cut.kept, strict=True))
-    return _Now(slim, problem.space.after(kept), kept)
+    return _Now(slim, experiment.space.after(kept), kept)
 
 
 class _Rounds:
     """The finished rounds in a state folder: weights and kept units of the last, the facts of all."""
 
     def __init__(
-        self, out: str | Path | None, problem: Problem, rule: Any, stages: int, steps: int, seed: int
+        self, out: str | Path | None, experiment: Experiment, rule: Any, stages: int, steps: int, seed: int
     ) -> None:
         self._folder = None if out is None else Path(out)
-        config = problem.config
-        facts = [config.finish, config.recovery, config.prune, problem.budget, problem.metric, rule, stages]
-        self._key = repr([*facts, steps, seed, problem.space.fingerprint])
+        config = experiment.config
+        facts = [
+            config.finish,
+            config.recovery,
+            config.prune,
+            experiment.budget,
+            experiment.metric,
+            rule,
+            stages,
+        ]
+        self._key = repr([*facts, steps, seed, experiment.space.fingerprint])
         self._done: list[dict[str, Any]] = []
         self._last: dict[str, Any] | None = None
         if self._folder is not None and (self._folder / "rounds.json").is_file():
             content = read_json(self._folder / "rounds.json")
             require_same(self._folder, content, {"key": self._key})
             self._done, self._last = content["rounds"], content
-        self._problem = problem
+        self._problem = experiment
 
     def load(self, stage: int, now: _Now) -> dict[str, Any] | None:
         """The facts of a finished round; with the last of them ``now`` becomes the model that it left."""

@@ -12,7 +12,7 @@ import torch
 from ..config.config import Config
 from ..errors import ConfigError, near_miss
 from ..evaluation.evaluator import Evaluator
-from ..evaluation.ledger import Account, Ledger
+from ..evaluation.ledger import EvaluationBudget, EvaluationLog
 from ..latency.profile import TABLE_FILE, Progress, machine, read_table, with_latency
 from ..pruning.space import PruningSpace
 from ..rules import RULES, Rule, rules_for
@@ -27,7 +27,7 @@ MOST_PROBES = 0.25
 
 
 @dataclass(frozen=True)
-class Problem:
+class Experiment:
     """A dense model, its space, the evaluator of its candidates, and the budget they have to meet."""
 
     config: Config
@@ -52,8 +52,8 @@ class Problem:
         """Absolute cost that the budget allows."""
         return float(self.space.target(self.budget, self.metric))
 
-    def account(self, ledger: Ledger, method: str, seed: int, limit: int) -> Account:
-        return Account(self.evaluator, ledger, method=method, seed=seed, limit=limit, task=self.name)
+    def account(self, ledger: EvaluationLog, method: str, seed: int, limit: int) -> EvaluationBudget:
+        return EvaluationBudget(self.evaluator, ledger, method=method, seed=seed, limit=limit, task=self.name)
 
     def rule_widths(
         self, rule: str, probe: Callable[[Ints], float] | None = None, budget: Any = None
@@ -110,7 +110,7 @@ def find_rule(name: str) -> Any:
     return RULES[name]
 
 
-def prepare(
+def prepare_experiment(
     config: Config,
     *,
     model_seed: int | None = None,
@@ -118,7 +118,7 @@ def prepare(
     console: Console | None = None,
     name: str = "",
     run: Path | None = None,
-) -> Problem:
+) -> Experiment:
     """Build (and train) the workload, trace it, compute importances and the recovery's statistics.
 
     ``run`` is the folder of a run whose latency table is taken where it was measured on this model and machine.
@@ -135,7 +135,7 @@ def prepare(
         metric=config.budget.metric,
         seed=config.seed,
     )
-    return Problem(config, workload, evaluator, name)
+    return Experiment(config, workload, evaluator, name)
 
 
 def dense_model(

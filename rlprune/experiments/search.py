@@ -16,20 +16,20 @@ from ..agents.ppo.policy import PortablePolicy
 from ..envs.task import Task
 from ..errors import ConfigError
 from ..evaluation.candidate import Candidate
-from ..evaluation.ledger import Account, Ledger
+from ..evaluation.ledger import EvaluationBudget, EvaluationLog
 from ..pruning.history import History, as_history
 from ..utils.arrays import Ints
-from .prepare import Problem, find_rule
+from .prepare import Experiment, find_rule
 
 
 @dataclass(frozen=True)
-class Found:
+class MethodResult:
     """What one method found: its plan as a history of widths, its account, its policy if it has one."""
 
     method: str
     kind: str
     seed: int
-    account: Account
+    account: EvaluationBudget
     history: History
     seconds: float
     policy: Any = None
@@ -40,41 +40,41 @@ class Found:
         return self.account.evaluator.evaluate_staged(self.history)
 
 
-def score_rule(problem: Problem, rule: str, ledger: Ledger, seed: int = 0) -> Found:
+def score_rule(experiment: Experiment, rule: str, ledger: EvaluationLog, seed: int = 0) -> MethodResult:
     """Score what a rule gives; its probes, where it needs any, are charged to it."""
     started = time.perf_counter()
-    account = problem.account(ledger, rule, seed, limit=find_rule(rule).probe_count(problem.space) + 10)
-    widths = problem.rule_widths(rule, lambda w: account.evaluate(w).loss)
+    account = experiment.account(ledger, rule, seed, limit=find_rule(rule).probe_count(experiment.space) + 10)
+    widths = experiment.rule_widths(rule, lambda w: account.evaluate(w).loss)
     account.evaluate(widths)
-    return Found(rule, "rule", seed, account, as_history(widths), time.perf_counter() - started)
+    return MethodResult(rule, "rule", seed, account, as_history(widths), time.perf_counter() - started)
 
 
-def best_start_rule(problems: Sequence[Problem]) -> str:
+def best_start_rule(experiments: Sequence[Experiment]) -> str:
     """The rule with the best mean score over the problems; all of them are among the starts, and charged."""
     scores = {
-        n: float(np.mean([p.evaluator.evaluate(p.rule_widths(n)).score for p in problems]))
-        for n in problems[0].start_rules()
+        n: float(np.mean([p.evaluator.evaluate(p.rule_widths(n)).score for p in experiments]))
+        for n in experiments[0].start_rules()
     }
     return max(scores, key=scores.__getitem__)
 
 
-def _automatic_base(problems: Sequence[Problem], agent: Any) -> str:
+def _automatic_base(experiments: Sequence[Experiment], agent: Any) -> str:
     """The base rule of actions where none is configured: the best one at the budget.
 
     Over a range of budgets it is the adapter's rule for that: no rule is the best one throughout. A policy that is
     taught what the best plans of several checkpoints have in common has it too: a rule's plan is another one on each.
     """
-    taught = len(problems) > 1 and isinstance(agent, PPOAgent) and agent.settings.mode == "surrogate"
-    fixed = problems[0].workload.adapter.base_rule_over_budgets
-    if fixed is not None and (taught or problems[0].config.search.budget_range):
+    taught = len(experiments) > 1 and isinstance(agent, PPOAgent) and agent.settings.mode == "surrogate"
+    fixed = experiments[0].workload.adapter.base_rule_over_budgets
+    if fixed is not None and (taught or experiments[0].config.search.budget_range):
         return fixed
-    return best_start_rule(problems)
+    return best_start_rule(experiments)
 
 
 def search(
     method: str,
-    problems: Sequence[Problem],
-    ledger: Ledger,
+    experiments: Sequence[Experiment],
+    ledger: EvaluationLog,
     *,
     seed: int,
     evaluations: int | None = None,
@@ -82,7 +82,7 @@ def search(
     progress: Callable[[Any], None] | None = None,
     tensorboard: Path | None = None,
     policy: PortablePolicy | None = None,
-) -> Found:
+) -> MethodResult:
     """Let an agent search; the first problem is the one whose plan is wanted, the others train the policy.
 
     The starts are scored first and charged, and the best rule among them is what actions deviate from (see
@@ -90,14 +90,14 @@ def search(
     stays.
     """
     started = time.perf_counter()
-    settings = problems[0].config.search
+    settings = experiments[0].config.search
     agent = make_agent(method, settings)
     limit = evaluations or settings.evaluations
-    accounts = [p.account(ledger, method, seed, limit) for p in problems]
+    accounts = [p.account(ledger, method, seed, limit) for p in experiments]
     if policy is not None:
         base = str(policy.meta["base_rule"])
     else:
-        base = settings.base_rule if settings.base_rule != "auto" else _automatic_base(problems, agent)
+        base = settings.base_rule if settings.base_rule != "auto" else _automatic_base(experiments, agent)
     tasks = [
         Task(
             p.evaluator,
@@ -107,12 +107,13 @@ def search(
             name=p.name,
             common_plans=p.workload.adapter.common_plans,
         )
-        for p in problems
+        for p in experiments
     ]
-    starts: list[list[Ints]] = [[] for _ in problems]
+    starts: list[list[Ints]] = [[] for _ in experiments]
     if policy is None:
         starts = [
-            p.starts(task.knots if task.is_range else ()) for p, task in zip(problems, tasks, strict=True)
+            p.starts(task.anchor_budgets if task.is_range else ())
+            for p, task in zip(experiments, tasks, strict=True)
         ]
     result = agent.search(
         SearchRequest(
@@ -127,21 +128,23 @@ def search(
         )
     )
     kind = "agent" if method == settings.agent else "baseline"
-    history = best_within(problems[0], accounts[0])
-    return Found(method, kind, seed, accounts[0], history, time.perf_counter() - started, result.policy)
+    history = best_within(experiments[0], accounts[0])
+    return MethodResult(
+        method, kind, seed, accounts[0], history, time.perf_counter() - started, result.policy
+    )
 
 
-def best_within(problem: Problem, account: Account) -> History:
+def best_within(experiment: Experiment, account: EvaluationBudget) -> History:
     """The best-scoring plan of an account that meets the budget (a search over a range scores others too)."""
-    target = problem.target * (1 + 1e-12)
+    target = experiment.target * (1 + 1e-12)
     fits = {history: c for history, c in account.plans.items() if c.cost <= target}
     if not fits:
         raise ConfigError("search.evaluations: too few to score a plan within the budget")
     return max(fits, key=lambda history: fits[history].score)
 
 
-def finalists(problem: Problem, account: Account, count: int) -> list[History]:
+def finalists(experiment: Experiment, account: EvaluationBudget, count: int) -> list[History]:
     """The best plans of an account within the budget, by score."""
-    target = problem.target * (1 + 1e-12)
+    target = experiment.target * (1 + 1e-12)
     fits = [h for h, c in account.plans.items() if c.cost <= target]
     return sorted(fits, key=lambda h: account.plans[h].score, reverse=True)[:count]

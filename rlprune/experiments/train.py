@@ -12,7 +12,7 @@ from typing import Any
 from ..agents.ppo.policy import PortablePolicy, portable_state, save_policy
 from ..config.config import Config, load_config
 from ..errors import ConfigError
-from ..evaluation.ledger import Ledger
+from ..evaluation.ledger import EvaluationLog
 from ..latency.profile import TABLE_FILE
 from ..pruning.cost import plain_amount
 from ..pruning.space import PruningSpace
@@ -22,9 +22,9 @@ from ..utils.files import lock_run, write_json_atomic, write_text_atomic
 from ..utils.hardware import hardware
 from ..utils.progress import Console, log_to, logger
 from ..workloads.base import Workload
-from .finish import Finished, add_latency, choose, finish
-from .prepare import Problem, prepare
-from .search import Found, score_rule, search
+from .finish import FinalModel, add_latency, choose, finish
+from .prepare import Experiment, prepare_experiment
+from .search import MethodResult, score_rule, search
 
 _CURVE = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
@@ -41,19 +41,19 @@ def train(config: Config, out: Path, *, resume: bool = False, progress: bool = T
             console.note(f"{folder}: this run is complete; nothing to resume")
             report.build(folder)
             return folder
-        problems = _problems(config, console, folder)
-        problem = problems[0]
-        _note_problem(problem, console)
-        ledger = Ledger(folder / "ledger.jsonl")
+        experiments = _experiments(config, console, folder)
+        experiment = experiments[0]
+        _note_experiment(experiment, console)
+        ledger = EvaluationLog(folder / "ledger.jsonl")
         state = folder / "state"
-        rules = _scored_rules(problem, ledger, config.seed, console)
+        rules = _scored_rules(experiment, ledger, config.seed, console)
         best = max(rules, key=lambda r: r.best.score)
         console.note(f"best rule: {best.method}, score {best.best.score:.4f}")
-        found = [_searched(name, problems, ledger, folder, console) for name in _agents(config)]
-        chosen = [choose(problem, f, rules if f.kind == "agent" else ()) for f in found]
-        finished = _finish_all(problem, rules, chosen, state, console)
-        _save_outcome(problem, folder, found, finished)
-        _write_results(problem, folder, finished, _curve(problem, rules, found))
+        found = [_searched(name, experiments, ledger, folder, console) for name in _agents(config)]
+        chosen = [choose(experiment, f, rules if f.kind == "agent" else ()) for f in found]
+        finished = _finish_all(experiment, rules, chosen, state, console)
+        _save_outcome(experiment, folder, found, finished)
+        _write_results(experiment, folder, finished, _curve(experiment, rules, found))
         for kept in state.glob("finish-*"):  # the models of all methods: only an unfinished run needs them
             kept.unlink()
     return folder
@@ -99,27 +99,31 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _problems(config: Config, console: Console, folder: Path) -> list[Problem]:
+def _experiments(config: Config, console: Console, folder: Path) -> list[Experiment]:
     """The problem that is wanted, then those that only train the policy (further checkpoints and seeds)."""
-    problems = [prepare(config, console=console, run=folder)]
-    latency = problems[0].space.costs.get("latency")
+    experiments = [prepare_experiment(config, console=console, run=folder)]
+    latency = experiments[0].space.costs.get("latency")
     if latency is not None:  # a resumed run goes on with the same numbers
         write_json_atomic(folder / TABLE_FILE, latency.table.to_dict())
     for seed in config.search.model_seeds:
-        problems.append(prepare(config, model_seed=seed, console=console, name=f"seed{seed}", run=folder))
+        experiments.append(
+            prepare_experiment(config, model_seed=seed, console=console, name=f"seed{seed}", run=folder)
+        )
     for checkpoint in config.search.checkpoints:
         name = Path(checkpoint).stem
-        problems.append(prepare(config, checkpoint=checkpoint, console=console, name=name, run=folder))
-    return problems
+        experiments.append(
+            prepare_experiment(config, checkpoint=checkpoint, console=console, name=name, run=folder)
+        )
+    return experiments
 
 
-def _note_problem(problem: Problem, console: Console) -> None:
-    space, dense = problem.space, problem.space.dense_cost(problem.metric)
-    quality = problem.workload.evaluate(problem.workload.model, "validation")
-    whole, allowed = (plain_amount(value, problem.metric) for value in (dense, problem.target))
+def _note_experiment(experiment: Experiment, console: Console) -> None:
+    space, dense = experiment.space, experiment.space.dense_cost(experiment.metric)
+    quality = experiment.workload.evaluate(experiment.workload.model, "validation")
+    whole, allowed = (plain_amount(value, experiment.metric) for value in (dense, experiment.target))
     console.note(
-        f"{problem.workload.name}: {len(space.groups)} groups, {whole} {problem.metric}, budget {allowed} "
-        f"({problem.target / dense:.1%}); dense validation {problem.workload.metric_name} "
+        f"{experiment.workload.name}: {len(space.groups)} groups, {whole} {experiment.metric}, budget {allowed} "
+        f"({experiment.target / dense:.1%}); dense validation {experiment.workload.metric_name} "
         f"{quality.metric:.4f}, loss {quality.loss:.4f}"
     )
 
@@ -128,22 +132,24 @@ def _agents(config: Config) -> list[str]:
     return [*(name for name in config.search.baselines if name != config.search.agent), config.search.agent]
 
 
-def _scored_rules(problem: Problem, ledger: Ledger, seed: int, console: Console) -> list[Found]:
-    names = rules_for(problem.space)
+def _scored_rules(
+    experiment: Experiment, ledger: EvaluationLog, seed: int, console: Console
+) -> list[MethodResult]:
+    names = rules_for(experiment.space)
     show, rules = console.counting("rules", len(names)), []
     for name in names:
-        rules.append(score_rule(problem, name, ledger, seed))
+        rules.append(score_rule(experiment, name, ledger, seed))
         show(len(rules))
     return rules
 
 
 def _searched(
-    method: str, problems: Sequence[Problem], ledger: Ledger, folder: Path, console: Console
-) -> Found:
-    config = problems[0].config
+    method: str, experiments: Sequence[Experiment], ledger: EvaluationLog, folder: Path, console: Console
+) -> MethodResult:
+    config = experiments[0].config
     found = search(
         method,
-        problems if method == config.search.agent else problems[:1],
+        experiments if method == config.search.agent else experiments[:1],
         ledger,
         seed=config.seed,
         state=folder / "state",
@@ -155,18 +161,22 @@ def _searched(
 
 
 def _finish_all(
-    problem: Problem, rules: Sequence[Found], chosen: Sequence[Found], state: Path, console: Console
-) -> list[Finished]:
-    seed = problem.config.seed
-    finished = [finish(problem, None, seed=seed, state=state, console=console)]
-    every = [*(rules if problem.config.finish.rules else ()), *chosen]
-    finished += [finish(problem, f, seed=seed, state=state, console=console) for f in every]
-    add_latency(finished, problem)
+    experiment: Experiment,
+    rules: Sequence[MethodResult],
+    chosen: Sequence[MethodResult],
+    state: Path,
+    console: Console,
+) -> list[FinalModel]:
+    seed = experiment.config.seed
+    finished = [finish(experiment, None, seed=seed, state=state, console=console)]
+    every = [*(rules if experiment.config.finish.rules else ()), *chosen]
+    finished += [finish(experiment, f, seed=seed, state=state, console=console) for f in every]
+    add_latency(finished, experiment)
     return finished
 
 
 def _save_outcome(
-    problem: Problem, folder: Path, found: Sequence[Found], finished: Sequence[Finished]
+    experiment: Experiment, folder: Path, found: Sequence[MethodResult], finished: Sequence[FinalModel]
 ) -> None:
     """policy/ and pruned/ of the agent."""
     for search_result in found:
@@ -175,21 +185,25 @@ def _save_outcome(
     for done in finished:
         if done.row["kind"] == "agent" and done.plan is not None:
             origin = dict(done.plan.origin) | {"method": done.row["method"], "seed": done.row["seed"]}
-            problem.workload.save(done.model, replace(done.plan, origin=origin), folder / "pruned")
+            experiment.workload.save(done.model, replace(done.plan, origin=origin), folder / "pruned")
 
 
-def _curve(problem: Problem, rules: Sequence[Found], found: Sequence[Found]) -> list[dict[str, Any]]:
+def _curve(
+    experiment: Experiment, rules: Sequence[MethodResult], found: Sequence[MethodResult]
+) -> list[dict[str, Any]]:
     """Score against budget of the policy as it stands, at budgets it may not have seen, and of rules beside it.
 
     A policy that was trained over a range is shown over that range, beside every rule that needs no probes;
     one of a single budget beside uniform and the best rule there.
     """
-    space, metric = problem.space, problem.metric
-    if searched := problem.config.search.budget_range:
+    space, metric = experiment.space, experiment.metric
+    if searched := experiment.config.search.budget_range:
         low, high = searched
         budgets = sorted({low, high, *(b for b in _CURVE if low < b < high)}, reverse=True)
         names = [
-            name for name, rule in rules_for(space).items() if not rule.probes and not problem.is_slow(rule)
+            name
+            for name, rule in rules_for(space).items()
+            if not rule.probes and not experiment.is_slow(rule)
         ]
     else:
         budgets = [b for b in _CURVE if b > space.feasible(metric)[0] / space.dense_cost(metric)]
@@ -197,26 +211,26 @@ def _curve(problem: Problem, rules: Sequence[Found], found: Sequence[Found]) -> 
     policies = {f.method: PortablePolicy.from_state(*portable_state(f.policy)) for f in found if f.policy}
     rows = []
     for budget in budgets:
-        plans = {(name, "rule"): problem.rule_widths(name, budget=budget) for name in dict.fromkeys(names)}
+        plans = {(name, "rule"): experiment.rule_widths(name, budget=budget) for name in dict.fromkeys(names)}
         for name, policy in policies.items():
-            plans[f"{name} policy", "agent"] = policy.plan(problem.evaluator, budget, metric).widths
+            plans[f"{name} policy", "agent"] = policy.plan(experiment.evaluator, budget, metric).widths
         for (name, kind), widths in plans.items():
-            score = problem.evaluator.evaluate(widths).score
+            score = experiment.evaluator.evaluate(widths).score
             rows.append({"budget": budget, "method": name, "kind": kind, "score": score, "metric": metric})
     return rows
 
 
 def _write_results(
-    problem: Problem, folder: Path, finished: Sequence[Finished], curve: Sequence[dict[str, Any]]
+    experiment: Experiment, folder: Path, finished: Sequence[FinalModel], curve: Sequence[dict[str, Any]]
 ) -> None:
     write_json_atomic(folder / "budgets.json", list(curve))
-    write_json_atomic(folder / "results.json", results_of(problem, [f.row for f in finished]))
+    write_json_atomic(folder / "results.json", results_of(experiment, [f.row for f in finished]))
     report.build(folder)
 
 
-def results_of(problem: Problem, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def results_of(experiment: Experiment, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The content of results.json (see the public surface in the docs)."""
-    return outcome(problem.config, problem.workload, problem.space, rows)
+    return outcome(experiment.config, experiment.workload, experiment.space, rows)
 
 
 def outcome(

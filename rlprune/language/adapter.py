@@ -129,7 +129,7 @@ class LanguageAdapter(ModelAdapter):
             group_consumers(space, "recovery.steps: 'bias'")
         if "reconstruct" in settings.steps:
             if not unit_consumers(space):
-                return Reconstruction(model, space, own.batches(settings.images), settings.ridge)
+                return Reconstruction(model, space, own.batches(settings.samples), settings.ridge)
             grams = own.take_grams()
             return NestedReconstruction(
                 model, space, grams, importance, settings.ridge, intercept=bias, shrink=settings.shrink
@@ -137,7 +137,7 @@ class LanguageAdapter(ModelAdapter):
         own.forget_grams()
         if not bias:
             return None
-        inputs = collect_statistics(model, space, own.batches(settings.images)).inputs
+        inputs = collect_statistics(model, space, own.batches(settings.samples)).inputs
         means = {name: torch.from_numpy(moments.mean) for name, moments in inputs.items()}
         return BiasCompensation(model, space, means)
 

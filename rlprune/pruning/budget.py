@@ -46,24 +46,26 @@ def parse_budget(value: Any, metric: str = "macs") -> Budget:
     if isinstance(value, Budget):
         return value
     timed = metric == "latency"
-    problem = BudgetError(f"budget: {value!r} is not a budget; allowed: {_TIME_FORMS if timed else _FORMS}")
+    experiment = BudgetError(
+        f"budget: {value!r} is not a budget; allowed: {_TIME_FORMS if timed else _FORMS}"
+    )
     if isinstance(value, bool) or not isinstance(value, (int, float, str, np.integer, np.floating)):
-        raise problem
+        raise experiment
     match = (_TIME if timed else _NUMBER).match(str(value))
     if match is None:
-        raise problem
+        raise experiment
     number, suffix = float(match.group(1)), match.group(2).lower()
     if suffix == "%":
         number, suffix = number / 100.0, ""
         if number > 1.0:
-            raise problem
+            raise experiment
     number *= 1.0 if timed else _SUFFIX[suffix]
     if not math.isfinite(number) or number <= 0.0:
-        raise problem
+        raise experiment
     if number <= 1.0 and not suffix:
         return Budget("ratio", number)
     if number < 1000.0 and not timed:
-        raise problem
+        raise experiment
     return Budget("absolute", number)
 
 

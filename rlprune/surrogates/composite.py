@@ -2,7 +2,7 @@
 
 An evaluation tells more than a score: the logits of every validation image, or of every scored token of a text the
 log-probabilities of the dense model's likeliest tokens. They are nearly additive over the groups where the divergence
-is not, so a process of the logits (:class:`rlprune.surrogates.logit_gp.LogitModel`) makes more of each evaluation than
+is not, so a process of the logits (:class:`rlprune.surrogates.logit_gp.LogitGP`) makes more of each evaluation than
 one of the scores. (Bayesian optimisation of composite functions, Astudillo & Frazier 2019, arXiv 1906.01537.) The
 interface is that of :class:`.guided.Surrogate`.
 
@@ -16,10 +16,10 @@ from typing import Any, cast
 import numpy as np
 
 from ..envs.task import Task
-from ..evaluation.kept_logits import KeptLogits
+from ..evaluation.logit_cache import LogitCache
 from ..pruning.history import as_history
 from ..utils.arrays import Floats, Ints
-from .logit_gp import LogitModel
+from .logit_gp import LogitGP
 
 # Scored plans from which on the process is worth asking.
 _ENOUGH = 5
@@ -27,7 +27,7 @@ _ENOUGH = 5
 _FLOOR = 1e-6
 
 
-class CompositeModel:
+class CompositeGP:
     """Minus the logarithm of the expected divergence, and how much of that is due to not knowing the logits."""
 
     noise = 1e-3
@@ -36,10 +36,10 @@ class CompositeModel:
     climbs = (0.0, 1.0, 2.0)
 
     def __init__(self, task: Task) -> None:
-        self._logits: KeptLogits = cast(Any, task.evaluator).kept_logits()
+        self._logits: LogitCache = cast(Any, task.evaluator).logit_cache()
         self._groups = len(task.space.groups)
         dense = as_history(task.space.widths)
-        self._model = LogitModel(task.space.widths, self._logits.take(dense), self._logits.dense)
+        self._model = LogitGP(task.space.widths, self._logits.take(dense), self._logits.dense)
 
     @staticmethod
     def applies(task: Task) -> bool:

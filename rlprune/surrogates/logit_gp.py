@@ -41,7 +41,7 @@ _CHUNK = 64
 _DRAWS, _NOISY_IMAGES = 16, 128
 
 
-class LogitModel:
+class LogitGP:
     """Gaussian process of how the logits of some images change with the widths.
 
     The kernel, over the logarithms of the keep ratios, is a sum of one Matern 2.5 kernel a group (cuts do not know
@@ -138,7 +138,7 @@ class LogitModel:
         return torch.from_numpy(np.log(np.maximum(plans, 0.5) / self._widths))
 
 
-class LogitProbes(LogitModel):
+class LogitProbes(LogitGP):
     """The process over plans that are built for it; every known plan is one build.
 
     Args:

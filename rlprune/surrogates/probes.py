@@ -18,7 +18,7 @@ _LEVEL, _OWN, _LENGTH, _NOISE = 1.0, 0.03, 0.7, 0.003
 
 
 class ProbedModel:
-    """A model of the score on a probed checkpoint; the interface is that of :class:`.surrogate.ScoreModel`.
+    """A model of the score on a probed checkpoint; the interface is that of :class:`.surrogate.ScoreGP`.
 
     Its prior mean is what the process of the logits expects; what evaluations add is a level (validation images
     are not the unlabelled ones) and a smooth deviation between plans.

@@ -33,7 +33,7 @@ _FIT_STEPS = 25
 _FIT_PLANS = 300
 
 
-class ScoreModel:
+class ScoreGP:
     """Gaussian process over the logarithms of the keep ratios: Matern 2.5, one length scale a group, noise.
 
     The target is the negative logarithm of the distance to the dense score, standardised: pruning

@@ -94,7 +94,7 @@ class VisionAdapter(ModelAdapter):
             )
         if "reconstruct" not in settings.steps:
             return None
-        batches = calibration.batches(settings.images)
+        batches = calibration.batches(settings.samples)
         return Reconstruction(calibration.model, calibration.space, batches, settings.ridge)
 
     def gradient_steps(

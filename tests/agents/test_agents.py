@@ -23,9 +23,9 @@ from rlprune.config.search import (
 from rlprune.envs.distribution import DistributionEnv
 from rlprune.envs.task import Task
 from rlprune.errors import ArtifactError, ConfigError
-from rlprune.evaluation.ledger import SearchSpent
+from rlprune.evaluation.ledger import BudgetExhausted
 from rlprune.surrogates.proposals import choose_batch, climb, neighbours, random_plans
-from rlprune.surrogates.score_gp import ScoreModel
+from rlprune.surrogates.score_gp import ScoreGP
 
 SMALL = PPOConfig(hidden=8, n_steps=8, batch_size=8, n_epochs=2, surrogate_steps=256, surrogate_envs=32)
 # Agents without a policy that look for one best plan; a range of budgets is refused.
@@ -132,11 +132,13 @@ def test_a_range_of_budgets_is_refused_where_one_plan_is_wanted(kind):
 
 
 def test_a_resumed_search_goes_on_from_its_state_instead_of_starting_over(tmp_path, monkeypatch):
-    from rlprune.agents.ppo.surrogate_training import Guided
+    from rlprune.agents.ppo.surrogate_training import SurrogateTrainer
 
     trained = []
-    original = Guided.train
-    monkeypatch.setattr(Guided, "train", lambda self, batch: (trained.append(batch), original(self, batch)))
+    original = SurrogateTrainer.train
+    monkeypatch.setattr(
+        SurrogateTrainer, "train", lambda self, batch: (trained.append(batch), original(self, batch))
+    )
     state = StateDir(tmp_path)
     task = make_synthetic_task(6)
     with pytest.raises(KeyboardInterrupt):
@@ -246,7 +248,7 @@ def test_a_tiny_space_ends_without_using_up_the_account():
 
         def limited(widths, account=account, evaluate=account_evaluate):
             if account.calls > 400:
-                raise SearchSpent
+                raise BudgetExhausted
             return evaluate(widths)
 
         account.evaluate = limited
@@ -259,7 +261,7 @@ def test_score_model_predicts_and_its_batches_do_not_repeat():
     rng = np.random.default_rng(0)
     plans = np.unique(random_plans(task, 0.4, 120, rng), axis=0)
     scores = np.array([task.evaluator.evaluate(p).score for p in plans])
-    model = ScoreModel(task.space.widths, task.evaluator.dense.score)
+    model = ScoreGP(task.space.widths, task.evaluator.dense.score)
     model.fit(plans[:80], scores[:80])
     mean, std = model.predict(plans[80:])
     ranks = [np.argsort(np.argsort(v)) for v in (mean, scores[80:])]
@@ -297,7 +299,7 @@ def test_the_surrogate_environment_pays_what_the_model_predicts():
     models = []
     for task in tasks:
         plans = random_plans(task, 0.5, 30, rng)
-        model = ScoreModel(task.space.widths, task.evaluator.dense.score)
+        model = ScoreGP(task.space.widths, task.evaluator.dense.score)
         model.fit(plans, np.array([task.evaluator.evaluate(p).score for p in plans]))
         models.append(model)
     env = DistributionEnv(tasks=tasks)
@@ -336,7 +338,7 @@ def test_tensorboard_on_request(tmp_path):
 
 def test_a_group_that_is_gone_has_a_finite_input() -> None:
     """Width 0 (a part of a language model that was dropped) is told apart from width 1."""
-    model = ScoreModel(np.array([8, 3]), 0.0)
+    model = ScoreGP(np.array([8, 3]), 0.0)
     inputs = model.inputs(np.array([[8, 3], [4, 1], [4, 0]]))
     assert np.isfinite(inputs).all()
     assert inputs[2, 1] < inputs[1, 1] < inputs[0, 1]
@@ -355,12 +357,12 @@ def test_expected_costs_lead_the_surrogate_and_their_factors_are_learned() -> No
     scores = -(expected(plans) * truth).sum(axis=1)
     seen, unseen = plans[:40], plans[40:]
 
-    def error(model: ScoreModel) -> float:
+    def error(model: ScoreGP) -> float:
         model.fit(seen, scores[:40])
         predicted, _ = model.predict(unseen)
         order = np.corrcoef(np.argsort(np.argsort(predicted)), np.argsort(np.argsort(scores[40:])))[0, 1]
         return 1.0 - float(order)
 
-    informed, plain = error(ScoreModel(dense, 0.0, expected)), error(ScoreModel(dense, 0.0))
+    informed, plain = error(ScoreGP(dense, 0.0, expected)), error(ScoreGP(dense, 0.0))
     assert informed < 0.05
     assert informed < plain

@@ -8,13 +8,13 @@ import torch
 
 from helpers.synthetic import FakeAccount, make_synthetic_task
 from rlprune.agents import SearchRequest, StateDir, make_agent
-from rlprune.agents.ppo.behaviour_cloning import REACH, distill, lessons, wanted_action
+from rlprune.agents.ppo.behaviour_cloning import REACH, clone_behaviour, demonstrations, wanted_action
 from rlprune.agents.ppo.policy import PortablePolicy, portable_state
 from rlprune.config.search import PPOConfig, SearchConfig
 from rlprune.envs.distribution import DistributionEnv
 from rlprune.envs.task import KNOTS, deviate
-from rlprune.evaluation.ledger import SearchSpent
-from rlprune.surrogates.score_gp import ScoreModel
+from rlprune.evaluation.ledger import BudgetExhausted
+from rlprune.surrogates.score_gp import ScoreGP
 
 SETTINGS = SearchConfig(ppo=PPOConfig(hidden=32, surrogate_steps=256, surrogate_envs=32), batch=10)
 RANGE = (0.3, 0.7)
@@ -50,7 +50,7 @@ def test_a_plan_out_of_reach_is_approached():
 
 def test_lessons_go_from_plan_to_plan():
     low, high = np.array([2, 8]), np.array([10, 12])
-    found = sorted(lessons([(0.3, low), (0.5, high)]), key=lambda lesson: lesson[0])
+    found = sorted(demonstrations([(0.3, low), (0.5, high)]), key=lambda lesson: lesson[0])
     assert [budget for budget, _, _ in found] == pytest.approx([0.3, 0.35, 0.4, 0.45, 0.5])
     assert (
         found[0][1].tolist() == [2, 8]
@@ -63,8 +63,10 @@ def test_the_policy_gives_the_best_plan_of_every_budget_without_a_search():
     task = make_synthetic_task(6, 1, RANGE)
     account = FakeAccount(task.evaluator, 80)
     policy = search(task, account).policy
-    assert len(task.knots) == KNOTS and task.knots[0] == 0.3 and task.knots[-1] == 0.7
-    for budget in task.knots:
+    assert (
+        len(task.anchor_budgets) == KNOTS and task.anchor_budgets[0] == 0.3 and task.anchor_budgets[-1] == 0.7
+    )
+    for budget in task.anchor_budgets:
         limit = task.space.target(budget)
         best = max(c.score for key, c in account.seen.items() if task.space.cost(np.array(key)) <= limit)
         score = task.evaluator.evaluate(applied(policy, task, budget)).score
@@ -91,7 +93,7 @@ def test_of_several_tasks_what_they_have_in_common_is_learned():
         for t in tasks
     ]
     torch.manual_seed(0)
-    distill(policy, DistributionEnv(tasks=tasks), tasks, wanted, common=True)
+    clone_behaviour(policy, DistributionEnv(tasks=tasks), tasks, wanted, common=True)
     other = make_synthetic_task(6, 9, RANGE)
     for budget in (0.3, 0.7):
         plan = other.widths(common, budget)
@@ -127,7 +129,7 @@ def test_interrupted_and_resumed_is_the_same_search(tmp_path, monkeypatch, seeds
 def test_tasks_without_common_plans_are_taught_their_own(monkeypatch, language, budget):
     taught = []
     monkeypatch.setattr(
-        "rlprune.agents.ppo.behaviour_cloning.distill",
+        "rlprune.agents.ppo.surrogate_training.clone_behaviour",
         lambda policy, env, tasks, wanted, *, common: taught.append((common, [len(own) for own in wanted])),
     )
     tasks = [make_synthetic_task(6, seed, budget, common_plans=not language) for seed in (0, 1)]
@@ -135,15 +137,17 @@ def test_tasks_without_common_plans_are_taught_their_own(monkeypatch, language, 
     make_agent("ppo", SETTINGS).search(SearchRequest(tasks, accounts, seed=0))
     ((common, counts),) = taught
     assert common is not language
-    alone = 1 if budget == 0.5 else len(lessons([(float(b), np.ones(6)) for b in tasks[0].knots]))
+    alone = (
+        1 if budget == 0.5 else len(demonstrations([(float(b), np.ones(6)) for b in tasks[0].anchor_budgets]))
+    )
     assert all(0 < count <= alone if language else count > alone for count in counts)
 
 
 def test_a_base_rule_that_has_nothing_left_to_ask_leaves_the_policy_as_it_is(monkeypatch):
     def spent(*args, **kwargs):
-        raise SearchSpent("spent")
+        raise BudgetExhausted("spent")
 
-    monkeypatch.setattr("rlprune.agents.ppo.behaviour_cloning.distill", spent)
+    monkeypatch.setattr("rlprune.agents.ppo.surrogate_training.clone_behaviour", spent)
     task = make_synthetic_task(6, 0, RANGE)
     account = FakeAccount(task.evaluator, 12)
     assert search(task, account).policy.reach == 1.0 and account.spent == 12
@@ -159,10 +163,10 @@ def test_the_score_model_orders_plans_at_every_budget():
     def scores(widths):
         return np.array([task.evaluator.evaluate(w).score for w in widths])
 
-    model = ScoreModel(task.space.widths, 0.0, cost=task.space.cost)
-    train = np.vstack([plans(b, 40) for b in task.knots])
+    model = ScoreGP(task.space.widths, 0.0, cost=task.space.cost)
+    train = np.vstack([plans(b, 40) for b in task.anchor_budgets])
     model.fit(train, scores(train))
-    for budget in task.knots:
+    for budget in task.anchor_budgets:
         new = plans(budget, 60)
         mean, _ = model.predict(new)
         order = np.corrcoef(np.argsort(np.argsort(mean)), np.argsort(np.argsort(scores(new))))[0, 1]

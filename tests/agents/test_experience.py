@@ -13,7 +13,7 @@ from torch import nn
 from helpers.synthetic import FakeAccount, FakeCandidate, FakeEvaluator, make_space
 from rlprune.agents import SearchRequest, StateDir, make_agent
 from rlprune.agents.ppo.policy import PortablePolicy, load_policy, portable_state, save_policy
-from rlprune.agents.ppo.transfer import PROBES, Experience, agreed, builds, can_build, collect, planned
+from rlprune.agents.ppo.transfer import PROBES, PlanMemory, agreed, builds, can_build, collect, planned
 from rlprune.config.search import PPOConfig, SearchConfig
 from rlprune.envs.task import Task
 from rlprune.errors import ArtifactError
@@ -148,7 +148,7 @@ class TestPlan:
             alone = task.space.project(portable.distribution(task, 0.35), 0.35)
             plan = portable.widths(task, 0.35)
             assert task.space.cost(plan) <= task.space.target(0.35)
-            others = [alone, *portable.experience.starts(task, 0.35)]
+            others = [alone, *portable.plan_memory.starts(task, 0.35)]
             gains.append(score(task, plan) - max(score(task, w) for w in others))
         assert np.mean(gains) > 0
 
@@ -209,7 +209,7 @@ class TestNetworkAlone:
     def test_comes_near_the_plans_it_was_taught(self, portable):
         for seed in range(3):
             task = task_of(seed)
-            best = max(score(task, plan) for plan in portable.experience.starts(task, 0.35))
+            best = max(score(task, plan) for plan in portable.plan_memory.starts(task, 0.35))
             uniform = score(task, task.uniform_widths(0.35))
             assert score(task, portable.widths(task, 0.35, builds=0)) - uniform > 0.5 * (best - uniform)
 
@@ -237,7 +237,7 @@ class TestPlansOfOthers:
     def test_one_checkpoint_gives_none(self):
         request = SearchRequest([task_of(1)], [FakeAccount(task_of(1).evaluator, 12)])
         single = make_agent("ppo", SETTINGS).search(request)
-        assert single.policy.experience is None
+        assert single.policy.plan_memory is None
 
     def test_stay_out_where_they_do_not_apply(self, portable):
         plain = Task(FakeEvaluator(GROUPS, 3), 0.35)  # tells nothing of its logits
@@ -250,8 +250,8 @@ class TestPlansOfOthers:
         other = task_of(19)
         rules = other.widths(np.random.default_rng(0).uniform(-1, 1, size=(5, GROUPS)), 0.35)
         monkeypatch.setattr(Task, "rule_plans", lambda task, budget: rules)
-        assert not any((rules == plan).all(axis=1).any() for plan in portable.experience.starts(other, 0.35))
-        renamed = replace(portable.experience, fingerprint="another")
+        assert not any((rules == plan).all(axis=1).any() for plan in portable.plan_memory.starts(other, 0.35))
+        renamed = replace(portable.plan_memory, fingerprint="another")
         assert renamed.starts(other, 0.35).tolist() == rules.tolist()
         assert renamed.starts(other, 0.35, 8).tolist() == rules[:2].tolist(), "a quarter of the builds"
         plan = PortablePolicy(portable.network, portable.meta, renamed).widths(other, 0.35)
@@ -318,8 +318,8 @@ def test_refining_starts_from_the_plan_and_resumes_to_the_same(portable, tmp_pat
         lambda tensors, meta: tensors.pop("experience.targets"),
         lambda tensors, meta: tensors.update({"experience.ratios": torch.zeros(3)}),
         lambda tensors, meta: tensors.update({"experience.ratios": torch.full((1, GROUPS), torch.nan)}),
-        lambda tensors, meta: meta.update(experience={}),
-        lambda tensors, meta: meta.update(experience=7),
+        lambda tensors, meta: meta.update(plan_memory={}),
+        lambda tensors, meta: meta.update(plan_memory=7),
         lambda tensors, meta: meta.update(reach=-1),
     ],
 )
@@ -331,17 +331,17 @@ def test_damaged_experience_is_refused(policy, damage):
 
 
 def test_the_file_gives_the_same_experience_back(policy, portable):
-    tensors, meta = policy.experience.state()
-    again = Experience.from_state(tensors, meta)
+    tensors, meta = policy.plan_memory.state()
+    again = PlanMemory.from_state(tensors, meta)
     for name in ("ratios", "targets", "tasks"):
-        assert torch.equal(getattr(again, name), getattr(portable.experience, name))
-    assert again.fingerprint == portable.experience.fingerprint
+        assert torch.equal(getattr(again, name), getattr(portable.plan_memory, name))
+    assert again.fingerprint == portable.plan_memory.fingerprint
 
 
 def test_a_file_of_the_first_version_is_read(policy, portable):
-    tensors, meta = policy.experience.state()
+    tensors, meta = policy.plan_memory.state()
     ratios = tensors.pop("ratios")
     old = tensors | {"inputs": torch.hstack([ratios, torch.zeros(len(ratios), 3 + GROUPS)])}
     old["scales"] = torch.zeros(8 + 2 * GROUPS)
-    again = Experience.from_state(old, meta | {"bounds": [0.1, 2.0]})
-    assert torch.equal(again.ratios, portable.experience.ratios)
+    again = PlanMemory.from_state(old, meta | {"bounds": [0.1, 2.0]})
+    assert torch.equal(again.ratios, portable.plan_memory.ratios)

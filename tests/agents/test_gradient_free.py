@@ -10,7 +10,7 @@ import pytest
 
 from helpers.synthetic import FakeAccount, FakeEvaluator, make_synthetic_task
 from rlprune.agents import SearchRequest, make_agent
-from rlprune.agents.base import Recorder
+from rlprune.agents.base import TrialRecorder
 from rlprune.agents.baselines.bypass import _first, _Shift
 from rlprune.agents.baselines.evopress import swap_levels
 from rlprune.agents.baselines.optuna import TPE, action_of
@@ -167,7 +167,7 @@ def test_keep_probabilities_are_shifted_onto_the_budget():
 @pytest.mark.parametrize("start", ["rule", "importance", "uniform"])
 def test_the_first_keep_probabilities(start):
     task = make_synthetic_task(6, budget=0.4)
-    recorder = Recorder(FakeAccount(task.evaluator, 5))
+    recorder = TrialRecorder(FakeAccount(task.evaluator, 5))
     plan = random_plans(task, 0.4, 1, np.random.default_rng(0))[0]
     recorder.evaluate(plan)
     shift = _Shift(task)

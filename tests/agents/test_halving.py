@@ -14,7 +14,7 @@ from helpers.lm import tiny_lm
 from rlprune.agents import SearchRequest, StateDir, make_agent
 from rlprune.config.search import GPConfig, PPOConfig, SearchConfig
 from rlprune.envs.task import Task
-from rlprune.evaluation.ledger import Account, Ledger
+from rlprune.evaluation.ledger import EvaluationBudget, EvaluationLog
 from rlprune.language.workload import LanguageWorkload
 from rlprune.report.results import learning_curves
 
@@ -47,8 +47,8 @@ class Run:
         die_after: int | None = None, seed: int = 0,
     ) -> None:  # fmt: skip
         self.evaluator = evaluator_of(workload, rungs=rungs)
-        self.ledger = Ledger(None if folder is None else folder / "ledger.jsonl")
-        self.account = Account(self.evaluator, self.ledger, method=agent, seed=seed, limit=LIMIT)
+        self.ledger = EvaluationLog(None if folder is None else folder / "ledger.jsonl")
+        self.account = EvaluationBudget(self.evaluator, self.ledger, method=agent, seed=seed, limit=LIMIT)
         self.task = Task(self.evaluator, BUDGET, "block_params", base_rule="uniform")
         self.new = 0
         self._agent, self._seed, self._die_after = agent, seed, die_after

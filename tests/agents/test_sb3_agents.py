@@ -13,7 +13,7 @@ from gymnasium import spaces
 from helpers.small import SMALL_RUN
 from helpers.synthetic import FakeAccount, FakeEvaluator, make_synthetic_task
 from rlprune.agents import SearchRequest, make_agent
-from rlprune.agents.base import Recorder
+from rlprune.agents.base import TrialRecorder
 from rlprune.agents.baselines.amc import FinalRewardBuffer, truncated_normal
 from rlprune.agents.baselines.episodes import Episodes
 from rlprune.agents.baselines.sb3 import DEFAULTS, SB3Agent, check_arguments, find_algorithm
@@ -24,7 +24,7 @@ from rlprune.envs.distribution import DistributionEnv
 from rlprune.envs.sequential import SequentialEnv
 from rlprune.envs.task import Task
 from rlprune.errors import ConfigError
-from rlprune.evaluation.ledger import Account, Ledger, SearchSpent
+from rlprune.evaluation.ledger import BudgetExhausted, EvaluationBudget, EvaluationLog
 
 torch.set_num_threads(1)
 LEARNERS = {
@@ -126,11 +126,11 @@ def test_one_evaluation_is_kept_for_the_plan_of_the_trained_policy(monkeypatch):
 
 def test_episodes_go_to_the_tasks_in_turn_and_end_when_nothing_new_comes():
     tasks = [make_synthetic_task(4, seed) for seed in (0, 1)]
-    recorders = [Recorder(FakeAccount(t.evaluator, 10)) for t in tasks]
+    recorders = [TrialRecorder(FakeAccount(t.evaluator, 10)) for t in tasks]
     charged = [t.with_scorer(r) for t, r in zip(tasks, recorders, strict=True)]
     episodes = Episodes(SequentialEnv(tasks=charged), recorders)
     turns = []
-    with pytest.raises(SearchSpent):
+    with pytest.raises(BudgetExhausted):
         for _ in range(200):
             _, info = episodes.reset()
             turns.append(info["task"])
@@ -156,7 +156,7 @@ def test_a_search_is_resumed_from_its_ledger_on_any_number_of_threads(name, tmp_
     def run(path, limit, threads=1):
         task = make_synthetic_task(6, budget=0.4)
         evaluator = _Scorer(task.evaluator)
-        account = Account(evaluator, Ledger(path), method=name, seed=0, limit=limit)
+        account = EvaluationBudget(evaluator, EvaluationLog(path), method=name, seed=0, limit=limit)
         torch.set_num_threads(threads)
         try:
             search(name, LEARNERS[name], task, account, seed=2, progress=evaluator.stop)

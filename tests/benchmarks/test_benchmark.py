@@ -17,8 +17,8 @@ from rlprune.benchmarks.benchmark import Cell, cell_key
 from rlprune.benchmarks.cells import finished
 from rlprune.config.config import Config
 from rlprune.errors import ArtifactError, BudgetError, ConfigError, RunError
-from rlprune.evaluation.ledger import Ledger
-from rlprune.experiments.prepare import prepare
+from rlprune.evaluation.ledger import EvaluationLog
+from rlprune.experiments.prepare import prepare_experiment
 from rlprune.report import comparison
 from rlprune.utils.progress import Console
 
@@ -91,7 +91,7 @@ def test_a_benchmark_stopped_inside_a_search_ends_with_the_same_rows(
 ) -> None:
     _, results = done
     spent = 0
-    append = Ledger.append
+    append = EvaluationLog.append
 
     def stop(self: Any, row: dict[str, Any]) -> None:
         nonlocal spent
@@ -100,10 +100,10 @@ def test_a_benchmark_stopped_inside_a_search_ends_with_the_same_rows(
             raise KeyboardInterrupt
         append(self, row)
 
-    monkeypatch.setattr(Ledger, "append", stop)
+    monkeypatch.setattr(EvaluationLog, "append", stop)
     with pytest.raises(KeyboardInterrupt):
         benchmark.run(small_digits, METHODS, 1, 6, tmp_path / "run")
-    monkeypatch.setattr(Ledger, "append", append)
+    monkeypatch.setattr(EvaluationLog, "append", append)
     again = benchmark.run(small_digits, METHODS, 1, 6, tmp_path / "run")
     assert _timeless(again["rows"]) == _timeless(results["rows"])
 
@@ -144,13 +144,13 @@ def test_a_cell_from_before_a_setting_existed_counts_where_that_has_its_default(
     content = json.loads(next((out / "cells").glob("random-0-*.json")).read_text())
     cell, console = Cell("random", 0, 0.5), Console(False)
     assert finished(out / "cells", small_digits, cell, console) is not None
-    del content["determinants"]["finish.candidates"], content["determinants"]["score.images"]
+    del content["determinants"]["finish.candidates"], content["determinants"]["score.samples"]
     old = tmp_path / "random-0-0123456789abcdef.json"
     old.write_text(json.dumps(content))
     assert finished(tmp_path, small_digits, cell, console) is None  # finish.candidates is not at its default
     default = small_digits.override(["finish.candidates=5"])
     assert finished(tmp_path, default, cell, console) is not None
-    assert finished(tmp_path, default.override(["score.images=50"]), cell, console) is None
+    assert finished(tmp_path, default.override(["score.samples=50"]), cell, console) is None
     content["determinants"]["gone"] = 1  # a setting that this version does not know any more
     old.write_text(json.dumps(content))
     assert finished(tmp_path, default, cell, console) is None
@@ -163,9 +163,9 @@ def test_more_methods_seeds_and_budgets_reuse_what_is_there(
     computed: list[str] = []
     compute = benchmark.compute
 
-    def recorded(problem: Any, cell: Cell, *rest: Any) -> None:
+    def recorded(experiment: Any, cell: Cell, *rest: Any) -> None:
         computed.append(str(cell))
-        compute(problem, cell, *rest)
+        compute(experiment, cell, *rest)
 
     monkeypatch.setattr(benchmark, "compute", recorded)
     more = benchmark.run(small_digits, ["uniform", "erk"], 2, 6, out, budgets=[0.5, "40%"])
@@ -220,10 +220,10 @@ def test_a_failing_cell_is_said_and_the_others_are_finished(
 ) -> None:
     compute = benchmark.compute
 
-    def failing(problem: Any, cell: Cell, *rest: Any) -> None:
+    def failing(experiment: Any, cell: Cell, *rest: Any) -> None:
         if cell == Cell("lamp", 1, 0.5):
             raise ZeroDivisionError("no luck")
-        compute(problem, cell, *rest)
+        compute(experiment, cell, *rest)
 
     monkeypatch.setattr(benchmark, "compute", failing)
     with pytest.raises(RunError, match="1 of 5 cells failed.*lamp, seed 1, budget 0.5: Zero") as error:
@@ -249,7 +249,7 @@ def test_methods_that_cannot_run_here_are_left_out_or_refused(
 
             return no_such_library
 
-    space = prepare(small_digits).space
+    space = prepare_experiment(small_digits).space
     monkeypatch.setitem(AGENTS, "needy", Needy())
     unable = benchmark.unable_agents(None, small_digits.search)
     assert "No module named 'no_such_library'" in unable["needy"] and "ppo" not in unable
@@ -268,7 +268,7 @@ def test_methods_that_cannot_run_here_are_left_out_or_refused(
 
 
 def test_a_method_pays_in_seconds_for_what_others_have_scored(small_digits: Config) -> None:
-    evaluator = prepare(small_digits).evaluator
+    evaluator = prepare_experiment(small_digits).evaluator
     widths = evaluator.space.project(np.ones(len(evaluator.space.groups)), 0.5)
     first, second = evaluator.fork(), evaluator.fork()
     one, two = first.evaluate(widths), second.evaluate(widths)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_docs import EACH_PAGE, command_lines
 
+from helpers.pages import EACH_PAGE, command_lines
 from rlprune.agents import AGENTS, Entry
 from rlprune.cli import main as cli
 from rlprune.cli.options import read_config
@@ -42,7 +42,7 @@ def line(capsys: pytest.CaptureFixture[str], words: str) -> str:
         # What the command does not do.
         ("prune digits --rule uniform --set finish.epochs=3", "finish.epochs: 'rlprune prune' does no fine-tune"),
         ("prune digits --rule uniform --set search.evaluations=5", "'rlprune prune' does no search"),
-        ("prune digits --rule uniform --stages 2 --set score.images=8", "'rlprune prune --stages' scores no candidate"),
+        ("prune digits --rule uniform --stages 2 --set score.samples=8", "'rlprune prune --stages' scores no"),
         ("prune digits --rule uniform --stages 2 --set finish.epochs=3", "finish.epochs: rounds are trained by steps"),
         ("prune digits --rule uniform --stages 2 --steps 5 --set finish.steps=9", "--steps is the number of steps"),
         ("prune digits --rule uniform --stages 2 --set finish.rules=false", "'rlprune prune --stages' does not look"),

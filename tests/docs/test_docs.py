@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-import shlex
 import sys
-import textwrap
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +15,7 @@ import pytest
 import yaml
 
 import rlprune
+from helpers.pages import EACH_PAGE, blocks, command_lines
 from helpers.synthetic import FakeEvaluator
 from rlprune.cli import main as cli
 from rlprune.config.config import Config, settings_reference, shipped_configs
@@ -208,21 +207,7 @@ def test_the_fidelity_page_says_what_is_open_and_what_is_below_the_best() -> Non
 
 # What the pages promise exists.
 
-PAGES = [DOCS.parent / "README.md", DOCS.parent / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
 GUIDE = DOCS / "language-models.md"
-EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    """The fenced blocks of a language, without the indentation of a list item."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.M | re.S)
-    return [textwrap.dedent(body) for _, body in found]
-
-
-def command_lines(page: Path) -> list[list[str]]:
-    """The words of every shell line, continued lines joined, comments left out."""
-    lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def inline(page: Path) -> list[str]:
@@ -235,7 +220,13 @@ def is_setting(path: str) -> bool:
     known = {s.path: s.type for s in settings_reference()}
     # The keys of a table (data.files, model.arguments) are free.
     tables = ("data.files.", "model.arguments.")
-    return path in known or path.startswith(tables) or any(name.startswith(f"{path}.") for name in known)
+    # A recorded command may hold a name that still works.
+    return (
+        path in known
+        or path in RENAMED
+        or path.startswith(tables)
+        or any(name.startswith(f"{path}.") for name in known)
+    )
 
 
 @EACH_PAGE

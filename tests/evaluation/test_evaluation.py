@@ -15,7 +15,7 @@ from helpers.workloads import Images
 from rlprune.config.config import RecoveryConfig, ScoreConfig
 from rlprune.errors import ArtifactError, BudgetError, DataError
 from rlprune.evaluation.evaluator import Evaluator
-from rlprune.evaluation.ledger import Account, Ledger, SearchSpent, candidate_of
+from rlprune.evaluation.ledger import BudgetExhausted, EvaluationBudget, EvaluationLog, candidate_of
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ class TestEvaluator:
         assert candidate.score == pytest.approx(-candidate.loss if kind == "loss" else candidate.metric)
 
     def test_a_search_may_look_at_fewer_images_than_the_choice(self):
-        few = Evaluator(Images(build("Residual")), importance="l1", score=ScoreConfig(images=16))
+        few = Evaluator(Images(build("Residual")), importance="l1", score=ScoreConfig(samples=16))
         widths = plans(few, 1)[0]
         whole = Evaluator(few.workload, few.space, importance="l1")
         assert few.evaluate(widths).score != few.evaluate_full(widths).score == whole.evaluate(widths).score
@@ -95,23 +95,23 @@ class TestEvaluator:
 
 class TestAccount:
     def test_distinct_plans_are_charged_and_repeats_are_free(self, evaluator):
-        account = Account(evaluator, Ledger(), method="m", seed=0, limit=3)
+        account = EvaluationBudget(evaluator, EvaluationLog(), method="m", seed=0, limit=3)
         a, b, c, d = plans(evaluator, 4)
         for widths in (a, a, b, a, c, b):
             account.evaluate(widths)
         assert (account.spent, account.left, account.calls) == (3, 0, 6)
-        with pytest.raises(SearchSpent):
+        with pytest.raises(BudgetExhausted):
             account.evaluate(d)
         account.evaluate(a)
         account.evaluate(a)
-        with pytest.raises(SearchSpent):
+        with pytest.raises(BudgetExhausted):
             account.evaluate(a)
         assert account.best.score == max(x.score for x in account.history)
 
     def test_what_another_method_has_scored_is_charged_all_the_same(self, evaluator):
-        ledger, widths = Ledger(), plans(evaluator, 1)[0]
+        ledger, widths = EvaluationLog(), plans(evaluator, 1)[0]
         for method in ("first", "second"):
-            account = Account(evaluator, ledger, method=method, seed=0, limit=5)
+            account = EvaluationBudget(evaluator, ledger, method=method, seed=0, limit=5)
             account.evaluate(widths)
             assert account.spent == 1
         assert [r["method"] for r in ledger.rows] == ["first", "second"]
@@ -119,7 +119,7 @@ class TestAccount:
     def test_ledger_is_replayed_and_a_torn_line_dropped(self, evaluator, tmp_path):
         path = tmp_path / "ledger.jsonl"
         many = plans(evaluator, 4)
-        account = Account(evaluator, Ledger(path), method="m", seed=0, limit=9)
+        account = EvaluationBudget(evaluator, EvaluationLog(path), method="m", seed=0, limit=9)
         for widths in many[:3]:
             account.evaluate(widths)
         whole = path.read_bytes()
@@ -127,7 +127,7 @@ class TestAccount:
         fresh = Evaluator(evaluator.workload, evaluator.space, importance=evaluator.importance)
         scored = []
         fresh._scored = lambda history, full: scored.append(history) or evaluator.evaluate_staged(history)
-        again = Account(fresh, Ledger(path), method="m", seed=0, limit=9)
+        again = EvaluationBudget(fresh, EvaluationLog(path), method="m", seed=0, limit=9)
         assert path.read_bytes() == whole
         for widths in many:
             again.evaluate(widths)
@@ -139,22 +139,24 @@ class TestAccount:
     def test_a_ledger_of_other_settings_is_refused(self, evaluator, tmp_path):
         path = tmp_path / "ledger.jsonl"
         a, b = plans(evaluator, 2)
-        Account(evaluator, Ledger(path), method="m", seed=0, limit=9).evaluate(a)
+        EvaluationBudget(evaluator, EvaluationLog(path), method="m", seed=0, limit=9).evaluate(a)
         with pytest.raises(ArtifactError, match="other settings"):
-            Account(evaluator, Ledger(path), method="m", seed=0, limit=9).evaluate(b)
+            EvaluationBudget(evaluator, EvaluationLog(path), method="m", seed=0, limit=9).evaluate(b)
 
     def test_damaged_ledgers_name_the_line(self, evaluator, tmp_path):
         path = tmp_path / "ledger.jsonl"
-        Account(evaluator, Ledger(path), method="m", seed=0, limit=9).evaluate(plans(evaluator, 1)[0])
+        EvaluationBudget(evaluator, EvaluationLog(path), method="m", seed=0, limit=9).evaluate(
+            plans(evaluator, 1)[0]
+        )
         path.write_text("not json\n" + path.read_text())
         with pytest.raises(ArtifactError, match="line 1 is damaged"):
-            Ledger(path)
+            EvaluationLog(path)
 
     def test_staged_plans_keep_their_history(self, evaluator, tmp_path):
         path = tmp_path / "ledger.jsonl"
         first, last = evaluator.space.project(np.ones(12), 0.7), evaluator.space.project(np.ones(12), 0.4)
         for _ in range(2):
-            account = Account(evaluator, Ledger(path), method="m", seed=0, limit=9)
+            account = EvaluationBudget(evaluator, EvaluationLog(path), method="m", seed=0, limit=9)
             account.evaluate_staged((first, last))
             account.evaluate(last)
-            assert account.spent == 2 and len(Ledger(path).rows) == 2
+            assert account.spent == 2 and len(EvaluationLog(path).rows) == 2

@@ -109,7 +109,7 @@ class TestEvaluator:
             evaluator.evaluate_staged((last, first))
 
     def test_fewer_sequences_in_the_search_than_for_the_choice(self, workload):
-        evaluator = evaluator_of(workload, images=3)
+        evaluator = evaluator_of(workload, samples=3)
         widths = plans(evaluator, 1)[0]
         assert evaluator.evaluate(widths).samples == 3 and evaluator.evaluate_full(widths).samples == 8
 

@@ -9,7 +9,7 @@ import pytest
 from helpers.language_workload import evaluator_of, plans, workload_of
 from helpers.lm import tiny_lm
 from rlprune.errors import ConfigError
-from rlprune.evaluation.ledger import Account, Ledger, SearchSpent, candidate_of
+from rlprune.evaluation.ledger import BudgetExhausted, EvaluationBudget, EvaluationLog, candidate_of
 from rlprune.language.judge import LanguageJudge
 from rlprune.language.workload import LanguageWorkload
 
@@ -57,7 +57,7 @@ class TestHalving:
         evaluator = evaluator_of(workload, rungs=(2, 5))
         many = plans(evaluator, 7)
         path = tmp_path / "ledger.jsonl"
-        account = Account(evaluator, Ledger(path), method="m", seed=0, limit=8)
+        account = EvaluationBudget(evaluator, EvaluationLog(path), method="m", seed=0, limit=8)
         found = account.evaluate_many(many)
         first = sorted((evaluator.evaluate_partial(w, 2).score for w in many), reverse=True)
         assert sorted(c.samples for c in found) == [2, 2, 2, 5, 5, 8, 8]
@@ -67,15 +67,15 @@ class TestHalving:
         assert account.spent == 7 and len(account.plans) == 2 and len(account.dropped) == 5
         assert account.samples == 3 * 2 + 2 * 5 + 2 * 8
         assert account.best in found and account.best.samples == 8
-        assert [r["samples"] for r in Ledger(path).rows] == [2] * 7 + [5] * 4 + [8] * 2
+        assert [r["samples"] for r in EvaluationLog(path).rows] == [2] * 7 + [5] * 4 + [8] * 2
         assert account.evaluate_many(many) == found and account.spent == 7  # repeats are free
         assert len(account.evaluate_many(plans(evaluator, 3, seed=1))) == 1  # what is left can pay for one
-        with pytest.raises(SearchSpent):
+        with pytest.raises(BudgetExhausted):
             account.evaluate_many(plans(evaluator, 1, seed=2))
 
     def test_a_dropped_plan_may_be_finished_without_another_charge(self, workload):
         evaluator = evaluator_of(workload, rungs=(2,))
-        account = Account(evaluator, Ledger(), method="m", seed=0, limit=4)
+        account = EvaluationBudget(evaluator, EvaluationLog(), method="m", seed=0, limit=4)
         many = plans(evaluator, 4)
         found = account.evaluate_many(many)
         dropped = next(w for w, c in zip(many, found, strict=True) if c.samples == 2)
@@ -86,13 +86,13 @@ class TestHalving:
     def test_a_ledger_is_replayed(self, workload, tmp_path):
         evaluator = evaluator_of(workload, rungs=(2, 5))
         many, path = plans(evaluator, 6), tmp_path / "ledger.jsonl"
-        first = Account(evaluator, Ledger(path), method="m", seed=0, limit=9)
+        first = EvaluationBudget(evaluator, EvaluationLog(path), method="m", seed=0, limit=9)
         expected = first.evaluate_many(many)
         whole = path.read_bytes()
         for keep in (3, 7, 11):  # killed in the first rung, in the second one, at the end
             path.write_bytes(b"".join(whole.splitlines(keepends=True)[:keep]))
             fresh = evaluator_of(workload, rungs=(2, 5))
-            again = Account(fresh, Ledger(path), method="m", seed=0, limit=9)
+            again = EvaluationBudget(fresh, EvaluationLog(path), method="m", seed=0, limit=9)
             found = again.evaluate_many(many)
             assert [(c.widths, c.score, c.samples) for c in found] == [
                 (c.widths, c.score, c.samples) for c in expected
@@ -106,18 +106,18 @@ class TestHalving:
     def test_ledgers_of_the_first_version_are_read(self, workload, tmp_path):
         evaluator, path = evaluator_of(workload), tmp_path / "ledger.jsonl"
         widths = plans(evaluator, 1)[0]
-        Account(evaluator, Ledger(path), method="m", seed=0, limit=9).evaluate(widths)
+        EvaluationBudget(evaluator, EvaluationLog(path), method="m", seed=0, limit=9).evaluate(widths)
         row = json.loads(path.read_text())
         assert row.pop("samples") == 8
         path.write_text(json.dumps(row) + "\n")
-        again = Account(evaluator_of(workload), Ledger(path), method="m", seed=0, limit=9)
+        again = EvaluationBudget(evaluator_of(workload), EvaluationLog(path), method="m", seed=0, limit=9)
         assert again.evaluate(widths).score == row["score"] and candidate_of(row).samples == 0
         assert len(path.read_text().splitlines()) == 1
 
     def test_without_rungs_a_batch_is_evaluated_one_by_one(self, workload):
         evaluator = evaluator_of(workload)
-        account = Account(evaluator, Ledger(), method="m", seed=0, limit=3)
+        account = EvaluationBudget(evaluator, EvaluationLog(), method="m", seed=0, limit=3)
         found = account.evaluate_many(plans(evaluator, 5))
         assert len(found) == 3 and all(c.samples == 8 for c in found)
-        with pytest.raises(SearchSpent):
+        with pytest.raises(BudgetExhausted):
             account.evaluate_many(plans(evaluator, 5)[3:])

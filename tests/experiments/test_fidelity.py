@@ -126,12 +126,12 @@ def test_a_study_has_a_row_for_every_tier(done: tuple[Path, str, dict[str, Any]]
 def test_the_score_is_that_of_the_evaluator_and_the_test_split_stays_closed(
     done: tuple[Path, str, dict[str, Any]], small_digits: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rlprune.experiments.prepare import prepare
+    from rlprune.experiments.prepare import prepare_experiment
 
-    problem = prepare(small_digits)
+    experiment = prepare_experiment(small_digits)
     point = done[2]["points"][0]
     both = np.mean(point["scores"]["reconstruct + bn"]["values"]["50"])
-    assert both == pytest.approx(problem.evaluator.evaluate(point["widths"]).score, rel=1e-5)
+    assert both == pytest.approx(experiment.evaluator.evaluate(point["widths"]).score, rel=1e-5)
 
 
 def test_finished_measurements_are_not_made_again(

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from rlprune.envs.task import Task
-from rlprune.evaluation.ledger import SearchSpent
+from rlprune.evaluation.ledger import BudgetExhausted
 from rlprune.pruning.cost import AxisSize, FormulaBuilder
 from rlprune.pruning.space import Group, PruningSpace
 from rlprune.rules.context import Context
@@ -150,7 +150,7 @@ class FakeAccount:
         if key in self.seen:
             return self.seen[key]
         if self.left <= 0:
-            raise SearchSpent("spent")
+            raise BudgetExhausted("spent")
         candidate = score(key)
         self.seen[key] = candidate
         self.history.append(candidate)

@@ -22,7 +22,7 @@ from rlprune.benchmarks import benchmark
 from rlprune.cli import main as cli
 from rlprune.config.config import Config
 from rlprune.errors import ConfigError
-from rlprune.evaluation.ledger import Ledger
+from rlprune.evaluation.ledger import EvaluationLog
 from rlprune.experiments import apply as deploy
 from rlprune.experiments import fidelity
 from rlprune.experiments import train as run
@@ -37,7 +37,7 @@ TINY = (
     "model.arguments={layers: 3, hidden: 16, heads: 4, kv_heads: 2, intermediate: 24, vocab: 300, context: 64}",
     "model.train.epochs=2", "model.train.lr=0.02", "model.train.batch_size=16",
     "data.sequence_length=16", "data.train=256", "data.calibration=16", "data.validation=16", "data.test=12",
-    "score.top_k=32", "score.images=8", "score.dtype=float32", "search.evaluations=24", "search.batch=6",
+    "score.top_k=32", "score.samples=8", "score.dtype=float32", "search.evaluations=24", "search.batch=6",
     "search.ppo.surrogate_steps=64", "search.ppo.surrogate_envs=8", "finish.candidates=2", "device=cpu",
 )  # fmt: skip
 SETS = without(TINY)
@@ -112,7 +112,7 @@ class TestTrain:
         assert all(method in text for method in rows_of(finished))
 
     def test_ledger_and_table_agree(self, finished: Path) -> None:
-        rows, ledger = rows_of(finished), Ledger(finished / "ledger.jsonl").rows
+        rows, ledger = rows_of(finished), EvaluationLog(finished / "ledger.jsonl").rows
         for method in ("random", "ppo"):
             own = [tuple(r["widths"]) for r in ledger if r["method"] == method]
             assert len(own) == len(set(own)) == rows[method]["evaluations"] == 24
@@ -154,16 +154,16 @@ def test_interrupted_and_resumed_is_uninterrupted(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_out: int
 ) -> None:
     """Stopped right after a candidate is written; the resumed run must give the same ledger and model."""
-    append, written, last = Ledger.append, [], len(ledger_of(finished)) - left_out
+    append, written, last = EvaluationLog.append, [], len(ledger_of(finished)) - left_out
 
-    def stopping(self: Ledger, row: dict[str, Any]) -> None:
+    def stopping(self: EvaluationLog, row: dict[str, Any]) -> None:
         append(self, row)
         written.append(row)
         if len(written) == last:
             raise Stop
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(Ledger, "append", stopping)
+        patch.setattr(EvaluationLog, "append", stopping)
         run.train(tiny(), tmp_path / "run", progress=False)
     assert len(ledger_of(tmp_path / "run")) == last
     run.train(tiny(), tmp_path / "run", resume=True, progress=False)

@@ -18,7 +18,7 @@ from helpers.small import without
 from rlprune.artifacts.documents import read_plan
 from rlprune.cli import main as cli
 from rlprune.errors import ArtifactError, ConfigError
-from rlprune.evaluation.ledger import Ledger
+from rlprune.evaluation.ledger import EvaluationLog
 from rlprune.experiments import apply as deploy
 from rlprune.experiments import inspect as inspection
 from rlprune.experiments import train as run
@@ -102,7 +102,7 @@ class TestTrain:
             assert set(row["latency_ms"]) == {"1", "64"}
 
     def test_every_method_is_charged_for_what_it_asked(self, finished):
-        rows = Ledger(finished / "ledger.jsonl").rows
+        rows = EvaluationLog(finished / "ledger.jsonl").rows
         spent = {row["method"]: row["evaluations"] for row in read_results(finished)["rows"]}
         for method in ("random", "ppo"):
             own = [tuple(r["widths"]) for r in rows if r["method"] == method]
@@ -111,7 +111,7 @@ class TestTrain:
         assert spent["uniform"] == 1 and groups < spent["sensitivity"] <= 2 * groups + 2
 
     def test_both_searches_start_from_the_same_plans(self, finished):
-        rows = Ledger(finished / "ledger.jsonl").rows
+        rows = EvaluationLog(finished / "ledger.jsonl").rows
         starts = {m: [r["widths"] for r in rows if r["method"] == m][:6] for m in ("random", "ppo")}
         assert starts["random"] == starts["ppo"]
 
@@ -156,7 +156,7 @@ class Stop(BaseException):
 @pytest.mark.parametrize("stop_after", [7, 95, 131, 150])
 def test_interrupted_and_resumed_is_uninterrupted(finished, tmp_path, monkeypatch, stop_after):
     """Stopped right after a candidate is written; the resumed run must give the same ledger and plan."""
-    append, written = Ledger.append, []
+    append, written = EvaluationLog.append, []
 
     def stopping(self, row):
         append(self, row)
@@ -166,7 +166,7 @@ def test_interrupted_and_resumed_is_uninterrupted(finished, tmp_path, monkeypatc
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(Ledger, "append", stopping)
+        patch.setattr(EvaluationLog, "append", stopping)
         run.train(tiny(), out, progress=False)
     assert len((out / "ledger.jsonl").read_text().splitlines()) == stop_after
     run.train(tiny(), out, resume=True, progress=False)

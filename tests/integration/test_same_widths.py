@@ -18,7 +18,7 @@ from helpers.lm import tiny_lm, tokens
 from helpers.lm_folder import VOCABULARY, write_config, write_folder
 from rlprune.cli import main as cli
 from rlprune.errors import BudgetError
-from rlprune.language.files.uniform import plain_obstacle, same_widths
+from rlprune.language.files.uniform import equal_widths, plain_obstacle
 
 
 @functools.cache
@@ -52,9 +52,9 @@ def test_the_largest_equal_widths_within_the_budget(
     fitting = [n for n in allowed if costs[n] <= budget * space.dense_cost(metric)]
     if not fitting:
         with pytest.raises(BudgetError, match="more dropped blocks save more"):
-            same_widths(space, budget, metric, sorted(dropped))
+            equal_widths(space, budget, metric, sorted(dropped))
         return
-    widths = same_widths(space, budget, metric, sorted(dropped))
+    widths = equal_widths(space, budget, metric, sorted(dropped))
     assert widths.dtype == np.int64
     assert set(widths[kept]) == {max(fitting)}
     assert np.array_equal(widths[~kept], base[~kept]), "heads and hidden size stay, dropped blocks go whole"
@@ -66,29 +66,29 @@ def test_budgets_that_equal_widths_do_not_reach() -> None:
     with pytest.raises(
         BudgetError, match=f"feasible: {low:.6g} to .* 0 blocks dropped|0 blocks dropped; feas"
     ):
-        same_widths(space, 0.2, "block_params")
+        equal_widths(space, 0.2, "block_params")
     with pytest.raises(BudgetError, match="below what equal widths reach"):
-        same_widths(space, 0.5, "kv_cache")  # neurons hold no cache
-    assert set(same_widths(space, 0.5, "kv_cache", [0, 3])[neurons(space, {0, 3})]) == {40}
+        equal_widths(space, 0.5, "kv_cache")  # neurons hold no cache
+    assert set(equal_widths(space, 0.5, "kv_cache", [0, 3])[neurons(space, {0, 3})]) == {40}
     with pytest.raises(BudgetError, match="not a budget"):
-        same_widths(space, 1.5, "params")
+        equal_widths(space, 1.5, "params")
 
 
 def test_spaces_whose_blocks_cannot_be_alike() -> None:
     with pytest.raises(BudgetError, match=r"layers\.1\.self_attn' may not be dropped; set prune\.drop=true"):
-        same_widths(space_of(drop=False), 0.9, "params", [1])
+        equal_widths(space_of(drop=False), 0.9, "params", [1])
     for block in (1, 3):  # the last one has no group that would show that it exists
         space = space_of(ignore=(f"model.layers.{block}.mlp",))
         with pytest.raises(BudgetError, match=rf"layers\.{block}\.mlp' stays as it is \(ignored"):
-            same_widths(space, 0.9, "params")
+            equal_widths(space, 0.9, "params")
     space = space_of(ignore=("model.layers.1.self_attn",))
-    assert same_widths(space, 0.9, "params").shape == (7,)
+    assert equal_widths(space, 0.9, "params").shape == (7,)
     with pytest.raises(BudgetError, match=r"layers\.1\.self_attn' stays as it is"):
-        same_widths(space, 0.9, "params", [1])
+        equal_widths(space, 0.9, "params", [1])
     with pytest.raises(BudgetError, match="no block 4"):
-        same_widths(space_of(), 0.9, "params", [4])
+        equal_widths(space_of(), 0.9, "params", [4])
     with pytest.raises(BudgetError, match="no block with a feed-forward part"):
-        same_widths(space_of(), 0.9, "params", range(4))
+        equal_widths(space_of(), 0.9, "params", range(4))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_spaces_whose_blocks_cannot_be_alike() -> None:
 )
 def test_obstacles_are_told(name: str, dropped: tuple[int, ...], obstacle: str) -> None:
     space = space_of(name)
-    widths = same_widths(space, 0.8, "block_params", dropped)
+    widths = equal_widths(space, 0.8, "block_params", dropped)
     kept = tuple(np.arange(w) for w in widths)
     slim = rlprune.prune(tiny_lm(name), rlprune.Plan(space, widths, kept))
     found = plain_obstacle(slim)

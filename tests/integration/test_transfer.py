@@ -44,7 +44,7 @@ def test_apply_refines_the_plan_of_several_checkpoints(
     done(capsys, "train", "digits", *SETS, "search.model_seeds=[1, 2]", "--out", "run")
     policy = load_policy("run/policy")
     assert policy.meta["base_rule"] == "uniform", "what several checkpoints have in common is no rule's plan"
-    known = policy.experience
+    known = policy.plan_memory
     assert known is not None and known.tasks.unique().tolist() == [0, 1, 2]
     files = {path.suffix for path in Path("run/policy").iterdir()}
     assert files == {".json", ".safetensors"}, "no pickle crosses a file"

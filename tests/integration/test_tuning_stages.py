@@ -17,12 +17,12 @@ from rlprune.api import trace
 from rlprune.config.config import Config
 from rlprune.errors import ArtifactError, BudgetError, ConfigError
 from rlprune.evaluation.evaluator import Evaluator
-from rlprune.evaluation.ledger import Ledger
+from rlprune.evaluation.ledger import EvaluationLog
 from rlprune.experiments import finish as finish_module
 from rlprune.experiments.finish import add_latency, finish
 from rlprune.experiments.incremental import incremental
-from rlprune.experiments.prepare import Problem
-from rlprune.experiments.search import Found, score_rule, search
+from rlprune.experiments.prepare import Experiment
+from rlprune.experiments.search import MethodResult, score_rule, search
 from rlprune.language.text import TextData, TextSplit
 from rlprune.language.tuning import finetune as tuning
 from rlprune.language.tuning import trainer as tuning_trainer
@@ -65,7 +65,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def make_problem(**sections: dict[str, Any]) -> Problem:
+def make_problem(**sections: dict[str, Any]) -> Experiment:
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in SETTINGS.items()}
     for name, section in sections.items():
         values[name] = values.get(name, {}) | section
@@ -79,7 +79,7 @@ def make_problem(**sections: dict[str, Any]) -> Problem:
         score=config.score,
         metric=config.budget.metric,
     )
-    return Problem(config, workload, evaluator)
+    return Experiment(config, workload, evaluator)
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -108,10 +108,10 @@ def dying_after(calls_allowed: int) -> Any:
 
 
 def test_a_language_model_is_finished_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = make_problem()
-    found = score_rule(problem, "uniform", Ledger())
+    experiment = make_problem()
+    found = score_rule(experiment, "uniform", EvaluationLog())
     agent = dataclasses.replace(found, kind="agent")
-    whole = finish(problem, agent, seed=0)
+    whole = finish(experiment, agent, seed=0)
     row = whole.row
     assert row["tokens"] == {"length": LENGTH, "stride": LENGTH, "count": 8 * (LENGTH - 1)}
     assert row["finish"] == {"method": "full", "steps": 6}
@@ -120,34 +120,36 @@ def test_a_language_model_is_finished_and_resumed(tmp_path: Path, monkeypatch: p
     assert row["params"] == sum(p.numel() for p in whole.model.parameters())
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(tuning_trainer.Student, "forward", dying_after(4))
-        finish(problem, agent, seed=0, state=tmp_path)
+        finish(experiment, agent, seed=0, state=tmp_path)
     assert list(tmp_path.glob("finish-uniform-0.state/checkpoint-*"))
-    resumed = finish(problem, agent, seed=0, state=tmp_path)
+    resumed = finish(experiment, agent, seed=0, state=tmp_path)
     assert same(whole.model, resumed.model)
     assert all(path.is_file() for path in tmp_path.iterdir())  # the fine-tune's own state is gone
     with monkeypatch.context() as patch:
         patch.setattr(finish_module, "fine_tune", None)  # not done again
-        again = finish(problem, agent, seed=0, state=tmp_path)
+        again = finish(experiment, agent, seed=0, state=tmp_path)
     assert same(again.model, whole.model) and again.row["test"] == row["test"]
 
 
 def test_only_the_dense_model_and_the_agents_are_kept_and_timed() -> None:
-    problem = make_problem(finish={"steps": 0})
-    rule = score_rule(problem, "uniform", Ledger())
-    finished = [finish(problem, f, seed=0) for f in (None, rule, dataclasses.replace(rule, kind="agent"))]
-    add_latency(finished, problem, budget_seconds=0.1)
+    experiment = make_problem(finish={"steps": 0})
+    rule = score_rule(experiment, "uniform", EvaluationLog())
+    finished = [finish(experiment, f, seed=0) for f in (None, rule, dataclasses.replace(rule, kind="agent"))]
+    add_latency(finished, experiment, budget_seconds=0.1)
     assert [f.model is None for f in finished] == [False, True, False]
     assert [list(f.row.get("latency_ms", {})) for f in finished] == [["1"], [], ["1"]]
     assert all(f.row["test_finetuned"] == f.row["test"] for f in finished)
 
 
 def test_a_bias_that_the_recovery_added_is_no_mistake() -> None:
-    problem = make_problem(recovery={"steps": ["bias"]}, finish={"method": "lora", "steps": 2})
+    experiment = make_problem(recovery={"steps": ["bias"]}, finish={"method": "lora", "steps": 2})
     done = finish(
-        problem, dataclasses.replace(score_rule(problem, "uniform", Ledger()), kind="agent"), seed=0
+        experiment,
+        dataclasses.replace(score_rule(experiment, "uniform", EvaluationLog()), kind="agent"),
+        seed=0,
     )
     added = {n for n, _ in done.model.named_parameters()} - {
-        n for n, _ in problem.workload.model.named_parameters()
+        n for n, _ in experiment.workload.model.named_parameters()
     }
     assert added and all(name.endswith(".bias") for name in added)
 
@@ -156,10 +158,10 @@ def test_a_bias_that_the_recovery_added_is_no_mistake() -> None:
 
 
 def test_rounds_cut_along_a_line_and_end_in_a_plan() -> None:
-    problem = make_problem()
-    done = incremental(problem, "adapt_pruner", stages=3)
-    space, metric = problem.space, problem.metric
-    dense, target = space.dense_cost(metric), problem.target
+    experiment = make_problem()
+    done = incremental(experiment, "adapt_pruner", stages=3)
+    space, metric = experiment.space, experiment.metric
+    dense, target = space.dense_cost(metric), experiment.target
     widths = np.array(done.history)
     assert (np.diff(widths, axis=0) <= 0).all()
     for t, now in enumerate(widths, start=1):
@@ -168,7 +170,7 @@ def test_rounds_cut_along_a_line_and_end_in_a_plan() -> None:
         assert allowed - unit < space.cost(now, metric) <= allowed
     assert done.plan.widths.tolist() == list(done.history[-1])
     assert [len(k) for k in done.plan.kept] == list(done.history[-1])
-    expected = rlprune.prune(problem.workload.model, Plan(space, done.plan.widths, done.plan.kept))
+    expected = rlprune.prune(experiment.workload.model, Plan(space, done.plan.widths, done.plan.kept))
     assert {n: t.shape for n, t in done.model.state_dict().items()} == {
         n: t.shape for n, t in expected.state_dict().items()
     }
@@ -176,20 +178,20 @@ def test_rounds_cut_along_a_line_and_end_in_a_plan() -> None:
 
 
 def test_training_between_the_cuts_pays() -> None:
-    problem = make_problem()
-    plain = incremental(problem, "uniform", stages=2)
-    trained = incremental(problem, "uniform", stages=2, steps=10)
-    given = incremental(problem, plain.history, steps=0)
+    experiment = make_problem()
+    plain = incremental(experiment, "uniform", stages=2)
+    trained = incremental(experiment, "uniform", stages=2, steps=10)
+    given = incremental(experiment, plain.history, steps=0)
     assert same(plain.model, given.model) and given.history == plain.history
     assert trained.rounds[-1]["loss"] < plain.rounds[-1]["loss"] - 0.1
 
 
 def test_killed_rounds_are_resumed_bit_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = make_problem()
-    whole = incremental(problem, "uniform", stages=3, steps=4)
+    experiment = make_problem()
+    whole = incremental(experiment, "uniform", stages=3, steps=4)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(tuning_trainer.Student, "forward", dying_after(6))  # in the second round
-        incremental(problem, "uniform", stages=3, steps=4, out=tmp_path)
+        incremental(experiment, "uniform", stages=3, steps=4, out=tmp_path)
     resumed = incremental(make_problem(), "uniform", stages=3, steps=4, out=tmp_path)
     assert same(whole.model, resumed.model)
     assert resumed.history == whole.history and resumed.rounds == whole.rounds
@@ -198,23 +200,23 @@ def test_killed_rounds_are_resumed_bit_equal(tmp_path: Path, monkeypatch: pytest
     assert same(whole.model, again.model)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["round-3.safetensors", "rounds.json"]
     with pytest.raises(ArtifactError, match="other settings"):
-        incremental(problem, "uniform", stages=3, steps=5, out=tmp_path)
+        incremental(experiment, "uniform", stages=3, steps=5, out=tmp_path)
 
 
 def test_wrong_rounds() -> None:
-    problem = make_problem()
+    experiment = make_problem()
     with pytest.raises(ConfigError, match="did you mean 'adapt_pruner'"):
-        incremental(problem, "adapt_prune", stages=2)
+        incremental(experiment, "adapt_prune", stages=2)
     with pytest.raises(ConfigError, match="at least 1 stage"):
-        incremental(problem, "uniform", stages=0)
-    wider = problem.space.widths + 1
+        incremental(experiment, "uniform", stages=0)
+    wider = experiment.space.widths + 1
     with pytest.raises(BudgetError):
-        incremental(problem, [wider.tolist()])
+        incremental(experiment, [wider.tolist()])
 
 
 def test_the_evaluator_trains_between_stages_and_ppo_chooses_them() -> None:
     steps = {"steps": ["reconstruct", "finetune"], "finetune_steps": 6, "finetune_lr": 3e-3, "distill": False}
-    problem = make_problem(
+    experiment = make_problem(
         recovery=steps,
         search={
             "mode": "direct",
@@ -226,34 +228,34 @@ def test_the_evaluator_trains_between_stages_and_ppo_chooses_them() -> None:
     )
     plain = make_problem()
     history = (
-        tuple(problem.space.widths - [0, 4, 0, 4, 0, 4]),
-        tuple(problem.space.widths - [1, 8, 1, 8, 1, 8]),
+        tuple(experiment.space.widths - [0, 4, 0, 4, 0, 4]),
+        tuple(experiment.space.widths - [1, 8, 1, 8, 1, 8]),
     )
-    trained = problem.evaluator.evaluate_staged(history)
+    trained = experiment.evaluator.evaluate_staged(history)
     assert trained.loss < plain.evaluator.evaluate_staged(history).loss - 0.1
     fresh = make_problem(recovery=steps).evaluator.evaluate_staged(history)
     assert fresh.score == trained.score
-    found: Found = search("ppo", [problem], Ledger(), seed=0)
+    found: MethodResult = search("ppo", [experiment], EvaluationLog(), seed=0)
     assert found.account.spent <= 6
-    assert problem.space.cost(np.array(found.history[-1]), problem.metric) <= problem.target
+    assert experiment.space.cost(np.array(found.history[-1]), experiment.metric) <= experiment.target
 
 
 # A saved folder
 
 
 def test_a_saved_model_is_tuned_and_saved_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    problem = make_problem()
-    widths = problem.rule_widths("uniform")
-    slim, plan = problem.evaluator.build(widths), problem.evaluator.plan(widths)
+    experiment = make_problem()
+    widths = experiment.rule_widths("uniform")
+    slim, plan = experiment.evaluator.build(widths), experiment.evaluator.plan(widths)
     rlprune.save(slim, plan, tmp_path / "pruned")
     config = tmp_path / "echo.yaml"
-    config.write_text(problem.config.to_yaml(), encoding="utf-8")
+    config.write_text(experiment.config.to_yaml(), encoding="utf-8")
     arguments = [str(tmp_path / "pruned"), str(config), "--out", str(tmp_path / "tuned")]
     assert tuning.main([*arguments, "--set", "finish.steps=8"]) == 0
     assert "8 steps of full" in capsys.readouterr().out
     tuned = rlprune.load(tmp_path / "tuned")
-    before = problem.workload.evaluate(slim, "validation").loss
-    assert problem.workload.evaluate(tuned, "validation").loss < before
+    before = experiment.workload.evaluate(slim, "validation").loss
+    assert experiment.workload.evaluate(tuned, "validation").loss < before
     assert not (tmp_path / "tuned.state").exists()
     assert tuning.main([*arguments, "--set", "finish.steps=0"]) == 2
     assert capsys.readouterr().err.startswith("finish.steps:")

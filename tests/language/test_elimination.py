@@ -14,7 +14,7 @@ from rlprune.language.calibration import elimination
 RIDGE = 1e-3
 
 
-def problem(inputs: int, outputs: int, seed: int, tokens: int = 60):
+def experiment(inputs: int, outputs: int, seed: int, tokens: int = 60):
     """Correlated activations (tokens, I), their Gram matrix (I, I) and weights (I, O)."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(tokens, max(2, inputs // 2))) @ rng.normal(size=(max(2, inputs // 2), inputs))
@@ -54,7 +54,7 @@ class TestElimination:
     )
     @settings(max_examples=60, deadline=None)
     def test_it_equals_trying_every_unit_at_every_step(self, units, size, outputs, seed):
-        _, gram, w = problem(units * size, outputs, seed)
+        _, gram, w = experiment(units * size, outputs, seed)
         columns = np.random.default_rng(seed).permutation(units * size).reshape(units, size)
         found = elimination.eliminate(torch.tensor(gram), torch.tensor(w), columns, RIDGE)
         order, errors = brute_force(gram, w, columns, RIDGE)
@@ -65,7 +65,7 @@ class TestElimination:
     @pytest.mark.parametrize("inputs", [63, 64, 65, 150])
     def test_delayed_updates_change_nothing(self, inputs, monkeypatch):
         """More units than one bundle of updates: single updates give the same order."""
-        _, gram, w = problem(inputs, 20, inputs, tokens=400)
+        _, gram, w = experiment(inputs, 20, inputs, tokens=400)
         given_ = torch.tensor(gram), torch.tensor(w), np.arange(inputs)[:, None], RIDGE
         found = elimination.eliminate(*given_)
         monkeypatch.setattr(elimination, "_LAZY", 1)
@@ -76,7 +76,7 @@ class TestElimination:
         assert (np.diff(found.errors) >= 0).all()
 
     def test_a_duplicate_goes_first_at_no_cost(self):
-        _, gram, w = problem(8, 4, 3)
+        _, gram, w = experiment(8, 4, 3)
         twin = np.arange(9) % 8
         gram, w = gram[np.ix_(twin, twin)], np.concatenate([w, w[:1]])
         found = elimination.eliminate(torch.tensor(gram), torch.tensor(w), np.arange(9)[:, None], 1e-9)

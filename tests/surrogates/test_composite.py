@@ -13,33 +13,33 @@ from helpers.small import SMALL_RUN
 from helpers.synthetic import FakeEvaluator
 from rlprune.config.config import load_config
 from rlprune.envs.task import Task
-from rlprune.evaluation.kept_logits import MOST_LOGITS, KeptLogits
-from rlprune.experiments.prepare import Problem, prepare
+from rlprune.evaluation.logit_cache import MOST_LOGITS, LogitCache
+from rlprune.experiments.prepare import Experiment, prepare_experiment
 from rlprune.language.judge import OUTPUT_TOKENS, bucketed
 from rlprune.surrogates import logit_gp as expectation
-from rlprune.surrogates.composite import CompositeModel
-from rlprune.surrogates.logit_gp import LogitModel
+from rlprune.surrogates.composite import CompositeGP
+from rlprune.surrogates.logit_gp import LogitGP
 from rlprune.surrogates.proposals import choose_batch, random_plans
 
 
 @pytest.fixture(scope="module")
-def problem() -> Problem:
+def experiment() -> Experiment:
     torch.set_num_threads(1)
-    return prepare(load_config("digits", SMALL_RUN))
+    return prepare_experiment(load_config("digits", SMALL_RUN))
 
 
 @pytest.fixture(scope="module")
-def language() -> Problem:
+def language() -> Experiment:
     torch.set_num_threads(1)
     small = ["model.arguments={layers: 2, hidden: 32, heads: 4, kv_heads: 2, intermediate: 48, vocab: 300}"]
     small += ["model.train.epochs=1", "data.sequence_length=16", "data.train=64", "data.calibration=8"]
     small += ["data.validation=6", "data.test=6", f"score.top_k={OUTPUT_TOKENS}", "budget.target=0.6"]
-    return prepare(load_config("tiny_llama", small))
+    return prepare_experiment(load_config("tiny_llama", small))
 
 
 @pytest.fixture
-def task(problem: Problem) -> Task:
-    return Task(problem.evaluator.fork(), 0.5, "macs", base_rule="uniform")
+def task(experiment: Experiment) -> Task:
+    return Task(experiment.evaluator.fork(), 0.5, "macs", base_rule="uniform")
 
 
 def scored_at(task: Task, budget: float, count: int = 10, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -52,8 +52,8 @@ def scored(task: Task, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarra
 
 
 def test_a_known_plan_is_predicted_as_it_was_scored(task: Task) -> None:
-    assert CompositeModel.applies(task)
-    model = CompositeModel(task)
+    assert CompositeGP.applies(task)
+    model = CompositeGP(task)
     plans, scores = scored(task, 12)
     model.fit(plans, scores)
     mean, deviation = model.predict(plans)
@@ -63,14 +63,14 @@ def test_a_known_plan_is_predicted_as_it_was_scored(task: Task) -> None:
 
 
 def test_other_plans_are_put_in_order(task: Task) -> None:
-    model = CompositeModel(task)
+    model = CompositeGP(task)
     model.fit(*scored(task, 40))
     plans, scores = scored(task, 40, seed=1)
     assert spearmanr(model.predict(plans)[0], scores)[0] > 0.6
 
 
 def test_the_joint_covariance_fits_the_deviations_and_a_batch_has_no_twins(task: Task) -> None:
-    model = CompositeModel(task)
+    model = CompositeGP(task)
     model.fit(*scored(task, 12))
     plans, _ = scored(task, 20, seed=1)
     mean, covariance = model.covariance(plans)
@@ -83,23 +83,23 @@ def test_the_joint_covariance_fits_the_deviations_and_a_batch_has_no_twins(task:
 
 def test_a_model_that_goes_on_from_a_saved_state_is_the_same(task: Task) -> None:
     plans, scores = scored(task, 24)
-    first = CompositeModel(task)
+    first = CompositeGP(task)
     first.fit(plans[:16], scores[:16])
     saved = first.theta
     first.fit(plans, scores)
-    second = CompositeModel(task)
+    second = CompositeGP(task)
     second.theta = saved
     second.fit(plans, scores)
     other, _ = scored(task, 8, seed=1)
     assert np.array_equal(first.predict(other)[0], second.predict(other)[0])
 
 
-def test_logits_cost_no_evaluation_and_are_the_same_when_computed_again(problem: Problem) -> None:
-    evaluator = problem.evaluator.fork()
+def test_logits_cost_no_evaluation_and_are_the_same_when_computed_again(experiment: Experiment) -> None:
+    evaluator = experiment.evaluator.fork()
     evaluator._bank = {}  # nothing has been scored yet
-    logits = evaluator.kept_logits()
-    assert logits is not None and evaluator.kept_logits() is logits
-    plan = tuple(int(w) for w in problem.rule_widths("uniform"))
+    logits = evaluator.logit_cache()
+    assert logits is not None and evaluator.logit_cache() is logits
+    plan = tuple(int(w) for w in experiment.rule_widths("uniform"))
     score = evaluator.evaluate(plan).score
     kept = logits.take((plan,))
     assert torch.equal(kept, logits.take((plan,))) and kept.shape == logits.dense.shape
@@ -108,10 +108,10 @@ def test_logits_cost_no_evaluation_and_are_the_same_when_computed_again(problem:
     assert score == pytest.approx(-float(divergence), rel=1e-5)
 
 
-def test_the_log_probabilities_of_a_language_model_tell_its_score(language: Problem) -> None:
+def test_the_log_probabilities_of_a_language_model_tell_its_score(language: Experiment) -> None:
     evaluator = language.evaluator.fork()
     evaluator._bank = {}
-    logits = evaluator.kept_logits()
+    logits = evaluator.logit_cache()
     assert logits is not None
     plan = tuple(int(w) for w in language.rule_widths("uniform"))
     score = evaluator.evaluate(plan).score
@@ -123,7 +123,7 @@ def test_the_log_probabilities_of_a_language_model_tell_its_score(language: Prob
     divergence = (logits.dense.exp() * (logits.dense - kept)).sum(dim=1).mean()
     assert score == pytest.approx(-float(divergence), rel=1e-3) and score < -1e-3
     task = Task(evaluator, 0.6, "block_params")
-    model = CompositeModel(task)
+    model = CompositeGP(task)
     plans = random_plans(task, 0.6, 12, np.random.default_rng(0))
     scores = np.array([evaluator.evaluate(p).score for p in plans])
     model.fit(plans, scores)
@@ -152,11 +152,12 @@ def test_moments_do_not_depend_on_when_they_are_asked_for() -> None:
     assert torch.allclose(once.gram()[1:, 1:], (rows @ rows.T).double() / 3000, atol=1e-5)
 
 
-def test_one_model_serves_a_range_of_budgets(problem: Problem) -> None:
-    task = Task(problem.evaluator.fork(), (0.3, 0.7), "macs", base_rule="uniform")
-    model = CompositeModel(task)
+def test_one_model_serves_a_range_of_budgets(experiment: Experiment) -> None:
+    task = Task(experiment.evaluator.fork(), (0.3, 0.7), "macs", base_rule="uniform")
+    model = CompositeGP(task)
     plans, scores = (
-        np.concatenate(parts) for parts in zip(*(scored_at(task, b) for b in task.knots), strict=True)
+        np.concatenate(parts)
+        for parts in zip(*(scored_at(task, b) for b in task.anchor_budgets), strict=True)
     )
     model.fit(plans, scores)
     for budget in (0.4, 0.6):
@@ -168,7 +169,7 @@ def test_the_kernel_is_fitted_to_so_many_plans_at_most(monkeypatch: pytest.Monke
     """The predictions use all of them all the same."""
     generator = torch.Generator().manual_seed(0)
     effects, dense = torch.randn(2, 20, 3, generator=generator), torch.randn(20, 3, generator=generator)
-    model = LogitModel(np.array([64, 64]), dense)
+    model = LogitGP(np.array([64, 64]), dense)
     seen, adapted = [], expectation._adapted
 
     def spy(scales: torch.Tensor, x: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -191,7 +192,7 @@ def test_the_kernel_is_fitted_to_so_many_plans_at_most(monkeypatch: pytest.Monke
 
 def test_what_is_kept_of_many_classes_is_bounded() -> None:
     outputs = torch.arange(300.0)[:, None].expand(300, 1000)
-    logits = KeptLogits(outputs, lambda history: outputs + 1.0)
+    logits = LogitCache(outputs, lambda history: outputs + 1.0)
     logits.keep("plan", outputs + 2.0)
     assert logits.dense.numel() <= MOST_LOGITS and len(logits.dense) == 60
     assert logits.dense.untyped_storage().nbytes() <= 4 * MOST_LOGITS, "no view that holds the whole"
@@ -200,14 +201,14 @@ def test_what_is_kept_of_many_classes_is_bounded() -> None:
 
 
 def test_scores_are_modelled_where_logits_do_not_tell_them() -> None:
-    assert not CompositeModel.applies(Task(FakeEvaluator(4), 0.5))
+    assert not CompositeGP.applies(Task(FakeEvaluator(4), 0.5))
     for settings in (["score.kind=loss"], ["score.rungs=[16,32]"]):
-        other = prepare(load_config("digits", [*SMALL_RUN, *settings]))
-        assert not CompositeModel.applies(Task(other.evaluator, 0.5, "macs"))
+        other = prepare_experiment(load_config("digits", [*SMALL_RUN, *settings]))
+        assert not CompositeGP.applies(Task(other.evaluator, 0.5, "macs"))
 
 
 def test_a_diverged_plan_is_only_far_away() -> None:
-    model = LogitModel(np.array([8, 8]), torch.randn(20, 3, generator=torch.Generator().manual_seed(0)))
+    model = LogitGP(np.array([8, 8]), torch.randn(20, 3, generator=torch.Generator().manual_seed(0)))
     for widths in ([4, 4], [6, 2], [2, 6]):
         model.learn(widths, torch.randn(20, 3, generator=torch.Generator().manual_seed(sum(widths))))
     assert np.isfinite(model.learn([1, 1], torch.full((20, 3), torch.nan)))
@@ -236,7 +237,7 @@ def test_a_plan_that_is_like_no_known_one_is_not_expected_to_be_good() -> None:
     """The expected logits are the dense model's there; their divergence is not what is to be expected."""
     generator = torch.Generator().manual_seed(2)
     dense = 8.0 * torch.randn(60, 5, generator=generator)
-    model = LogitModel(np.array([64] * 6), dense)
+    model = LogitGP(np.array([64] * 6), dense)
     for seed in range(8):
         plan = np.random.default_rng(seed).integers(24, 40, size=6)
         model.learn(plan, dense + 6.0 * torch.randn(60, 5, generator=generator))

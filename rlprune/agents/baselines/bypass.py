@@ -11,7 +11,7 @@ import numpy as np
 from ...envs.task import Task
 from ...pruning.history import final_widths
 from ...utils.arrays import Floats, Ints
-from ..base import Recorder
+from ..base import TrialRecorder
 from .gradient_free import PATIENCE, GradientFree, spend_rest
 
 # The moving average of the loss that the paper subtracts.
@@ -39,7 +39,7 @@ class Bypass(GradientFree):
 
     name = "bypass"
 
-    def spend(self, task: Task, recorder: Recorder, seed: Sequence[int]) -> None:
+    def spend(self, task: Task, recorder: TrialRecorder, seed: Sequence[int]) -> None:
         """See :class:`GradientFree`."""
         settings = self.settings.bypass
         generator = np.random.default_rng(seed)
@@ -103,7 +103,7 @@ class _Shift:
         return values[self._group]
 
 
-def _first(task: Task, recorder: Recorder, shift: _Shift, start: str) -> Floats:
+def _first(task: Task, recorder: TrialRecorder, shift: _Shift, start: str) -> Floats:
     """Keep probabilities (U,) to begin with, before the shift onto the budget."""
     groups = len(task.space.groups)
     if start == "importance":

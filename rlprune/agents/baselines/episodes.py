@@ -23,9 +23,9 @@ from ...config.search import SearchConfig
 from ...envs.base import PruningEnv
 from ...envs.sequential import SequentialEnv
 from ...envs.task import Task
-from ...evaluation.ledger import SearchSpent
-from ..base import Recorder, SearchRequest, SearchResult
-from ..callbacks import Watcher
+from ...evaluation.ledger import BudgetExhausted
+from ..base import SearchRequest, SearchResult, TrialRecorder
+from ..callbacks import SearchLogger
 from ..ppo.agents import PPOAgent
 from ..ppo.trainer import derived_seed, seed_everything
 
@@ -47,7 +47,7 @@ class Episodes(gymnasium.Wrapper[Any, Any, Any, Any]):
     end, or after too many repeats.
     """
 
-    def __init__(self, env: PruningEnv, recorders: Sequence[Recorder]) -> None:
+    def __init__(self, env: PruningEnv, recorders: Sequence[TrialRecorder]) -> None:
         super().__init__(env)
         self.tasks = env.tasks
         self.recorders = recorders
@@ -76,12 +76,12 @@ class Episodes(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def _next(self) -> int:
         if self.repeats >= _PATIENCE:
-            raise SearchSpent
+            raise BudgetExhausted
         for _ in self.recorders:
             self._turn = (self._turn + 1) % len(self.recorders)
             if self.recorders[self._turn].account.left > self._kept[self._turn]:
                 return self._turn
-        raise SearchSpent
+        raise BudgetExhausted
 
 
 class EpisodicAgent(ABC):
@@ -105,8 +105,8 @@ class EpisodicAgent(ABC):
         and plans around it with what is left. Everything follows from the seed and the ledger, so ``state``
         stays empty.
         """
-        watcher = Watcher(request)
-        recorders = [Recorder(account, watcher) for account in request.accounts]
+        watcher = SearchLogger(request)
+        recorders = [TrialRecorder(account, watcher) for account in request.accounts]
         charged = tuple(task.with_scorer(r) for task, r in zip(request.tasks, recorders, strict=True))
         for index, (task, recorder) in enumerate(zip(charged, recorders, strict=True)):
             recorder.score_starts(task, request.starts_of(index), request.policy)
@@ -117,15 +117,15 @@ class EpisodicAgent(ABC):
             self._train(episodes, watcher, request.seed)
         return SearchResult(tuple(r.best(task) for task, r in zip(request.tasks, recorders, strict=True)))
 
-    def _train(self, episodes: Episodes, watcher: Watcher, seed: int) -> None:
+    def _train(self, episodes: Episodes, watcher: SearchLogger, seed: int) -> None:
         seed_everything(seed, 1)
         model = self.algorithm(DummyVecEnv([lambda: episodes]), episodes, derived_seed(seed))
         model.set_logger(watcher.logger)
-        with contextlib.suppress(SearchSpent):
+        with contextlib.suppress(BudgetExhausted):
             model.learn(_ENDLESS)
         generator = np.random.default_rng([seed, 2])
         for index in range(len(episodes.recorders)):
-            with contextlib.suppress(SearchSpent):
+            with contextlib.suppress(BudgetExhausted):
                 _spend_rest(model, episodes, index, generator)
 
 

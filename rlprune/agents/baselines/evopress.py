@@ -10,7 +10,7 @@ from ...envs.task import Task
 from ...pruning.history import final_widths
 from ...surrogates.proposals import fresh
 from ...utils.arrays import Ints
-from ..base import Recorder
+from ..base import TrialRecorder
 from .gradient_free import PATIENCE, GradientFree
 
 
@@ -25,7 +25,7 @@ class EvoPress(GradientFree):
 
     name = "evopress"
 
-    def spend(self, task: Task, recorder: Recorder, seed: Sequence[int]) -> None:
+    def spend(self, task: Task, recorder: TrialRecorder, seed: Sequence[int]) -> None:
         """See :class:`GradientFree`."""
         settings = self.settings.evopress
         generator = np.random.default_rng(seed)

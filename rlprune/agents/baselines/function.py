@@ -10,11 +10,11 @@ import numpy as np
 from ...config.search import SearchConfig
 from ...envs.task import Scored, Task
 from ...utils.arrays import Floats, Ints
-from ..base import Recorder
+from ..base import TrialRecorder
 from .gradient_free import GradientFree
 
 
-class Session:
+class SearchContext:
     """What the function of an agent works with: one task and the account that pays for its evaluations.
 
     ``space`` is the pruning space, ``importance`` holds G arrays of unit scores, ``budget`` and ``metric`` say
@@ -22,7 +22,7 @@ class Session:
     everything, and a stopped run repeats its way through the ledger to the same result.
     """
 
-    def __init__(self, task: Task, recorder: Recorder, generator: np.random.Generator) -> None:
+    def __init__(self, task: Task, recorder: TrialRecorder, generator: np.random.Generator) -> None:
         self.space = task.space
         self.importance = task.evaluator.importance
         self.budget = task.budget_range[1] if task.is_range else task.budget
@@ -67,12 +67,14 @@ class FunctionAgent(GradientFree):
 
     ranges = True
 
-    def __init__(self, function: Callable[[Session], Any], settings: SearchConfig | None = None) -> None:
+    def __init__(
+        self, function: Callable[[SearchContext], Any], settings: SearchConfig | None = None
+    ) -> None:
         super().__init__(settings)
         self.function = function
 
-    def spend(self, task: Task, recorder: Recorder, seed: Sequence[int]) -> None:
-        session = Session(task, recorder, np.random.default_rng(seed))
+    def spend(self, task: Task, recorder: TrialRecorder, seed: Sequence[int]) -> None:
+        session = SearchContext(task, recorder, np.random.default_rng(seed))
         if not recorder.scores:  # `best` has to exist before the function asks for it
             recorder.evaluate(task.uniform_widths(session.budget))
         self.function(session)

@@ -12,10 +12,10 @@ import numpy as np
 from ...config.search import SearchConfig
 from ...envs.task import Task
 from ...errors import ConfigError
-from ...evaluation.ledger import SearchSpent
+from ...evaluation.ledger import BudgetExhausted
 from ...surrogates.proposals import fresh, random_plans
-from ..base import Recorder, SearchRequest, SearchResult
-from ..callbacks import Watcher
+from ..base import SearchRequest, SearchResult, TrialRecorder
+from ..callbacks import SearchLogger
 
 # A space so small that this many proposals in a row bring nothing new is exhausted.
 PATIENCE = 200
@@ -36,7 +36,7 @@ class GradientFree(ABC):
         self.settings = settings or SearchConfig()
 
     @abstractmethod
-    def spend(self, task: Task, recorder: Recorder, seed: Sequence[int]) -> None:
+    def spend(self, task: Task, recorder: TrialRecorder, seed: Sequence[int]) -> None:
         """Spend what the starts have left of an account; ``seed`` decides everything random."""
 
     def search(self, request: SearchRequest) -> SearchResult:
@@ -46,16 +46,18 @@ class GradientFree(ABC):
             raise ConfigError(
                 f"search.budget_range: the agent {self.name!r} searches one budget, not a range"
             )
-        watcher = Watcher(request)
-        recorders = [Recorder(account, watcher) for account in request.accounts]
+        watcher = SearchLogger(request)
+        recorders = [TrialRecorder(account, watcher) for account in request.accounts]
         for index, (task, recorder) in enumerate(zip(tasks, recorders, strict=True)):
             recorder.score_starts(task, request.starts_of(index), request.policy)
-            with suppress(SearchSpent):  # an account also ends after too many repeats
+            with suppress(BudgetExhausted):  # an account also ends after too many repeats
                 self.spend(task, recorder, (request.seed, index))
         return SearchResult(tuple(r.best(task) for task, r in zip(tasks, recorders, strict=True)))
 
 
-def spend_rest(task: Task, recorder: Recorder, plans: Sequence[Any], generator: np.random.Generator) -> None:
+def spend_rest(
+    task: Task, recorder: TrialRecorder, plans: Sequence[Any], generator: np.random.Generator
+) -> None:
     """Score plans, then, where a method ends before its account does, random ones."""
     for plan in plans:
         if recorder.account.left > 0:

@@ -22,7 +22,7 @@ from ...errors import ConfigError
 from ...pruning.history import History, all_final_widths, as_history
 from ...surrogates.proposals import fresh, random_plans
 from ...utils.arrays import Floats, Ints
-from ..base import Recorder
+from ..base import TrialRecorder
 from .gradient_free import PATIENCE, GradientFree
 
 # After this many asks in a row without a new plan a random one is scored, and the sampler is told of it.
@@ -54,7 +54,7 @@ class OptunaSearch(GradientFree):
         """What the sampler is told of a candidate; higher is better."""
         return candidate.score
 
-    def spend(self, task: Task, recorder: Recorder, seed: Sequence[int]) -> None:
+    def spend(self, task: Task, recorder: TrialRecorder, seed: Sequence[int]) -> None:
         """See :class:`GradientFree`."""
         generator = np.random.default_rng(seed)
         with warnings.catch_warnings():  # optuna calls its older parts experimental, its newer ones too
@@ -79,7 +79,7 @@ class OptunaSearch(GradientFree):
 class _Study:
     """An optuna study in memory whose trials are actions of a task."""
 
-    def __init__(self, agent: OptunaSearch, task: Task, recorder: Recorder, sampler: Any) -> None:
+    def __init__(self, agent: OptunaSearch, task: Task, recorder: TrialRecorder, sampler: Any) -> None:
         self._agent, self._task, self._recorder = agent, task, recorder
         self._optuna = agent.optuna
         self._study = self._optuna.create_study(direction="maximize", sampler=sampler)

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...envs.task import Task
 from ...surrogates.proposals import fresh, random_plans
-from ..base import Recorder
+from ..base import TrialRecorder
 from .gradient_free import PATIENCE, GradientFree
 
 # Plans of a batch where successive halving compares them.
@@ -21,7 +21,7 @@ class RandomSearch(GradientFree):
     name = "random"
     ranges = True
 
-    def spend(self, task: Task, recorder: Recorder, seed: Sequence[int]) -> None:
+    def spend(self, task: Task, recorder: TrialRecorder, seed: Sequence[int]) -> None:
         """See :class:`GradientFree`; of a range of budgets each batch draws one."""
         generator = np.random.default_rng(seed)
         size = _HALVED if recorder.halves else 1

@@ -13,7 +13,7 @@ from ...pruning.budget import Limits, project
 from ...pruning.cost import formula
 from ...pruning.history import as_history, final_widths
 from ...utils.arrays import Floats, Ints
-from ..base import Recorder
+from ..base import TrialRecorder
 from .gradient_free import PATIENCE, GradientFree, spend_rest
 
 # The constants of the paper and its code.
@@ -63,7 +63,7 @@ class RLPruner(GradientFree):
 
     name = "rl_pruner"
 
-    def spend(self, task: Task, recorder: Recorder, seed: Sequence[int]) -> None:
+    def spend(self, task: Task, recorder: TrialRecorder, seed: Sequence[int]) -> None:
         """See :class:`GradientFree`."""
         stages = self.settings.rl_pruner.stages
         generator = np.random.default_rng(seed)
@@ -90,7 +90,7 @@ class RLPruner(GradientFree):
     def _sample(
         self,
         task: Task,
-        recorder: Recorder,
+        recorder: TrialRecorder,
         stage: int,
         before: Ints,
         probabilities: Floats,
@@ -123,7 +123,7 @@ class RLPruner(GradientFree):
         return int(generator.integers(count)) if generator.random() < epsilon else 0
 
 
-def _initial(task: Task, recorder: Recorder, start: str) -> Floats:
+def _initial(task: Task, recorder: TrialRecorder, start: str) -> Floats:
     """PD (G,) before the first stage."""
     counts = task.space.widths.astype(np.float64)
     within = recorder.within(task, task.budget)

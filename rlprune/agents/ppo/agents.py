@@ -5,10 +5,10 @@ from __future__ import annotations
 from ...config.search import SearchConfig
 from ...envs.distribution import DistributionEnv
 from ...errors import ConfigError
-from ..base import Recorder, SearchRequest, SearchResult
-from ..callbacks import Watcher
+from ..base import SearchRequest, SearchResult, TrialRecorder
+from ..callbacks import SearchLogger
 from .direct_training import direct_search
-from .surrogate_training import guided_search
+from .surrogate_training import surrogate_search
 from .trainer import Search
 
 
@@ -24,11 +24,11 @@ class PPOAgent:
 
     def search(self, request: SearchRequest) -> SearchResult:
         """See :class:`rlprune.agents.base.Agent`; a saved ``state`` is continued to the very same result."""
-        watcher = Watcher(request)
-        recorders = tuple(Recorder(account, watcher) for account in request.accounts)
+        watcher = SearchLogger(request)
+        recorders = tuple(TrialRecorder(account, watcher) for account in request.accounts)
         charged = [task.with_scorer(r) for task, r in zip(request.tasks, recorders, strict=True)]
         if request.policy is not None:  # its network reads the columns that it was trained on
             charged = [task.showing(request.policy.feature_version) for task in charged]
         env = DistributionEnv(tasks=charged, stages=self.settings.stages)
         search = Search(self.settings, request, env.tasks, recorders, env, watcher)
-        return direct_search(search) if self.settings.mode == "direct" else guided_search(search)
+        return direct_search(search) if self.settings.mode == "direct" else surrogate_search(search)

@@ -52,10 +52,10 @@ _UNTAUGHT = ("critic", "log_std")
 _SHIFTS = np.linspace(-1.5, 1.5, 31)
 
 # A budget, the widths (G,) wanted there (between searched budgets they need not be whole), and its weight.
-Lesson = tuple[Any, Floats, float]
+Demonstration = tuple[Any, Floats, float]
 
 
-def lessons(best: Sequence[tuple[float, Ints]]) -> list[Lesson]:
+def demonstrations(best: Sequence[tuple[float, Ints]]) -> list[Demonstration]:
     """The best plans of a task, and plans in between.
 
     Args:
@@ -88,11 +88,11 @@ def wanted_action(task: Task, budget: Any, widths: Floats) -> Floats:
     return best
 
 
-def distill(
+def clone_behaviour(
     policy: GroupPolicy,
     env: DistributionEnv,
     tasks: Sequence[Task],
-    wanted: Sequence[Sequence[Lesson]],
+    wanted: Sequence[Sequence[Demonstration]],
     *,
     common: bool = False,
 ) -> None:
@@ -164,7 +164,7 @@ def _learned(
     observations: Tensor,
     actions: Tensor,
     tasks: Sequence[Task],
-    wanted: Sequence[Sequence[Lesson]],
+    wanted: Sequence[Sequence[Demonstration]],
 ) -> bool:
     """Whether every scored plan comes out as its wanted action gives it."""
     with torch.no_grad():
@@ -182,7 +182,7 @@ def _learned(
 
 
 def _table(
-    env: DistributionEnv, tasks: Sequence[Task], wanted: Sequence[Sequence[Lesson]]
+    env: DistributionEnv, tasks: Sequence[Task], wanted: Sequence[Sequence[Demonstration]]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Observations (K, Gmax, F), actions (K, Gmax) and weights (K, Gmax)."""
     rows: list[NDArray[Any]] = []

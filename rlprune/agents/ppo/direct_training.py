@@ -10,7 +10,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from ...evaluation.ledger import SearchSpent
+from ...evaluation.ledger import BudgetExhausted
 from ..base import SearchResult
 from ..sb3_internals import rollout_position, set_rollout_position
 from .policy import GroupPolicy
@@ -76,7 +76,7 @@ def direct_search(search: Search) -> SearchResult:
         else:
             rollout = _restore(search, ppo, saved)
         ppo.learn(_ENDLESS, callback=RolloutStart(search, rollout), reset_num_timesteps=False)
-    except SearchSpent:
+    except BudgetExhausted:
         pass
     policy = ppo.policy
     assert isinstance(policy, GroupPolicy)
@@ -107,5 +107,5 @@ def _spend_rest(search: Search, policy: GroupPolicy, index: int, generator: torc
                 action, _ = policy.predict(obs, deterministic=True)
                 noise = torch.randn(len(action), generator=generator).numpy() if episode else 0.0
                 obs, _, done, _, _ = search.env.step(np.clip(action + std * noise, -1.0, 1.0))
-        except SearchSpent:
+        except BudgetExhausted:
             return

@@ -24,7 +24,7 @@ from ...envs.observation import FEATURE_VERSIONS
 from ...envs.task import ACTION_SCALE, Task, deviate, make_task
 from ...errors import ArtifactError
 from ..sb3_internals import CustomPolicy
-from .transfer import Experience, can_build, planned
+from .transfer import PlanMemory, can_build, planned
 
 # The exploration noise stays within these bounds, so that neither a collapse nor a blow-up is final.
 _LOG_STD = (-3.0, 0.5)
@@ -134,7 +134,7 @@ class GroupPolicy(CustomPolicy):
     ) -> None:
         self.hidden, self.group_bias = hidden, group_bias
         self.provenance: dict[str, Any] = {}
-        self.experience: Experience | None = None
+        self.plan_memory: PlanMemory | None = None
         # Factor on the means; the search itself stays within [-1, 1].
         self.reach = 1.0
         super().__init__(observation_space, action_space, lr_schedule, log_std_init=log_std_init, **kwargs)
@@ -201,8 +201,8 @@ def portable_state(policy: GroupPolicy) -> tuple[dict[str, Tensor], dict[str, An
         "reach": policy.reach,
         **policy.provenance,
     }
-    if policy.experience is not None:
-        known, meta["experience"] = policy.experience.state()
+    if policy.plan_memory is not None:
+        known, meta["experience"] = policy.plan_memory.state()
         tensors |= {_EXPERIENCE + name: tensor for name, tensor in known.items()}
     return tensors, meta
 
@@ -216,11 +216,11 @@ class PortablePolicy:
     """
 
     def __init__(
-        self, network: GroupNetwork, meta: Mapping[str, Any], experience: Experience | None = None
+        self, network: GroupNetwork, meta: Mapping[str, Any], plan_memory: PlanMemory | None = None
     ) -> None:
         self.network = network.eval()
         self.meta = dict(meta)
-        self.experience = experience
+        self.plan_memory = plan_memory
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> PortablePolicy:
@@ -242,10 +242,10 @@ class PortablePolicy:
             raise ArtifactError(f"policy: reach {reach!r} must be a number above 0 and up to 10")
         if not isinstance(meta.get("base_rule"), str):
             raise ArtifactError("policy: base_rule is missing")
-        experience = None
+        plan_memory = None
         if "experience" in meta:
             known = {n.removeprefix(_EXPERIENCE): t for n, t in tensors.items() if n.startswith(_EXPERIENCE)}
-            experience = Experience.from_state(known, meta["experience"])
+            plan_memory = PlanMemory.from_state(known, meta["experience"])
             tensors = {n: t for n, t in tensors.items() if not n.startswith(_EXPERIENCE)}
         network = GroupNetwork(len(features), hidden)
         expected = network.state_dict()
@@ -260,7 +260,7 @@ class PortablePolicy:
             if not torch.isfinite(tensor).all():
                 raise ArtifactError(f"policy: tensor {name!r} holds NaN or infinity")
         network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-        return cls(network, meta, experience)
+        return cls(network, meta, plan_memory)
 
     @property
     def feature_version(self) -> int:
@@ -312,9 +312,9 @@ class PortablePolicy:
         task = self.task(source, budget, metric)
         own = task.space.project(self.distribution(task, budget, metric), budget, task.metric)
         alone = builds is not None and builds < 2
-        if alone or self.experience is None or not can_build(task):
+        if alone or self.plan_memory is None or not can_build(task):
             return own
-        starts = [own, task.uniform_widths(budget), *self.experience.starts(task, budget, builds)]
+        starts = [own, task.uniform_widths(budget), *self.plan_memory.starts(task, budget, builds)]
         return planned(task, budget, np.array(starts), builds)
 
     def plan(

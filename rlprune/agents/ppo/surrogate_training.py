@@ -18,17 +18,17 @@ import torch
 from numpy.typing import NDArray
 
 from ...envs.task import Task
-from ...evaluation.ledger import SearchSpent
+from ...evaluation.ledger import BudgetExhausted
 from ...pruning.history import all_final_widths, final_widths
 from ...surrogates.base import Surrogate
-from ...surrogates.composite import CompositeModel
+from ...surrogates.composite import CompositeGP
 from ...surrogates.probes import ProbedModel
 from ...surrogates.proposals import choose_batch, climb, fresh, neighbours, random_plans
-from ...surrogates.score_gp import ScoreModel
+from ...surrogates.score_gp import ScoreGP
 from ...utils.arrays import Floats, Ints
-from ..base import Recorder, SearchResult
+from ..base import SearchResult, TrialRecorder
 from ..sb3_internals import reset_before_rollout
-from .behaviour_cloning import COMMON_PLANS, distill, lessons
+from .behaviour_cloning import COMMON_PLANS, clone_behaviour, demonstrations
 from .policy import GroupPolicy
 from .surrogate_env import SurrogateVecEnv
 from .trainer import Search, derived_seed, make_ppo, restore_training, seed_everything, training_state
@@ -51,14 +51,14 @@ _PROMISING = 24
 _KAPPAS = (0.0, 0.5, 1.0, 2.0)
 
 
-class Guided:
+class SurrogateTrainer:
     """The parts of a running surrogate search."""
 
     def __init__(self, search: Search) -> None:
         self.search = search
-        self.experience = None if search.policy is None else search.policy.experience
-        if self.experience is not None and not all(can_build(t) for t in search.tasks):
-            self.experience = None
+        self.plan_memory = None if search.policy is None else search.policy.plan_memory
+        if self.plan_memory is not None and not all(can_build(t) for t in search.tasks):
+            self.plan_memory = None
         self.models = [self._model(task) for task in search.tasks]
         settings = search.settings.ppo
         envs = max(2, settings.surrogate_envs, len(search.tasks))
@@ -73,14 +73,14 @@ class Guided:
         )
 
     def _model(self, task: Task) -> Surrogate:
-        if self.experience is not None and self.search.policy is not None:
+        if self.plan_memory is not None and self.search.policy is not None:
             self.search.policy.widths(task, task.budget, task.metric)  # probes, where that has not been done
             return ProbedModel(task)
-        if self.search.settings.ppo.surrogate == "logits" and CompositeModel.applies(task):
-            return CompositeModel(task)
+        if self.search.settings.ppo.surrogate == "logits" and CompositeGP.applies(task):
+            return CompositeGP(task)
         expected = getattr(task.evaluator, "expected", None)
         cost = partial(task.space.cost, metric=task.metric) if task.is_range else None
-        return ScoreModel(task.space.widths, task.evaluator.dense.score, expected, cost)
+        return ScoreGP(task.space.widths, task.evaluator.dense.score, expected, cost)
 
     @property
     def batch(self) -> int:
@@ -135,9 +135,9 @@ class Guided:
             self.ppo.learn(self.steps, reset_num_timesteps=False)
 
     def budget(self, task: Task, batch: int) -> Any:
-        return task.knots[batch % len(task.knots)]
+        return task.anchor_budgets[batch % len(task.anchor_budgets)]
 
-    def teach(self) -> None:
+    def clone_plans(self) -> None:
         """Teach the policy the best plans: of several checkpoints, where these have plans in common, and of a range."""
         search = self.search
         several = len(search.tasks) > 1 and all(task.common_plans for task in search.tasks)
@@ -146,81 +146,85 @@ class Guided:
         seed_everything(search.seed, 7)
         wanted = []
         for task, recorder in zip(search.tasks, search.recorders, strict=True):
-            plans = [(b, [final_widths(p) for p in recorder.within(task, b)]) for b in task.knots]
+            plans = [(b, [final_widths(p) for p in recorder.within(task, b)]) for b in task.anchor_budgets]
             best = [(budget, found[0]) for budget, found in plans if found]
             more = [(b, p.astype(np.float64), 1.0) for b, found in plans for p in found[1:COMMON_PLANS]]
-            wanted.append(lessons(best) + (more if several else []))
-        distill(self.policy, search.env, search.tasks, wanted, common=several)
+            wanted.append(demonstrations(best) + (more if several else []))
+        clone_behaviour(self.policy, search.env, search.tasks, wanted, common=several)
 
 
-def guided_search(search: Search) -> SearchResult:
+def surrogate_search(search: Search) -> SearchResult:
     """Spend the accounts batch by batch; the last batch holds the mode of the policy that is returned, unless that
     is taught other plans at the end."""
-    guided = Guided(search)
+    trainer = SurrogateTrainer(search)
     saved = search.load(MODE)
     batch = 0
     try:
         if saved is None:
             search.score_starts()
         else:
-            batch = guided.restore(saved)
+            batch = trainer.restore(saved)
         while any(recorder.account.left > 0 for recorder in search.recorders):
-            guided.save(batch)
+            trainer.save(batch)
             before = sum(recorder.account.spent for recorder in search.recorders)
-            _run_batch(guided, batch)
+            _run_batch(trainer, batch)
             batch += 1
             if sum(recorder.account.spent for recorder in search.recorders) == before:
                 break  # nothing left that has not been scored: the space is smaller than the account
-    except SearchSpent:
+    except BudgetExhausted:
         pass
     # A base rule that probes may have nothing left to ask at the budgets between those that were searched.
-    with contextlib.suppress(SearchSpent):
-        guided.teach()
+    with contextlib.suppress(BudgetExhausted):
+        trainer.clone_plans()
     scored = [recorder.scores for recorder in search.recorders]
-    guided.policy.experience = collect(search.tasks, scored)
-    return search.result(guided.policy)
+    trainer.policy.plan_memory = collect(search.tasks, scored)
+    return search.result(trainer.policy)
 
 
-def _run_batch(guided: Guided, batch: int) -> None:
-    search = guided.search
+def _run_batch(trainer: SurrogateTrainer, batch: int) -> None:
+    search = trainer.search
     generator = np.random.default_rng([search.seed, 5, batch])
-    per_task = max(1, guided.batch // len(search.tasks))
-    informed = batch > 0 or guided.informed
+    per_task = max(1, trainer.batch // len(search.tasks))
+    informed = batch > 0 or trainer.informed
     if informed:
-        guided.fit()
-        guided.train(batch)
+        trainer.fit()
+        trainer.train(batch)
     for index, (task, recorder) in enumerate(zip(search.tasks, search.recorders, strict=True)):
         count = min(per_task, recorder.account.left)
-        budget = guided.budget(task, batch + index)
+        budget = trainer.budget(task, batch + index)
         if not informed:
-            plans = first_plans(guided, index, budget, count, generator)
+            plans = first_plans(trainer, index, budget, count, generator)
         else:
-            plans = next_plans(guided, index, budget, count, generator)
+            plans = next_plans(trainer, index, budget, count, generator)
         recorder.evaluate_batch(plans[:count])
 
 
-def first_plans(guided: Guided, index: int, budget: Any, count: int, generator: np.random.Generator) -> Ints:
+def first_plans(
+    trainer: SurrogateTrainer, index: int, budget: Any, count: int, generator: np.random.Generator
+) -> Ints:
     """The policy's mode (untrained: the base plan), samples around it, and as many random plans.
 
     Where costs are expected before any evaluation, plans far from the starts are known to be bad: small
     changes of the best start take the random plans' place.
     """
-    task, recorder = guided.search.tasks[index], guided.search.recorders[index]
-    seed_everything(guided.search.seed, 6, index)
-    around = fresh(_policy_plans(guided, index, budget), recorder.known)[: -(-count // 2)]
+    task, recorder = trainer.search.tasks[index], trainer.search.recorders[index]
+    seed_everything(trainer.search.seed, 6, index)
+    around = fresh(_policy_plans(trainer, index, budget), recorder.known)[: -(-count // 2)]
     parents = _parents(task, recorder, budget, around)
-    if guided.models[index].informed(parents):
+    if trainer.models[index].informed(parents):
         anywhere = neighbours(task, parents, budget, 4 * count, generator)
     else:
         anywhere = random_plans(task, budget, 4 * count, generator)
     return fresh(np.vstack([around, anywhere]), recorder.known)
 
 
-def next_plans(guided: Guided, index: int, budget: Any, count: int, generator: np.random.Generator) -> Ints:
+def next_plans(
+    trainer: SurrogateTrainer, index: int, budget: Any, count: int, generator: np.random.Generator
+) -> Ints:
     """The policy's mode first, then what the surrogate ranks highest among all proposals."""
-    task, recorder = guided.search.tasks[index], guided.search.recorders[index]
-    model = guided.models[index]
-    samples = _policy_plans(guided, index, budget)
+    task, recorder = trainer.search.tasks[index], trainer.search.recorders[index]
+    model = trainer.models[index]
+    samples = _policy_plans(trainer, index, budget)
     mode = fresh(samples[:1], recorder.known)
     parents = np.vstack([_parents(task, recorder, budget, samples), model.promising(_PROMISING)])
 
@@ -234,16 +238,16 @@ def next_plans(guided: Guided, index: int, budget: Any, count: int, generator: n
     changed = neighbours(task, parents, budget, _NEIGHBOURS, generator)
     pool = fresh(np.vstack([mode, climbed, parents, samples, changed]), recorder.known)
     # Few evaluations are spent with experience, and it knows better than the policy what is worth them.
-    chosen: list[int] = [0] if len(mode) and guided.experience is None else []
+    chosen: list[int] = [0] if len(mode) and trainer.plan_memory is None else []
     picks = choose_batch(model, pool, count, _KAPPAS, chosen)
     return pool[picks]
 
 
-def _parents(task: Task, recorder: Recorder, budget: Any, samples: Ints) -> Ints:
+def _parents(task: Task, recorder: TrialRecorder, budget: Any, samples: Ints) -> Ints:
     """The best plans within the budget, the best plans of other budgets brought to this one, the policy's mode."""
     within = recorder.within(task, budget)[:_PARENTS]
     best = all_final_widths(within).reshape(-1, samples.shape[1])
-    others = [recorder.within(task, other)[:1] for other in task.knots if other != budget]
+    others = [recorder.within(task, other)[:1] for other in task.anchor_budgets if other != budget]
     shares = [1.0 - final_widths(found[0]) / task.space.widths for found in others if found]
     if not shares:
         return np.vstack([best, samples[:1]])
@@ -251,10 +255,10 @@ def _parents(task: Task, recorder: Recorder, budget: Any, samples: Ints) -> Ints
     return np.vstack([best, moved, samples[:1]])
 
 
-def _policy_plans(guided: Guided, index: int, budget: Any) -> Ints:
+def _policy_plans(trainer: SurrogateTrainer, index: int, budget: Any) -> Ints:
     """Plans of the policy: its mode (row 0) and samples."""
-    task, policy = guided.search.tasks[index], guided.policy
-    obs, _ = guided.search.env.reset(options={"task": index, "budget": budget})
+    task, policy = trainer.search.tasks[index], trainer.policy
+    obs, _ = trainer.search.env.reset(options={"task": index, "budget": budget})
     rows = torch.from_numpy(np.repeat(obs[None], _SAMPLES, axis=0))
     with torch.no_grad():
         distribution = policy.get_distribution(rows)

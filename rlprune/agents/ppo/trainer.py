@@ -14,8 +14,8 @@ from ...config.search import SearchConfig
 from ...envs.distribution import DistributionEnv
 from ...envs.task import Task
 from ...utils.checkpoints import require_same
-from ..base import Recorder, SearchRequest, SearchResult
-from ..callbacks import Watcher
+from ..base import SearchRequest, SearchResult, TrialRecorder
+from ..callbacks import SearchLogger
 from ..sb3_internals import set_updates, updates
 from .policy import GroupPolicy, PortablePolicy, provenance
 
@@ -27,9 +27,9 @@ class Search:
     settings: SearchConfig
     request: SearchRequest
     tasks: tuple[Task, ...]
-    recorders: tuple[Recorder, ...]
+    recorders: tuple[TrialRecorder, ...]
     env: DistributionEnv
-    watcher: Watcher
+    watcher: SearchLogger
 
     @property
     def seed(self) -> int:

@@ -39,7 +39,7 @@ _PARENTS, _WIDTH = 5, 40
 
 
 @dataclass(frozen=True)
-class Experience:
+class PlanMemory:
     """The plans of several checkpoints of one architecture that no cheaper plan of the same checkpoint beats.
 
     ``ratios`` (N, G): logarithms of the keep ratios; ``targets`` (N,): minus the logarithm of the distance to the
@@ -57,7 +57,7 @@ class Experience:
         return tensors, {"fingerprint": self.fingerprint}
 
     @classmethod
-    def from_state(cls, tensors: Mapping[str, Tensor], meta: Any) -> Experience:
+    def from_state(cls, tensors: Mapping[str, Tensor], meta: Any) -> PlanMemory:
         """Check what a policy's file holds; ArtifactError where it does not fit together."""
         try:
             if "ratios" in tensors:
@@ -96,7 +96,7 @@ class Experience:
         return space.project(np.maximum(1.0 - widths[rows] / space.widths, 1e-4), budget, task.metric)
 
 
-def collect(tasks: Sequence[Task], scored: Sequence[Mapping[Any, Any]]) -> Experience | None:
+def collect(tasks: Sequence[Task], scored: Sequence[Mapping[Any, Any]]) -> PlanMemory | None:
     """The experience of a search over several checkpoints of one architecture; None where there is none.
 
     Args:
@@ -118,7 +118,7 @@ def collect(tasks: Sequence[Task], scored: Sequence[Mapping[Any, Any]]) -> Exper
                 targets.append(best)
                 owners.append(index)
     tensors = torch.from_numpy(np.array(ratios)), torch.from_numpy(np.array(targets)), torch.tensor(owners)
-    return Experience(*tensors, tasks[0].space.fingerprint)
+    return PlanMemory(*tensors, tasks[0].space.fingerprint)
 
 
 def can_build(task: Task) -> bool:

@@ -47,7 +47,7 @@ class PlainForm:
     entries: Mapping[str, Entry]
 
 
-def same_widths(
+def equal_widths(
     space: PruningSpace, budget: Any, metric: str = "macs", dropped_blocks: Sequence[int] = ()
 ) -> Ints:
     """Widths (G,) with one number of neurons for all blocks, within a budget; heads and hidden size stay.

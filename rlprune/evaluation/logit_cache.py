@@ -12,7 +12,7 @@ from ..pruning.history import History
 MOST_LOGITS = 2**16
 
 
-class KeptLogits:
+class LogitCache:
     """Rows (n, C) of the outputs (N, C) on the scored validation images or tokens, evenly spread where N is too many.
 
     Args:
