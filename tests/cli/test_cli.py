@@ -194,7 +194,7 @@ def test_the_demo_is_a_train_whose_policy_prunes_a_second_checkpoint(
         return "scores"
 
     replace_work(monkeypatch, train=train)
-    replace_work(monkeypatch, "deploy", apply=apply)
+    replace_work(monkeypatch, "apply", apply=apply)
     monkeypatch.setattr(commands, "show_run", lambda out: print(f"shown {out}"))
     monkeypatch.setattr("torch.set_num_threads", lambda count: None)
     monkeypatch.chdir(tmp_path)

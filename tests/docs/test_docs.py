@@ -18,7 +18,7 @@ import rlprune
 from helpers.pages import EACH_PAGE, blocks, command_lines
 from helpers.synthetic import FakeEvaluator
 from rlprune.cli import main as cli
-from rlprune.config.config import Config, settings_reference, shipped_configs
+from rlprune.config.config import RENAMED, Config, settings_reference, shipped_configs
 from rlprune.importance.importance import IMPORTANCES
 from rlprune.language.describe import COST_NOTES
 from rlprune.language.families import FAMILIES

@@ -18,16 +18,16 @@ from rlprune.config.config import Config
 from rlprune.errors import ArtifactError, BudgetError, ConfigError
 from rlprune.evaluation.evaluator import Evaluator
 from rlprune.evaluation.ledger import EvaluationLog
-from rlprune.experiments import finish as finish_module
+from rlprune.experiments import tune
 from rlprune.experiments.finish import add_latency, finish
 from rlprune.experiments.incremental import incremental
 from rlprune.experiments.prepare import Experiment
 from rlprune.experiments.search import MethodResult, score_rule, search
 from rlprune.language.text import TextData, TextSplit
-from rlprune.language.tuning import finetune as tuning
 from rlprune.language.tuning import trainer as tuning_trainer
 from rlprune.language.workload import LanguageWorkload
 from rlprune.pruning.plan import Plan
+from rlprune.workloads import Workload
 
 LENGTH = 12
 
@@ -65,7 +65,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def make_problem(**sections: dict[str, Any]) -> Experiment:
+def make_experiment(**sections: dict[str, Any]) -> Experiment:
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in SETTINGS.items()}
     for name, section in sections.items():
         values[name] = values.get(name, {}) | section
@@ -108,7 +108,7 @@ def dying_after(calls_allowed: int) -> Any:
 
 
 def test_a_language_model_is_finished_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    experiment = make_problem()
+    experiment = make_experiment()
     found = score_rule(experiment, "uniform", EvaluationLog())
     agent = dataclasses.replace(found, kind="agent")
     whole = finish(experiment, agent, seed=0)
@@ -126,13 +126,13 @@ def test_a_language_model_is_finished_and_resumed(tmp_path: Path, monkeypatch: p
     assert same(whole.model, resumed.model)
     assert all(path.is_file() for path in tmp_path.iterdir())  # the fine-tune's own state is gone
     with monkeypatch.context() as patch:
-        patch.setattr(finish_module, "fine_tune", None)  # not done again
+        patch.setattr(Workload, "fine_tune", None)  # not done again
         again = finish(experiment, agent, seed=0, state=tmp_path)
     assert same(again.model, whole.model) and again.row["test"] == row["test"]
 
 
 def test_only_the_dense_model_and_the_agents_are_kept_and_timed() -> None:
-    experiment = make_problem(finish={"steps": 0})
+    experiment = make_experiment(finish={"steps": 0})
     rule = score_rule(experiment, "uniform", EvaluationLog())
     finished = [finish(experiment, f, seed=0) for f in (None, rule, dataclasses.replace(rule, kind="agent"))]
     add_latency(finished, experiment, budget_seconds=0.1)
@@ -142,7 +142,7 @@ def test_only_the_dense_model_and_the_agents_are_kept_and_timed() -> None:
 
 
 def test_a_bias_that_the_recovery_added_is_no_mistake() -> None:
-    experiment = make_problem(recovery={"steps": ["bias"]}, finish={"method": "lora", "steps": 2})
+    experiment = make_experiment(recovery={"steps": ["bias"]}, finish={"method": "lora", "steps": 2})
     done = finish(
         experiment,
         dataclasses.replace(score_rule(experiment, "uniform", EvaluationLog()), kind="agent"),
@@ -158,7 +158,7 @@ def test_a_bias_that_the_recovery_added_is_no_mistake() -> None:
 
 
 def test_rounds_cut_along_a_line_and_end_in_a_plan() -> None:
-    experiment = make_problem()
+    experiment = make_experiment()
     done = incremental(experiment, "adapt_pruner", stages=3)
     space, metric = experiment.space, experiment.metric
     dense, target = space.dense_cost(metric), experiment.target
@@ -178,7 +178,7 @@ def test_rounds_cut_along_a_line_and_end_in_a_plan() -> None:
 
 
 def test_training_between_the_cuts_pays() -> None:
-    experiment = make_problem()
+    experiment = make_experiment()
     plain = incremental(experiment, "uniform", stages=2)
     trained = incremental(experiment, "uniform", stages=2, steps=10)
     given = incremental(experiment, plain.history, steps=0)
@@ -187,16 +187,16 @@ def test_training_between_the_cuts_pays() -> None:
 
 
 def test_killed_rounds_are_resumed_bit_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    experiment = make_problem()
+    experiment = make_experiment()
     whole = incremental(experiment, "uniform", stages=3, steps=4)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(tuning_trainer.Student, "forward", dying_after(6))  # in the second round
         incremental(experiment, "uniform", stages=3, steps=4, out=tmp_path)
-    resumed = incremental(make_problem(), "uniform", stages=3, steps=4, out=tmp_path)
+    resumed = incremental(make_experiment(), "uniform", stages=3, steps=4, out=tmp_path)
     assert same(whole.model, resumed.model)
     assert resumed.history == whole.history and resumed.rounds == whole.rounds
     assert all(a.tolist() == b.tolist() for a, b in zip(resumed.plan.kept, whole.plan.kept, strict=True))
-    again = incremental(make_problem(), "uniform", stages=3, steps=4, out=tmp_path)
+    again = incremental(make_experiment(), "uniform", stages=3, steps=4, out=tmp_path)
     assert same(whole.model, again.model)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["round-3.safetensors", "rounds.json"]
     with pytest.raises(ArtifactError, match="other settings"):
@@ -204,7 +204,7 @@ def test_killed_rounds_are_resumed_bit_equal(tmp_path: Path, monkeypatch: pytest
 
 
 def test_wrong_rounds() -> None:
-    experiment = make_problem()
+    experiment = make_experiment()
     with pytest.raises(ConfigError, match="did you mean 'adapt_pruner'"):
         incremental(experiment, "adapt_prune", stages=2)
     with pytest.raises(ConfigError, match="at least 1 stage"):
@@ -216,7 +216,7 @@ def test_wrong_rounds() -> None:
 
 def test_the_evaluator_trains_between_stages_and_ppo_chooses_them() -> None:
     steps = {"steps": ["reconstruct", "finetune"], "finetune_steps": 6, "finetune_lr": 3e-3, "distill": False}
-    experiment = make_problem(
+    experiment = make_experiment(
         recovery=steps,
         search={
             "mode": "direct",
@@ -226,14 +226,14 @@ def test_the_evaluator_trains_between_stages_and_ppo_chooses_them() -> None:
             "ppo": {"n_steps": 4},
         },
     )
-    plain = make_problem()
+    plain = make_experiment()
     history = (
         tuple(experiment.space.widths - [0, 4, 0, 4, 0, 4]),
         tuple(experiment.space.widths - [1, 8, 1, 8, 1, 8]),
     )
     trained = experiment.evaluator.evaluate_staged(history)
     assert trained.loss < plain.evaluator.evaluate_staged(history).loss - 0.1
-    fresh = make_problem(recovery=steps).evaluator.evaluate_staged(history)
+    fresh = make_experiment(recovery=steps).evaluator.evaluate_staged(history)
     assert fresh.score == trained.score
     found: MethodResult = search("ppo", [experiment], EvaluationLog(), seed=0)
     assert found.account.spent <= 6
@@ -244,18 +244,18 @@ def test_the_evaluator_trains_between_stages_and_ppo_chooses_them() -> None:
 
 
 def test_a_saved_model_is_tuned_and_saved_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    experiment = make_problem()
+    experiment = make_experiment()
     widths = experiment.rule_widths("uniform")
     slim, plan = experiment.evaluator.build(widths), experiment.evaluator.plan(widths)
     rlprune.save(slim, plan, tmp_path / "pruned")
     config = tmp_path / "echo.yaml"
     config.write_text(experiment.config.to_yaml(), encoding="utf-8")
     arguments = [str(tmp_path / "pruned"), str(config), "--out", str(tmp_path / "tuned")]
-    assert tuning.main([*arguments, "--set", "finish.steps=8"]) == 0
+    assert tune.main([*arguments, "--set", "finish.steps=8"]) == 0
     assert "8 steps of full" in capsys.readouterr().out
     tuned = rlprune.load(tmp_path / "tuned")
     before = experiment.workload.evaluate(slim, "validation").loss
     assert experiment.workload.evaluate(tuned, "validation").loss < before
     assert not (tmp_path / "tuned.state").exists()
-    assert tuning.main([*arguments, "--set", "finish.steps=0"]) == 2
+    assert tune.main([*arguments, "--set", "finish.steps=0"]) == 2
     assert capsys.readouterr().err.startswith("finish.steps:")
