@@ -55,7 +55,7 @@ def echo(config: Any = None) -> LanguageWorkload:
 
 
 SETTINGS: dict[str, Any] = {
-    "workload": "test_tuning_stages:echo",
+    "workload": f"{__name__}:echo",
     "budget": {"target": 0.7, "metric": "block_params"},
     "prune": {"importance": "wanda_sp"},
     "recovery": {"steps": ["reconstruct"]},
