@@ -18,20 +18,28 @@ if TYPE_CHECKING:
     from .agents.ppo.policy import load_policy
     from .api import load, save, trace
     from .config.config import Config, load_config
+    from .evaluation.evaluator import Evaluator
     from .experiments.build import build_workload
+    from .experiments.result import PruningResult
+    from .experiments.search import search
+    from .experiments.train import train
     from .pruning.plan import Plan, make_plan
     from .pruning.space import Group, PruningSpace
     from .pruning.surgery import masked, prune
     from .rules import Context, rule
+    from .utils.progress import Callback
     from .workloads import Workload
 
 __version__ = "0.1.0"
 
 _NAMES = {
+    "Callback": "utils.progress",
     "Config": "config.config",
     "Context": "rules",
+    "Evaluator": "evaluation.evaluator",
     "Group": "pruning.space",
     "Plan": "pruning.plan",
+    "PruningResult": "experiments.result",
     "PruningSpace": "pruning.space",
     "Workload": "workloads",
     "agent": "agents",
@@ -44,7 +52,9 @@ _NAMES = {
     "prune": "pruning.surgery",
     "rule": "rules",
     "save": "api",
+    "search": "experiments.search",
     "trace": "api",
+    "train": "experiments.train",
 }
 _MODULES = {
     "agents": "agents",
@@ -61,13 +71,16 @@ _MODULES = {
 __all__ = [
     "ArtifactError",
     "BudgetError",
+    "Callback",
     "Config",
     "ConfigError",
     "Context",
     "DataError",
+    "Evaluator",
     "GraphError",
     "Group",
     "Plan",
+    "PruningResult",
     "PruningSpace",
     "RlpruneError",
     "Workload",
@@ -91,7 +104,9 @@ __all__ = [
     "rule",
     "rules",
     "save",
+    "search",
     "trace",
+    "train",
     "workloads",
 ]
 

@@ -24,8 +24,8 @@ from rlprune.agents.ppo.policy import save_policy
 from rlprune.config.config import Config, load_config
 from rlprune.envs.task import KNOTS
 from rlprune.evaluation.ledger import EvaluationLog
+from rlprune.experiments.methods import run_agent
 from rlprune.experiments.prepare import Experiment, prepare_experiment
-from rlprune.experiments.search import search
 from rlprune.report import plots
 from rlprune.report.html import SCORE_UNITS, markdown_table
 from rlprune.rules import rules_for
@@ -40,7 +40,7 @@ def searched(config: Config, out: Path) -> dict[str, Any]:
     if not record.exists():
         out.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
-        found = search(
+        found = run_agent(
             "ppo",
             [prepare_experiment(config)],
             EvaluationLog(out / "ledger.jsonl"),

@@ -31,8 +31,8 @@ from rlprune.evaluation.importance import compute
 from rlprune.evaluation.ledger import EvaluationLog
 from rlprune.evaluation.recovery import Recovery
 from rlprune.experiments.finish import choose
+from rlprune.experiments.methods import run_agent
 from rlprune.experiments.prepare import Experiment, prepare_experiment
-from rlprune.experiments.search import search
 from rlprune.language.calibration.grams import Grams
 from rlprune.language.calibration.grams import collect as collect_grams
 from rlprune.pruning.plan import make_plan
@@ -109,7 +109,7 @@ def run_search(args: argparse.Namespace) -> None:
         for method in args.methods:
 
             def one(method: str = method, seed: int = seed) -> dict[str, Any]:
-                found = search(
+                found = run_agent(
                     method, [experiment], ledger, seed=seed, state=args.out / f"state-{args.budget}"
                 )
                 chosen = choose(experiment, found)

@@ -24,8 +24,8 @@ import torch
 from rlprune.config.config import Config, load_config
 from rlprune.evaluation.ledger import EvaluationLog
 from rlprune.evaluation.recovery import Recovery
+from rlprune.experiments.methods import run_agent
 from rlprune.experiments.prepare import Experiment, prepare_experiment
-from rlprune.experiments.search import search
 from rlprune.pruning.surgery import prune
 from rlprune.report.html import markdown_table
 from rlprune.utils.files import write_text_atomic
@@ -94,7 +94,7 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
     weights = sum(p.numel() * p.element_size() for p in experiment.workload.model.parameters())
     facts["dense weights"] = weights / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    search("random", [experiment], EvaluationLog(), seed=0, evaluations=args.evaluations)
+    run_agent("random", [experiment], EvaluationLog(), seed=0, evaluations=args.evaluations)
     facts["peak of the search"] = resident("VmHWM")
     return facts
 

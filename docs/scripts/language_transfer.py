@@ -27,8 +27,8 @@ import rlprune
 from rlprune.agents.ppo.policy import PolicyTransferWarning, save_policy
 from rlprune.config.config import Config, load_config
 from rlprune.evaluation.ledger import EvaluationLog
+from rlprune.experiments.methods import run_agent
 from rlprune.experiments.prepare import Experiment, prepare_experiment
-from rlprune.experiments.search import search
 from rlprune.report.html import markdown_table
 from rlprune.rules import RULES, rules_for
 from rlprune.utils.files import write_json_atomic, write_text_atomic
@@ -65,7 +65,7 @@ def searched(experiment: Experiment, seed: int, folder: Path) -> Facts:
     """A full search on a model; its policy is saved in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     ledger = EvaluationLog(folder / "ledger.jsonl")
-    found = search("ppo", [experiment], ledger, seed=seed, state=folder / "state")
+    found = run_agent("ppo", [experiment], ledger, seed=seed, state=folder / "state")
     save_policy(found.policy, folder / "policy")
     widths = [int(w) for w in found.history[-1]]
     return {"evaluations": found.account.spent, **judged(experiment, widths)}

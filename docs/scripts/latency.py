@@ -30,8 +30,8 @@ from torch import Tensor, nn
 import rlprune
 from rlprune.errors import BudgetError
 from rlprune.evaluation.ledger import EvaluationLog
+from rlprune.experiments.methods import run_agent
 from rlprune.experiments.prepare import prepare_experiment
-from rlprune.experiments.search import search
 from rlprune.latency.profile import with_latency
 from rlprune.pruning.space import PruningSpace
 from rlprune.report.html import markdown_table
@@ -80,7 +80,7 @@ def digits(evaluations: int) -> Subject:
     for rounding in ROUNDINGS:
         settings = [f"prune.round_to={rounding}", f"search.evaluations={evaluations}", "threads=1"]
         experiment = prepare_experiment(rlprune.load_config("digits", settings))
-        plans["ppo", rounding] = search("ppo", [experiment], EvaluationLog(), seed=0).history[-1]
+        plans["ppo", rounding] = run_agent("ppo", [experiment], EvaluationLog(), seed=0).history[-1]
     workload = experiment.workload
     return Subject(
         "digits, ResNet-20, width 16, 8 px", workload.model, workload.example_inputs, (1, 64), plans

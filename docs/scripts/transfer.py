@@ -35,8 +35,8 @@ from rlprune.config.config import Config, load_config
 from rlprune.envs.task import Task
 from rlprune.evaluation.ledger import EvaluationLog
 from rlprune.experiments.apply import refined
+from rlprune.experiments.methods import run_agent
 from rlprune.experiments.prepare import Experiment, prepare_experiment
-from rlprune.experiments.search import search
 from rlprune.report.html import markdown_table
 from rlprune.surrogates.logit_gp import LogitProbes
 from rlprune.surrogates.proposals import neighbours
@@ -60,7 +60,7 @@ def trained(config: Config, experiments: list[Experiment], out: Path) -> dict[st
     if not record.exists():
         out.mkdir(parents=True, exist_ok=True)
         ledger = EvaluationLog(out / "ledger.jsonl")
-        found = search("ppo", experiments, ledger, seed=config.seed, state=out / "state")
+        found = run_agent("ppo", experiments, ledger, seed=config.seed, state=out / "state")
         save_policy(found.policy, out / "policy")
         spent = len(ledger.rows)
         content = {"widths": list(found.history[-1]), "score": found.best.score, "spent": spent}

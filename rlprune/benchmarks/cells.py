@@ -19,8 +19,8 @@ from ..config.config import Config, settings_reference
 from ..errors import ArtifactError, RlpruneError, one_line
 from ..evaluation.ledger import EvaluationLog
 from ..experiments.finish import choose, finish
+from ..experiments.methods import MethodResult, run_agent, score_rule
 from ..experiments.prepare import Experiment, prepare_experiment
-from ..experiments.search import MethodResult, score_rule, search
 from ..experiments.train import results_of
 from ..plugins import fingerprint
 from ..rules import RULES
@@ -184,7 +184,7 @@ def _found(
 ) -> MethodResult:
     if cell.method in RULES:
         return score_rule(experiment, cell.method, ledger, cell.seed)
-    return search(
+    return run_agent(
         cell.method, [experiment], ledger, seed=cell.seed, state=state / "search", progress=progress
     )
 

@@ -120,9 +120,10 @@ def _run(args: argparse.Namespace, config: Config, out: Path) -> None:
     """Train into ``out``, which an interruption then names."""
     check_packages(config, config.finish.steps)
     from ..experiments import train as run
+    from ..utils.progress import Console
 
     args.resumable.append(out)
-    run.train(config, out, resume=args.resume, progress=True)
+    run.train(config, out, resume=args.resume, callback=Console(True))
 
 
 def _add_benchmark(commands: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -106,6 +106,8 @@ class EvaluationBudget:
     repeats are free, up to three times its limit of calls in all. Rows that the ledger already holds
     for this account are replayed in their order instead of being scored again.
 
+    ``stop`` is asked before each new evaluation, once there is a plan: True ends the search as if nothing were left.
+
     ``plans`` and ``history`` hold what was scored on all samples, ``dropped`` what successive halving gave
     up on fewer; both are charged. ``samples`` is the number of samples read for this account, each of
     them by one candidate.
@@ -116,12 +118,21 @@ class EvaluationBudget:
     """
 
     def __init__(
-        self, evaluator: Scorer, ledger: EvaluationLog, *, method: str, seed: int, limit: int, task: str = ""
+        self,
+        evaluator: Scorer,
+        ledger: EvaluationLog,
+        *,
+        method: str,
+        seed: int,
+        limit: int,
+        task: str = "",
+        stop: Callable[[], bool] | None = None,
     ) -> None:
         self.evaluator = evaluator
         self.ledger = ledger
         self.method, self.seed, self.task = method, seed, task
         self.limit = limit
+        self._stop = stop
         self.calls = 0
         self.samples = 0
         self.history: list[Candidate] = []
@@ -199,7 +210,9 @@ class EvaluationBudget:
         return len(keys)
 
     def _called(self) -> None:
-        if self.calls >= 3 * self.limit:
+        replayed = self._rows < len(self._recorded)
+        stopped = self._stop is not None and bool(self.plans) and not replayed and self._stop()
+        if stopped or self.calls >= 3 * self.limit:
             raise BudgetExhausted
         self.calls += 1
 

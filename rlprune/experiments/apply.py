@@ -23,8 +23,8 @@ from ..rules import RULES, rules_for
 from ..rules.blocks import block_cosines, block_count
 from ..utils.progress import Console
 from .incremental import incremental
+from .methods import finalists, run_agent
 from .prepare import Experiment, find_rule, prepare_experiment
-from .search import finalists, search
 
 
 def apply(
@@ -140,7 +140,7 @@ def refined(
     # Few evaluations are spent in small batches: the surrogate is fitted again after each.
     batch = max(4, min(experiment.config.search.batch, evaluations // 4))
     settings = replace(experiment.config.search, batch=batch)
-    found = search(
+    found = run_agent(
         settings.agent,
         [replace(experiment, config=replace(experiment.config, search=settings))],
         ledger,

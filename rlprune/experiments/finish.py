@@ -16,11 +16,11 @@ from ..pruning.plan import Plan
 from ..pruning.surgery import prune
 from ..utils.checkpoints import forget
 from ..utils.files import read_json, read_tensors, write_json_atomic, write_tensors_atomic
-from ..utils.progress import Console
+from ..utils.progress import Callback
 from ..utils.timing import measure
 from ..workloads.adapter import TuneJob
+from .methods import MethodResult, finalists
 from .prepare import Experiment
-from .search import MethodResult, finalists
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ def finish(
     *,
     seed: int,
     state: Path | None = None,
-    console: Console | None = None,
+    console: Callback | None = None,
 ) -> FinalModel:
     """Fine-tune a method's plan (the dense model for ``found = None``) and report it on test, before and after.
 
     The test split is read here and nowhere else, after everything has been chosen. With ``state`` the
     outcome is kept in that folder and a killed fine-tune goes on where it was.
     """
-    console = console or Console(False)
+    console = console or Callback()
     method = found.method if found else "dense"
     label = f"{method}-{found.seed if found else 0}"
     model, plan = _built(experiment, found.history if found else None)
@@ -117,7 +117,7 @@ def _built(experiment: Experiment, history: History | None) -> tuple[nn.Module, 
 
 
 def _measured(
-    experiment: Experiment, model: nn.Module, seed: int, training: Path | None, label: str, console: Console
+    experiment: Experiment, model: nn.Module, seed: int, training: Path | None, label: str, console: Callback
 ) -> dict[str, Any]:
     workload = experiment.workload
     started = time.perf_counter()

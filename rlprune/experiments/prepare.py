@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..pruning.space import PruningSpace
 from ..rules import RULES, Rule, rules_for
 from ..tracing.trace import TraceOptions
 from ..utils.arrays import Ints
-from ..utils.progress import Console
+from ..utils.progress import Callback
 from ..workloads.base import Workload
 from .build import build_workload, train_dense
 
@@ -34,9 +34,11 @@ class Experiment:
     workload: Workload
     evaluator: Evaluator
     name: str = ""
+    stop: Callable[[], bool] | None = field(default=None, repr=False, compare=False)
+    """Asked before each evaluation of a search: whether it is to end early."""
 
     @property
-    def space(self) -> Any:
+    def space(self) -> PruningSpace:
         return self.evaluator.space
 
     @property
@@ -53,7 +55,9 @@ class Experiment:
         return float(self.space.target(self.budget, self.metric))
 
     def account(self, ledger: EvaluationLog, method: str, seed: int, limit: int) -> EvaluationBudget:
-        return EvaluationBudget(self.evaluator, ledger, method=method, seed=seed, limit=limit, task=self.name)
+        return EvaluationBudget(
+            self.evaluator, ledger, method=method, seed=seed, limit=limit, task=self.name, stop=self.stop
+        )
 
     def rule_widths(
         self, rule: str, probe: Callable[[Ints], float] | None = None, budget: Any = None
@@ -115,17 +119,19 @@ def prepare_experiment(
     *,
     model_seed: int | None = None,
     checkpoint: str | Path | None = None,
-    console: Console | None = None,
+    console: Callback | None = None,
     name: str = "",
     run: Path | None = None,
+    workload: Workload | None = None,
 ) -> Experiment:
     """Build (and train) the workload, trace it, compute importances and the recovery's statistics.
 
-    ``run`` is the folder of a run whose latency table is taken where it was measured on this model and machine.
+    ``run`` is the folder of a run whose latency table is taken where it was measured on this model and machine;
+    ``workload`` is taken instead of what the settings describe.
     """
     if model_seed is not None:
         config = replace(config, model=replace(config.model, seed=model_seed))
-    workload, space = dense_model(config, checkpoint=checkpoint, console=console, run=run)
+    workload, space = dense_model(config, checkpoint=checkpoint, console=console, run=run, workload=workload)
     evaluator = Evaluator(
         workload,
         space,
@@ -135,21 +141,24 @@ def prepare_experiment(
         metric=config.budget.metric,
         seed=config.seed,
     )
-    return Experiment(config, workload, evaluator, name)
+    stop = None if console is None else console.should_stop
+    return Experiment(config, workload, evaluator, name, stop)
 
 
 def dense_model(
     config: Config,
     *,
     checkpoint: str | Path | None = None,
-    console: Console | None = None,
+    console: Callback | None = None,
     run: Path | None = None,
+    workload: Workload | None = None,
 ) -> tuple[Workload, PruningSpace]:
     """The first part of `prepare`: the workload, its dense model trained, and the space of its groups."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    console = console or Console(False)
-    workload = build_workload(config, checkpoint=checkpoint, train=False)
+    console = console or Callback()
+    if workload is None:
+        workload = build_workload(config, checkpoint=checkpoint, train=False)
     space = workload.adapter.trace(workload.model, workload.example_inputs, TraceOptions.of(config.prune))
     if config.budget.metric == "latency":
         space = timed_space(config, workload, space, run=run, progress=console.training)

@@ -159,7 +159,7 @@ def test_train_passes_the_settings_on(
 ) -> None:
     seen: dict[str, Any] = {}
 
-    def train(config: Any, out: Path, *, resume: bool, progress: bool) -> None:
+    def train(config: Any, out: Path, *, resume: bool, callback: Any) -> None:
         seen.update(config=config, out=out, resume=resume)
 
     replace_work(monkeypatch, train=train)
@@ -186,7 +186,7 @@ def test_the_demo_is_a_train_whose_policy_prunes_a_second_checkpoint(
 ) -> None:
     seen: dict[str, Any] = {}
 
-    def train(config: Any, out: Path, *, resume: bool, progress: bool) -> None:
+    def train(config: Any, out: Path, *, resume: bool, callback: Any) -> None:
         seen.update(config=config, run=out, resume=resume)
 
     def apply(source: Path, config: Any, **options: Any) -> str:

@@ -40,7 +40,7 @@ def tiny(*overrides):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    return run.train(tiny(), tmp_path_factory.mktemp("runs") / "tiny", progress=False)
+    return run.train(tiny(), tmp_path_factory.mktemp("runs") / "tiny").folder
 
 
 def ledger_of(folder):
@@ -131,21 +131,21 @@ class TestTrain:
 
     def test_a_second_run_into_the_folder_is_refused(self, finished):
         with pytest.raises(ConfigError, match="holds a run already"):
-            run.train(tiny(), finished, progress=False)
+            run.train(tiny(), finished)
 
     def test_resuming_with_other_settings_names_the_setting(self, finished):
         with pytest.raises(ConfigError, match="search.evaluations=60, not 61"):
-            run.train(tiny("search.evaluations=61"), finished, resume=True, progress=False)
+            run.train(tiny("search.evaluations=61"), finished, resume=True)
 
     def test_a_complete_run_has_nothing_to_resume(self, finished):
         before = (finished / "ledger.jsonl").read_bytes()
-        assert run.train(tiny(), finished, resume=True, progress=False) == finished
+        assert run.train(tiny(), finished, resume=True).folder == finished
         assert (finished / "ledger.jsonl").read_bytes() == before
 
     def test_foreign_folders_are_not_written_into(self, tmp_path):
         (tmp_path / "thesis.tex").write_text("x")
         with pytest.raises(ArtifactError, match="thesis.tex"):
-            run.train(tiny(), tmp_path, progress=False)
+            run.train(tiny(), tmp_path)
         assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["thesis.tex"]
 
 
@@ -167,9 +167,9 @@ def test_interrupted_and_resumed_is_uninterrupted(finished, tmp_path, monkeypatc
     out = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(EvaluationLog, "append", stopping)
-        run.train(tiny(), out, progress=False)
+        run.train(tiny(), out)
     assert len((out / "ledger.jsonl").read_text().splitlines()) == stop_after
-    run.train(tiny(), out, resume=True, progress=False)
+    run.train(tiny(), out, resume=True)
     assert_same_outcome(out, finished)
 
 
@@ -264,7 +264,7 @@ class TestOtherCommands:
             "finish.rules=false",
             "finish.epochs=0",
         )
-        out = run.train(config, tmp_path / "two", progress=False)
+        out = run.train(config, tmp_path / "two").folder
         tasks = {row["task"] for row in ledger_of(out) if row["method"] == "ppo"}
         assert tasks == {"", "seed1"}
         row = next(r for r in read_results(out)["rows"] if r["method"] == "ppo")
@@ -275,7 +275,7 @@ class TestOtherCommands:
     def test_direct_mode_and_stages(self, tmp_path):
         config = tiny("search.mode=direct", "search.stages=2", "search.evaluations=44", "search.ppo.n_steps=8",
                       "search.baselines=[]", "finish.rules=false", "finish.epochs=0")  # fmt: skip
-        out = run.train(config, tmp_path / "staged", progress=False)
+        out = run.train(config, tmp_path / "staged").folder
         assert any(isinstance(row["widths"][0], list) for row in ledger_of(out))
         assert (out / "report.html").exists()
 
