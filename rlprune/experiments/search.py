@@ -106,7 +106,7 @@ def _workloads(
     if example_inputs is not None or loaders is not None:
         given = "loaders" if example_inputs is None else "example_inputs"
         raise DataError(f"{given}: a Workload brings its own; give a torch.nn.Module with it")
-    every = [model] if isinstance(model, Workload) else list(model)
+    every = list(model) if isinstance(model, (list, tuple)) else [model]
     if not every:
         raise DataError("model: expected a torch.nn.Module or a rlprune.Workload, got an empty sequence")
     return [check_workload(own) for own in every]

@@ -237,6 +237,8 @@ def next_plans(
     )
     changed = neighbours(task, parents, budget, _NEIGHBOURS, generator)
     pool = fresh(np.vstack([mode, climbed, parents, samples, changed]), recorder.known)
+    if not len(pool):  # a space that is smaller than the account
+        return pool
     # Few evaluations are spent with experience, and it knows better than the policy what is worth them.
     chosen: list[int] = [0] if len(mode) and trainer.plan_memory is None else []
     picks = choose_batch(model, pool, count, _KAPPAS, chosen)
