@@ -44,7 +44,7 @@ class CompositeGP:
     @staticmethod
     def applies(task: Task) -> bool:
         """Whether the evaluator keeps the logits of what it scores."""
-        keeps = getattr(task.evaluator, "kept_logits", None)
+        keeps = getattr(task.evaluator, "logit_cache", None)
         return keeps is not None and keeps() is not None
 
     def fit(self, widths: Ints, scores: Floats) -> None:
