@@ -5,11 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
 logger = logging.getLogger("rlprune")
+
+
+class SearchState(Protocol):
+    """How far a search is (see :class:`rlprune.agents.callbacks.Progress`)."""
+
+    @property
+    def spent(self) -> int: ...
+    @property
+    def limit(self) -> int: ...
+    @property
+    def best_score(self) -> float: ...
 
 
 class Console:
@@ -31,10 +42,10 @@ class Console:
         facts = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         self._show(phase, done, total, facts)
 
-    def search(self, label: str) -> Callable[[Any], None]:
+    def search(self, label: str) -> Callable[[SearchState], None]:
         """Progress of a search by an agent: evaluations, best score, seconds left."""
 
-        def show(state: Any) -> None:
+        def show(state: SearchState) -> None:
             self._show(label, state.spent, state.limit, f"best score {state.best_score:.4f}")
 
         return show
@@ -79,7 +90,7 @@ def log_to(path: Path) -> logging.Handler:
     return handler
 
 
-def _stderr() -> Any:
+def _stderr() -> TextIO:
     import sys
 
     return sys.stderr
