@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 from ..config.search import SearchConfig
 from ..errors import ConfigError, near_miss
@@ -18,6 +18,8 @@ from ..rules.context import RULES, check_free
 from .base import Agent, SearchRequest, SearchResult
 from .baselines.function import FunctionAgent, SearchContext
 from .state import StateDir
+
+Own = TypeVar("Own", bound=Callable[..., object])
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def make_agent(name: str, settings: SearchConfig | None = None) -> Agent:
     return AGENTS[name].load()(settings or SearchConfig())
 
 
-def agent(summary: str) -> Callable[[Any], Any]:
+def agent(summary: str) -> Callable[[Own], Own]:
     """Register an agent of yours under the name of the function or class below.
 
     A function takes one argument, a :class:`SearchContext`, and spends its evaluations. A class is made with a
@@ -124,7 +126,7 @@ def agent(summary: str) -> Callable[[Any], Any]:
     if not isinstance(summary, str):
         raise ConfigError('agent: needs a summary, as in @agent("what it does")')
 
-    def register(own: Any) -> Any:
+    def register(own: Own) -> Own:
         name = own.__name__
         owner = AGENTS[name].own or AGENTS[name].load() if name in AGENTS else None
         check_free("agent", name, RULES[name].function if name in RULES else owner, own)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ..config.config import RecoveryConfig
@@ -43,7 +43,7 @@ class Recovery:
         space: PruningSpace,
         settings: RecoveryConfig,
         model: nn.Module | None = None,
-        importance: Sequence[Any] | None = None,
+        importance: Sequence[ArrayLike] | None = None,
         calibration: CalibrationCache | None = None,
     ) -> None:
         adapter = workload.adapter

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +78,21 @@ class FitResult:
     seconds: float
 
 
+class _Content(TypedDict):
+    """The private state of a training."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    step: int
+    epoch_start: Tensor
+    epoch_batches: int
+    generator: Tensor
+    sum: Tensor
+    mean: float
+    torch_random: Tensor
+    cuda_random: NotRequired[Tensor]
+
+
 class _State(StateFile):
     """What a killed run needs: model, optimizer, random states and counters, written every so many seconds."""
 
@@ -89,7 +104,7 @@ class _State(StateFile):
     def due(self) -> bool:
         return time.monotonic() - self.last >= self.seconds
 
-    def save(self, content: Mapping[str, Any]) -> None:
+    def save(self, content: Mapping[str, object]) -> None:
         super().save(content)
         self.last = time.monotonic()
 
@@ -175,7 +190,7 @@ class _Loop:
         """All remaining steps; returns the mean loss of the last epoch."""
         saved = state.load() if state else None
         if saved is not None:
-            self._restore(saved)
+            self._restore(cast("_Content", saved))
         self.model.train()
         if self.distill is not None and self.distill.teacher is not None:
             self.distill.teacher.eval()
@@ -243,8 +258,8 @@ class _Loop:
         with torch.no_grad(), self.autocast():
             return self.distill.teacher(batch[0])
 
-    def _content(self) -> dict[str, Any]:
-        content = {
+    def _content(self) -> _Content:
+        content: _Content = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
@@ -259,7 +274,7 @@ class _Loop:
             content["cuda_random"] = torch.cuda.get_rng_state(self.device)
         return content
 
-    def _restore(self, content: dict[str, Any]) -> None:
+    def _restore(self, content: _Content) -> None:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.step, self.mean = content["step"], content["mean"]

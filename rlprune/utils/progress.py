@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
@@ -132,7 +132,7 @@ def log_to(path: Path) -> logging.Handler:
     return handler
 
 
-def _stderr() -> Any:
+def _stderr() -> TextIO:
     import sys
 
     return sys.stderr
