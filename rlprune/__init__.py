@@ -13,17 +13,23 @@ from . import envs
 from .errors import ArtifactError, BudgetError, ConfigError, DataError, GraphError, RlpruneError
 
 if TYPE_CHECKING:
-    from . import agents, artifacts, config, evaluation, importance, pruning, recovery, rules, workloads
+    from . import agents, artifacts, config, evaluation, importance, plugins, pruning, recovery, rules, workloads
     from .agents import agent
     from .agents.ppo.policy import load_policy
     from .api import load, save, trace
     from .config.config import Config, load_config
     from .experiments.build import build_workload
+    from .experiments.export import export_format
+    from .language.text import text_data
+    from .pruning.cost_metrics import cost_metric, parameter_cost
     from .pruning.plan import Plan, make_plan
     from .pruning.space import Group, PruningSpace
     from .pruning.surgery import masked, prune
+    from .recovery.steps import RecoveryContext, recovery_step
     from .rules import Context, rule
+    from .vision.data import ImageSource, ImageSplit, data_set
     from .workloads import Workload
+    from .workloads.score_kinds import score_kind
 
 __version__ = "0.1.0"
 
@@ -31,19 +37,29 @@ _NAMES = {
     "Config": "config.config",
     "Context": "rules",
     "Group": "pruning.space",
+    "ImageSource": "vision.data",
+    "ImageSplit": "vision.data",
     "Plan": "pruning.plan",
     "PruningSpace": "pruning.space",
+    "RecoveryContext": "recovery.steps",
     "Workload": "workloads",
     "agent": "agents",
     "build_workload": "experiments.build",
+    "cost_metric": "pruning.cost_metrics",
+    "data_set": "vision.data",
+    "export_format": "experiments.export",
     "load": "api",
     "load_config": "config.config",
     "load_policy": "agents.ppo.policy",
     "make_plan": "pruning.plan",
     "masked": "pruning.surgery",
+    "parameter_cost": "pruning.cost_metrics",
     "prune": "pruning.surgery",
+    "recovery_step": "recovery.steps",
     "rule": "rules",
     "save": "api",
+    "score_kind": "workloads.score_kinds",
+    "text_data": "language.text",
     "trace": "api",
 }
 _MODULES = {
@@ -52,6 +68,7 @@ _MODULES = {
     "config": "config",
     "evaluation": "evaluation",
     "importance": "importance",
+    "plugins": "plugins",
     "pruning": "pruning",
     "recovery": "recovery",
     "rules": "rules",
@@ -67,8 +84,11 @@ __all__ = [
     "DataError",
     "GraphError",
     "Group",
+    "ImageSource",
+    "ImageSplit",
     "Plan",
     "PruningSpace",
+    "RecoveryContext",
     "RlpruneError",
     "Workload",
     "__version__",
@@ -77,20 +97,28 @@ __all__ = [
     "artifacts",
     "build_workload",
     "config",
+    "cost_metric",
+    "data_set",
     "envs",
     "evaluation",
+    "export_format",
     "importance",
     "load",
     "load_config",
     "load_policy",
     "make_plan",
     "masked",
+    "parameter_cost",
+    "plugins",
     "prune",
     "pruning",
     "recovery",
+    "recovery_step",
     "rule",
     "rules",
     "save",
+    "score_kind",
+    "text_data",
     "trace",
     "workloads",
 ]
