@@ -13,7 +13,18 @@ from . import envs
 from .errors import ArtifactError, BudgetError, ConfigError, DataError, GraphError, RlpruneError
 
 if TYPE_CHECKING:
-    from . import agents, artifacts, config, evaluation, importance, plugins, pruning, recovery, rules, workloads
+    from . import (
+        agents,
+        artifacts,
+        config,
+        evaluation,
+        importance,
+        plugins,
+        pruning,
+        recovery,
+        rules,
+        workloads,
+    )
     from .agents import agent
     from .agents.ppo.policy import load_policy
     from .api import load, save, trace
@@ -27,7 +38,7 @@ if TYPE_CHECKING:
     from .pruning.surgery import masked, prune
     from .recovery.steps import RecoveryContext, recovery_step
     from .rules import Context, rule
-    from .vision.data import ImageSource, ImageSplit, data_set
+    from .vision.data import ImageSource, data_set
     from .workloads import Workload
     from .workloads.score_kinds import score_kind
 
@@ -38,7 +49,6 @@ _NAMES = {
     "Context": "rules",
     "Group": "pruning.space",
     "ImageSource": "vision.data",
-    "ImageSplit": "vision.data",
     "Plan": "pruning.plan",
     "PruningSpace": "pruning.space",
     "RecoveryContext": "recovery.steps",
@@ -85,7 +95,6 @@ __all__ = [
     "GraphError",
     "Group",
     "ImageSource",
-    "ImageSplit",
     "Plan",
     "PruningSpace",
     "RecoveryContext",

@@ -23,7 +23,7 @@ from typing import Any
 
 from .agents import AGENTS
 from .config.config import Config
-from .config.names import COST_METRICS, RECOVERY_STEPS, SCORE_KINDS
+from .config.names import COST_METRICS, DATA_SETS, RECOVERY_STEPS, SCORE_KINDS
 from .errors import ConfigError, RlpruneError, near_miss
 from .importance.importance import IMPORTANCES
 from .rules import RULES
@@ -99,6 +99,7 @@ def fingerprint_of_settings(config: Config) -> dict[str, str]:
         *((RECOVERY_STEPS, step) for step in config.recovery.steps),
         (COST_METRICS, config.budget.metric),
         (SCORE_KINDS, config.score.kind),
+        (DATA_SETS, config.data.name),
     ]
     found = {f"{kind.kind} {name}": _source_digest(kind, name) for kind, name in named}
     return {label: digest for label, digest in found.items() if digest is not None}

@@ -1,7 +1,7 @@
-"""What a setting may name, and others may add to: recovery steps, cost metrics, kinds of scores.
+"""What a setting may name, and others may add to: recovery steps, cost metrics, kinds of scores, data sets.
 
 The functions behind the names are registered by upper floors: `rlprune.recovery_step`, `rlprune.cost_metric`,
-`rlprune.score_kind`.
+`rlprune.score_kind`, `rlprune.data_set`, `rlprune.text_data`.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ SCORE_KINDS = Registry(
         )
     ),
 )
+DATA_SETS: Registry[Named] = Registry("data set")
+"""The wings register what they ship; a data set belongs to one of them."""
 
 
 def recovery_order() -> list[str]:
