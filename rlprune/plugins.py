@@ -1,7 +1,8 @@
-"""Rules and agents from outside of the package: files and modules that the person at the keyboard names.
+"""Rules, agents and all else that is registered from outside of the package.
 
-A plugin is Python that registers with ``@rlprune.rule`` or ``@rlprune.agent`` when it is imported. Only
-``--plugin`` and :func:`load` name one; no config, policy or run on disk does, since a plugin is code that runs.
+A plugin is Python that registers with ``@rlprune.rule``, ``@rlprune.agent`` and so on when it is imported. Only
+``--plugin``, :func:`load` and the entry points of installed packages (group ``rlprune.plugins``) name one; no config,
+policy or run on disk does, since a plugin is code that runs.
 """
 
 from __future__ import annotations
@@ -15,31 +16,44 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from .agents import AGENTS
+from .config.config import Config
+from .config.names import COST_METRICS, DATA_SETS, RECOVERY_STEPS, SCORE_KINDS
 from .errors import ConfigError, RlpruneError, near_miss
+from .importance.importance import IMPORTANCES
 from .rules import RULES
+from .utils import registry
+from .utils.registry import Registry, is_foreign
 
 _PACKAGE = __name__.partition(".")[0]
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """A loaded plugin: what was typed, what it registered, and a hash of the source that did."""
+    """A loaded plugin: what was typed, what it registered, and a hash of the source that did.
+
+    ``methods`` are its rules and agents, ``others`` the rest, as "kind name".
+    """
 
     name: str
     methods: tuple[str, ...]
     digest: str
+    others: tuple[str, ...] = ()
 
 
 _LOADED: dict[str, Plugin] = {}
+_read: set[metadata.EntryPoint] = set()
 
 
-def load(names: Sequence[str]) -> list[Plugin]:
-    """Import plugins, so that their rules and agents are methods like all others; loaded ones stay as they are.
+def load(names: Sequence[str] = ()) -> list[Plugin]:
+    """Import plugins, so that what they register can be named like all else; loaded ones stay as they are.
+
+    Those of installed packages are loaded before them.
 
     Args:
         names: paths of ``.py`` files, or importable modules (the current folder is searched too).
@@ -48,12 +62,59 @@ def load(names: Sequence[str]) -> list[Plugin]:
         ConfigError: nothing of that name, an error inside of it, nothing registered, or a name that is taken;
             then nothing of that plugin stays registered.
     """
-    return [_LOADED.get(name) or _load(name) for name in (_absolute(name) for name in names)]
+    load_installed()
+    paths = (_absolute(name) for name in names)
+    return [_LOADED.get(name) or _load(name, "--plugin") for name in paths]
+
+
+def load_installed() -> None:
+    """Load the plugins of installed packages (entry points of the group ``rlprune.plugins``), each once.
+
+    Raises:
+        ConfigError: as :func:`load`, naming the distribution.
+    """
+    for point in registry.installed():
+        if point in _read:
+            continue
+        _read.add(point)  # before it is imported: it may ask for names itself
+        if point.module not in _LOADED:
+            owner = point.dist.name if point.dist is not None else "an unknown distribution"
+            try:
+                _load(point.module, f"the plugin {point.name!r} of {owner}")
+            except BaseException:
+                _read.discard(point)
+                raise
 
 
 def loaded() -> list[str]:
     """Names for :func:`load` that give another process the plugins of this one, in the same order."""
+    load_installed()
     return list(_LOADED)
+
+
+def fingerprint_of_settings(config: Config) -> dict[str, str]:
+    """{what the settings name that comes from outside: hash of its source}, by kind and name."""
+    named: list[tuple[Registry[Any], str]] = [
+        (IMPORTANCES, config.prune.importance),
+        *((RECOVERY_STEPS, step) for step in config.recovery.steps),
+        (COST_METRICS, config.budget.metric),
+        (SCORE_KINDS, config.score.kind),
+        (DATA_SETS, config.data.name),
+    ]
+    found = {f"{kind.kind} {name}": _source_digest(kind, name) for kind, name in named}
+    return {label: digest for label, digest in found.items() if digest is not None}
+
+
+def _source_digest(kind: Registry[Any], name: str) -> str | None:
+    """Hash of the source that registered a name; None for a shipped or unknown one."""
+    function = kind.source(name)
+    if function is None or not is_foreign(function):
+        return None
+    label = f"{kind.kind} {name}"
+    for plugin in _LOADED.values():
+        if label in plugin.others or (_of_methods(kind) and name in plugin.methods):
+            return plugin.digest
+    return _digest(sys.modules.get(function.__module__), function)
 
 
 def fingerprint(method: str) -> str | None:
@@ -62,13 +123,8 @@ def fingerprint(method: str) -> str | None:
     Whoever keeps results of a method has to keep them under this as well: its name says nothing of its code.
     That of a plugin is what was loaded, whatever happened to its file since.
     """
-    for plugin in _LOADED.values():
-        if method in plugin.methods:
-            return plugin.digest
-    function = RULES[method].function if method in RULES else AGENTS[method].own if method in AGENTS else None
-    if function is None or function.__module__.partition(".")[0] == _PACKAGE:
-        return None
-    return _digest(sys.modules.get(function.__module__), function)
+    load_installed()
+    return _source_digest(RULES if method in RULES else AGENTS, method)
 
 
 def _absolute(name: str) -> str:
@@ -78,52 +134,63 @@ def _absolute(name: str) -> str:
     return name
 
 
-def _load(name: str) -> Plugin:
-    before = dict(RULES), dict(AGENTS)
+def _load(name: str, who: str) -> Plugin:
+    """Import one plugin; ``who`` opens the error for what is wrong with it."""
+    before = {id(kind): dict(kind) for kind in registry.registries()}
     try:
-        module = _import(name)
-        new = {*RULES, *AGENTS} - {*before[0], *before[1]}
+        module = _import(name, who)
+        every = [(kind, own) for kind in registry.registries() for own in kind.foreign()]
+        new = [(kind, own) for kind, own in every if own not in before.get(id(kind), {})]
         # A module that was imported before it was named as a plugin has registered already.
-        found = new or {m for m in {*RULES, *AGENTS} if _home(m) == module.__name__}
-        _check(name, found)
+        found = new or [(kind, own) for kind, own in every if _is_of(kind.source(own), module.__name__)]
+        _check(f"{who}: {name}", found)
     except BaseException:
-        RULES.clear()
-        RULES.update(before[0])
-        AGENTS.clear()
-        AGENTS.update(before[1])
+        for kind in registry.registries():
+            for own in kind.foreign() - set(before.get(id(kind), {})):
+                del kind[own]
         raise
-    _LOADED[name] = Plugin(name, tuple(sorted(found)), _digest(module))
+    methods = sorted(own for kind, own in found if _of_methods(kind))
+    others = sorted(f"{kind.kind} {own}" for kind, own in found if not _of_methods(kind))
+    _LOADED[name] = Plugin(name, tuple(methods), _digest(module), tuple(others))
     return _LOADED[name]
 
 
-def _check(name: str, found: set[str]) -> None:
+def _check(where: str, found: Sequence[tuple[Registry[Any], str]]) -> None:
     if not found:
-        raise ConfigError(f"--plugin: {name}: registers nothing; it needs @rlprune.rule or @rlprune.agent")
-    both = sorted(found & {*RULES} & {*AGENTS})
+        raise ConfigError(
+            f"{where}: registers nothing; it needs @rlprune.rule or @rlprune.agent, or another of "
+            "docs/write-your-own.md"
+        )
+    both = sorted({own for _, own in found} & {*RULES} & {*AGENTS})
     if both:
-        raise ConfigError(f"--plugin: {name}: the name {both[0]!r} is that of a rule and of an agent")
+        raise ConfigError(f"{where}: the name {both[0]!r} is that of a rule and of an agent")
 
 
-def _home(method: str) -> str:
-    own = RULES[method].function if method in RULES else AGENTS[method].own
-    return str(getattr(own, "__module__", ""))
+def _of_methods(kind: Registry[Any]) -> bool:
+    return kind is RULES or kind is AGENTS
 
 
-def _import(name: str) -> ModuleType:
+def _is_of(function: object, module: str) -> bool:
+    """Whether a function was written in a module, or below it where that is a package."""
+    return f"{getattr(function, '__module__', '')}.".startswith(f"{module}.")
+
+
+def _import(name: str, who: str) -> ModuleType:
     """The imported module; whatever is raised inside of it becomes one line with the place."""
     if os.sep not in name and not all(part.isidentifier() for part in name.split(".")):
-        raise ConfigError(f"--plugin: {name!r}: neither a .py file nor a module")
-    with _current_folder_first():
+        raise ConfigError(f"{who}: {name!r}: neither a .py file nor a module")
+    typed = who == "--plugin"  # the current folder must not stand in for what is installed
+    with _current_folder_first() if typed else contextlib.nullcontext():
         try:
             return _import_file(Path(name)) if os.sep in name else importlib.import_module(name)
         except RlpruneError as error:  # of a decorator: a taken name, a missing summary
-            raise ConfigError(f"--plugin: {name}: {error}") from None
+            raise ConfigError(f"{who}: {name}: {error}") from None
         except ModuleNotFoundError as error:
             if error.name is not None and name.startswith(error.name):
-                raise ConfigError(f"--plugin: {name!r}: no such module; a file ends in .py") from None
-            raise ConfigError(_failure(name, error)) from error
+                raise ConfigError(f"{who}: {name!r}: no such module; a file ends in .py") from None
+            raise ConfigError(_failure(name, who, error)) from error
         except (Exception, SystemExit) as error:
-            raise ConfigError(_failure(name, error)) from error
+            raise ConfigError(_failure(name, who, error)) from error
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -146,7 +213,7 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _failure(name: str, error: BaseException) -> str:
+def _failure(name: str, who: str, error: BaseException) -> str:
     """One line: the plugin, the line in its file where it failed, and the error."""
     frames = traceback.extract_tb(error.__traceback__)
     stem = Path(name).name if os.sep in name else name.rpartition(".")[2] + ".py"
@@ -154,7 +221,7 @@ def _failure(name: str, error: BaseException) -> str:
     line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
     place = f" line {line}:" if line else ""
     text = error.msg if isinstance(error, SyntaxError) else str(error)
-    return " ".join(f"--plugin: {name}:{place} {type(error).__name__}: {text}".split())
+    return " ".join(f"{who}: {name}:{place} {type(error).__name__}: {text}".split())
 
 
 def _digest(module: ModuleType | None, function: Any = None) -> str:

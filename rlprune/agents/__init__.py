@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from ..config.search import SearchConfig
 from ..errors import ConfigError, near_miss
 from ..rules.context import RULES, check_free
+from ..utils.registry import Registry
 from .base import Agent, SearchRequest, SearchResult
 from .baselines.function import FunctionAgent, SearchContext
 from .state import StateDir
@@ -43,7 +44,7 @@ class Entry:
         return maker
 
 
-AGENTS: dict[str, Entry] = {
+_SHIPPED = {
     entry.name: entry
     for entry in (
         Entry(
@@ -99,6 +100,7 @@ AGENTS: dict[str, Entry] = {
         ),
     )
 }
+AGENTS: Registry[Entry] = Registry("agent", source="own", entries=_SHIPPED.items())
 
 
 def make_agent(name: str, settings: SearchConfig | None = None) -> Agent:

@@ -22,7 +22,7 @@ from ..experiments.finish import choose, finish
 from ..experiments.methods import MethodResult, run_agent, score_rule
 from ..experiments.prepare import Experiment, prepare_experiment
 from ..experiments.train import results_of
-from ..plugins import fingerprint
+from ..plugins import fingerprint, fingerprint_of_settings
 from ..rules import RULES
 from ..utils.checkpoints import settings_key
 from ..utils.files import read_json, write_json_atomic
@@ -97,6 +97,7 @@ def determinants(config: Config, cell: Cell) -> dict[str, Any]:
     for name in dict.fromkeys((cell.method, config.search.base_rule)):
         if (digest := fingerprint(name)) is not None:
             about[f"code of {name}"] = digest
+    about |= {f"code of {name}": digest for name, digest in fingerprint_of_settings(config).items()}
     return kept | about | flat({"libraries": library_versions()})
 
 

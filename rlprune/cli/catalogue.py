@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config.config import Config, settings_reference, shipped_configs
+from ..config.names import COST_METRICS, RECOVERY_STEPS, SCORE_KINDS, recovery_order
 from ..config.search import SB3Config
 from ..errors import ConfigError, near_miss
+from ..utils.registry import Registry
 
 if TYPE_CHECKING:
     from ..importance.importance import Importance
 
-KINDS = ("models", "rules", "agents", "importances", "recoveries", "data", "configs", "settings")
+KINDS = (
+    "models", "rules", "agents", "importances", "recoveries", "costs", "scores", "formats", "data", "configs",
+    "settings",
+)  # fmt: skip
 
 
 def rows(kind: str) -> list[tuple[str, str]]:
@@ -30,19 +35,23 @@ def rows(kind: str) -> list[tuple[str, str]]:
         from ..experiments.build import list_data
 
         return list_data()
+    return [(name, entry.summary) for name, entry in _registry(kind).items()]
+
+
+def _registry(kind: str) -> Registry[Any]:
+    """The complete registry of a kind."""
     if kind == "rules":
-        from ..rules import RULES
-
-        return [(name, rule.summary) for name, rule in RULES.items()]
-    if kind == "agents":
-        from ..agents import AGENTS
-
-        return [(name, agent.summary) for name, agent in AGENTS.items()]
-    if kind == "importances":
-        return [(name, found.summary) for name, found in _importances().items()]
-    from ..evaluation.recovery import RECOVERIES
-
-    return list(RECOVERIES.items())
+        from ..rules import RULES as found
+    elif kind == "agents":
+        from ..agents import AGENTS as found
+    elif kind == "importances":
+        found = _importances()
+    elif kind == "formats":
+        from ..experiments.export import FORMATS as found
+    else:
+        found = {"recoveries": RECOVERY_STEPS, "costs": COST_METRICS, "scores": SCORE_KINDS}[kind]
+    found.complete()
+    return found
 
 
 def check_names(config: Config) -> None:
@@ -80,7 +89,14 @@ def check_wing(config: Config, rules: Sequence[str] = ()) -> None:
     known = {name: rule.wing for name, rule in RULES.items()}
     settings += [("rule", rule, known) for rule in (config.search.base_rule, *rules) if rule in RULES]
     steps = {s: None if s in adapter.recovery_steps else a.wing for a in adapters() for s in a.recovery_steps}
+    steps |= {name: RECOVERY_STEPS[name].wing for name in recovery_order() if RECOVERY_STEPS.source(name)}
     settings += [("recovery.steps", step, steps) for step in config.recovery.steps]
+    for field, name, entries in (
+        ("budget.metric", config.budget.metric, COST_METRICS),
+        ("score.kind", config.score.kind, SCORE_KINDS),
+    ):
+        if entries.source(name) is not None:
+            settings.append((field, name, {n: entry.wing for n, entry in entries.items()}))
     for field, name, wings in settings:
         owner = wings.get(name)
         if owner not in (None, wing):
@@ -90,7 +106,7 @@ def check_wing(config: Config, rules: Sequence[str] = ()) -> None:
             )
 
 
-def _importances() -> dict[str, Importance]:
+def _importances() -> Registry[Importance]:
     """Every registered importance; the wings register theirs when they are imported."""
     from ..importance.importance import IMPORTANCES
     from ..workloads.adapter import adapters

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import RlpruneError, RunError, near_miss
+from ..utils.registry import installed
 from .commands import COMMANDS
 from .options import add_common
 
@@ -46,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 import torch
 
                 torch.set_num_threads(args.threads)
-            if getattr(args, "plugins", None):
+            if getattr(args, "plugins", None) or installed():
                 from .. import plugins
 
-                plugins.load(args.plugins)
+                plugins.load(getattr(args, "plugins", ()))
             args.action(args)
             sys.stdout.flush()
         return OK

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from ..errors import ConfigError, near_miss
+from .names import COST_METRICS, RECOVERY_STEPS, SCORE_KINDS, recovery_order
 from .schema import (
     Section,
     Setting,
@@ -31,8 +32,6 @@ from .schema import settings_reference as _reference
 from .search import SearchConfig
 from .yaml_files import dump_yaml, read_yaml
 
-METRICS = ("macs", "params", "block_params", "kv_cache", "latency")
-RECOVERY_STEPS = ("none", "bias", "reconstruct", "bn", "finetune")
 DTYPES = ("auto", "float32", "bfloat16")
 RENAMED = {"score.images": "score.samples", "recovery.images": "recovery.samples"}
 """Old names of settings, which work for one more version."""
@@ -122,7 +121,7 @@ class BudgetConfig(Section):
     target: str | float = setting(
         0.5, 'A share of the dense cost (0.5, "50%") or an absolute cost ("150M", for latency "3.5ms").'
     )
-    metric: str = setting("macs", "The cost that the budget limits.", choices=METRICS)
+    metric: str = setting("macs", "The cost that the budget limits.", choices=COST_METRICS)
     batch_size: int = setting(
         1, "Latency: samples (or sequences of data.sequence_length) in a forward pass.", low=1
     )
@@ -209,7 +208,7 @@ class RecoveryConfig(Section):
                 "recovery.finetune_steps: the step 'finetune' needs at least 1 gradient step, and only that "
                 f"step uses them; got {self.finetune_steps} with recovery.steps {show(list(self.steps))}"
             )
-        ordered = tuple(step for step in RECOVERY_STEPS if step in self.steps)
+        ordered = tuple(step for step in recovery_order() if step in self.steps)
         object.__setattr__(self, "steps", ordered or ("none",))
 
 
@@ -222,7 +221,7 @@ class ScoreConfig(Section):
     kind: str = setting(
         "kl",
         "`kl`: -KL(dense || pruned); `loss`: -validation loss; `accuracy`: the workload's metric.",
-        choices=("kl", "loss", "accuracy"),
+        choices=SCORE_KINDS,
     )
     samples: int | None = setting(
         None, "Validation samples (images, or sequences) used; null for all of the split.", low=1

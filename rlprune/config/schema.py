@@ -16,10 +16,21 @@ from dataclasses import MISSING, dataclass, field
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, dataclass_transform
 
-from pydantic import BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    Strict,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass as checked_dataclass
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from ..errors import ConfigError, near_miss
+from ..utils.registry import Registry
 from .yaml_files import one_line, parse_yaml
 
 SectionType = TypeVar("SectionType", bound="Section")
@@ -32,10 +43,10 @@ def setting(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
-    choices: Sequence[str] | None = None,
+    choices: Sequence[str] | Registry[Any] | None = None,
 ) -> Any:
     """A documented field. ``low``/``high`` are inclusive limits, ``above`` an exclusive one; limits and choices
-    hold for every item of a sequence."""
+    hold for every item of a sequence. The choices of a registry are what it holds when a value is checked."""
     limits = {"ge": low, "le": high, "gt": above}
     metadata = {"description": doc, "limits": limits, "choices": choices}
     if isinstance(default, type):
@@ -218,11 +229,30 @@ def _checked(hint: Any, meta: Mapping[str, Any], path: str) -> Any:
         return Annotated[hint, BeforeValidator(partial(_free_mapping, path=path))]
     if _is_section(hint):
         return Annotated[hint, BeforeValidator(_fields_of)]
+    if hint is str and isinstance(meta["choices"], Registry):
+        known = _Registered(meta["choices"])
+        return Annotated[str, Strict(), AfterValidator(known.check), known]
     if hint is str and meta["choices"]:
         return Literal[tuple(meta["choices"])]
     if hint in (int, float):
         return Annotated[hint, Strict(), Field(**meta["limits"], allow_inf_nan=False)]
     return Annotated[hint, Strict()] if hint in (str, bool) else hint
+
+
+@dataclass(frozen=True)
+class _Registered:
+    """The choices of a field that a registry holds."""
+
+    registry: Registry[Any]
+
+    def check(self, name: str) -> str:
+        if not self.registry.knows(name):
+            raise PydanticCustomError("literal_error", "unknown name")
+        return name
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        self.registry.complete()
+        return {**handler(core), "enum": list(self.registry)}
 
 
 def _fields_of(value: Any) -> Any:

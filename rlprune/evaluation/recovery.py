@@ -1,4 +1,7 @@
-"""Short recovery of a cut model before it is scored: bias, reconstruct, bn, finetune, always in this order."""
+"""Short recovery of a cut model before it is scored: bias, reconstruct, bn, finetune, always in this order.
+
+Steps of others (`rlprune.recovery_step`) stand between them.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,10 @@ from ..config.config import RecoveryConfig
 from ..importance.calibration_cache import CalibrationCache
 from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
+from ..recovery.steps import RecoveryContext, further_steps, prepared
 from ..utils.modes import evaluating
 from ..utils.torch_internals import BATCH_NORM
 from ..workloads.base import Workload
-
-RECOVERIES = {
-    "none": "leave the cut model as it is",
-    "bias": "put the mean of what the removed units gave into the consumers' biases (language models; no gradient)",
-    "reconstruct": "fold removed units into the kept weights by ridge regression (no gradient)",
-    "bn": "recompute batch-norm statistics on calibration data",
-    "finetune": "k steps of SGD (AdamW for language models), distilled from the dense model on request",
-}
 
 
 class Recovery:
@@ -54,15 +50,22 @@ class Recovery:
         self._calibration, self._settings = calibration, settings
         self._closed_form = adapter.closed_form(calibration, settings, scores)
         self._gradient_steps = adapter.gradient_steps(workload, calibration, settings)
+        context = RecoveryContext(calibration, settings, scores)
+        self._further = {name: prepared(name, context) for name in further_steps(settings)}
 
     def __call__(self, slim: nn.Module, plan: Plan) -> None:
         """Recover ``slim`` in place; the same plan always gives the same weights (CPU, fixed threads)."""
-        if self._closed_form is not None:
-            self._closed_form(slim, plan)
-        if "bn" in self._settings.steps:
-            recalibrate(slim, self._calibration.batches(self._settings.samples))
-        if "finetune" in self._settings.steps:
-            self._gradient_steps(slim)
+        closed_form = self._closed_form
+        for step in self._settings.steps:
+            if step in self._further:
+                self._further[step](slim, plan)
+            elif step in ("bias", "reconstruct") and closed_form is not None:
+                closed_form(slim, plan)  # both in one
+                closed_form = None
+            elif step == "bn":
+                recalibrate(slim, self._calibration.batches(self._settings.samples))
+            elif step == "finetune":
+                self._gradient_steps(slim)
 
     @property
     def nbytes(self) -> int:

@@ -18,6 +18,7 @@ from ..artifacts.documents import read_plan
 from ..errors import ArtifactError, ConfigError, near_miss, one_line
 from ..language.files.uniform import export_folder
 from ..tracing.trace import count_macs
+from ..utils.registry import Registry
 from ..workloads.adapter import ModelAdapter, adapter_of_base
 
 CHECKED_BATCHES = (1, 2, 5)
@@ -46,7 +47,7 @@ class Format:
     write: Callable[[Export], Written]
 
 
-FORMATS: dict[str, Format] = {}
+FORMATS: Registry[Format] = Registry("export format", source="write")
 
 
 def export_format(
@@ -60,17 +61,7 @@ def export_format(
     Raises (when applied):
         ConfigError: the name is taken, or the summary is missing.
     """
-    if not isinstance(summary, str):
-        raise ConfigError('export_format: needs a summary, as in @export_format("what it is")')
-
-    def register(write: Callable[[Export], Written]) -> Callable[[Export], Written]:
-        own = name or write.__name__
-        if own in FORMATS and FORMATS[own].write.__module__ != "__main__":
-            raise ConfigError(f"export_format: the name {own!r} is taken; choose another")
-        FORMATS[own] = Format(own, summary, write)
-        return write
-
-    return register
+    return FORMATS.decorator("export_format", summary, lambda own, write: Format(own, summary, write), name)
 
 
 def export(

@@ -288,7 +288,10 @@ def _figure(config: Config, points: Sequence[Point], content: Mapping[str, Any])
     figure = plots.scatter(
         [float(np.mean(point["scores"][own]["values"][samples])) for point in points],
         [float(np.mean(point["loss"])) for point in points],
-        (f"{SCORE_UNITS[config.score.kind]} after {own}", "validation loss after the fine-tune (nats)"),
+        (
+            f"{SCORE_UNITS.get(config.score.kind, 'score')} after {own}",
+            "validation loss after the fine-tune (nats)",
+        ),
         f"Spearman {row['spearman']:.2f}, 95% interval {row['low']:.2f} to {row['high']:.2f}",
     )
     return plots.to_png(figure)

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import ConfigError, near_miss
 from ..pruning.space import PruningSpace
+from ..utils.registry import Registry
 from ..utils.torch_internals import BATCH_NORM
 from .calibration_cache import CalibrationCache
 from .gradient import saap, taylor, taylor_param_first, taylor_param_mix, taylor_param_second, taylor_vector
@@ -78,7 +79,7 @@ class Importance:
     wing: str | None = None
 
 
-IMPORTANCES: dict[str, Importance] = {}
+IMPORTANCES: Registry[Importance] = Registry("importance")
 
 
 def register(
@@ -92,17 +93,9 @@ def register(
     Raises (when applied):
         ConfigError: the name is taken, or the summary is missing.
     """
-    if not isinstance(summary, str):
-        raise ConfigError('importance: needs a summary, as in @register("what it does")')
-
-    def add(function: Function) -> Function:
-        own = name or function.__name__
-        if own in IMPORTANCES and IMPORTANCES[own].function.__module__ != "__main__":
-            raise ConfigError(f"importance: the name {own!r} is taken; choose another")
-        IMPORTANCES[own] = Importance(own, summary, function, wing)
-        return function
-
-    return add
+    return IMPORTANCES.decorator(
+        "importance", summary, lambda own, function: Importance(own, summary, function, wing), name
+    )
 
 
 def find_importance(name: str) -> Importance:

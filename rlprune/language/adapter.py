@@ -26,7 +26,8 @@ from ..tracing.trace import TraceOptions, trace_channels
 from ..utils.memory import return_freed_memory
 from ..workloads.adapter import LatencySettings, ModelAdapter, RecoveryLadder, Repair, Tuned, TuneJob
 from ..workloads.base import Quality, Workload, evaluate_outputs
-from ..workloads.judge import ClassJudge, Judge
+from ..workloads.judge import Judge
+from ..workloads.score_kinds import class_judge, registered
 from . import describe
 from .calibration.cache import LanguageCalibration, language_calibration
 from .calibration.compensation import BiasCompensation
@@ -39,7 +40,14 @@ from .dtype import scoring_dtype
 from .files.folder import save_language_model
 from .files.pretrained import SOURCE, load_folder
 from .files.streaming import space_of
-from .judge import DenseAnswers, LanguageJudge, StoredSequences, check_kind, token_quality
+from .judge import (
+    DenseAnswers,
+    LanguageJudge,
+    RegisteredLanguageJudge,
+    StoredSequences,
+    check_kind,
+    token_quality,
+)
 from .logits import ChunkedLogs, logits_of, next_token_loss
 from .space import is_language_model, language_space
 from .tuning.finetune import tune
@@ -91,7 +99,7 @@ class LanguageAdapter(ModelAdapter):
     def owns(self, base: Mapping[str, Any]) -> bool:
         return base.get("source") == SOURCE
 
-    def trace(self, model: nn.Module, example_inputs: Any, options: TraceOptions) -> PruningSpace:
+    def find_groups(self, model: nn.Module, example_inputs: Any, options: TraceOptions) -> PruningSpace:
         if not is_language_model(model):  # a model of the user's own that reads token ids
             return trace_channels(model, example_inputs, options)
         return language_space(model, example_inputs, fingerprint(model), options)
@@ -165,10 +173,12 @@ class LanguageAdapter(ModelAdapter):
 
     def judge(self, workload: Workload, kind: str, limit: int | None, top_k: int) -> Judge:
         if workload.has_own_task:
-            return ClassJudge(workload, kind, limit)
+            return class_judge(workload, kind, limit)
         check_kind(kind)
         sequences, logs = StoredSequences.read(workload, "validation", limit), ChunkedLogs()
         answers = DenseAnswers(workload.model, sequences, logs, top_k) if kind == "kl" else None
+        if registered(kind, self.wing):
+            return RegisteredLanguageJudge(sequences, len(sequences), logs, kind, workload.model)
         return LanguageJudge(sequences, len(sequences), answers, logs)
 
     def evaluate(self, workload: Workload, model: nn.Module, split: str, limit: int | None) -> Quality:

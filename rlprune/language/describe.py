@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config.names import COST_METRICS
 from ..pruning.space import PruningSpace
 
 Row = tuple[str, float, float, str]
@@ -85,7 +86,7 @@ def cost_lines(space: PruningSpace, model: nn.Module) -> list[str]:
     lines = []
     for metric in (m for m in space.costs if m != "latency"):  # its line says where it was measured
         low, dense = space.feasible(metric)
-        note = COST_NOTES.get(metric, "").format(**facts)
+        note = (COST_NOTES.get(metric) or COST_METRICS[metric].summary).format(**facts)
         budgets = f"feasible budgets {low / dense:.4f} to 1 ({low:,.0f} to {dense:,.0f})"
         lines.append(f"{metric}: dense {dense:,.0f} ({note}); {budgets}")
     lines.append(_shares(space, model))

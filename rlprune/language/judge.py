@@ -10,10 +10,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..config.names import SCORE_KINDS
 from ..errors import ConfigError, DataError
 from ..utils.modes import evaluating
 from ..workloads.base import Quality, Workload
 from ..workloads.judge import Judge, Judgement
+from ..workloads.score_kinds import registered, scored, takes_dense
 from .logits import ChunkedLogs
 from .text import IGNORED
 
@@ -93,7 +95,7 @@ class StoredSequences:
 
 def check_kind(kind: str) -> None:
     """ConfigError for kinds of score that have no meaning for a text."""
-    if kind not in ("kl", "loss"):
+    if kind not in ("kl", "loss") and not registered(kind, "language"):
         raise ConfigError(f"score.kind: {kind!r} is for classifiers; allowed for a language model: kl, loss")
 
 
@@ -211,6 +213,35 @@ class LanguageJudge(Judge):
                 scores.append(-bucket_divergence(shares, tokens, logs))
                 outputs.append(bucketed(tokens[:, :OUTPUT_TOKENS], logs)[kept].cpu())
         return torch.cat(scores), torch.cat(losses), outputs
+
+
+class RegisteredLanguageJudge(LanguageJudge):
+    """Scores sequences by a registered function of the log-probabilities (`rlprune.score_kind`)."""
+
+    def __init__(
+        self, sequences: Sequences, count: int, logs: ChunkedLogs, kind: str, dense: nn.Module
+    ) -> None:
+        super().__init__(sequences, count, None, logs)
+        self._kind, self._dense = kind, dense
+        self._compares = takes_dense(SCORE_KINDS.source(kind))
+
+    def _batch(
+        self, model: nn.Module, ids: Tensor, wanted: Tensor, first: int, until: int
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        ours = self._whole(model, ids)
+        given: tuple[Tensor, ...] = (ours, wanted.view(len(ids), -1))
+        if self._compares:
+            with evaluating(self._dense):
+                given = (*given, self._whole(self._dense, ids))
+        scores = scored(self._kind, *given)
+        nll, _ = _nll(ours.flatten(0, 1), wanted)
+        return scores.repeat_interleave(ids.shape[1] - 1), nll, []
+
+    def _whole(self, model: nn.Module, ids: Tensor) -> Tensor:
+        """Log-probabilities (B, L - 1, V) of every next token."""
+        return torch.cat([logs.clone() for _, _, logs in self._logs(model, ids)]).view(
+            len(ids), ids.shape[1] - 1, -1
+        )
 
 
 def _mean_of_kept(values: Tensor, kept: Tensor) -> Tensor:

@@ -19,8 +19,18 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..errors import BudgetError, GraphError, near_miss
-from ..pruning.cost import AxisSize, CostFormula, FormulaBuilder
-from ..pruning.space import AttributeRule, Axis, Cut, DropRule, Group, Member, PruningSpace, rounded
+from ..pruning.cost import CostFormula, FormulaBuilder
+from ..pruning.space import (
+    AttributeRule,
+    Axis,
+    Cut,
+    DropRule,
+    Group,
+    Member,
+    PruningSpace,
+    axis_sizes,
+    rounded,
+)
 from ..tracing.trace import TraceOptions
 from ..utils.arrays import Ints
 from . import families
@@ -291,7 +301,7 @@ class _LanguageLayout:
     # Costs
 
     def _costs(self) -> dict[str, CostFormula]:
-        sizes = self._sizes()
+        sizes = axis_sizes(self.axes, [g.width for g in self.groups])
         by_tensor: dict[str, list[Cut]] = defaultdict(list)
         for cut in self.cuts:
             by_tensor[cut.tensor].append(cut)
@@ -327,15 +337,3 @@ class _LanguageLayout:
         config: Any = self.model.config
         repeated = getattr(config, "model_type", "") == "falcon" and config.new_decoder_architecture
         return block.query_heads if repeated else block.kv_heads
-
-    def _sizes(self) -> list[AxisSize]:
-        bounds = np.cumsum([0, *(g.width for g in self.groups)]).astype(np.int64)
-        owner = np.repeat(np.arange(len(self.groups)), [g.width for g in self.groups])
-        sizes = []
-        for axis in self.axes:
-            slope = np.zeros(len(self.groups))
-            groups, counts = np.unique(owner[axis.slots], return_counts=True)
-            # A slot belongs to one unit: slots of a group are its width times the slots of a unit.
-            slope[groups] = counts / (bounds[groups + 1] - bounds[groups])
-            sizes.append(AxisSize(0.0, slope))
-        return sizes

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config.names import DATA_SETS
 from ..errors import ConfigError, DataError, near_miss
+from ..utils.registry import Named, named_errors
 from ..workloads.base import SPLITS
 
 IGNORED = -100
@@ -27,11 +29,12 @@ IGNORED = -100
 DRAWN = 64  # calibration and validation sequences where no number is given
 _HUB_CHARACTERS = 20_000_000  # a hub data set may hold terabytes; this is plenty for calibration
 _POOL = ("train", "calibration", "validation")
-_NAMES = {
+for _name, _summary in {
     "help_texts": "Python's own help texts, about 700 kB of English; needs no file",
     "text": "your .txt or .jsonl files, by split: data.files",
     "hub:ID": "a Hugging Face data set, hub:ID or hub:ID:CONFIG; needs data.download (extra `language`)",
-}
+}.items():
+    DATA_SETS[_name] = Named(_name, _summary, wing="language")
 
 
 @dataclass(frozen=True)
@@ -115,14 +118,36 @@ class Text:
     text: str = field(repr=False)
 
 
+Read = Callable[[TextRequest], str | dict[str, str]]
+
+
+def text_data(summary: str, *, name: str | None = None) -> Callable[[Read], Read]:
+    """Register a text data set (a name for ``data.name``) under the name of the function below.
+
+    The function takes a `TextRequest` (``root``, ``download``, ``seed``) and returns one text, which gets split, or
+    {split: text} of all four splits; splits with one and the same text share it.
+
+    Args:
+        summary: one line for ``rlprune list data``.
+        name: instead of the function's own.
+
+    Raises (when applied):
+        ConfigError: the name is taken, or the summary is missing.
+    """
+    return DATA_SETS.decorator(
+        "text_data", summary, lambda own, function: Named(own, summary, function, "language"), name
+    )
+
+
 def list_text() -> list[tuple[str, str]]:
     """(name, one line) of every text data set."""
-    return list(_NAMES.items())
+    DATA_SETS.complete()
+    return [(name, found.summary) for name, found in DATA_SETS.items() if found.wing == "language"]
 
 
 def is_text(name: str) -> bool:
     """Whether a data set's name stands for text."""
-    return name in _NAMES or name.startswith("hub:")
+    return name.startswith("hub:") or name in [own for own, _ in list_text()]
 
 
 def load_text(name: str, request: TextRequest, encode: Callable[[str], list[int]]) -> TextData:
@@ -143,8 +168,25 @@ def read_text(name: str, request: TextRequest) -> dict[str, Text]:
         return _files(request)
     if name.startswith("hub:") and name != "hub:ID":
         return _hub(name, request)
-    known = ", ".join(_NAMES)
-    raise ConfigError(f"data.name {name!r}: a language model reads one of {known}{near_miss(name, _NAMES)}")
+    known = [own for own, _ in list_text()]
+    if name in known and DATA_SETS.source(name) is not None:
+        return _registered(name, request)
+    raise ConfigError(
+        f"data.name {name!r}: a language model reads one of {', '.join(known)}{near_miss(name, known)}"
+    )
+
+
+def _registered(name: str, request: TextRequest) -> dict[str, Text]:
+    """The text of each split that a registered function gives."""
+    with named_errors("text_data", name):
+        given = DATA_SETS.source(name)(request)
+    texts = dict.fromkeys(SPLITS, given) if isinstance(given, str) else given
+    if not isinstance(texts, dict) or set(texts) != set(SPLITS) or not all(texts.values()):
+        raise DataError(
+            f"text_data {name!r}: must return a text, or {{split: text}} of {', '.join(SPLITS)}; none may be empty"
+        )
+    names = {text: f"{name} {split}" for split, text in texts.items()}
+    return {split: Text(names[text], text) for split, text in texts.items()}
 
 
 def split_text(

@@ -16,7 +16,15 @@ from ..recovery.finetune import FitResult, Progress
 from ..workloads.adapter import ModelAdapter, adapter_named
 from ..workloads.base import SPLITS, Batch, Quality, TrainedWorkload, check_split
 from ..workloads.judge import Judge
-from .judge import FORWARD_TOKENS, DenseAnswers, LanguageJudge, check_kind, token_quality
+from ..workloads.score_kinds import registered
+from .judge import (
+    FORWARD_TOKENS,
+    DenseAnswers,
+    LanguageJudge,
+    RegisteredLanguageJudge,
+    check_kind,
+    token_quality,
+)
 from .logits import ChunkedLogs
 from .text import TextData
 from .tuning.loss import train_language
@@ -132,6 +140,8 @@ class LanguageWorkload(TrainedWorkload):
         check_kind(kind)
         sequences = _Split(self, "validation")
         count = len(sequences) if limit is None else min(limit, len(sequences))
+        if registered(kind, self.adapter.wing):
+            return RegisteredLanguageJudge(sequences, count, self.logs, kind, self.model)
         answers = None
         if kind == "kl":
             if top_k not in self._dense_answers:

@@ -201,13 +201,7 @@ class SpaceSizes:
     @cached_property
     def axes(self) -> tuple[AxisSize, ...]:
         """Number of slots of each axis."""
-        owner = np.repeat(np.arange(len(self.space.groups)), self.space.widths)
-        found = []
-        for axis in self.space.axes:
-            cut = axis.slots[axis.slots >= 0]
-            counts = np.bincount(owner[cut], minlength=len(self.space.groups))
-            found.append(AxisSize(float((axis.slots < 0).sum()), counts / np.maximum(self.space.widths, 1)))
-        return tuple(found)
+        return tuple(self.space.axis_sizes())
 
     @cached_property
     def layers(self) -> Mapping[str, LayerAxes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import BudgetError
 from ..utils.arrays import Floats, Ints
 from .budget import BudgetLike, Limits, parse_budget, project
-from .cost import Cost, amount, formula
+from .cost import AxisSize, Cost, amount, formula
 
 
 @dataclass(frozen=True)
@@ -190,6 +190,10 @@ class PruningSpace:
         """
         return formula(self.costs, metric).unit_costs(self._checked(widths).astype(np.float64))
 
+    def axis_sizes(self) -> list[AxisSize]:
+        """How many slots of each axis are left, as a function of the widths."""
+        return axis_sizes(self.axes, self.widths)
+
     def with_rounding(self, round_to: int = 1, minimum: int = 1) -> PruningSpace:
         """The same space whose kept channels are multiples of ``round_to`` and at least ``minimum``."""
         return replace(self, groups=tuple(rounded(g, round_to, minimum) for g in self.groups))
@@ -218,6 +222,19 @@ class PruningSpace:
                 f"widths: shape {w.shape} does not fit; allowed: ({len(self.groups)},) or (N, {len(self.groups)})"
             )
         return w
+
+
+def axis_sizes(axes: Sequence[Axis], widths: Sequence[int] | Ints) -> list[AxisSize]:
+    """How many slots of each axis are left, as a function of the widths; ``widths`` (G,) are the dense ones."""
+    sizes = []
+    owner = np.repeat(np.arange(len(widths)), widths)
+    for axis in axes:
+        slope = np.zeros(len(widths))
+        groups, counts = np.unique(owner[axis.slots[axis.slots >= 0]], return_counts=True)
+        # A slot belongs to one unit: slots of a group are its width times the slots of a unit.
+        slope[groups] = counts / np.asarray(widths)[groups]
+        sizes.append(AxisSize(float((axis.slots < 0).sum()), slope))
+    return sizes
 
 
 def rounded(group: Group, round_to: int, minimum: int) -> Group:

@@ -17,6 +17,7 @@ from ..language.calibration.cache import language_calibration
 from ..language.calibration.statistics import Statistics
 from ..pruning.space import PruningSpace
 from ..utils.arrays import Bools, Floats, Ints
+from ..utils.registry import Registry
 from ..workloads.adapter import adapter_named
 from ..workloads.base import Workload
 
@@ -118,7 +119,7 @@ class Rule:
         return self.counter(space) if self.counter is not None else 0
 
 
-RULES: dict[str, Rule] = {}
+RULES: Registry[Rule] = Registry("rule")
 RESERVED = ("auto", "dense")
 """Names that mean something else where a rule or an agent is named."""
 

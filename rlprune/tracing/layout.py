@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from ..pruning.cost import AxisSize, CostFormula, FormulaBuilder
-from ..pruning.space import AttributeRule, Axis, Cut, Group, Member, PruningSpace, rounded
+from ..pruning.cost import CostFormula, FormulaBuilder
+from ..pruning.space import AttributeRule, Axis, Cut, Group, Member, PruningSpace, axis_sizes, rounded
 from ..utils.torch_internals import CONVOLUTION
 from .graph import MIXERS, ChannelGraph, Side
 from .layers import ChannelPad
@@ -217,12 +217,7 @@ class Layout:
 
     def _costs(self, cuts: Sequence[Cut]) -> dict[str, CostFormula]:
         groups = [len(g) for g in self.class_groups]
-        bounds = np.concatenate([[0], np.cumsum(groups)]).astype(np.int64)
-        sizes = []
-        for axis in self.axes:
-            slots = axis.slots[axis.slots >= 0]
-            counts = np.bincount(slots, minlength=int(bounds[-1]))[bounds[:-1]].astype(np.float64)
-            sizes.append(AxisSize(float((axis.slots < 0).sum()), counts))
+        sizes = axis_sizes(self.axes, groups)
         by_tensor: dict[str, list[Cut]] = defaultdict(list)
         for cut in cuts:
             by_tensor[cut.tensor].append(cut)

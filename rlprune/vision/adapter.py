@@ -26,7 +26,8 @@ from ..utils.modes import evaluating
 from ..utils.timing import DEFAULT_BATCH_SIZES, measure
 from ..workloads.adapter import LatencySettings, ModelAdapter, RecoveryLadder, Repair, Tuned, TuneJob
 from ..workloads.base import Quality, Workload, evaluate_outputs
-from ..workloads.judge import ClassJudge, Judge
+from ..workloads.judge import Judge
+from ..workloads.score_kinds import class_judge
 from .identify import identify
 from .zoo import rebuild
 
@@ -71,7 +72,7 @@ class VisionAdapter(ModelAdapter):
     def owns(self, base: Mapping[str, Any]) -> bool:
         return True
 
-    def trace(self, model: nn.Module, example_inputs: Any, options: TraceOptions) -> PruningSpace:
+    def find_groups(self, model: nn.Module, example_inputs: Any, options: TraceOptions) -> PruningSpace:
         for name in ("drop", "hidden"):
             if getattr(options, name):
                 raise GraphError(f"prune.{name}: only for language models; {type(model).__name__} is none")
@@ -111,7 +112,7 @@ class VisionAdapter(ModelAdapter):
         return (outputs.argmax(1) == targets).sum().float()
 
     def judge(self, workload: Workload, kind: str, limit: int | None, top_k: int) -> Judge:
-        return ClassJudge(workload, kind, limit)
+        return class_judge(workload, kind, limit)
 
     def evaluate(self, workload: Workload, model: nn.Module, split: str, limit: int | None) -> Quality:
         return evaluate_outputs(workload, model, split, limit)

@@ -12,35 +12,26 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..config.names import DATA_SETS
 from ..errors import ConfigError, DataError, near_miss
 from ..utils.cache import cache_folder
+from ..utils.registry import Named, named_errors
 from ..workloads.base import SPLITS
 from .image_folder import FolderSource, read_folder
+from .image_source import Augment as Augment
+from .image_source import ImageSource as ImageSource
+from .image_source import Request as Request
+from .image_source import Source, completed, resized, shares
+from .image_source import Split as Split
+from .image_source import data_set as data_set
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Random crop after zero padding of ``padding`` pixels, and horizontal flip of half of the images."""
-
-    padding: int
-    flip: bool
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images (N, C, H, W) uint8 and labels (N,) int64."""
-
-    images: Tensor
-    labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -65,39 +56,10 @@ class VisionData:
         return channels, height, width
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is asked of a data set; sizes are images, None for the default (train, test: all that are left)."""
-
-    root: Path | None = None
-    download: bool = False
-    image_size: int | None = None
-    sizes: tuple[int | None, int | None, int | None, int | None] = (None, None, None, None)
-    seed: int = 0
-
-    def size(self, split: str) -> int | None:
-        return self.sizes[SPLITS.index(split)]
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A data set before it is split: train part, official test part (or None), and defaults."""
-
-    name: str
-    train: Split | FolderSource
-    test: Split | FolderSource | None
-    classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    augment: Augment
-    validation: int
-    calibration: int
-    held_out: int = 0  # size of the test split where none is official
-
-
 def list_data() -> list[tuple[str, str]]:
-    """(name, one line) of every data set."""
-    return [(name, summary) for name, (summary, _) in _DATA.items()]
+    """(name, one line) of every data set of images."""
+    DATA_SETS.complete()
+    return [(name, found.summary) for name, found in DATA_SETS.items() if found.wing == "vision"]
 
 
 def load_data(name: str, request: Request | None = None) -> VisionData:
@@ -106,16 +68,20 @@ def load_data(name: str, request: Request | None = None) -> VisionData:
     Raises ConfigError for an unknown name, DataError where files are missing or broken, a split would
     be empty, or more images are asked for than there are.
     """
-    if name not in _DATA:
-        known = ", ".join(_DATA)
-        raise ConfigError(f"data.name {name!r}: unknown; use one of {known}{near_miss(name, _DATA)}")
+    known = [own for own, _ in list_data()]
+    if name not in known:
+        raise ConfigError(
+            f"data.name {name!r}: unknown; use one of {', '.join(known)}{near_miss(name, known)}"
+        )
     request = request or Request()
     if request.root is not None and name != "digits" and not request.root.is_dir():
         raise DataError(f"data.root {str(request.root)!r}: no such folder")
-    return _split(_DATA[name][1](request), request)
+    with named_errors("data_set", name):
+        found = DATA_SETS.source(name)(request)
+    return _split(found if isinstance(found, Source) else completed(name, found, request), request)
 
 
-def _split(source: _Source, request: Request) -> VisionData:
+def _split(source: Source, request: Request) -> VisionData:
     """Draw the four splits; see the module's text for the order."""
     generator = torch.Generator().manual_seed(request.seed)
     pool = torch.randperm(len(source.train.labels), generator=generator)
@@ -157,17 +123,17 @@ def _take(part: Split | FolderSource, index: Tensor) -> Split:
     return Split(part.images[index], part.labels[index])
 
 
-def _digits(request: Request) -> _Source:
+def _digits(request: Request) -> Source:
     """1,797 handwritten digits of 8x8 pixels inside of scikit-learn (grey levels 0..16, scaled by 15)."""
     from sklearn.datasets import load_digits
 
     raw = load_digits()
     images = torch.from_numpy(raw.images * 15.0).round().to(torch.uint8)[:, None]
-    images = _resized(images, request.image_size)
+    images = resized(images, request.image_size)
     train = Split(images, torch.from_numpy(raw.target).long())
     names = tuple(str(i) for i in range(10))
     mean, std = (0.2873,), (0.3539,)
-    return _Source("digits", train, None, names, mean, std, Augment(1, False), 400, 200, held_out=397)
+    return Source("digits", train, None, names, mean, std, Augment(1, False), 400, 200, held_out=397)
 
 
 _FASHION_FILES = (
@@ -180,7 +146,7 @@ _FASHION_CLASSES = (
 _DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
-def _fashion_mnist(request: Request) -> _Source:
+def _fashion_mnist(request: Request) -> Source:
     """Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747): the four idx files, gzipped or not."""
     cached = cache_folder() / "data"
     roots = [request.root] if request.root else [_DEBIAN_FASHION, cached]
@@ -196,12 +162,12 @@ def _fashion_mnist(request: Request) -> _Source:
         )
     parts = []
     for images_name, labels_name in _FASHION_FILES:
-        images = _resized(_idx(folder, images_name, 3)[:, None], request.image_size)
+        images = resized(_idx(folder, images_name, 3)[:, None], request.image_size)
         labels = _idx(folder, labels_name, 1).long()
         if len(images) != len(labels):
             raise DataError(f"fashion_mnist: {len(images)} images but {len(labels)} labels in {folder}")
         parts.append(Split(images, labels))
-    return _Source(
+    return Source(
         "fashion_mnist", parts[0], parts[1], _FASHION_CLASSES, (0.286,), (0.353,), Augment(2, True), 5000, 1000
     )  # fmt: skip
 
@@ -231,10 +197,10 @@ def _idx(folder: Path, name: str, dimensions: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
 
 
-def _cifar(kind: str) -> Callable[[Request], _Source]:
+def _cifar(kind: str) -> Callable[[Request], Source]:
     """CIFAR-10 or CIFAR-100: torchvision's python batches (checksums verified), or an image folder."""
 
-    def read(request: Request) -> _Source:
+    def read(request: Request) -> Source:
         name = kind.lower()
         root = request.root or cache_folder() / "data"
         if (root / "train").is_dir():
@@ -242,7 +208,7 @@ def _cifar(kind: str) -> Callable[[Request], _Source]:
         if request.download:
             _download(kind, root)
         parts, classes = _cifar_batches(kind, root, request)
-        return _Source(
+        return Source(
             name, parts[0], parts[1], classes, IMAGENET_MEAN, IMAGENET_STD, Augment(4, True), 5000, 1000
         )
 
@@ -265,7 +231,7 @@ def _cifar_batches(kind: str, root: Path, request: Request) -> tuple[list[Split]
                 "train/<class> and test/<class>; set data.root, or set data.download=true"
             ) from error
         images = torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous()
-        parts.append(Split(_resized(images, request.image_size), torch.tensor(raw.targets)))
+        parts.append(Split(resized(images, request.image_size), torch.tensor(raw.targets)))
         classes = tuple(raw.classes)
     return parts, classes
 
@@ -280,14 +246,14 @@ def _download(kind: str, root: Path) -> None:
         raise DataError(f"{kind}: the download into {root} failed: {str(error).splitlines()[0]}") from error
 
 
-def _image_folder(request: Request) -> _Source:
+def _image_folder(request: Request) -> Source:
     """A folder of images: <class>/*.jpg, or train/<class>/ and test/<class>/ (or val/<class>/)."""
     if request.root is None:
         raise DataError("image_folder: set data.root to the folder that holds train/<class>/ or <class>/")
     return _folder_source("image_folder", request.root, request, None)
 
 
-def _folder_source(name: str, root: Path, request: Request, augment: Augment | None) -> _Source:
+def _folder_source(name: str, root: Path, request: Request, augment: Augment | None) -> Source:
     cache = cache_folder() / "data"
     official = next((root / n for n in ("test", "val") if (root / n).is_dir()), None)
     has_train = (root / "train").is_dir()
@@ -299,33 +265,28 @@ def _folder_source(name: str, root: Path, request: Request, augment: Augment | N
     if augment is None:
         augment = Augment(max(1, train.size // 8), True)
     count = len(train.labels)
-    return _Source(
-        name, train, test, train.classes, IMAGENET_MEAN, IMAGENET_STD, augment,
-        validation=min(5000, count // 10), calibration=min(1000, count // 10), held_out=count // 5,
+    return Source(
+        name, train, test, train.classes, IMAGENET_MEAN, IMAGENET_STD, augment, **shares(count)
     )  # fmt: skip
 
 
-def _resized(images: Tensor, size: int | None) -> Tensor:
-    """Scale uint8 images (N, C, H, W) to ``size`` x ``size`` (bilinear, antialiased); None keeps theirs."""
-    if size is None or images.shape[-2:] == (size, size):
-        return images
-    chunks = [
-        torch.nn.functional.interpolate(c.float(), (size, size), mode="bilinear", antialias=True)
-        for c in images.split(1000)
-    ]
-    return torch.cat([c.round().clamp(0, 255).to(torch.uint8) for c in chunks])
-
-
-_DATA: dict[str, tuple[str, Callable[[Request], Any]]] = {
-    "digits": ("1,797 handwritten digits, 8x8, inside of scikit-learn", _digits),
-    "fashion_mnist": ("70,000 grey 28x28 images of clothes (Debian package or torchvision)", _fashion_mnist),
-    "cifar10": (
+for _name, _summary, _read in (
+    ("digits", "1,797 handwritten digits, 8x8, inside of scikit-learn", _digits),
+    (
+        "fashion_mnist",
+        "70,000 grey 28x28 images of clothes (Debian package or torchvision)",
+        _fashion_mnist,
+    ),
+    (
+        "cifar10",
         "60,000 colour 32x32 images, 10 classes (torchvision's files or an image folder)",
         _cifar("CIFAR10"),
     ),
-    "cifar100": ("60,000 colour 32x32 images, 100 classes (the same)", _cifar("CIFAR100")),
-    "image_folder": (
+    ("cifar100", "60,000 colour 32x32 images, 100 classes (the same)", _cifar("CIFAR100")),
+    (
+        "image_folder",
         "your own images: data.root with train/<class>/ and test/<class>/, or <class>/",
         _image_folder,
     ),
-}
+):
+    DATA_SETS[_name] = Named(_name, _summary, _read, "vision")

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from ..config.config import FinishConfig, RecoveryConfig
 from ..importance.calibration_cache import CalibrationCache
 from ..importance.unit_scores import Scores
+from ..pruning.cost_metrics import with_registered_costs
 from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
 from ..recovery.finetune import Progress
+from ..recovery.steps import Repair as Repair
 from ..tracing.trace import TraceOptions
 
 if TYPE_CHECKING:
@@ -32,9 +34,6 @@ if TYPE_CHECKING:
 
 WINGS = ("language", "vision")
 """The packages that hold an adapter and a builder, in the order in which they are asked; the last takes the rest."""
-
-Repair = Callable[[nn.Module, Plan], None]
-"""Repairs a cut model in place: ``repair(slim, plan)``."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +136,13 @@ class ModelAdapter(abc.ABC):
     def owns(self, base: Mapping[str, Any]) -> bool:
         """Whether a saved folder whose plan.json has this ``base`` is of this kind."""
 
-    @abc.abstractmethod
     def trace(self, model: nn.Module, example_inputs: Any, options: TraceOptions) -> PruningSpace:
-        """The model's pruning space; raises GraphError for options that this kind does not have."""
+        """The model's pruning space, with all costs; raises GraphError for options that this kind does not have."""
+        return with_registered_costs(self.find_groups(model, example_inputs, options), model)
+
+    @abc.abstractmethod
+    def find_groups(self, model: nn.Module, example_inputs: Any, options: TraceOptions) -> PruningSpace:
+        """The model's pruning space with the costs that the wing counts; see `trace`."""
 
     @abc.abstractmethod
     def space_of_plan(

@@ -70,7 +70,7 @@ class ClassJudge(Judge):
         scores: list[Tensor] = []
         answers: list[Tensor] = []
         loss, metric, count, seen = 0.0, 0.0, 0, 0
-        dense = self._dense_outputs() if self._kind == "kl" else []
+        dense = self._dense_outputs() if self._compares else []
         with torch.no_grad(), evaluating(model):
             for i, (inputs, targets) in enumerate(self._workload.batches("validation", self._limit)):
                 first, last = max(start - seen, 0), len(targets)
@@ -89,11 +89,8 @@ class ClassJudge(Judge):
                     answers.append(logits.float().cpu())
                 batch_loss = self._workload.loss(outputs, targets)
                 batch_metric = self._workload.metric(outputs, targets)
-                if self._kind == "kl":
-                    scores.append(-divergence(dense[i][part], logits))
-                else:
-                    value = -batch_loss if self._kind == "loss" else batch_metric / len(targets)
-                    scores.append(value.reshape(1).expand(len(targets)))
+                means = batch_loss, batch_metric / len(targets)
+                scores.append(self._scores(logits, targets, dense[i][part] if dense else None, means))
                 loss += float(batch_loss) * len(targets)
                 metric += float(batch_metric)
                 count += len(targets)
@@ -107,13 +104,31 @@ class ClassJudge(Judge):
             torch.cat(answers) if answers else None,
         )
 
+    @property
+    def _compares(self) -> bool:
+        """Whether a score needs what the dense model says of the same samples."""
+        return self._kind == "kl"
+
+    def _scores(
+        self, logits: Tensor, targets: Tensor, dense: Tensor | None, means: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """A score for each sample of a batch, (B,); ``means`` are its mean loss and metric."""
+        if dense is not None:
+            return -divergence(dense, logits)
+        value = -means[0] if self._kind == "loss" else means[1]
+        return value.reshape(1).expand(len(targets))
+
+    def _kept(self, logits: Tensor) -> Tensor:
+        """What is kept of the dense model's logits."""
+        return F.log_softmax(logits.float(), dim=-1)
+
     def _dense_outputs(self) -> list[Tensor]:
         if self._dense is None:
             model = self._workload.model
             with torch.no_grad(), evaluating(model):
                 batches: Any = self._workload.batches("validation", self._limit)
                 logits = self._workload.adapter.logits
-                self._dense = [F.log_softmax(logits(model(x)).float(), dim=-1) for x, _ in batches]
+                self._dense = [self._kept(logits(model(x))) for x, _ in batches]
         return self._dense
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...artifacts.documents import PLAN_FILE, read_plan
 from ...artifacts.safetensors import MAX_SHARD_SIZE, Entry, TensorFiles
 from ...errors import ArtifactError, near_miss
+from ...pruning.cost_metrics import with_registered_costs
 from ...pruning.plan import Plan
 from ...pruning.space import PruningSpace, fingerprint
 from ...pruning.surgery import axis_indices, prune
@@ -124,7 +125,8 @@ def space_of(model: nn.Module, document: Mapping[str, Any]) -> PruningSpace:
 
     def traced(ignore: Sequence[str]) -> PruningSpace:
         options = TraceOptions(ignore=ignore, verify=False, drop=drop, hidden="hidden" in names)
-        return language_space(model, example, fingerprint(model), options)
+        space = language_space(model, example, fingerprint(model), options)
+        return with_registered_costs(space, model)
 
     space = traced(())
     own = [group.name for group in space.groups]
