@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from .agents import agent
     from .agents.ppo.policy import load_policy
     from .api import load, save, trace
+    from .benchmarks.verb import benchmark
     from .config.config import Config, load_config
     from .evaluation.evaluator import Evaluator
+    from .experiments.apply import AppliedPolicy, apply
     from .experiments.build import build_workload
     from .experiments.export import export_format
     from .experiments.result import PruningResult
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES = {
+    "AppliedPolicy": "experiments.apply",
     "Callback": "utils.progress",
     "Config": "config.config",
     "Context": "rules",
@@ -62,6 +65,8 @@ _NAMES = {
     "RecoveryContext": "recovery.steps",
     "Workload": "workloads",
     "agent": "agents",
+    "apply": "experiments.apply",
+    "benchmark": "benchmarks.verb",
     "build_workload": "experiments.build",
     "cost_metric": "pruning.cost_metrics",
     "data_set": "vision.data",
@@ -96,6 +101,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "AppliedPolicy",
     "ArtifactError",
     "BudgetError",
     "Callback",
@@ -116,7 +122,9 @@ __all__ = [
     "__version__",
     "agent",
     "agents",
+    "apply",
     "artifacts",
+    "benchmark",
     "build_workload",
     "config",
     "cost_metric",

@@ -22,7 +22,7 @@ from ..plugins import loaded
 from ..pruning.space import PruningSpace
 from ..rules import RULES, rules_for
 from ..utils.files import lock_run, write_text_atomic
-from ..utils.progress import Console
+from ..utils.progress import Callback
 from ..workloads.adapter import adapter_named
 from .cells import DENSE, Cell, Problems, cell_key, compute, finished, reason, with_checkpoint
 from .outcome import Outcome, page, write
@@ -43,6 +43,7 @@ def run(
     budgets: Sequence[str | float] = (),
     jobs: int = 1,
     checkpoints: int = 1,
+    callback: Callback | None = None,
 ) -> dict[str, Any]:
     """Compare methods and write results.json, benchmark.md, plots, ledger.jsonl and report.html.
 
@@ -73,7 +74,7 @@ def run(
     config = _settled(config, evaluations, asked[0], jobs)
     unable = unable_agents(methods, config.search)
     _refuse(methods, unable)
-    console = Console(True)
+    console = callback or Callback()
     with lock_run(out, worth="cells") as folder:
         experiments = None
         if jobs == 1:
@@ -121,7 +122,7 @@ class _Work:
 
     config: Config
     folder: Path
-    console: Console
+    console: Callback
     wanted: Sequence[Cell]
     experiments: Problems | None
     jobs: int

@@ -27,7 +27,7 @@ from ..rules import RULES
 from ..utils.checkpoints import settings_key
 from ..utils.files import read_json, write_json_atomic
 from ..utils.hardware import library_versions
-from ..utils.progress import Console
+from ..utils.progress import Callback
 
 DENSE = "dense"
 # Settings that say how a run is shown or where it runs, not what comes out of a cell.
@@ -56,7 +56,7 @@ class Cell:
 class Problems:
     """The prepared problem of every dense model that cells ask for, each prepared once and kept."""
 
-    def __init__(self, config: Config, console: Console | None = None) -> None:
+    def __init__(self, config: Config, console: Callback | None = None) -> None:
         self.config = config
         self._console = console
         self._prepared: dict[int, Experiment] = {}
@@ -106,7 +106,7 @@ def cell_key(config: Config, cell: Cell) -> str:
     return settings_key(determinants(config, cell))[:16]
 
 
-def finished(folder: Path, config: Config, cell: Cell, console: Console) -> dict[str, Any] | None:
+def finished(folder: Path, config: Config, cell: Cell, console: Callback) -> dict[str, Any] | None:
     """The content of a finished cell, or None where it has to be computed.
 
     A cell that was computed before a setting existed is as good as a new one where that setting has its
@@ -125,7 +125,7 @@ def finished(folder: Path, config: Config, cell: Cell, console: Console) -> dict
     return None
 
 
-def compute(experiments: Problems, cell: Cell, folder: Path, console: Console, progress: Any = None) -> None:
+def compute(experiments: Problems, cell: Cell, folder: Path, console: Callback, progress: Any = None) -> None:
     """Search, choose, fine-tune, look at test, and write the cell's file; a killed try is continued.
 
     Args:

@@ -38,7 +38,7 @@ def main() -> int:
 
     from ..config.config import Config
     from ..plugins import load
-    from ..utils.progress import Console
+    from ..utils.progress import Callback
     from .cells import Cell, Problems, compute, reason
 
     load(order["plugins"])
@@ -48,7 +48,7 @@ def main() -> int:
     while True:
         cell = Cell(**work.get())
         try:
-            compute(experiments, cell, Path(order["cells"]), Console(False), _reporter(answers))
+            compute(experiments, cell, Path(order["cells"]), Callback(), _reporter(answers))
         except Exception as error:
             traceback.print_exc()
             _answer(answers, {"failed": reason(error)})

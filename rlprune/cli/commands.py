@@ -55,11 +55,14 @@ def _demo(args: argparse.Namespace) -> None:
     out = _run_folder(args, "demo")
     _run(args, config, out)
     from ..experiments import apply as deploy
+    from ..utils.progress import Console
 
     other = config.override([f"model.seed={config.model.seed + 1}"])
     print("\nthe learned policy on a second checkpoint, without a search:")
     target = config.budget.target
-    print(deploy.apply(out, other, checkpoint=None, budget=target, refine=0, out=out / "second"))
+    applied = deploy.apply(out, other, target, callback=Console(True))
+    applied.save(out / "second")
+    print(applied)
     show_run(out)
 
 
@@ -153,12 +156,21 @@ def _add_benchmark(commands: Any) -> None:
 def _benchmark(args: argparse.Namespace) -> None:
     config = read_config(args)
     check_packages(config, config.finish.steps)
-    from ..benchmarks import benchmark
+    from ..benchmarks import verb
+    from ..utils.progress import Console
 
     out = args.out or Path("runs") / f"{config.name}-benchmark"
-    evaluations = args.evaluations or config.search.evaluations
-    more = {"budgets": args.budgets, "jobs": args.jobs, "checkpoints": args.checkpoints}
-    benchmark.run(config, args.methods, args.seeds, evaluations, out, **more)
+    verb.benchmark(
+        config,
+        args.methods,
+        seeds=args.seeds,
+        evaluations=args.evaluations,
+        out=out,
+        budgets=args.budgets,
+        checkpoints=args.checkpoints,
+        jobs=args.jobs,
+        callback=Console(True),
+    )
     print((out / "benchmark.md").read_text(encoding="utf-8"))
     print(f"report: {out / 'report.html'}")
 

@@ -74,18 +74,18 @@ def _apply(args: argparse.Namespace) -> None:
         show(replay.apply_plan(args.source, config, checkpoint=args.checkpoint, out=out), out)
         return
     from ..experiments import apply as deploy
+    from ..utils.progress import Console
 
-    target = config.budget.target
-    result = deploy.apply(
+    applied = deploy.apply(
         args.source,
         config,
         checkpoint=args.checkpoint,
-        budget=target,
         refine=args.refine,
-        out=out,
         builds=args.builds,
+        callback=Console(True),
     )
-    show(result, out)
+    applied.save(out)
+    show(str(applied), out)
 
 
 def add_prune(commands: Any) -> None:

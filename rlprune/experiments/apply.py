@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from ..agents.ppo.policy import PortablePolicy, load_policy
 from ..agents.ppo.transfer import PlanMemory, agreed, can_build
@@ -19,45 +20,83 @@ from ..config.config import Config, load_config
 from ..errors import ConfigError
 from ..evaluation.ledger import EvaluationLog
 from ..language.files.uniform import equal_widths, plain_obstacle
+from ..pruning.history import final_widths
+from ..pruning.plan import Plan
 from ..rules import RULES, rules_for
 from ..rules.blocks import block_cosines, block_count
-from ..utils.progress import Console
+from ..utils.progress import Callback, Console
+from ..workloads.base import Workload, check_workload
 from .incremental import incremental
 from .methods import finalists, run_agent
-from .prepare import Experiment, find_rule, prepare_experiment
+from .prepare import Experiment, config_of, find_rule, prepare_experiment
+from .usage import check_usage
+
+
+@dataclass(frozen=True)
+class AppliedPolicy:
+    """What a policy gave for a model: its plan, and the model that is cut by it and recovered, not fine-tuned.
+
+    ``table`` holds validation scores beside the rules that need no probes, ``notes`` what the policy looked at.
+    """
+
+    workload: Workload
+    plan: Plan
+    model: nn.Module
+    table: str
+    notes: str = ""
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the pruned model into a folder (see `rlprune.save`)."""
+        self.workload.save(self.model, self.plan, folder)
+        return Path(folder)
+
+    def __str__(self) -> str:
+        return self.table + self.notes
 
 
 def apply(
-    source: Path,
-    config: Config,
+    policy: str | Path | PortablePolicy,
+    workload: Workload | Config,
+    budget: float | int | str | None = None,
     *,
-    checkpoint: Path | None,
-    budget: Any,
-    refine: int,
-    out: Path,
+    metric: str = "macs",
+    settings: Mapping[str, Any] | None = None,
+    checkpoint: str | Path | None = None,
+    refine: int = 0,
     builds: int | None = None,
-) -> str:
-    """A learned policy prunes another checkpoint: no search on its validation split.
+    callback: Callback | None = None,
+) -> AppliedPolicy:
+    """A learned policy prunes a model that it has not seen: no search on its validation split.
 
-    ``source`` is a run's folder or a policy's; ConfigError where the run has left none. A policy of several
-    checkpoints builds ``builds`` models to compare plans without labels (:meth:`PortablePolicy.widths`); with fewer
-    than two, its network answers alone. With ``refine`` a search that starts from the policy spends that many
-    evaluations. Writes the pruned model (recovered, not fine-tuned) into ``out`` and returns a table of validation
-    scores beside the rules that need no probes.
+    Args:
+        policy: a run's folder, a policy's, or a policy.
+        workload: the model and its data; or settings that describe them.
+        budget: what may be left; that of the settings where none is given.
+        metric: the cost that the budget limits; of settings, theirs counts.
+        settings: with a Workload: further settings, nested as in a YAML file (recovery, score, prune).
+        checkpoint: with settings: weights of the model.
+        refine: a search that starts from the policy then spends so many evaluations.
+        builds: models that a policy of several checkpoints builds to compare plans without labels
+            (:meth:`PortablePolicy.widths`); with fewer than two, its network answers alone.
+
+    Raises:
+        ConfigError, ArtifactError, BudgetError: in one line what is wrong, and what is allowed.
     """
-    console = Console(True)
-    folder = Path(source)
-    policy = load_policy(_policy_folder(folder))
-    experiment = prepare_experiment(
-        _with_budget(config, budget), checkpoint=checkpoint, console=console, run=folder
-    )
+    run = None if isinstance(policy, PortablePolicy) else Path(policy)
+    known = policy if isinstance(policy, PortablePolicy) else load_policy(_policy_folder(Path(policy)))
+    config = _settings_of(workload, budget, metric, settings or {})
+    check_usage(config, "apply --refine" if refine else "apply")
+    own = None if isinstance(workload, Config) else check_workload(workload)
+    watcher = callback or Callback()
+    experiment = prepare_experiment(config, checkpoint=checkpoint, console=watcher, run=run, workload=own)
+    asked = config.budget.target
     if builds is not None and builds < 2:
-        policy = PortablePolicy(policy.network, policy.meta)
-    elif builds is not None and _plan_memory(experiment, policy) is None:
+        known = PortablePolicy(known.network, known.meta)
+    elif builds is not None and _plan_memory(experiment, known) is None:
         raise ConfigError(
             f"--builds {builds}: only for a policy of several checkpoints and an image model; allowed here: 0"
         )
-    widths = policy.plan(experiment.evaluator, budget, experiment.metric, builds=builds).widths
+    widths = known.plan(experiment.evaluator, asked, experiment.metric, builds=builds).widths
     plans = [
         (name, experiment.rule_widths(name))
         for name, rule in rules_for(experiment.space).items()
@@ -65,14 +104,26 @@ def apply(
     ]
     plans.append(("policy", widths))
     if refine:
-        found = refined(experiment, policy, refine, EvaluationLog(), console)
-        widths = found.history[-1]
+        found = refined(experiment, known, refine, EvaluationLog(), watcher)
+        widths = final_widths(found.history)
         plans.append((f"policy + {refine} evaluations", widths))
-    origin: dict[str, Any] = {"method": "policy", "budget": str(budget), "metric": experiment.metric}
+    origin: dict[str, Any] = {"method": "policy", "budget": str(asked), "metric": experiment.metric}
     origin |= {"builds": builds, "refine": refine}
-    _save(experiment, widths, origin, out)
-    notes = _probes_note(experiment, str(policy.meta["base_rule"])) + _plan_memory_note(experiment, policy)
-    return _score_table(experiment, plans) + notes
+    plan, model = experiment.evaluator.plan(widths, origin), experiment.evaluator.build(widths)
+    notes = _probes_note(experiment, str(known.meta["base_rule"])) + _plan_memory_note(experiment, known)
+    return AppliedPolicy(experiment.workload, plan, model, _score_table(experiment, plans), notes)
+
+
+def _settings_of(
+    workload: Workload | Config, budget: float | int | str | None, metric: str, settings: Mapping[str, Any]
+) -> Config:
+    if isinstance(workload, Config):
+        if settings:
+            raise ConfigError("settings: the Config holds them already; give them with a Workload only")
+        return workload if budget is None else _with_budget(workload, budget)
+    if budget is None:
+        raise ConfigError("budget: needed with a Workload, as in budget=0.5")
+    return config_of(workload, settings, {"budget": {"target": budget, "metric": metric}})
 
 
 def _policy_folder(source: Path) -> Path:
@@ -131,7 +182,7 @@ def _probes_note(experiment: Experiment, rule: str) -> str:
 
 
 def refined(
-    experiment: Experiment, policy: PortablePolicy, evaluations: int, ledger: EvaluationLog, console: Console
+    experiment: Experiment, policy: PortablePolicy, evaluations: int, ledger: EvaluationLog, console: Callback
 ) -> Any:
     """A search of a few evaluations that starts from a policy's plan and weights.
 

@@ -40,7 +40,7 @@ from ..utils.files import (
     write_text_atomic,
 )
 from ..utils.hardware import hardware, library_versions
-from ..utils.progress import Console
+from ..utils.progress import Callback, Console
 from ..workloads.adapter import ModelAdapter, RecoveryLadder, TuneJob
 from ..workloads.judge import Judge
 from .build import expected_adapter
@@ -112,7 +112,7 @@ def tiers(config: Config, ladder: RecoveryLadder, steps: int | None = None) -> l
 class _Study:
     """The measurements of one problem, each of them made once and kept in a folder."""
 
-    def __init__(self, experiment: Experiment, folder: Path, console: Console) -> None:
+    def __init__(self, experiment: Experiment, folder: Path, console: Callback) -> None:
         self.experiment, self.config = experiment, experiment.config
         self.folder, self.console = folder, console
         self.cells = _Cells(folder / "cells.jsonl")

@@ -26,7 +26,7 @@ from ..rules.context import Context
 from ..utils.arrays import Ints
 from ..utils.checkpoints import forget, require_same
 from ..utils.files import read_json, read_tensors, write_json_atomic, write_tensors_atomic
-from ..utils.progress import Console
+from ..utils.progress import Callback
 from ..workloads.adapter import TuneJob
 from .prepare import Experiment, find_rule
 
@@ -62,7 +62,7 @@ def incremental(
     steps: int = 0,
     seed: int = 0,
     out: str | Path | None = None,
-    console: Console | None = None,
+    console: Callback | None = None,
 ) -> Incremental:
     """Prune in rounds: statistics, rule, cut, closed-form recovery and training, each on what is left.
 
@@ -85,7 +85,7 @@ def incremental(
         BudgetError: the budget or the widths do not fit.
         ArtifactError: ``out`` holds the state of other settings.
     """
-    console = console or Console(False)
+    console = console or Callback()
     wanted = None if isinstance(rule, str) else [np.asarray(w, dtype=np.int64) for w in rule]
     stages = stages if wanted is None else len(wanted)
     if stages < 1 or steps < 0:

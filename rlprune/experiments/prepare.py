@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,25 @@ def prepare_experiment(
     )
     stop = None if console is None else console.should_stop
     return Experiment(config, workload, evaluator, name, stop)
+
+
+def config_of(workload: Workload, settings: Mapping[str, Any], named: dict[str, Any]) -> Config:
+    """The settings of a Python call on a workload: ``settings`` nested as in a YAML file, ``named`` above them."""
+    kind = type(workload)
+    values: dict[str, Any] = {
+        "name": re.sub(r"\W+", "-", workload.name) or "run",
+        "workload": f"{kind.__module__}:{kind.__name__}",
+    }
+    for source in (settings, named):
+        for key, value in source.items():
+            if isinstance(value, Mapping) and isinstance(values.get(key), Mapping):
+                values[key] = {**values[key], **value}
+            else:
+                values[key] = value
+    for key in ("model", "data", "workload"):
+        if key in settings:
+            raise ConfigError(f"settings.{key}: the model and its data are given as objects; leave it out")
+    return Config.from_dict(values)
 
 
 def dense_model(

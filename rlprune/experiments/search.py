@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,12 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..config.config import Config
 from ..errors import ConfigError, DataError
 from ..utils.progress import Callback
 from ..workloads.base import Workload, check_workload
 from ..workloads.loaders import Loader, LoaderWorkload
-from .prepare import Experiment, prepare_experiment
+from .prepare import Experiment, config_of, prepare_experiment
 from .result import PruningResult
 from .train import run
 from .usage import check_usage
@@ -67,7 +65,7 @@ def search(
             raise ConfigError("resume: needs the folder of the run, out=...")
         kept = tempfile.TemporaryDirectory(prefix="rlprune-")
         out = kept.name
-    config = _config(
+    config = config_of(
         workloads[0],
         settings or {},
         {
@@ -110,22 +108,3 @@ def _workloads(
     if not every:
         raise DataError("model: expected a torch.nn.Module or a rlprune.Workload, got an empty sequence")
     return [check_workload(own) for own in every]
-
-
-def _config(workload: Workload, settings: Mapping[str, Any], named: dict[str, Any]) -> Config:
-    """The settings, with what the call names above them; a value given in both places has to be the same."""
-    kind = type(workload)
-    values: dict[str, Any] = {
-        "name": re.sub(r"\W+", "-", workload.name) or "run",
-        "workload": f"{kind.__module__}:{kind.__name__}",
-    }
-    for source in (settings, named):
-        for key, value in source.items():
-            if isinstance(value, Mapping) and isinstance(values.get(key), Mapping):
-                values[key] = {**values[key], **value}
-            else:
-                values[key] = value
-    for key in ("model", "data", "workload"):
-        if key in settings:
-            raise ConfigError(f"settings.{key}: the model and its data are given as objects; leave it out")
-    return Config.from_dict(values)

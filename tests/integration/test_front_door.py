@@ -329,3 +329,43 @@ def test_a_workload_is_named_in_four_ways(name: str, tmp_path: Path, monkeypatch
         rlprune.build_workload(config.override(["workload=front_door_own:number"]))
     with pytest.raises(ConfigError, match="has no 'owm' .did you mean 'own'"):
         rlprune.build_workload(config.override(["workload=front_door_own:owm"]))
+
+
+def test_a_policy_is_applied_to_a_workload_of_ones_own() -> None:
+    torch.manual_seed(0)
+    first = rlprune.search(
+        Small(12), torch.zeros(1, 1, 8, 8), loaders=loaders(), evaluations=8, settings=QUICK
+    )
+    other = LoaderWorkload(Small(12), torch.zeros(1, 1, 8, 8), loaders())
+    for policy in (first.policy, first.folder):
+        assert policy is not None
+        applied = rlprune.apply(policy, other, budget="60%")
+        space = applied.plan.space
+        assert space.cost(applied.plan.widths, "macs") <= 0.6 * space.dense_cost("macs")
+        assert sum(p.numel() for p in applied.model.parameters()) == space.cost(applied.plan.widths, "params")
+        assert "policy" in str(applied) and "uniform" in str(applied)
+    refined = rlprune.apply(first.folder, other, 0.6, refine=6)
+    assert "policy + 6 evaluations" in str(refined)
+    with pytest.raises(ConfigError, match="budget: needed with a Workload"):
+        rlprune.apply(first.folder, other)
+
+
+def test_a_policy_saves_what_it_prunes(tmp_path: Path) -> None:
+    result = rlprune.search(
+        Small(12), torch.zeros(1, 1, 8, 8), loaders=loaders(), evaluations=8, settings=QUICK
+    )
+    other = LoaderWorkload(Small(12), torch.zeros(1, 1, 8, 8), loaders())
+    applied = rlprune.apply(result.folder, other, 0.5)
+    x = torch.randn(2, 1, 8, 8)
+    loaded = rlprune.load(applied.save(tmp_path / "pruned"), base=other.model)
+    assert torch.equal(loaded(x), applied.model.eval()(x))
+
+
+def test_a_benchmark_from_python(tmp_path: Path) -> None:
+    watcher = Watcher()
+    config = load_config("digits", [*SMALL_RUN, "search.evaluations=6"])
+    found = rlprune.benchmark(config, ["uniform", "random"], seeds=1, out=tmp_path / "run", callback=watcher)
+    assert {row["method"] for row in found["rows"]} == {"dense", "uniform", "random"}
+    assert watcher.events and (tmp_path / "run" / "report.html").is_file()
+    with pytest.raises(ConfigError, match="did you mean 'uniform'"):
+        rlprune.benchmark(config, ["uniforn"], out=tmp_path / "other")

@@ -189,9 +189,9 @@ class TestOtherCommands:
     def test_policy_goes_to_another_depth(self, finished: Path, tmp_path: Path) -> None:
         config = tiny("model.seed=1", "model.arguments.layers=5")
         with pytest.warns(UserWarning, match="another architecture"):
-            table = deploy.apply(
-                finished, config, checkpoint=None, budget=0.6, refine=0, out=tmp_path / "deep"
-            )
+            applied = deploy.apply(finished, config, 0.6)
+        applied.save(tmp_path / "deep")
+        table = str(applied)
         assert "policy" in table and "ffn_uniform" in table
         plan = read_plan(tmp_path / "deep")
         assert len(plan["groups"]) == 10

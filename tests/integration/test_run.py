@@ -219,7 +219,9 @@ def test_kill_9_at_ten_moments(finished, tmp_path):
 class TestOtherCommands:
     def test_apply_prunes_another_checkpoint_without_a_search(self, finished, tmp_path):
         config = tiny("model.seed=1")
-        table = deploy.apply(finished, config, checkpoint=None, budget=0.4, refine=0, out=tmp_path / "other")
+        applied = deploy.apply(finished, config, 0.4)
+        applied.save(tmp_path / "other")
+        table = str(applied)
         assert "policy" in table
         plan = read_plan(tmp_path / "other")
         assert plan["cost"]["macs"] <= 0.4 * plan["dense_cost"]["macs"]
@@ -227,7 +229,9 @@ class TestOtherCommands:
 
     def test_apply_refines_with_exactly_as_many_evaluations(self, finished, tmp_path):
         config = tiny("model.seed=1")
-        table = deploy.apply(finished, config, checkpoint=None, budget=0.5, refine=12, out=tmp_path / "other")
+        applied = deploy.apply(finished, config, 0.5, refine=12)
+        applied.save(tmp_path / "other")
+        table = str(applied)
         lines = {line[:28].strip(): float(line.split()[-3]) for line in table.splitlines()[2:]}
         assert lines["policy + 12 evaluations"] >= lines["policy"]
 
@@ -236,13 +240,13 @@ class TestOtherCommands:
         with pytest.raises(
             ConfigError, match=r"--builds 20: only for .* several checkpoints.*allowed here: 0"
         ):
-            deploy.apply(finished, config, checkpoint=None, budget=0.4, refine=0, out=out, builds=20)
+            deploy.apply(finished, config, 0.4, builds=20).save(out)
         assert not out.exists()
 
     def test_policy_of_another_depth_is_applied_with_a_warning(self, finished, tmp_path):
         config = tiny("model.name=cifar_resnet32")
         with pytest.warns(UserWarning, match="another architecture"):
-            deploy.apply(finished, config, checkpoint=None, budget=0.5, refine=0, out=tmp_path / "deeper")
+            deploy.apply(finished, config, 0.5).save(tmp_path / "deeper")
 
     def test_prune_by_rule(self, tmp_path):
         assert "lamp" in deploy.prune_rule(tiny(), "lamp", "30%", tmp_path / "lamp")
@@ -273,8 +277,9 @@ class TestOtherCommands:
     # The model is trained for a moment: on some processors uniform pruning costs it no more than noise.
     @pytest.mark.filterwarnings("default:uniform pruning scores")
     def test_direct_mode_and_stages(self, tmp_path):
-        config = tiny("search.mode=direct", "search.stages=2", "search.evaluations=44", "search.ppo.n_steps=8",
-                      "search.baselines=[]", "finish.rules=false", "finish.epochs=0")  # fmt: skip
+        own = ["search.mode=direct", "search.stages=2", "search.evaluations=44", "search.ppo.n_steps=8",
+               "search.baselines=[]", "finish.rules=false"]  # fmt: skip
+        config = rlprune.load_config("digits", [*without(TINY, "search.", "finish."), *own, "finish.epochs=0"])
         out = run.train(config, tmp_path / "staged").folder
         assert any(isinstance(row["widths"][0], list) for row in ledger_of(out))
         assert (out / "report.html").exists()
