@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..artifacts.documents import PlanDocument
 from ..artifacts.pruned_model import example_of
 from ..errors import ArtifactError
 from ..pruning.space import fingerprint
@@ -29,7 +30,7 @@ def read_tasks(tasks: Sequence[Path]) -> None:
 def compare(
     slim: nn.Module,
     directory: Path,
-    plan: Mapping[str, Any],
+    plan: PlanDocument,
     workload: Workload | None,
     tasks: Sequence[Path],
     limit: int | None,
@@ -50,7 +51,7 @@ def compare(
         rows += quality
     lines = [*describe.comparison(rows), *notes]
     if tasks:
-        tokenizer = (workload and workload.tokenizer) or _tokenizer_of(directory, plan["base"])
+        tokenizer: Any = (workload and workload.tokenizer) or _tokenizer_of(directory, plan["base"])
         # Without CONFIG the dense model has the right shape only, not its weights.
         known = models if workload is not None else {"pruned": slim}
         accuracies = {name: zeroshot.accuracy(m, tokenizer, tasks, limit) for name, m in known.items()}
@@ -58,7 +59,7 @@ def compare(
     return "\n".join(lines)
 
 
-def _cost_rows(plan: Mapping[str, Any], example: Tensor) -> list[describe.Row]:
+def _cost_rows(plan: PlanDocument, example: Tensor) -> list[describe.Row]:
     """Costs as counted when the model was saved; macs are those of the example's length then."""
     length = (plan.get("input") or example.shape)[-1]
     names = {
@@ -122,7 +123,7 @@ def _tokenizer_of(directory: Path, base: Mapping[str, Any]) -> Any:
 
 def _random_base(base: Mapping[str, Any], slim: nn.Module) -> nn.Module:
     """The dense architecture of a pruned language model, for its speed only: the weights are noise."""
-    model = pretrained.skeleton(pretrained.build_config(base["config"])).to_empty(device="cpu")
+    model: nn.Module = pretrained.skeleton(pretrained.build_config(base["config"])).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
