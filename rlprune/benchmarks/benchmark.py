@@ -20,10 +20,12 @@ from ..errors import ConfigError, RunError, near_miss
 from ..experiments.prepare import dense_model
 from ..plugins import loaded
 from ..pruning.space import PruningSpace
+from ..report.results import Results
 from ..rules import RULES, rules_for
 from ..utils.files import lock_run, write_text_atomic
 from ..utils.progress import Callback
 from ..workloads.adapter import adapter_named
+from ..workloads.base import Workload
 from .cells import DENSE, Cell, Problems, cell_key, compute, finished, reason, with_checkpoint
 from .outcome import Outcome, page, write
 from .pool import Pool, Worker
@@ -44,7 +46,7 @@ def run(
     jobs: int = 1,
     checkpoints: int = 1,
     callback: Callback | None = None,
-) -> dict[str, Any]:
+) -> Results:
     """Compare methods and write results.json, benchmark.md, plots, ledger.jsonl and report.html.
 
     Args:
@@ -76,44 +78,54 @@ def run(
     _refuse(methods, unable)
     console = callback or Callback()
     with lock_run(out, worth="cells") as folder:
-        experiments = None
-        if jobs == 1:
-            experiments = Problems(config, console)
-            workload, space = experiments.of(0).workload, experiments.of(0).space
-        else:  # each worker prepares its own problems, but the dense models are trained once, here
-            workload, space = dense_model(config, console=console)
-            for number in range(1, checkpoints):
-                dense_model(with_checkpoint(config, number), console=console)
+        experiments = Problems(config, console) if jobs == 1 else None
+        workload, space = _dense(config, experiments, checkpoints, console)
         _check_budgets(space, asked, config.budget.metric)
         names, left_out = applicable(methods, space, unable)
-        wanted = [Cell(DENSE, config.seed + i, asked[0], i) for i in range(checkpoints)]
-        wanted += [
-            Cell(name, config.seed + i, budget, i % checkpoints)
-            for budget in asked
-            for name in names
-            for i in range(seeds)
-        ]
+        wanted = _cells(names, range(config.seed, config.seed + seeds), asked, checkpoints)
         write_text_atomic(folder / "config.yaml", config.to_yaml())
         work = _Work(config, folder, console, wanted, experiments, jobs, tuple(loaded()))
         work.run()
-        protocol = {
-            "seeds": seeds,
-            "checkpoints": checkpoints,
-            "evaluations": evaluations,
-            "jobs": jobs,
-            "methods": names,
-            "left_out": left_out,
-            "failed": {str(cell): why for cell, why in work.failed.items()},
-        }
+        protocol: dict[str, object] = {"seeds": seeds, "checkpoints": checkpoints}
+        protocol |= {"evaluations": evaluations, "jobs": jobs, "methods": names, "left_out": left_out}
+        protocol |= {"failed": {str(cell): why for cell, why in work.failed.items()}}
         content = {cell: work.content[cell] for cell in wanted if cell in work.content}
         outcome = Outcome(config, workload, space, asked, protocol, content)
         results = write(folder, outcome)
-    if work.failed:
-        first = "; ".join(f"{cell}: {why}" for cell, why in list(work.failed.items())[:3])
-        raise RunError(
-            f"{len(work.failed)} of {len(wanted)} cells failed; the same command repeats only them: {first}"
-        )
+    _raise_failed(work.failed, len(wanted))
     return results
+
+
+def _dense(
+    config: Config, experiments: Problems | None, checkpoints: int, console: Callback
+) -> tuple[Workload, PruningSpace]:
+    """The first dense model's workload and space; workers need all dense models trained before they start."""
+    if experiments is not None:
+        first = experiments.of(0)
+        return first.workload, first.space
+    workload, space = dense_model(config, console=console)
+    for number in range(1, checkpoints):
+        dense_model(with_checkpoint(config, number), console=console)
+    return workload, space
+
+
+def _cells(
+    methods: Sequence[str], seeds: Sequence[int], budgets: Sequence[str | float], checkpoints: int
+) -> list[Cell]:
+    """The whole grid: the dense models first, then the methods budget by budget."""
+    dense = [Cell(DENSE, seed, budgets[0], i) for i, seed in enumerate(seeds[:checkpoints])]
+    return dense + [
+        Cell(name, seed, budget, i % checkpoints)
+        for budget in budgets
+        for name in methods
+        for i, seed in enumerate(seeds)
+    ]
+
+
+def _raise_failed(failed: Mapping[Cell, str], count: int) -> None:
+    if failed:
+        first = "; ".join(f"{cell}: {why}" for cell, why in list(failed.items())[:3])
+        raise RunError(f"{len(failed)} of {count} cells failed; the same command repeats only them: {first}")
 
 
 @dataclass

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..agents import AGENTS
+from ..agents.callbacks import Progress
 from ..config.config import Config, settings_reference
 from ..errors import ArtifactError, RlpruneError, one_line
 from ..evaluation.ledger import EvaluationLog
@@ -125,7 +126,13 @@ def finished(folder: Path, config: Config, cell: Cell, console: Callback) -> dic
     return None
 
 
-def compute(experiments: Problems, cell: Cell, folder: Path, console: Callback, progress: Any = None) -> None:
+def compute(
+    experiments: Problems,
+    cell: Cell,
+    folder: Path,
+    console: Callback,
+    progress: Callable[[Progress], None] | None = None,
+) -> None:
     """Search, choose, fine-tune, look at test, and write the cell's file; a killed try is continued.
 
     Args:
@@ -156,7 +163,7 @@ def compute(experiments: Problems, cell: Cell, folder: Path, console: Callback, 
     shutil.rmtree(state, ignore_errors=True)
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, with dotted names."""
     found: dict[str, Any] = {}
     for key, value in values.items():
@@ -171,7 +178,7 @@ def _name(config: Config, cell: Cell) -> str:
     return f"{cell.method}-{cell.seed}-{cell_key(config, cell)}"
 
 
-def _same(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+def _same(kept: Mapping[str, object], wanted: Mapping[str, object]) -> bool:
     """Whether nothing that was recorded differs and everything that was not has its default."""
     defaults = {s.path: json.loads(json.dumps(s.default, default=list)) for s in settings_reference()}
     missing = {key: value for key, value in wanted.items() if key not in kept}
@@ -181,7 +188,11 @@ def _same(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 
 def _found(
-    experiment: Experiment, cell: Cell, ledger: EvaluationLog, state: Path, progress: Any
+    experiment: Experiment,
+    cell: Cell,
+    ledger: EvaluationLog,
+    state: Path,
+    progress: Callable[[Progress], None],
 ) -> MethodResult:
     if cell.method in RULES:
         return score_rule(experiment, cell.method, ledger, cell.seed)

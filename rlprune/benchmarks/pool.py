@@ -32,7 +32,7 @@ class Worker:
     ready: bool = False
     progress: Sequence[Any] = field(default_factory=tuple)
 
-    def send(self, message: Mapping[str, Any]) -> None:
+    def send(self, message: Mapping[str, object]) -> None:
         """Write a line to the worker; one that has just died is noticed by the end of its answers."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
@@ -65,7 +65,7 @@ class Pool:
         logs: folder for worker-N.log, what the workers print.
     """
 
-    def __init__(self, order: Mapping[str, Any], jobs: int, threads: int, logs: Path) -> None:
+    def __init__(self, order: Mapping[str, object], jobs: int, threads: int, logs: Path) -> None:
         self._order, self._jobs, self._threads, self._logs = order, jobs, threads, logs
         self._events: Events = queue.SimpleQueue()
         self.workers: list[Worker] = []

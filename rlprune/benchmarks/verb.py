@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..config.config import Config
 from ..experiments.usage import check_usage
+from ..report.results import Results
 from ..utils.progress import Callback
 from .benchmark import run
 
@@ -23,7 +23,7 @@ def benchmark(
     checkpoints: int = 1,
     jobs: int = 1,
     callback: Callback | None = None,
-) -> dict[str, Any]:
+) -> Results:
     """Compare rules and agents under the same budget, recovery, evaluations and fine-tune, with paired seeds.
 
     Args:

@@ -40,18 +40,21 @@ def rows(kind: str) -> list[tuple[str, str]]:
 
 def _registry(kind: str) -> Registry[Any]:
     """The complete registry of a kind."""
-    if kind == "rules":
-        from ..rules import RULES as found
-    elif kind == "agents":
-        from ..agents import AGENTS as found
-    elif kind == "importances":
-        found = _importances()
-    elif kind == "formats":
-        from ..experiments.export import FORMATS as found
-    else:
-        found = {"recoveries": RECOVERY_STEPS, "costs": COST_METRICS, "scores": SCORE_KINDS}[kind]
-    found.complete()
-    return found
+    from ..agents import AGENTS
+    from ..experiments.export import FORMATS
+    from ..rules import RULES
+
+    found: dict[str, Registry[Any]] = {
+        "rules": RULES,
+        "agents": AGENTS,
+        "importances": _importances(),
+        "formats": FORMATS,
+        "recoveries": RECOVERY_STEPS,
+        "costs": COST_METRICS,
+        "scores": SCORE_KINDS,
+    }
+    found[kind].complete()
+    return found[kind]
 
 
 def check_names(config: Config) -> None:

@@ -16,6 +16,7 @@ from ..config.config import Config, json_schema
 from ..errors import ConfigError
 from .catalogue import KINDS, rows
 from .options import (
+    Subparsers,
     add_config,
     add_out,
     add_plugin,
@@ -34,7 +35,7 @@ from .options import (
 from .pruning_commands import add_apply, add_prune
 
 
-def _add_demo(commands: Any) -> None:
+def _add_demo(commands: Subparsers) -> None:
     parser = new_command(
         commands,
         "demo",
@@ -66,7 +67,7 @@ def _demo(args: argparse.Namespace) -> None:
     show_run(out)
 
 
-def _add_inspect(commands: Any) -> None:
+def _add_inspect(commands: Subparsers) -> None:
     parser = new_command(
         commands,
         "inspect",
@@ -88,7 +89,7 @@ def _inspect(args: argparse.Namespace) -> None:
         print(inspection.resources(time.perf_counter() - started))
 
 
-def _add_train(commands: Any) -> None:
+def _add_train(commands: Subparsers) -> None:
     parser = new_command(
         commands,
         "train",
@@ -129,7 +130,7 @@ def _run(args: argparse.Namespace, config: Config, out: Path) -> None:
     run.train(config, out, resume=args.resume, callback=Console(True))
 
 
-def _add_benchmark(commands: Any) -> None:
+def _add_benchmark(commands: Subparsers) -> None:
     parser = new_command(
         commands,
         "benchmark",
@@ -175,7 +176,7 @@ def _benchmark(args: argparse.Namespace) -> None:
     print(f"report: {out / 'report.html'}")
 
 
-def _add_fidelity(commands: Any) -> None:
+def _add_fidelity(commands: Subparsers) -> None:
     parser = new_command(
         commands,
         "fidelity",
@@ -208,7 +209,7 @@ def _fidelity(args: argparse.Namespace) -> None:
     show(fidelity.run(config, args.candidates, out, args.steps), out)
 
 
-def _add_evaluate(commands: Any) -> None:
+def _add_evaluate(commands: Subparsers) -> None:
     parser = new_command(
         commands,
         "evaluate",
@@ -240,7 +241,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     print(inspection.evaluate(args.directory, config, [Path(t) for t in args.tasks], args.limit))
 
 
-def _add_export(commands: Any) -> None:
+def _add_export(commands: Subparsers) -> None:
     parser = new_command(
         commands,
         "export",
@@ -263,7 +264,7 @@ def _export(args: argparse.Namespace) -> None:
     print(f"written: {written.path}" + (f" ({written.needs})" if written.needs else ""))
 
 
-def _add_report(commands: Any) -> None:
+def _add_report(commands: Subparsers) -> None:
     parser = new_command(
         commands, "report", "rebuild report.html from what the run recorded", "rlprune report runs/demo"
     )
@@ -278,7 +279,7 @@ def _report(args: argparse.Namespace) -> None:
     print(f"report: {report.build(args.directory)}")
 
 
-def _add_list(commands: Any) -> None:
+def _add_list(commands: Subparsers) -> None:
     parser = new_command(commands, "list", "what there is, one line each", "rlprune list rules")
     parser.add_argument("kind", nargs="?", choices=KINDS, metavar="KIND", help=f"one of: {', '.join(KINDS)}")
     add_plugin(parser)
@@ -295,7 +296,7 @@ def _list(args: argparse.Namespace) -> None:
             print_rows(rows(kind), "  ")
 
 
-def _add_schema(commands: Any) -> None:
+def _add_schema(commands: Subparsers) -> None:
     parser = new_command(
         commands,
         "schema",

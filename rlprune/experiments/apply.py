@@ -24,6 +24,7 @@ from ..pruning.history import final_widths
 from ..pruning.plan import Plan
 from ..rules import RULES, rules_for
 from ..rules.blocks import block_cosines, block_count
+from ..utils.arrays import Ints
 from ..utils.progress import Callback, Console
 from ..workloads.base import Workload, check_workload
 from .incremental import incremental
@@ -171,9 +172,9 @@ def _probes_note(experiment: Experiment, rule: str) -> str:
     """What the policy's base rule cost, where that is more than nothing."""
     if not RULES[rule].probes:
         return ""
-    probes: list[Any] = []
+    probes: list[Ints] = []
 
-    def probe(widths: Any) -> float:
+    def probe(widths: Ints) -> float:
         probes.append(widths)
         return experiment.evaluator.evaluate(widths).loss
 
@@ -207,7 +208,7 @@ def refined(
     return replace(found, history=agreed(task, plans))
 
 
-def prune_rule(config: Config, rule: str, budget: Any, out: Path) -> str:
+def prune_rule(config: Config, rule: str, budget: str | float, out: Path) -> str:
     """A heuristic rule prunes the model, the recovery follows; writes it into ``out``, returns a table."""
     find_rule(rule)
     experiment = prepare_experiment(_with_budget(config, budget), console=Console(True))
@@ -216,7 +217,7 @@ def prune_rule(config: Config, rule: str, budget: Any, out: Path) -> str:
     return _score_table(experiment, [("uniform", experiment.rule_widths("uniform")), (rule, widths)])
 
 
-def prune_equal_widths(config: Config, budget: Any, drop_blocks: int, out: Path) -> str:
+def prune_equal_widths(config: Config, budget: str | float, drop_blocks: int, out: Path) -> str:
     """One number of neurons for all blocks, so that `rlprune export --to hf` gives a folder without code of ours.
 
     Of the blocks the ``drop_blocks`` with the least influence go first, 1 - the mean cosine of their input and
@@ -234,7 +235,12 @@ def prune_equal_widths(config: Config, budget: Any, drop_blocks: int, out: Path)
         influence = 1.0 - block_cosines(experiment.evaluator.context(budget, metric))
         dropped = sorted(int(b) for b in np.argsort(influence, kind="stable")[:drop_blocks])
     widths = equal_widths(space, budget, metric, dropped)
-    origin = {"method": "same_widths", "budget": str(budget), "metric": metric, "dropped_blocks": dropped}
+    origin: dict[str, object] = {
+        "method": "same_widths",
+        "budget": str(budget),
+        "metric": metric,
+        "dropped_blocks": dropped,
+    }
     why = plain_obstacle(_save(experiment, widths, origin, out))
     of = next(g for g in space.groups if g.kind == "ffn" and g.block not in dropped)
     neurons = int(widths[space.groups.index(of)])
@@ -246,7 +252,7 @@ def prune_equal_widths(config: Config, budget: Any, drop_blocks: int, out: Path)
     return table + (f"\nno plain transformers folder can be exported: {why}" if why else "")
 
 
-def prune_stages(config: Config, rule: str, budget: Any, stages: int, steps: int, out: Path) -> str:
+def prune_stages(config: Config, rule: str, budget: str | float, stages: int, steps: int, out: Path) -> str:
     """`prune_rule` in rounds: cut a part, recover, train ``steps`` steps, look again
     (`experiments.incremental.incremental`).
 
@@ -272,11 +278,11 @@ def prune_stages(config: Config, rule: str, budget: Any, stages: int, steps: int
     return "\n".join(lines)
 
 
-def _with_budget(config: Config, budget: Any) -> Config:
+def _with_budget(config: Config, budget: str | float) -> Config:
     return replace(config, budget=replace(config.budget, target=budget))
 
 
-def _save(experiment: Experiment, widths: Any, origin: dict[str, Any], out: Path) -> Any:
+def _save(experiment: Experiment, widths: Ints, origin: dict[str, object], out: Path) -> nn.Module:
     """Write the pruned and recovered model of ``widths``, and return it."""
     plan = experiment.evaluator.plan(widths, origin)
     slim = experiment.evaluator.build(widths)
@@ -284,7 +290,7 @@ def _save(experiment: Experiment, widths: Any, origin: dict[str, Any], out: Path
     return slim
 
 
-def _score_table(experiment: Experiment, plans: Sequence[tuple[str, Any]]) -> str:
+def _score_table(experiment: Experiment, plans: Sequence[tuple[str, Ints]]) -> str:
     """Validation score, loss and metric of plans, after the recovery."""
     dense = experiment.workload.evaluate(experiment.workload.model, "validation")
     name = experiment.workload.metric_name

@@ -232,7 +232,7 @@ class _Study:
             "metric": [_finite(half.metric, 0.0) for half in halves],
         }
 
-    def _key(self, kind: str, *parts: Any) -> str:
+    def _key(self, kind: str, *parts: object) -> str:
         """Hash of everything that determines a measurement."""
         config = self.config
         whole = [kind, config.workload, config.model, config.data, config.prune, library_versions(), *parts]
@@ -255,7 +255,7 @@ class _Cells:
     def get(self, key: str) -> dict[str, Any] | None:
         return self.found.get(key)
 
-    def put(self, key: str, cell: dict[str, Any]) -> None:
+    def put(self, key: str, cell: dict[str, object]) -> None:
         append_line(self.path, json.dumps({"key": key, "cell": cell}))
         self.found[key] = cell
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ def _row(
     model: nn.Module,
     plan: Plan | None,
     seed: int,
-    facts: dict[str, Any],
+    facts: Mapping[str, object],
 ) -> dict[str, Any]:
     space = experiment.space
     widths = space.widths if plan is None else plan.widths
@@ -180,7 +180,7 @@ class _Kept:
         self._weights = folder / f"finish-{label}.safetensors" if folder else None
         self.training = folder / f"finish-{label}.state" if folder else None
 
-    def load(self, mark: dict[str, Any], model: nn.Module) -> dict[str, Any] | None:
+    def load(self, mark: Mapping[str, object], model: nn.Module) -> dict[str, Any] | None:
         """The facts of an earlier try with the same mark, its weights put into ``model``; None without one."""
         if self._facts is None or self._weights is None or not self._facts.exists():
             return None
@@ -195,7 +195,7 @@ class _Kept:
         facts: dict[str, Any] = kept["facts"]
         return facts
 
-    def save(self, mark: dict[str, Any], facts: dict[str, Any], model: nn.Module) -> None:
+    def save(self, mark: Mapping[str, object], facts: Mapping[str, object], model: nn.Module) -> None:
         if self._facts is None or self._weights is None or self.training is None:
             return
         self._facts.unlink(missing_ok=True)

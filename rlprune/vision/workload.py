@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class VisionWorkload(TrainedWorkload):
         batch_size: int = 256,
         device: torch.device | str = "cpu",
         augment: bool = True,
-        base: dict[str, Any] | None = None,
+        base: Mapping[str, object] | None = None,
         cache_bytes: int | None = None,
     ) -> None:
         place = torch.device(device)
