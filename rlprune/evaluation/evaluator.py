@@ -122,8 +122,7 @@ class Evaluator:
 
     def _new_judge(self, limit: int | None) -> Judge:
         settings = self.score_settings
-        judge: Judge = self.workload.judge(settings.kind, limit, top_k=settings.top_k)
-        return judge
+        return self.workload.judge(settings.kind, limit, top_k=settings.top_k)
 
     def _calibration(self, model: nn.Module, space: PruningSpace) -> CalibrationCache:
         settings = self._recovery_settings

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import GraphError, first_line
 from ..utils.torch_internals import BATCH_NORM, CONVOLUTION, INSTANCE_NORM
+from .disjoint_sets import DisjointSets
 from .layers import ChannelPad
 from .torch_pruning_internals import (
     DependencyGraph,
@@ -96,29 +97,6 @@ class _Passive(tp.BasePruningFunc):
 def passive_pads(model: nn.Module, example_inputs: ExampleInputs) -> dict[type, tp.BasePruningFunc]:
     """What to give Torch-Pruning as ``customized_pruners`` for a model whose shortcuts pad channels."""
     return {ChannelPad: _Passive(_pad_channels(model, example_inputs))}
-
-
-class _Joined:
-    """Disjoint sets (union-find with path halving)."""
-
-    def __init__(self) -> None:
-        self.parent: list[int] = []
-
-    def new(self) -> int:
-        self.parent.append(len(self.parent))
-        return len(self.parent) - 1
-
-    def find(self, a: int) -> int:
-        parent = self.parent
-        while parent[a] != a:
-            parent[a] = parent[parent[a]]
-            a = parent[a]
-        return a
-
-    def join(self, a: int, b: int) -> None:
-        a, b = self.find(a), self.find(b)
-        if a != b:
-            self.parent[max(a, b)] = min(a, b)
 
 
 def run(model: nn.Module, example_inputs: ExampleInputs) -> Any:
@@ -204,7 +182,7 @@ class _Joiner:
         self.pads = pads
         self.names = {id(m): name for name, m in model.named_modules()}
         self.names |= {id(p): name for name, p in model.named_parameters()}
-        self.sets = _Joined()
+        self.sets = DisjointSets()
         self.slots: dict[tuple[int, str], dict[int, int]] = {}  # (node, side) -> channel -> element
         self.nodes = {id(node): node for node in graph.module2node.values()}
 

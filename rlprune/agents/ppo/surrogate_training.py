@@ -90,9 +90,8 @@ class SurrogateTrainer:
 
     def _model(self, task: Task) -> Surrogate:
         if self.plan_memory is not None and self.search.policy is not None:
-            self.search.policy.widths(
-                task, task.highest_budget, task.metric
-            )  # probes, where that has not been done
+            # Probes, where that has not been done.
+            self.search.policy.widths(task, task.highest_budget, task.metric)
             return ProbedModel(task)
         if self.search.settings.ppo.surrogate == "logits" and CompositeGP.applies(task):
             return CompositeGP(task)
