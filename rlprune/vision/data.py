@@ -24,8 +24,8 @@ from ..utils.registry import Named, named_errors
 from ..workloads.base import SPLITS
 from .image_folder import FolderSource, read_folder
 from .image_source import Augment as Augment
-from .image_source import Request as Request
 from .image_source import ImageSource as ImageSource
+from .image_source import Request as Request
 from .image_source import Source, completed, resized, shares
 from .image_source import Split as Split
 from .image_source import data_set as data_set
