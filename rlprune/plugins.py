@@ -26,11 +26,15 @@ from .config.config import Config
 from .config.names import COST_METRICS, DATA_SETS, RECOVERY_STEPS, SCORE_KINDS
 from .errors import ConfigError, RlpruneError, near_miss
 from .importance.importance import IMPORTANCES
+from .language import families
 from .rules import RULES
 from .utils import registry
 from .utils.registry import Registry, is_foreign
+from .workloads.adapter import adapters
 
 _PACKAGE = __name__.partition(".")[0]
+_METHODS = (RULES.kind, AGENTS.kind)
+_FAMILY = "language family"
 
 
 @dataclass(frozen=True)
@@ -92,31 +96,6 @@ def loaded() -> list[str]:
     return list(_LOADED)
 
 
-def fingerprint_of_settings(config: Config) -> dict[str, str]:
-    """{what the settings name that comes from outside: hash of its source}, by kind and name."""
-    named: list[tuple[Registry[Any], str]] = [
-        (IMPORTANCES, config.prune.importance),
-        *((RECOVERY_STEPS, step) for step in config.recovery.steps),
-        (COST_METRICS, config.budget.metric),
-        (SCORE_KINDS, config.score.kind),
-        (DATA_SETS, config.data.name),
-    ]
-    found = {f"{kind.kind} {name}": _source_digest(kind, name) for kind, name in named}
-    return {label: digest for label, digest in found.items() if digest is not None}
-
-
-def _source_digest(kind: Registry[Any], name: str) -> str | None:
-    """Hash of the source that registered a name; None for a shipped or unknown one."""
-    function = kind.source(name)
-    if function is None or not is_foreign(function):
-        return None
-    label = f"{kind.kind} {name}"
-    for plugin in _LOADED.values():
-        if label in plugin.others or (_of_methods(kind) and name in plugin.methods):
-            return plugin.digest
-    return _digest(sys.modules.get(function.__module__), function)
-
-
 def fingerprint(method: str) -> str | None:
     """Hash of the source that a rule or an agent from outside comes from; None for a shipped or unknown one.
 
@@ -125,6 +104,37 @@ def fingerprint(method: str) -> str | None:
     """
     load_installed()
     return _source_digest(RULES if method in RULES else AGENTS, method)
+
+
+def fingerprint_of_settings(config: Config) -> dict[str, str]:
+    """{kind and name: hash of its source} of all else from outside that the settings name, and of all families."""
+    named: list[tuple[Registry[Any], str]] = [
+        (IMPORTANCES, config.prune.importance),
+        *((RECOVERY_STEPS, step) for step in config.recovery.steps),
+        (COST_METRICS, config.budget.metric),
+        (SCORE_KINDS, config.score.kind),
+        (DATA_SETS, config.data.name),
+    ]
+    found = {f"{kind.kind} {name}": _source_digest(kind, name) for kind, name in named}
+    for own in families.OTHERS:  # a family is nothing but data
+        found[f"{_FAMILY} {own}"] = hashlib.sha256(repr(families.FAMILIES[own]).encode()).hexdigest()
+    return {label: digest for label, digest in found.items() if digest is not None}
+
+
+def _source_digest(kind: Registry[Any], name: str) -> str | None:
+    """Hash of the source that registered a name; None for a shipped or unknown one."""
+    function = kind.source(name)
+    if function is None or not is_foreign(function):
+        return None
+    found = _plugin_digest(name if kind.kind in _METHODS else f"{kind.kind} {name}")
+    return found or _digest(sys.modules.get(function.__module__), function)
+
+
+def _plugin_digest(registered: str) -> str | None:
+    for plugin in _LOADED.values():
+        if registered in (*plugin.methods, *plugin.others):
+            return plugin.digest
+    return None
 
 
 def _absolute(name: str) -> str:
@@ -136,43 +146,56 @@ def _absolute(name: str) -> str:
 
 def _load(name: str, who: str) -> Plugin:
     """Import one plugin; ``who`` opens the error for what is wrong with it."""
-    before = {id(kind): dict(kind) for kind in registry.registries()}
+    adapters()  # the wings register importances of their own
+    before = _foreign()
     try:
         module = _import(name, who)
-        every = [(kind, own) for kind in registry.registries() for own in kind.foreign()]
-        new = [(kind, own) for kind, own in every if own not in before.get(id(kind), {})]
+        every = _foreign()
         # A module that was imported before it was named as a plugin has registered already.
-        found = new or [(kind, own) for kind, own in every if _is_of(kind.source(own), module.__name__)]
-        _check(f"{who}: {name}", found)
+        found = set(every) - set(before) or {key for key in every if _is_of(every[key], module.__name__)}
+        _check(f"{who}: {name}", {own for _, own in found})
     except BaseException:
-        for kind in registry.registries():
-            for own in kind.foreign() - set(before.get(id(kind), {})):
-                del kind[own]
+        _forget(set(_foreign()) - set(before))
         raise
-    methods = sorted(own for kind, own in found if _of_methods(kind))
-    others = sorted(f"{kind.kind} {own}" for kind, own in found if not _of_methods(kind))
+    methods = sorted(own for kind, own in found if kind in _METHODS)
+    others = sorted(f"{kind} {own}" for kind, own in found if kind not in _METHODS)
     _LOADED[name] = Plugin(name, tuple(methods), _digest(module), tuple(others))
     return _LOADED[name]
 
 
-def _check(where: str, found: Sequence[tuple[Registry[Any], str]]) -> None:
+def _foreign() -> dict[tuple[str, str], str]:
+    """{(kind, name): module that registered it} of everything that does not come with rlprune."""
+    found = {
+        (kind.kind, own): str(kind.source(own).__module__)
+        for kind in registry.registries()
+        for own in kind.foreign()
+    }
+    return found | {(_FAMILY, own): module for own, module in families.OTHERS.items()}
+
+
+def _forget(registered: set[tuple[str, str]]) -> None:
+    kinds = {kind.kind: kind for kind in registry.registries()}
+    for kind, own in registered:
+        if kind == _FAMILY:
+            families.unregister(own)
+        else:
+            del kinds[kind][own]
+
+
+def _check(where: str, found: set[str]) -> None:
     if not found:
         raise ConfigError(
             f"{where}: registers nothing; it needs @rlprune.rule or @rlprune.agent, or another of "
             "docs/write-your-own.md"
         )
-    both = sorted({own for _, own in found} & {*RULES} & {*AGENTS})
+    both = sorted(found & {*RULES} & {*AGENTS})
     if both:
         raise ConfigError(f"{where}: the name {both[0]!r} is that of a rule and of an agent")
 
 
-def _of_methods(kind: Registry[Any]) -> bool:
-    return kind is RULES or kind is AGENTS
-
-
-def _is_of(function: object, module: str) -> bool:
-    """Whether a function was written in a module, or below it where that is a package."""
-    return f"{getattr(function, '__module__', '')}.".startswith(f"{module}.")
+def _is_of(home: str, module: str) -> bool:
+    """Whether a module is another, or lies below it where that is a package."""
+    return f"{home}.".startswith(f"{module}.")
 
 
 def _import(name: str, who: str) -> ModuleType:

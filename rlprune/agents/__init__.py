@@ -10,12 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any, TypeVar
 
 from ..config.search import SearchConfig
 from ..errors import ConfigError, near_miss
 from ..rules.context import RULES, check_free
 from ..utils.registry import Registry
+from . import baselines
 from .base import Agent, SearchRequest, SearchResult
 from .baselines.function import FunctionAgent, SearchContext
 from .state import StateDir
@@ -101,6 +103,11 @@ _SHIPPED = {
     )
 }
 AGENTS: Registry[Entry] = Registry("agent", source="own", entries=_SHIPPED.items())
+_KNOWN = {entry.target.partition(":")[0] for entry in _SHIPPED.values()} | {
+    "baselines.function",
+    "baselines.gradient_free",
+}
+"""Files of baselines that need no import: what they hold stands in the table, or it is no agent."""
 
 
 def make_agent(name: str, settings: SearchConfig | None = None) -> Agent:
@@ -153,6 +160,11 @@ def _check_search(own: type) -> None:
             f"a rlprune.agents.SearchRequest with {', '.join(field.name for field in fields(SearchRequest))}"
         ) from None
 
+
+# A file that is new there registers its agent by @agent.
+for _file in iter_modules(baselines.__path__, "baselines."):
+    if _file.name not in _KNOWN:
+        import_module(f".{_file.name}", __name__)
 
 __all__ = [
     "AGENTS",

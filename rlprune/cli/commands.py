@@ -253,6 +253,7 @@ def _add_export(commands: Subparsers) -> None:
         "--to", metavar="FORMAT", required=True, help="onnx or torch-export; hf for a language model"
     )
     parser.add_argument("--out", metavar="PATH", type=Path, help="file to write (in DIR by default)")
+    add_plugin(parser)
     parser.set_defaults(action=_export)
 
 
@@ -304,6 +305,7 @@ def _add_schema(commands: Subparsers) -> None:
         "rlprune schema --out rlprune.schema.json",
     )
     parser.add_argument("--out", metavar="FILE", type=Path, help="file to write (printed by default)")
+    add_plugin(parser)
     parser.set_defaults(action=_schema)
 
 

@@ -60,7 +60,7 @@ def add_plugin(parser: argparse.ArgumentParser) -> None:
         dest="plugins",
         action="append",
         default=[],
-        help="a Python file or module that registers rules or agents of yours; may be repeated",
+        help="a Python file or module that registers rules, agents or else of yours; may be repeated",
     )
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         taylor_param_second,
         taylor_vector,
     )
-    from .importance import IMPORTANCES, bn_scale, l1, l2, magnitude, random
+    from .importance import IMPORTANCES, bn_scale, l1, l2, magnitude, random, register
 
 _NAMES = {
     "IMPORTANCES": "importance",
@@ -26,6 +26,7 @@ _NAMES = {
     "l2": "importance",
     "magnitude": "importance",
     "random": "importance",
+    "register": "importance",
     "saap": "gradient",
     "taylor": "gradient",
     "taylor_param_first": "gradient",
@@ -41,6 +42,7 @@ __all__ = [
     "l2",
     "magnitude",
     "random",
+    "register",
     "saap",
     "taylor",
     "taylor_param_first",

@@ -8,6 +8,7 @@ Shapes: H hidden size, D head size, K key-value heads, R query heads to each of 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,13 +48,17 @@ class Family:
     whole: str = ""
     # A config field that, where it is true, makes the attention whole for the reason given.
     whole_if: tuple[tuple[str, str], ...] = ()
+    # Modules that have another name in checkpoints: (module, name there).
+    renamed: tuple[tuple[str, str], ...] = ()
+    # A config field: where it is true, the cache holds the keys and values once for each query head.
+    cached_by_query: str = ""
 
 
 _PLAIN_UP = ("up_proj",)
 _ALIBI = "ALiBi gives every head a slope of its own"
 _LLAMA = Family()
 _FUSED = Family(qkv=("query_key_value",), out="dense", up=("dense_h_to_4h",), down="dense_4h_to_h")
-FAMILIES: Mapping[str, Family] = {
+_FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
         (
             "llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite",
@@ -78,7 +83,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gpt_neox": replace(
         _FUSED, blocks="gpt_neox.layers", attention="attention",
-        sizes=("num_attention_heads", None, "intermediate_size"),
+        sizes=("num_attention_heads", None, "intermediate_size"), renamed=(("lm_head", "embed_out"),),
     ),
     "gpt2": Family(
         blocks="transformer.h", attention="attn", qkv=("c_attn",), blocked=True, out="c_proj", up=("c_fc",),
@@ -94,9 +99,31 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "falcon": replace(
         _FUSED, blocks="transformer.h", attention="self_attention", whole_if=(("alibi", _ALIBI),),
-        sizes=("num_attention_heads", "num_kv_heads", "ffn_hidden_size"),
+        sizes=("num_attention_heads", "num_kv_heads", "ffn_hidden_size"), cached_by_query="new_decoder_architecture",
     ),
 }  # fmt: skip
+FAMILIES: Mapping[str, Family] = _FAMILIES
+"""{model_type: its adapter}."""
+OTHERS: dict[str, str] = {}
+"""{model_type: module that registered it}, of those that do not come with rlprune."""
+
+
+def register(model_type: str, family: Family) -> None:
+    """Add the adapter of a ``model_type`` that transformers knows, or that was registered with its auto classes.
+
+    Raises ValueError: the type has an adapter, or ``family`` is none.
+    """
+    if model_type in FAMILIES:
+        raise ValueError(f"families.register: the model_type {model_type!r} has an adapter already")
+    if not isinstance(family, Family):
+        raise ValueError(f"families.register: {model_type!r} needs a Family, got {type(family).__name__}")
+    _FAMILIES[model_type] = family
+    OTHERS[model_type] = str(sys._getframe(1).f_globals.get("__name__", ""))
+
+
+def unregister(model_type: str) -> None:
+    """Take back what `register` added."""
+    del _FAMILIES[model_type], OTHERS[model_type]
 
 
 @dataclass(frozen=True)

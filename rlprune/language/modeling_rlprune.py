@@ -80,7 +80,8 @@ _CLASSES: dict[str, tuple[Any, Any]] = {}  # model type -> configuration and mod
 
 
 def _stem(model_type: str) -> str:
-    return CONFIG_MAPPING_NAMES[model_type].removesuffix("Config")
+    known = CONFIG_MAPPING_NAMES.get(model_type)  # else registered with the auto classes
+    return (known or CONFIG_MAPPING[model_type].__name__).removesuffix("Config")
 
 
 def _made(model_type: str) -> tuple[Any, Any]:
@@ -103,7 +104,7 @@ def _made(model_type: str) -> tuple[Any, Any]:
 
 def __getattr__(name: str) -> Any:
     for model_type in FAMILIES:
-        if model_type in CONFIG_MAPPING_NAMES:
+        if model_type in CONFIG_MAPPING:
             stem = _stem(model_type)
             if name == f"Pruned{stem}Config":
                 return config_class(model_type)

@@ -333,7 +333,7 @@ class _LanguageLayout:
         return {name: builder.build() for name, builder in builders.items()}
 
     def _cached_heads(self, block: Block) -> int:
-        """Heads that the cache really holds: Falcon's grouped version stores its keys once for each query head."""
-        config: Any = self.model.config
-        repeated = getattr(config, "model_type", "") == "falcon" and config.new_decoder_architecture
+        """Heads that the cache really holds: some families store a key once for each query head."""
+        field = families.family_of(self.model).cached_by_query
+        repeated = bool(field) and getattr(self.model.config, field)
         return block.query_heads if repeated else block.kv_heads

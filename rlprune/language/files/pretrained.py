@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 SOURCE = "transformers"
 CONFIG, GENERATION = "config.json", "generation_config.json"
 CODE = ("modeling_rlprune.py", "families.py")
-_RENAMED = {("gpt_neox", "lm_head"): "embed_out"}  # (model type, module) -> module in its checkpoints
 # What differs between config.json and the dense configuration in plan.json, or has no part in the outputs.
 _SAID_TWICE = ("added_biases", "pruned_hidden_size")
 _OWN = ("per_layer_config", *_SAID_TWICE, "auto_map", "architectures")
@@ -195,6 +194,10 @@ def write_side_files(
         write_json_atomic(folder / GENERATION, json.loads(generation.to_json_string()))
     for name in CODE:
         shutil.copyfile(Path(__file__).parent.parent / name, folder / name)
+    own = slim.config.model_type
+    if own in families.OTHERS:  # which the copy does not know
+        with (folder / "families.py").open("a", encoding="utf-8") as file:
+            file.write(f"\n\nregister({own!r}, {families.FAMILIES[own]!r})\n")
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
@@ -219,7 +222,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
 def published_name(model_type: str, name: str) -> str:
     """How checkpoints of a family name a tensor on disk, where transformers renames it while loading."""
     module, _, last = name.rpartition(".")
-    return f"{_RENAMED.get((model_type, module), module)}.{last}" if module else name
+    renamed = dict(families.FAMILIES[model_type].renamed)
+    return f"{renamed.get(module, module)}.{last}" if module else name
 
 
 def load_folder(folder: Path, document: PlanDocument) -> PreTrainedModel:
