@@ -6,14 +6,34 @@ the package is quick. Importing it also registers the environments with Gymnasiu
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import envs
 from .errors import ArtifactError, BudgetError, ConfigError, DataError, GraphError, RlpruneError
+from .utils.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from . import agents, artifacts, config, evaluation, importance, pruning, recovery, rules, workloads
+    from . import (
+        agents,
+        artifacts,
+        benchmarks,
+        config,
+        evaluation,
+        experiments,
+        importance,
+        language,
+        latency,
+        plugins,
+        pruning,
+        recovery,
+        report,
+        rules,
+        surrogates,
+        tracing,
+        utils,
+        vision,
+        workloads,
+    )
     from .agents import agent
     from .agents.ppo.policy import load_policy
     from .api import load, save, trace
@@ -28,7 +48,7 @@ if TYPE_CHECKING:
     from .pruning.surgery import masked, prune
     from .rules import Context, rule
     from .utils.progress import Callback
-    from .workloads import Workload
+    from .workloads import LoaderWorkload, Workload
 
 __version__ = "0.1.0"
 
@@ -38,6 +58,7 @@ _NAMES = {
     "Context": "rules",
     "Evaluator": "evaluation.evaluator",
     "Group": "pruning.space",
+    "LoaderWorkload": "workloads",
     "Plan": "pruning.plan",
     "PruningResult": "experiments.result",
     "PruningSpace": "pruning.space",
@@ -56,17 +77,29 @@ _NAMES = {
     "trace": "api",
     "train": "experiments.train",
 }
-_MODULES = {
-    "agents": "agents",
-    "artifacts": "artifacts",
-    "config": "config",
-    "evaluation": "evaluation",
-    "importance": "importance",
-    "pruning": "pruning",
-    "recovery": "recovery",
-    "rules": "rules",
-    "workloads": "workloads",
-}
+_MODULES = (
+    "agents",
+    "artifacts",
+    "benchmarks",
+    "config",
+    "evaluation",
+    "experiments",
+    "importance",
+    "language",
+    "latency",
+    "plugins",
+    "pruning",
+    "recovery",
+    "report",
+    "rules",
+    "surrogates",
+    "tracing",
+    "utils",
+    "vision",
+    "workloads",
+)
+
+__getattr__, __dir__ = lazy_names(__name__, _NAMES, _MODULES)
 
 __all__ = [
     "ArtifactError",
@@ -79,6 +112,7 @@ __all__ = [
     "Evaluator",
     "GraphError",
     "Group",
+    "LoaderWorkload",
     "Plan",
     "PruningResult",
     "PruningSpace",
@@ -88,39 +122,34 @@ __all__ = [
     "agent",
     "agents",
     "artifacts",
+    "benchmarks",
     "build_workload",
     "config",
     "envs",
     "evaluation",
+    "experiments",
     "importance",
+    "language",
+    "latency",
     "load",
     "load_config",
     "load_policy",
     "make_plan",
     "masked",
+    "plugins",
     "prune",
     "pruning",
     "recovery",
+    "report",
     "rule",
     "rules",
     "save",
     "search",
+    "surrogates",
     "trace",
+    "tracing",
     "train",
+    "utils",
+    "vision",
     "workloads",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        value = getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
-    elif name in _MODULES:
-        value = importlib.import_module(f".{_MODULES[name]}", __name__)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

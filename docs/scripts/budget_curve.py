@@ -20,14 +20,12 @@ import numpy as np
 import torch
 
 import rlprune
-from rlprune.agents.ppo.policy import save_policy
-from rlprune.config.config import Config, load_config
-from rlprune.envs.task import KNOTS
-from rlprune.evaluation.ledger import EvaluationLog
-from rlprune.experiments.methods import run_agent
-from rlprune.experiments.prepare import Experiment, prepare_experiment
-from rlprune.report import plots
-from rlprune.report.html import SCORE_UNITS, markdown_table
+from rlprune import Config, load_config
+from rlprune.agents import save_policy
+from rlprune.envs import KNOTS
+from rlprune.evaluation import EvaluationLog
+from rlprune.experiments import Experiment, prepare_experiment, run_agent
+from rlprune.report import SCORE_UNITS, markdown_table, plots
 from rlprune.rules import rules_for
 
 DOCS = Path(__file__).resolve().parents[1]

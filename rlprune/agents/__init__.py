@@ -10,14 +10,37 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config.search import SearchConfig
 from ..errors import ConfigError, near_miss
 from ..rules.context import RULES, check_free
-from .base import Agent, SearchRequest, SearchResult
+from ..utils.lazy import lazy_names
+from .base import Agent, SearchRequest, SearchResult, TrialRecorder
 from .baselines.function import FunctionAgent, SearchContext
 from .state import StateDir
+
+if TYPE_CHECKING:
+    from .ppo.behaviour_cloning import COMMON_PLANS, clone_behaviour
+    from .ppo.policy import GroupPolicy, PolicyTransferWarning, PortablePolicy, load_policy, save_policy
+    from .ppo.transfer import PROBES, builds, planned
+
+# Policies bring torch and stable-baselines3.
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "COMMON_PLANS": "ppo.behaviour_cloning",
+        "GroupPolicy": "ppo.policy",
+        "PROBES": "ppo.transfer",
+        "PolicyTransferWarning": "ppo.policy",
+        "PortablePolicy": "ppo.policy",
+        "builds": "ppo.transfer",
+        "clone_behaviour": "ppo.behaviour_cloning",
+        "load_policy": "ppo.policy",
+        "planned": "ppo.transfer",
+        "save_policy": "ppo.policy",
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -152,12 +175,23 @@ def _check_search(own: type) -> None:
 
 __all__ = [
     "AGENTS",
+    "COMMON_PLANS",
+    "PROBES",
     "Agent",
     "Entry",
+    "GroupPolicy",
+    "PolicyTransferWarning",
+    "PortablePolicy",
     "SearchContext",
     "SearchRequest",
     "SearchResult",
     "StateDir",
+    "TrialRecorder",
     "agent",
+    "builds",
+    "clone_behaviour",
+    "load_policy",
     "make_agent",
+    "planned",
+    "save_policy",
 ]
