@@ -173,7 +173,7 @@ Written by `python docs/scripts/budget_curve.py {command}`
 ![Score against budget: the policy, every rule, and separate searches](budget-curve.png)
 
 One search over the whole range trains one policy; here it is applied without any search. The search visits
-{knots} budgets in turn, all with one surrogate, and at the end teaches the policy the best plan of each;
+{anchor_budgets} budgets in turn, all with one surrogate, and at the end teaches the policy the best plan of each;
 at the budgets in between the policy interpolates. Scores are −KL to the dense model (nats, higher is better)
 on the validation split; the best rule is the best of all rules without probes at that budget, with hindsight.
 The last column is (policy − best rule) / (a search of its own − best rule).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import string
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -90,3 +91,33 @@ def test_every_public_name_of_a_package_is_there(name: str) -> None:
         assert isinstance(value, ModuleType) == (public_name in modules)
     with pytest.raises(AttributeError):
         package.no_such_name  # noqa: B018
+
+
+def fillings(tree: ast.Module) -> Iterator[tuple[str, set[str], set[str]]]:
+    """For every ``NAME.format(...)`` of a script's own text: its name, the fields that it has, and what it gets."""
+    texts = {
+        node.targets[0].id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    }
+    for node in ast.walk(tree):
+        function = node.func if isinstance(node, ast.Call) else None
+        if isinstance(function, ast.Attribute) and function.attr == "format":
+            name = ast.unparse(function.value)
+            if name in texts:
+                fields = {f for _, f, _, _ in string.Formatter().parse(texts[name]) if f}
+                given = {keyword.arg or "" for keyword in node.keywords}
+                yield name, {field.partition("[")[0] for field in fields}, given
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_page_gets_every_field_that_its_text_has(script: Path) -> None:
+    for name, fields, given in fillings(ast.parse(script.read_text(encoding="utf-8"))):
+        assert fields == given, name
+
+
+def test_most_scripts_fill_a_page() -> None:
+    assert sum(any(fillings(ast.parse(s.read_text(encoding="utf-8")))) for s in SCRIPTS) > len(SCRIPTS) // 2
