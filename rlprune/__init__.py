@@ -6,23 +6,32 @@ the package is quick. Importing it also registers the environments with Gymnasiu
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import envs
 from .errors import ArtifactError, BudgetError, ConfigError, DataError, GraphError, RlpruneError
+from .utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from . import (
         agents,
         artifacts,
+        benchmarks,
         config,
         evaluation,
+        experiments,
         importance,
+        language,
+        latency,
         plugins,
         pruning,
         recovery,
+        report,
         rules,
+        surrogates,
+        tracing,
+        utils,
+        vision,
         workloads,
     )
     from .agents import agent
@@ -46,7 +55,7 @@ if TYPE_CHECKING:
     from .rules import Context, rule
     from .utils.progress import Callback
     from .vision.data import ImageSource, data_set
-    from .workloads import Workload
+    from .workloads import LoaderWorkload, Workload
     from .workloads.score_kinds import score_kind
 
 __version__ = "0.1.0"
@@ -59,6 +68,7 @@ _NAMES = {
     "Evaluator": "evaluation.evaluator",
     "Group": "pruning.space",
     "ImageSource": "vision.data",
+    "LoaderWorkload": "workloads",
     "Plan": "pruning.plan",
     "PruningResult": "experiments.result",
     "PruningSpace": "pruning.space",
@@ -87,18 +97,29 @@ _NAMES = {
     "trace": "api",
     "train": "experiments.train",
 }
-_MODULES = {
-    "agents": "agents",
-    "artifacts": "artifacts",
-    "config": "config",
-    "evaluation": "evaluation",
-    "importance": "importance",
-    "plugins": "plugins",
-    "pruning": "pruning",
-    "recovery": "recovery",
-    "rules": "rules",
-    "workloads": "workloads",
-}
+_MODULES = (
+    "agents",
+    "artifacts",
+    "benchmarks",
+    "config",
+    "evaluation",
+    "experiments",
+    "importance",
+    "language",
+    "latency",
+    "plugins",
+    "pruning",
+    "recovery",
+    "report",
+    "rules",
+    "surrogates",
+    "tracing",
+    "utils",
+    "vision",
+    "workloads",
+)
+
+__getattr__, __dir__ = lazy_names(__name__, _NAMES, _MODULES)
 
 __all__ = [
     "AppliedPolicy",
@@ -113,6 +134,7 @@ __all__ = [
     "GraphError",
     "Group",
     "ImageSource",
+    "LoaderWorkload",
     "Plan",
     "PruningResult",
     "PruningSpace",
@@ -125,14 +147,18 @@ __all__ = [
     "apply",
     "artifacts",
     "benchmark",
+    "benchmarks",
     "build_workload",
     "config",
     "cost_metric",
     "data_set",
     "envs",
     "evaluation",
+    "experiments",
     "export_format",
     "importance",
+    "language",
+    "latency",
     "load",
     "load_config",
     "load_policy",
@@ -144,28 +170,18 @@ __all__ = [
     "pruning",
     "recovery",
     "recovery_step",
+    "report",
     "rule",
     "rules",
     "save",
     "score_kind",
     "search",
+    "surrogates",
     "text_data",
     "trace",
+    "tracing",
     "train",
+    "utils",
+    "vision",
     "workloads",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        value = getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
-    elif name in _MODULES:
-        value = importlib.import_module(f".{_MODULES[name]}", __name__)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

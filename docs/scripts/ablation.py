@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlprune.config.config import load_config
-from rlprune.evaluation.ledger import EvaluationLog
-from rlprune.experiments.methods import run_agent
-from rlprune.experiments.prepare import Experiment, prepare_experiment
-from rlprune.report.html import markdown_table
-from rlprune.utils.hardware import hardware
+from rlprune import load_config
+from rlprune.evaluation import EvaluationLog
+from rlprune.experiments import Experiment, prepare_experiment, run_agent
+from rlprune.report import markdown_table
+from rlprune.utils import hardware
 
 DOCS = Path(__file__).resolve().parents[1]
 # Workload: budget, whether each seed has a dense model of its own.

@@ -11,16 +11,39 @@ from dataclasses import dataclass, fields
 from functools import partial
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config.search import SearchConfig
 from ..errors import ConfigError, near_miss
 from ..rules.context import RULES, check_free
+from ..utils.lazy import lazy_names
 from ..utils.registry import Registry
 from . import baselines
-from .base import Agent, SearchRequest, SearchResult
+from .base import Agent, SearchRequest, SearchResult, TrialRecorder
 from .baselines.function import FunctionAgent, SearchContext
 from .state import StateDir
+
+if TYPE_CHECKING:
+    from .ppo.behaviour_cloning import COMMON_PLANS, clone_behaviour
+    from .ppo.policy import GroupPolicy, PolicyTransferWarning, PortablePolicy, load_policy, save_policy
+    from .ppo.transfer import PROBES, builds, planned
+
+# Policies bring torch and stable-baselines3.
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "COMMON_PLANS": "ppo.behaviour_cloning",
+        "GroupPolicy": "ppo.policy",
+        "PROBES": "ppo.transfer",
+        "PolicyTransferWarning": "ppo.policy",
+        "PortablePolicy": "ppo.policy",
+        "builds": "ppo.transfer",
+        "clone_behaviour": "ppo.behaviour_cloning",
+        "load_policy": "ppo.policy",
+        "planned": "ppo.transfer",
+        "save_policy": "ppo.policy",
+    },
+)
 
 Own = TypeVar("Own", bound=Callable[..., object])
 
@@ -168,12 +191,23 @@ for _file in iter_modules(baselines.__path__, "baselines."):
 
 __all__ = [
     "AGENTS",
+    "COMMON_PLANS",
+    "PROBES",
     "Agent",
     "Entry",
+    "GroupPolicy",
+    "PolicyTransferWarning",
+    "PortablePolicy",
     "SearchContext",
     "SearchRequest",
     "SearchResult",
     "StateDir",
+    "TrialRecorder",
     "agent",
+    "builds",
+    "clone_behaviour",
+    "load_policy",
     "make_agent",
+    "planned",
+    "save_policy",
 ]

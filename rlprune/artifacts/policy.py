@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ArtifactError
 from ..utils.files import read_tensors, replacing_folder, write_json_atomic, write_tensors_atomic
-from ..utils.hardware import library_versions
+from ..utils.machine import library_versions
 from .documents import check_fields, read_document
 from .safetensors import check_tensors, refuse_nan
 

@@ -29,7 +29,7 @@ from ..utils.files import (
     write_tensors_atomic,
     write_text_atomic,
 )
-from ..utils.hardware import library_versions
+from ..utils.machine import library_versions
 from ..utils.torch_internals import buffer_slots, parameter_slots
 from .documents import PLAN_FILE, VERSION, PlanDocument, is_count, read_plan
 from .safetensors import check_roots, check_tensors, refuse_nan

@@ -27,7 +27,7 @@ from ..plugins import fingerprint, fingerprint_of_settings
 from ..rules import RULES
 from ..utils.checkpoints import settings_key
 from ..utils.files import read_json, write_json_atomic
-from ..utils.hardware import library_versions
+from ..utils.machine import library_versions
 from ..utils.progress import Callback
 
 DENSE = "dense"

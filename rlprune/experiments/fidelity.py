@@ -39,7 +39,7 @@ from ..utils.files import (
     write_json_atomic,
     write_text_atomic,
 )
-from ..utils.hardware import hardware, library_versions
+from ..utils.machine import hardware, library_versions
 from ..utils.progress import Callback, Console
 from ..workloads.adapter import ModelAdapter, RecoveryLadder, TuneJob
 from ..workloads.judge import Judge

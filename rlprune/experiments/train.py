@@ -21,7 +21,7 @@ from ..pruning.space import PruningSpace
 from ..report import html as report
 from ..rules import rules_for
 from ..utils.files import lock_run, write_json_atomic, write_text_atomic
-from ..utils.hardware import hardware
+from ..utils.machine import hardware
 from ..utils.progress import Callback, log_to, logger
 from ..workloads.base import Workload
 from .finish import FinalModel, add_latency, choose, finish

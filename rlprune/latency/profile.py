@@ -29,7 +29,7 @@ from ..utils.arrays import Floats, Ints
 from ..utils.cache import cache_folder
 from ..utils.checkpoints import settings_key
 from ..utils.files import exclusive, write_json_atomic
-from ..utils.hardware import processor
+from ..utils.machine import processor
 from ..utils.timing import batched, in_turns, quiet_clock, timed
 from ..utils.torch_internals import BATCH_OR_INSTANCE_NORM, CONVOLUTION
 from .calibrate import PARTS, WholeModels, calibrated, image_sizes
