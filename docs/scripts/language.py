@@ -95,7 +95,7 @@ def perplexity(experiment: Experiment, model: torch.nn.Module, split: str = "tes
 def run_search(args: argparse.Namespace) -> None:
     kept = Kept(args.out)
     console = Console(False)
-    experiment = prepare_experiment(settings(args, args.budget), console=console)
+    experiment = prepare_experiment(settings(args, args.budget), callback=console)
     ledger = EvaluationLog(args.out / f"ledger-{args.budget}.jsonl")
     for seed in args.seeds:
         for method in args.methods:
@@ -126,7 +126,7 @@ def run_search(args: argparse.Namespace) -> None:
 def run_table(args: argparse.Namespace) -> None:
     kept = Kept(args.out)
     config = settings(args, args.budgets[0])
-    experiment = prepare_experiment(config, console=Console(False))
+    experiment = prepare_experiment(config, callback=Console(False))
 
     def dense(dtype: torch.dtype) -> dict[str, Any]:
         copy = prune(experiment.workload.model, experiment.evaluator.plan(experiment.space.widths)).to(dtype)
@@ -216,7 +216,7 @@ def run_tune(args: argparse.Namespace) -> None:
     config = settings(args, args.budget).override(
         [f"finish.steps={args.steps}", "finish.method=lora", f"finish.batch_size={args.batch}"]
     )
-    experiment = prepare_experiment(config, console=Console(False))
+    experiment = prepare_experiment(config, callback=Console(False))
     plans: dict[str, Any] = {"dense": experiment.space.widths}
     for rule in args.rules:
         plans[rule] = experiment.rule_widths(rule)

@@ -76,15 +76,15 @@ def run(
     config = _settled(config, evaluations, asked[0], jobs)
     unable = unable_agents(methods, config.search)
     _refuse(methods, unable)
-    console = callback or Callback()
+    callback = callback or Callback()
     with lock_run(out, worth="cells") as folder:
-        experiments = Problems(config, console) if jobs == 1 else None
-        workload, space = _dense(config, experiments, checkpoints, console)
+        experiments = Problems(config, callback) if jobs == 1 else None
+        workload, space = _dense(config, experiments, checkpoints, callback)
         _check_budgets(space, asked, config.budget.metric)
         names, left_out = applicable(methods, space, unable)
         wanted = _cells(names, range(config.seed, config.seed + seeds), asked, checkpoints)
         write_text_atomic(folder / "config.yaml", config.to_yaml())
-        work = _Work(config, folder, console, wanted, experiments, jobs, tuple(loaded()))
+        work = _Work(config, folder, callback, wanted, experiments, jobs, tuple(loaded()))
         work.run()
         protocol: dict[str, object] = {"seeds": seeds, "checkpoints": checkpoints}
         protocol |= {"evaluations": evaluations, "jobs": jobs, "methods": names, "left_out": left_out}
@@ -97,15 +97,15 @@ def run(
 
 
 def _dense(
-    config: Config, experiments: Problems | None, checkpoints: int, console: Callback
+    config: Config, experiments: Problems | None, checkpoints: int, callback: Callback
 ) -> tuple[Workload, PruningSpace]:
     """The first dense model's workload and space; workers need all dense models trained before they start."""
     if experiments is not None:
         first = experiments.of(0)
         return first.workload, first.space
-    workload, space = dense_model(config, console=console)
+    workload, space = dense_model(config, callback=callback)
     for number in range(1, checkpoints):
-        dense_model(with_checkpoint(config, number), console=console)
+        dense_model(with_checkpoint(config, number), callback=callback)
     return workload, space
 
 
@@ -134,7 +134,7 @@ class _Work:
 
     config: Config
     folder: Path
-    console: Callback
+    callback: Callback
     wanted: Sequence[Cell]
     experiments: Problems | None
     jobs: int
@@ -152,7 +152,7 @@ class _Work:
             self.schedule.took(cell, found["seconds"])
         if len(pending) < len(self.wanted):
             reused = len(self.wanted) - len(pending)
-            self.console.note(f"{reused} of {len(self.wanted)} cells are there already")
+            self.callback.note(f"{reused} of {len(self.wanted)} cells are there already")
         if not pending:
             return
         try:
@@ -161,8 +161,8 @@ class _Work:
             else:
                 self._parallel(pending)
         except KeyboardInterrupt:
-            self.console.close()
-            self.console.note(f"{self.folder} holds what has been done; the same command goes on from there")
+            self.callback.close()
+            self.callback.note(f"{self.folder} holds what has been done; the same command goes on from there")
             raise
 
     @property
@@ -170,7 +170,7 @@ class _Work:
         return self.folder / "cells"
 
     def _finished(self, cell: Cell) -> dict[str, Any] | None:
-        return finished(self.cells, self.config, cell, self.console)
+        return finished(self.cells, self.config, cell, self.callback)
 
     def _serial(self, experiments: Problems, pending: Sequence[Cell]) -> None:
         left = list(pending)
@@ -179,7 +179,7 @@ class _Work:
             left.remove(cell)
             why = None
             try:
-                compute(experiments, cell, self.cells, self.console)
+                compute(experiments, cell, self.cells, self.callback)
             except Exception as error:
                 why = reason(error)
             self._ended(cell, why)
@@ -191,10 +191,10 @@ class _Work:
             "plugins": list(self.plugins),
         }
         threads = self.config.threads or 1
-        self.console.note(f"{len(pending)} cells in {self.schedule.jobs} processes of {threads} threads")
+        self.callback.note(f"{len(pending)} cells in {self.schedule.jobs} processes of {threads} threads")
         with Pool(order, self.schedule.jobs, threads, self.folder) as pool:
             pool.run(pending, self.schedule.take, self._ended, self._progress)
-        self.console.close()
+        self.callback.close()
 
     def _ended(self, cell: Cell, why: str | None) -> None:
         """Take the cell's content, and say in a line how far everything is."""
@@ -208,13 +208,13 @@ class _Work:
         left = [c for c in self.wanted if c not in self.content and c not in self.failed]
         what = _brief(found["row"]) if found else f"FAILED: {self.failed[cell]}"
         best = _best(self.content, cell.budget)
-        self.console.close()
-        self.console.note(f"{done}/{len(self.wanted)} {cell}: {what}{best}{self.schedule.time_left(left)}")
+        self.callback.close()
+        self.callback.note(f"{done}/{len(self.wanted)} {cell}: {what}{best}{self.schedule.time_left(left)}")
 
     def _progress(self, workers: Sequence[Worker]) -> None:
         done = len(self.content) + len(self.failed)
         facts = [f"{w.cell.method} {w.progress[0]}/{w.progress[1]}" for w in workers if w.cell and w.progress]
-        self.console.status("cells", done, len(self.wanted), ", ".join(facts))
+        self.callback.status("cells", done, len(self.wanted), ", ".join(facts))
 
 
 def _settled(config: Config, evaluations: int, budget: str | float, jobs: int) -> Config:

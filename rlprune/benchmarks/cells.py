@@ -57,16 +57,16 @@ class Cell:
 class Problems:
     """The prepared problem of every dense model that cells ask for, each prepared once and kept."""
 
-    def __init__(self, config: Config, console: Callback | None = None) -> None:
+    def __init__(self, config: Config, callback: Callback | None = None) -> None:
         self.config = config
-        self._console = console
+        self._callback = callback
         self._prepared: dict[int, Experiment] = {}
 
     def of(self, checkpoint: int) -> Experiment:
         """The problem of a dense model, which is trained where it is not in the cache folder."""
         if checkpoint not in self._prepared:
             settings = with_checkpoint(self.config, checkpoint)
-            self._prepared[checkpoint] = prepare_experiment(settings, console=self._console)
+            self._prepared[checkpoint] = prepare_experiment(settings, callback=self._callback)
         return self._prepared[checkpoint]
 
 
@@ -107,7 +107,7 @@ def cell_key(config: Config, cell: Cell) -> str:
     return settings_key(determinants(config, cell))[:16]
 
 
-def finished(folder: Path, config: Config, cell: Cell, console: Callback) -> dict[str, Any] | None:
+def finished(folder: Path, config: Config, cell: Cell, callback: Callback) -> dict[str, Any] | None:
     """The content of a finished cell, or None where it has to be computed.
 
     A cell that was computed before a setting existed is as good as a new one where that setting has its
@@ -122,7 +122,7 @@ def finished(folder: Path, config: Config, cell: Cell, console: Callback) -> dic
                 return {name: kept[name] for name in ("row", "ledger", "seconds")}
         except (ArtifactError, KeyError, TypeError):
             if path == named and path.exists():
-                console.note(f"{path}: damaged, so this cell is computed again")
+                callback.note(f"{path}: damaged, so this cell is computed again")
     return None
 
 
@@ -130,14 +130,14 @@ def compute(
     experiments: Problems,
     cell: Cell,
     folder: Path,
-    console: Callback,
+    callback: Callback,
     progress: Callable[[Progress], None] | None = None,
 ) -> None:
     """Search, choose, fine-tune, look at test, and write the cell's file; a killed try is continued.
 
     Args:
         problems: prepared under the benchmark's settings; their budget is replaced by the cell's.
-        progress: called as `Agent.search` calls it; a bar of the console where it is not given.
+        progress: called as `Agent.search` calls it; the callback where it is not given.
     """
     config, experiment = experiments.config, experiments.of(cell.checkpoint)
     started = time.perf_counter()
@@ -148,9 +148,9 @@ def compute(
     ledger = EvaluationLog(state / "ledger.jsonl")
     chosen = None
     if cell.method != DENSE:
-        found = _found(here, cell, ledger, state, progress or console.search(str(cell)))
+        found = _found(here, cell, ledger, state, progress or callback.search(str(cell)))
         chosen = choose(here, replace(found, seconds=found.seconds + here.evaluator.reused))
-    row = finish(here, chosen, seed=cell.seed, state=state, console=console).row
+    row = finish(here, chosen, seed=cell.seed, state=state, callback=callback).row
     row |= {"samples": chosen.account.samples if chosen else 0}
     row |= {"budget": None if cell.method == DENSE else cell.budget}
     content = {

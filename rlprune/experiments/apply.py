@@ -89,7 +89,7 @@ def apply(
     check_usage(config, "apply --refine" if refine else "apply")
     own = None if isinstance(workload, Config) else check_workload(workload)
     watcher = callback or Callback()
-    experiment = prepare_experiment(config, checkpoint=checkpoint, console=watcher, run=run, workload=own)
+    experiment = prepare_experiment(config, checkpoint=checkpoint, callback=watcher, run=run, workload=own)
     asked = config.budget.target
     if builds is not None and builds < 2:
         known = PortablePolicy(known.network, known.meta)
@@ -183,7 +183,11 @@ def _probes_note(experiment: Experiment, rule: str) -> str:
 
 
 def refined(
-    experiment: Experiment, policy: PortablePolicy, evaluations: int, ledger: EvaluationLog, console: Callback
+    experiment: Experiment,
+    policy: PortablePolicy,
+    evaluations: int,
+    ledger: EvaluationLog,
+    callback: Callback,
 ) -> Any:
     """A search of a few evaluations that starts from a policy's plan and weights.
 
@@ -198,7 +202,7 @@ def refined(
         ledger,
         seed=experiment.config.seed,
         evaluations=evaluations,
-        progress=console.search("refine"),
+        progress=callback.search("refine"),
         policy=policy,
     )
     if _plan_memory(experiment, policy) is None or experiment.config.score.kind != "kl":
@@ -211,7 +215,7 @@ def refined(
 def prune_rule(config: Config, rule: str, budget: str | float, out: Path) -> str:
     """A heuristic rule prunes the model, the recovery follows; writes it into ``out``, returns a table."""
     find_rule(rule)
-    experiment = prepare_experiment(_with_budget(config, budget), console=Console(True))
+    experiment = prepare_experiment(_with_budget(config, budget), callback=Console(True))
     widths = experiment.rule_widths(rule)
     _save(experiment, widths, {"method": rule, "budget": str(budget), "metric": experiment.metric}, out)
     return _score_table(experiment, [("uniform", experiment.rule_widths("uniform")), (rule, widths)])
@@ -223,7 +227,7 @@ def prune_equal_widths(config: Config, budget: str | float, drop_blocks: int, ou
     Of the blocks the ``drop_blocks`` with the least influence go first, 1 - the mean cosine of their input and
     output (ShortGPT, arXiv 2403.03853, equation 1). Writes the pruned model into ``out``, returns a table.
     """
-    experiment = prepare_experiment(_with_budget(config, budget), console=Console(True))
+    experiment = prepare_experiment(_with_budget(config, budget), callback=Console(True))
     space, metric = experiment.space, experiment.metric
     if drop_blocks and drop_blocks >= block_count(space):
         allowed = f"allowed: 0 to {block_count(space) - 1}"
@@ -259,13 +263,13 @@ def prune_stages(config: Config, rule: str, budget: str | float, stages: int, st
     A killed run leaves its finished rounds in ``OUT.state`` and the same command goes on from there.
     """
     find_rule(rule)
-    console = Console(True)
-    experiment = prepare_experiment(_with_budget(config, budget), console=console)
+    callback = Console(True)
+    experiment = prepare_experiment(_with_budget(config, budget), callback=callback)
     state = out.with_name(f"{out.name}.state")
     found = incremental(
-        experiment, rule, stages=stages, steps=steps, seed=config.seed, out=state, console=console
+        experiment, rule, stages=stages, steps=steps, seed=config.seed, out=state, callback=callback
     )
-    console.close()
+    callback.close()
     experiment.workload.save(found.model, found.plan, out)
     shutil.rmtree(state, ignore_errors=True)
     total, name = experiment.space.dense_cost(experiment.metric), experiment.workload.metric_name

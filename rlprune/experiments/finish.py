@@ -62,14 +62,14 @@ def finish(
     *,
     seed: int,
     state: Path | None = None,
-    console: Callback | None = None,
+    callback: Callback | None = None,
 ) -> FinalModel:
     """Fine-tune a method's plan (the dense model for ``found = None``) and report it on test, before and after.
 
     The test split is read here and nowhere else, after everything has been chosen. With ``state`` the
     outcome is kept in that folder and a killed fine-tune goes on where it was.
     """
-    console = console or Callback()
+    callback = callback or Callback()
     method = found.method if found else "dense"
     label = f"{method}-{found.seed if found else 0}"
     model, plan = _built(experiment, found.history if found else None)
@@ -82,9 +82,9 @@ def finish(
     }
     facts = keep.load(mark, model)
     if facts is None:
-        facts = _measured(experiment, model, seed, keep.training, f"fine-tune {method}", console)
+        facts = _measured(experiment, model, seed, keep.training, f"fine-tune {method}", callback)
         keep.save(mark, facts, model)
-    console.close()
+    callback.close()
     row = _row(experiment, found, model, plan, seed, facts)
     kept = experiment.workload.adapter.keeps_models or row["kind"] in ("dense", "agent")
     return FinalModel(row, model if kept else None, plan)
@@ -117,7 +117,7 @@ def _built(experiment: Experiment, history: History | None) -> tuple[nn.Module, 
 
 
 def _measured(
-    experiment: Experiment, model: nn.Module, seed: int, training: Path | None, label: str, console: Callback
+    experiment: Experiment, model: nn.Module, seed: int, training: Path | None, label: str, callback: Callback
 ) -> dict[str, Any]:
     workload = experiment.workload
     started = time.perf_counter()
@@ -127,7 +127,7 @@ def _measured(
     facts |= workload.test_facts(before.count) | workload.adapter.finish_facts(experiment.config.finish)
     after = before
     if workload.adapter.fine_tune_length(experiment.config.finish)[0]:
-        job = TuneJob(seed, state=training, progress=console.training, phase=label)
+        job = TuneJob(seed, state=training, progress=callback.training, phase=label)
         workload.fine_tune(model, experiment.config.finish, job)
         with workload.test_opened():
             after = workload.evaluate(model, "test")

@@ -62,7 +62,7 @@ def incremental(
     steps: int = 0,
     seed: int = 0,
     out: str | Path | None = None,
-    console: Callback | None = None,
+    callback: Callback | None = None,
 ) -> Incremental:
     """Prune in rounds: statistics, rule, cut, closed-form recovery and training, each on what is left.
 
@@ -85,7 +85,7 @@ def incremental(
         BudgetError: the budget or the widths do not fit.
         ArtifactError: ``out`` holds the state of other settings.
     """
-    console = console or Callback()
+    callback = callback or Callback()
     wanted = [] if isinstance(rule, str) else [np.asarray(w, dtype=np.int64) for w in rule]
     stages = stages if isinstance(rule, str) else len(wanted)
     if stages < 1 or steps < 0:
@@ -105,7 +105,7 @@ def incremental(
                 widths = _widths(experiment, rule, now, stage, stages)
             else:
                 widths = wanted[stage - 1]
-            job = TuneJob(seed + 1000 * stage, steps, folder, console.training, f"round {stage}/{stages}")
+            job = TuneJob(seed + 1000 * stage, steps, folder, callback.training, f"round {stage}/{stages}")
             now, finished = _round(experiment, now, widths, job)
             kept.save(stage, now, finished)
         history.append(tuple(len(k) for k in now.kept))

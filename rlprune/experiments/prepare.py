@@ -120,7 +120,7 @@ def prepare_experiment(
     *,
     model_seed: int | None = None,
     checkpoint: str | Path | None = None,
-    console: Callback | None = None,
+    callback: Callback | None = None,
     name: str = "",
     run: Path | None = None,
     workload: Workload | None = None,
@@ -132,7 +132,9 @@ def prepare_experiment(
     """
     if model_seed is not None:
         config = replace(config, model=replace(config.model, seed=model_seed))
-    workload, space = dense_model(config, checkpoint=checkpoint, console=console, run=run, workload=workload)
+    workload, space = dense_model(
+        config, checkpoint=checkpoint, callback=callback, run=run, workload=workload
+    )
     evaluator = Evaluator(
         workload,
         space,
@@ -142,7 +144,7 @@ def prepare_experiment(
         metric=config.budget.metric,
         seed=config.seed,
     )
-    stop = None if console is None else console.should_stop
+    stop = None if callback is None else callback.should_stop
     return Experiment(config, workload, evaluator, name, stop)
 
 
@@ -169,25 +171,25 @@ def dense_model(
     config: Config,
     *,
     checkpoint: str | Path | None = None,
-    console: Callback | None = None,
+    callback: Callback | None = None,
     run: Path | None = None,
     workload: Workload | None = None,
 ) -> tuple[Workload, PruningSpace]:
     """The first part of `prepare`: the workload, its dense model trained, and the space of its groups."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    console = console or Callback()
+    callback = callback or Callback()
     if workload is None:
         workload = build_workload(config, checkpoint=checkpoint, train=False)
     space = workload.adapter.trace(workload.model, workload.example_inputs, TraceOptions.of(config.prune))
     if config.budget.metric == "latency":
-        space = timed_space(config, workload, space, run=run, progress=console.training)
-        console.close()
+        space = timed_space(config, workload, space, run=run, progress=callback.training)
+        callback.close()
     # An infeasible budget is refused before anything is trained.
     space.target(config.budget.target, config.budget.metric)
     if checkpoint is None and config.model.train.epochs > 0:
-        train_dense(workload, config.model, console.training)
-        console.close()
+        train_dense(workload, config.model, callback.training)
+        callback.close()
     return workload, space
 
 

@@ -53,9 +53,9 @@ def apply_plan(source: Path, config: Config, *, checkpoint: Path | None, out: Pa
     plan = Plan.from_dict(document, space)
     # A plan that does not fit is refused before anything is trained.
     if checkpoint is None and config.workload is None and config.model.train.epochs > 0:
-        console = Console(True)
-        train_dense(workload, config.model, console.training)
-        console.close()
+        callback = Console(True)
+        train_dense(workload, config.model, callback.training)
+        callback.close()
     budget = {k: v for k, v in document["budget"].items() if v is not None}
     origin = {"method": "plan", "source": str(source)}
     origin |= {new: budget[old] for new, old in (("budget", "target"), ("metric", "metric")) if old in budget}

@@ -80,7 +80,7 @@ def search(
     def prepared(folder: Path) -> list[Experiment]:
         return [
             prepare_experiment(
-                config, workload=own, console=watcher, run=folder, name="" if i == 0 else f"{i}"
+                config, workload=own, callback=watcher, run=folder, name="" if i == 0 else f"{i}"
             )
             for i, own in enumerate(workloads)
         ]

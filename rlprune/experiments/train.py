@@ -130,7 +130,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _experiments(config: Config, callback: Callback, folder: Path) -> list[Experiment]:
     """The problem that is wanted, then those that only train the policy (further checkpoints and seeds)."""
-    experiments = [prepare_experiment(config, console=callback, run=folder)]
+    experiments = [prepare_experiment(config, callback=callback, run=folder)]
     latency = experiments[0].space.costs.get("latency")
     if (
         isinstance(latency, TableCost) and latency.table is not None
@@ -138,12 +138,12 @@ def _experiments(config: Config, callback: Callback, folder: Path) -> list[Exper
         write_json_atomic(folder / TABLE_FILE, latency.table.to_dict())
     for seed in config.search.model_seeds:
         experiments.append(
-            prepare_experiment(config, model_seed=seed, console=callback, name=f"seed{seed}", run=folder)
+            prepare_experiment(config, model_seed=seed, callback=callback, name=f"seed{seed}", run=folder)
         )
     for checkpoint in config.search.checkpoints:
         name = Path(checkpoint).stem
         experiments.append(
-            prepare_experiment(config, checkpoint=checkpoint, console=callback, name=name, run=folder)
+            prepare_experiment(config, checkpoint=checkpoint, callback=callback, name=name, run=folder)
         )
     return experiments
 
@@ -199,9 +199,9 @@ def _finish_all(
     callback: Callback,
 ) -> list[FinalModel]:
     seed = experiment.config.seed
-    finished = [finish(experiment, None, seed=seed, state=state, console=callback)]
+    finished = [finish(experiment, None, seed=seed, state=state, callback=callback)]
     every = [*(rules if experiment.config.finish.rules else ()), *chosen]
-    finished += [finish(experiment, f, seed=seed, state=state, console=callback) for f in every]
+    finished += [finish(experiment, f, seed=seed, state=state, callback=callback) for f in every]
     add_latency(finished, experiment)
     return finished
 
