@@ -26,7 +26,7 @@ from ..utils.files import lock_run, write_text_atomic
 from ..utils.progress import Callback
 from ..workloads.adapter import adapter_named
 from ..workloads.base import Workload
-from .cells import DENSE, Cell, Problems, cell_key, compute, finished, reason, with_checkpoint
+from .cells import DENSE, Cell, PreparedExperiments, cell_key, compute, finished, reason, with_checkpoint
 from .outcome import Outcome, page, write
 from .pool import Pool, Worker
 from .schedule import Schedule
@@ -78,7 +78,7 @@ def run(
     _refuse(methods, unable)
     callback = callback or Callback()
     with lock_run(out, worth="cells") as folder:
-        experiments = Problems(config, callback) if jobs == 1 else None
+        experiments = PreparedExperiments(config, callback) if jobs == 1 else None
         workload, space = _dense(config, experiments, checkpoints, callback)
         _check_budgets(space, asked, config.budget.metric)
         names, left_out = applicable(methods, space, unable)
@@ -97,7 +97,7 @@ def run(
 
 
 def _dense(
-    config: Config, experiments: Problems | None, checkpoints: int, callback: Callback
+    config: Config, experiments: PreparedExperiments | None, checkpoints: int, callback: Callback
 ) -> tuple[Workload, PruningSpace]:
     """The first dense model's workload and space; workers need all dense models trained before they start."""
     if experiments is not None:
@@ -136,7 +136,7 @@ class _Work:
     folder: Path
     callback: Callback
     wanted: Sequence[Cell]
-    experiments: Problems | None
+    experiments: PreparedExperiments | None
     jobs: int
     plugins: tuple[str, ...]
     content: dict[Cell, dict[str, Any]] = field(default_factory=dict)
@@ -172,7 +172,7 @@ class _Work:
     def _finished(self, cell: Cell) -> dict[str, Any] | None:
         return finished(self.cells, self.config, cell, self.callback)
 
-    def _serial(self, experiments: Problems, pending: Sequence[Cell]) -> None:
+    def _serial(self, experiments: PreparedExperiments, pending: Sequence[Cell]) -> None:
         left = list(pending)
         while left:
             cell = self.schedule.take(left)

@@ -54,8 +54,8 @@ class Cell:
         return f"{self.method}, seed {self.seed}, budget {self.budget}{where}"
 
 
-class Problems:
-    """The prepared problem of every dense model that cells ask for, each prepared once and kept."""
+class PreparedExperiments:
+    """The prepared experiment of every dense model that cells ask for, each prepared once and kept."""
 
     def __init__(self, config: Config, callback: Callback | None = None) -> None:
         self.config = config
@@ -63,7 +63,7 @@ class Problems:
         self._prepared: dict[int, Experiment] = {}
 
     def of(self, checkpoint: int) -> Experiment:
-        """The problem of a dense model, which is trained where it is not in the cache folder."""
+        """The experiment of a dense model, which is trained where it is not in the cache folder."""
         if checkpoint not in self._prepared:
             settings = with_checkpoint(self.config, checkpoint)
             self._prepared[checkpoint] = prepare_experiment(settings, callback=self._callback)
@@ -127,7 +127,7 @@ def finished(folder: Path, config: Config, cell: Cell, callback: Callback) -> di
 
 
 def compute(
-    experiments: Problems,
+    experiments: PreparedExperiments,
     cell: Cell,
     folder: Path,
     callback: Callback,
@@ -136,7 +136,7 @@ def compute(
     """Search, choose, fine-tune, look at test, and write the cell's file; a killed try is continued.
 
     Args:
-        problems: prepared under the benchmark's settings; their budget is replaced by the cell's.
+        experiments: prepared under the benchmark's settings; their budget is replaced by the cell's.
         progress: called as `Agent.search` calls it; the callback where it is not given.
     """
     config, experiment = experiments.config, experiments.of(cell.checkpoint)

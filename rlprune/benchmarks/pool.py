@@ -57,7 +57,7 @@ class Worker:
 
 
 class Pool:
-    """``jobs`` workers, each with the problem prepared once; used as a context that leaves none behind.
+    """``jobs`` workers, each with the experiment prepared once; used as a context that leaves none behind.
 
     Args:
         order: what every worker is told first (see `benchmark_worker`).
@@ -99,7 +99,7 @@ class Pool:
             ended: called after every cell, with the reason where it has failed.
             progress: called with the workers that are at work whenever one of them reports.
 
-        Raises RunError when no worker can prepare the problem.
+        Raises RunError when no worker can prepare the experiment.
         """
         left = list(pending)
         while len(self.workers) < min(self._jobs, len(left)):
@@ -136,7 +136,7 @@ class Pool:
         why = worker.ending()
         if not worker.ready:  # another one would fare no better; those that are there go on
             if not self.workers:
-                raise RunError(f"no worker could prepare the problem: {why}; see {worker.log}")
+                raise RunError(f"no worker could prepare the experiment: {why}; see {worker.log}")
             return
         if worker.cell is not None:
             ended(worker.cell, f"{why}; see {worker.log}")

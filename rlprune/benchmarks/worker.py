@@ -30,7 +30,7 @@ PROGRESS_SECONDS = 1.0
 
 
 def main() -> int:
-    """Prepare the first problem, then work until the standard input ends."""
+    """Prepare the first experiment, then work until the standard input ends."""
     # Ctrl-C goes to the whole group of processes: the benchmark decides, and then closes our input.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
@@ -42,10 +42,10 @@ def main() -> int:
     from ..config.config import Config
     from ..plugins import load
     from ..utils.progress import Callback
-    from .cells import Cell, Problems, compute, reason
+    from .cells import Cell, PreparedExperiments, compute, reason
 
     load(order["plugins"])
-    experiments = Problems(Config.from_dict(order["config"]))
+    experiments = PreparedExperiments(Config.from_dict(order["config"]))
     experiments.of(0)
     _answer(answers, {"ready": True})
     while True:

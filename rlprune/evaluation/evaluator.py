@@ -307,7 +307,7 @@ class Evaluator:
         return found
 
     def standard_error(self, candidate: Candidate) -> float:
-        """Standard error of a candidate's score over the validation images."""
+        """Standard error of a candidate's score over the validation samples."""
         return candidate.error
 
     def _candidate(self, history: History, *, full: bool, samples: int | None = None) -> Candidate:

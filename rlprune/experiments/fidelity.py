@@ -110,7 +110,7 @@ def tiers(config: Config, ladder: RecoveryLadder, steps: int | None = None) -> l
 
 
 class _Study:
-    """The measurements of one problem, each of them made once and kept in a folder."""
+    """The measurements of one experiment, each of them made once and kept in a folder."""
 
     def __init__(self, experiment: Experiment, folder: Path, callback: Callback) -> None:
         self.experiment, self.config = experiment, experiment.config

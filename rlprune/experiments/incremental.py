@@ -194,7 +194,7 @@ class _Rounds:
             content = read_json(self._folder / "rounds.json")
             require_same(self._folder, content, {"key": self._key})
             self._done, self._last = content["rounds"], content
-        self._problem = experiment
+        self._experiment = experiment
 
     def load(self, stage: int, now: _Now) -> dict[str, Any] | None:
         """The facts of a finished round; with the last of them ``now`` becomes the model that it left."""
@@ -203,9 +203,9 @@ class _Rounds:
         # The rounds before the last give their widths only: their weights are gone, and nobody needs them.
         now.kept = tuple(np.array(k, dtype=np.int64) for k in self._done[stage - 1]["kept"])
         if stage == len(self._done) and self._folder is not None:
-            space = self._problem.space
+            space = self._experiment.space
             cut = Plan(space, np.array([len(k) for k in now.kept]), now.kept)
-            now.model = prune(self._problem.workload.model, cut)
+            now.model = prune(self._experiment.workload.model, cut)
             now.space = space.after(now.kept)
             _put(now.model, read_tensors(self._folder / f"round-{stage}.safetensors"))
         return {k: v for k, v in self._done[stage - 1].items() if k != "kept"}

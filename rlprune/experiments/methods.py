@@ -50,7 +50,7 @@ def score_rule(experiment: Experiment, rule: str, ledger: EvaluationLog, seed: i
 
 
 def best_start_rule(experiments: Sequence[Experiment]) -> str:
-    """The rule with the best mean score over the problems; all of them are among the starts, and charged."""
+    """The rule with the best mean score over the experiments; all of them are among the starts, and charged."""
     scores = {
         n: float(np.mean([p.evaluator.evaluate(p.rule_widths(n)).score for p in experiments]))
         for n in experiments[0].start_rules()
@@ -83,7 +83,7 @@ def run_agent(
     tensorboard: Path | None = None,
     policy: PortablePolicy | None = None,
 ) -> MethodResult:
-    """Let an agent search; the first problem is the one whose plan is wanted, the others train the policy.
+    """Let an agent search; the plan of the first experiment is wanted, the others train the policy.
 
     The starts are scored first and charged, and the best rule among them is what actions deviate from (see
     ``search.base_rule``). With a ``policy`` the search starts from its plan and its weights instead, and its base rule
@@ -98,17 +98,7 @@ def run_agent(
         base = str(policy.meta["base_rule"])
     else:
         base = settings.base_rule if settings.base_rule != "auto" else _automatic_base(experiments, agent)
-    tasks = [
-        Task(
-            p.evaluator,
-            settings.budget_range or p.budget,
-            p.metric,
-            base_rule=find_rule(base).name,
-            name=p.name,
-            common_plans=p.workload.adapter.common_plans,
-        )
-        for p in experiments
-    ]
+    tasks = [_task(p, base) for p in experiments]
     starts: list[list[Ints]] = [[] for _ in experiments]
     if policy is None:
         starts = [
@@ -131,6 +121,18 @@ def run_agent(
     history = best_within(experiments[0], accounts[0])
     return MethodResult(
         method, kind, seed, accounts[0], history, time.perf_counter() - started, result.policy
+    )
+
+
+def _task(experiment: Experiment, base: str) -> Task:
+    """What an agent sees of an experiment; ``base`` is the rule that actions deviate from."""
+    return Task(
+        experiment.evaluator,
+        experiment.config.search.budget_range or experiment.budget,
+        experiment.metric,
+        base_rule=find_rule(base).name,
+        name=experiment.name,
+        common_plans=experiment.workload.adapter.common_plans,
     )
 
 

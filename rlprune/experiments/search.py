@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..config.config import Config
 from ..errors import ConfigError, DataError
 from ..utils.progress import Callback
 from ..workloads.base import Workload, check_workload
@@ -59,12 +60,8 @@ def search(
         ConfigError, DataError, GraphError, BudgetError: in one line what is wrong, and what is allowed.
     """
     workloads = _workloads(model, example_inputs, loaders)
-    kept = None
-    if out is None:
-        if resume:
-            raise ConfigError("resume: needs the folder of the run, out=...")
-        kept = tempfile.TemporaryDirectory(prefix="rlprune-")
-        out = kept.name
+    if out is None and resume:
+        raise ConfigError("resume: needs the folder of the run, out=...")
     config = config_of(
         workloads[0],
         settings or {},
@@ -75,17 +72,22 @@ def search(
         },
     )
     check_usage(config, "train")
-    watcher = callback or Callback()
+    return _run(config, workloads, out, resume, callback or Callback())
+
+
+def _run(
+    config: Config, workloads: Sequence[Workload], out: str | Path | None, resume: bool, callback: Callback
+) -> PruningResult:
+    kept = tempfile.TemporaryDirectory(prefix="rlprune-") if out is None else None
+    folder = Path(kept.name if kept is not None else str(out))
 
     def prepared(folder: Path) -> list[Experiment]:
         return [
-            prepare_experiment(
-                config, workload=own, callback=watcher, run=folder, name="" if i == 0 else f"{i}"
-            )
+            prepare_experiment(config, workload=own, callback=callback, run=folder, name=str(i) if i else "")
             for i, own in enumerate(workloads)
         ]
 
-    result = run(config, prepared, Path(out), resume, watcher)
+    result = run(config, prepared, folder, resume, callback)
     # The folder lives as long as the result does.
     result.temporary, result.workload = kept, workloads[0]
     return result

@@ -129,7 +129,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _experiments(config: Config, callback: Callback, folder: Path) -> list[Experiment]:
-    """The problem that is wanted, then those that only train the policy (further checkpoints and seeds)."""
+    """The experiment whose plan is wanted, then those that only train the policy (further checkpoints and seeds)."""
     experiments = [prepare_experiment(config, callback=callback, run=folder)]
     latency = experiments[0].space.costs.get("latency")
     if (

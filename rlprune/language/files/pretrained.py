@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ...artifacts.documents import PlanDocument
 from ...artifacts.safetensors import Entry, TensorFiles, entry_of
-from ...errors import ArtifactError, near_miss, one_line
+from ...errors import ArtifactError, described, near_miss
 from ...pruning.space import fingerprint
 from ...utils.files import read_json, write_json_atomic
 from ...workloads.adapter import TokenizerSource
@@ -101,7 +101,7 @@ def build_config(fields: Mapping[str, object]) -> PreTrainedConfig:
     try:
         return cls.from_dict(kept)
     except Exception as error:  # validators of transformers raise errors of many kinds
-        raise ArtifactError(f"{model_type} configuration refused: {_brief(error)}") from error
+        raise ArtifactError(f"{model_type} configuration refused: {described(error)}") from error
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
@@ -111,7 +111,7 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
             return _class_of(config)(config).eval()
     except Exception as error:  # families raise whatever their layers raise
         raise ArtifactError(
-            f"no {config.model_type} model fits the configuration: {_brief(error)}"
+            f"no {config.model_type} model fits the configuration: {described(error)}"
         ) from error
 
 
@@ -216,7 +216,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
             path, config=config, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # damaged files raise whatever their parser raises
-        raise ArtifactError(f"{path}: the tokenizer cannot be read: {_brief(error)}") from error
+        raise ArtifactError(f"{path}: the tokenizer cannot be read: {described(error)}") from error
 
 
 def published_name(model_type: str, name: str) -> str:
@@ -397,7 +397,3 @@ def _modeling() -> ModuleType:
 
 def _short(dtype: torch.dtype | str | None) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _brief(error: BaseException) -> str:
-    return f"{type(error).__name__}: {one_line(error)}"
