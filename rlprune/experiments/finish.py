@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..config.names import SCORE_KINDS
 from ..errors import ArtifactError
 from ..pruning.history import History
 from ..pruning.plan import Plan
@@ -155,8 +156,11 @@ def _row(
             "seconds": 0.0,
         }
         score, validation, validation_loss = 0.0, quality.metric, quality.loss
-        if experiment.evaluator.score_settings.kind != "kl":  # KL of the dense model to itself is 0
-            score = validation if experiment.evaluator.score_settings.kind == "accuracy" else -validation_loss
+        kind = experiment.evaluator.score_settings.kind
+        if SCORE_KINDS.source(kind) is not None:
+            score = float(experiment.workload.judge(kind)(experiment.workload.model).scores.mean())
+        elif kind != "kl":  # KL of the dense model to itself is 0
+            score = validation if kind == "accuracy" else -validation_loss
     else:
         head = {"method": found.method, "kind": found.kind, "seed": seed}
         head |= {"evaluations": found.account.spent, "seconds": round(found.seconds, 2)}

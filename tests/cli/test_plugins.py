@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers.registries import forgotten, install
 from rlprune import plugins, rule, rules
 from rlprune.agents import AGENTS, agent, make_agent
 from rlprune.benchmarks import benchmark
 from rlprune.cli import main as cli
-from rlprune.config.config import Config
+from rlprune.config.config import BudgetConfig, Config, RecoveryConfig, ScoreConfig, json_schema
 from rlprune.errors import ConfigError
 from rlprune.rules import RULES
 
@@ -26,19 +28,33 @@ def first_half(context):
     return np.arange(len(context.space.groups)) < len(context.space.groups) / 2
 """
 
+OTHER = "import rlprune\n@rlprune.{}\ndef {}(*given): pass"
+ALL = """
+import rlprune
+from rlprune.language import families
+
+@rlprune.recovery_step("nothing")
+def plug_step(context):
+    return lambda slim, plan: None
+
+@rlprune.cost_metric("as params")
+def plug_cost(space, model):
+    return space.costs["params"]
+
+@rlprune.score_kind("zero")
+def plug_score(outputs, targets):
+    return 0 * targets.double()
+
+families.register("plug_type", families.Family())
+"""
+
 
 @pytest.fixture(autouse=True)
 def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A folder of its own; registries and modules as before."""
-    before, modules = (dict(RULES), dict(AGENTS), dict(plugins._LOADED)), set(sys.modules)
     monkeypatch.chdir(tmp_path)
-    yield
-    for registry, content in zip((RULES, AGENTS, plugins._LOADED), before, strict=True):
-        registry.clear()
-        registry.update(content)
-    for name in set(sys.modules) - modules:
-        if "plug" in name:
-            del sys.modules[name]
+    with forgotten("plug"):
+        yield
 
 
 def test_a_file_is_loaded_once_however_it_is_named(tmp_path: Path) -> None:
@@ -80,6 +96,32 @@ def test_modules_and_packages_are_found_in_the_current_folder() -> None:
         ("plug.py", HALF.replace("first_half", "ppo"), "'ppo' is that of a rule and of an agent"),
         ("plug.py", HALF.replace('("the first half of the groups")', ""), "rule: needs a summary"),
         ("plug.py", "import rlprune\n@rlprune.agent('x')\nclass ppo: pass", "'ppo' is taken"),
+        ("plug.py", OTHER.format("recovery_step('x')", "bn"), "recovery_step: the name 'bn' is taken"),
+        (
+            "plug.py",
+            OTHER.format("recovery_step", "f"),
+            "recovery_step: needs a summary, as in @recovery_step",
+        ),
+        (
+            "plug.py",
+            OTHER.format("recovery_step('x', after='bnn')", "f"),
+            r"after='bnn' is no place \(did you mean 'bn'\?\); allowed: reconstruct, bn, finetune, None",
+        ),
+        ("plug.py", OTHER.format("cost_metric('x')", "latency"), "cost_metric: the name 'latency' is taken"),
+        ("plug.py", OTHER.format("cost_metric", "f"), "cost_metric: needs a summary"),
+        ("plug.py", OTHER.format("score_kind('x')", "kl"), "score_kind: the name 'kl' is taken"),
+        ("plug.py", OTHER.format("score_kind", "f"), "score_kind: needs a summary"),
+        ("plug.py", OTHER.format("data_set('x')", "digits"), "data_set: the name 'digits' is taken"),
+        ("plug.py", OTHER.format("data_set('x')", "help_texts"), "data_set: the name 'help_texts' is taken"),
+        ("plug.py", OTHER.format("text_data", "f"), "text_data: needs a summary"),
+        ("plug.py", OTHER.format("export_format('x')", "onnx"), "export_format: the name 'onnx' is taken"),
+        ("plug.py", OTHER.format("importance.register('x')", "obs"), "importance: the name 'obs' is taken"),
+        (
+            "plug.py",
+            "from rlprune.language import families as f\nf.register('llama', f.Family())",
+            "line 2: ValueError: families.register: the model_type 'llama' has an adapter already",
+        ),
+        ("plug.py", HALF + "\nx = 1 / 0", "line 9: ZeroDivisionError"),
         ("plug.py", "import rlprune\n@rlprune.agent('x')\nclass Mine: pass", "'Mine' has no method search"),
         (
             "plug.py",
@@ -93,10 +135,10 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(
     name: str, text: str | None, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("plug.py").write_text(HALF if text is None else text)
-    before = dict(RULES), dict(AGENTS)
+    before = dict(RULES), dict(AGENTS), plugins._foreign()
     with pytest.raises(ConfigError, match=message):
         plugins.load([name])
-    assert (dict(RULES), dict(AGENTS)) == before and not plugins.loaded()
+    assert (dict(RULES), dict(AGENTS), plugins._foreign()) == before and not plugins.loaded()
     assert cli.main(["list", "rules", "--plugin", name]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1 and "--plugin: " in printed.err
@@ -183,3 +225,91 @@ def test_a_rule_that_returns_no_distribution_is_named(returned: object, message:
     )
     with pytest.raises(ConfigError, match=message):
         RULES["plugwrong"].function(context)
+
+
+def test_what_the_settings_name_is_part_of_the_fingerprint(small_digits: Config) -> None:
+    keys = []
+    cell = benchmark.Cell("random", 0, 0.5)
+    for text in (ALL, ALL, ALL.replace("0 * targets", "1 * targets")):
+        Path("plug.py").write_text(text)
+        with forgotten("plug"):
+            (loaded,) = plugins.load(["plug.py"])
+            assert loaded.others == (
+                "cost metric plug_cost", "kind of score plug_score", "language family plug_type",
+                "recovery step plug_step",
+            )  # fmt: skip
+            named = [
+                ["recovery.steps=[plug_step]"],
+                ["budget.metric=plug_cost"],
+                ["score.kind=plug_score"],
+            ]
+            keys.append([benchmark.cell_key(small_digits.override(words), cell) for words in named])
+            about = plugins.fingerprint_of_settings(small_digits)
+            assert list(about) == ["language family plug_type"], "which any model may be of"
+    assert keys[0] == keys[1] and not set(keys[0]) & set(keys[2])
+    assert plugins.fingerprint_of_settings(small_digits) == {}
+
+
+def test_names_are_known_to_the_settings_while_their_plugin_is_loaded() -> None:
+    Path("plug.py").write_text(ALL)
+    with pytest.raises(ConfigError, match=r"score\.kind: 'plug_score' is not one of kl, loss, accuracy"):
+        ScoreConfig(kind="plug_score")
+    plugins.load(["plug.py"])
+    assert ScoreConfig(kind="plug_score").kind == "plug_score"
+    with pytest.raises(ConfigError, match=r"is not one of .*, plug_step \(did you mean 'plug_step'\?\)"):
+        RecoveryConfig(steps=("plugstep",))
+    assert "plug_cost" in json_schema()["$defs"]["BudgetConfig"]["properties"]["metric"]["enum"]
+
+
+def test_an_installed_plugin_needs_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("plug_here.py").write_text(HALF + ALL)
+    install(tmp_path / "plug_here.py", {"mine": "plug_here"}, monkeypatch)
+    Path("plug_here.py").write_text("1 / 0")  # the current folder does not stand in for what is installed
+    assert BudgetConfig(metric="plug_cost").metric == "plug_cost", "settings look there by themselves"
+    assert "first_half" in RULES and plugins.loaded() == ["plug_here"]
+    assert plugins.load(["plug_here"])[0].methods == ("first_half",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1 / 0", "line 1: ZeroDivisionError: division by zero"),
+        ("x = 1", "registers nothing"),
+        (HALF.replace("first_half", "lamp"), "rule: the name 'lamp' is taken; choose another"),
+        (None, "no such module"),
+    ],
+)
+def test_a_broken_installed_plugin_is_one_line_that_names_the_distribution(
+    text: str | None,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("plug_broken.py").write_text(text or "")
+    site = install(tmp_path / "plug_broken.py", {"mine": "plug_broken"}, monkeypatch)
+    if text is None:
+        (site / "plug_broken.py").unlink()
+    for _ in range(2):
+        assert cli.main(["list", "rules"]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == "" and printed.err.count("\n") == 1
+        assert (
+            printed.err.startswith("rlprune: error: the plugin 'mine' of mine-dist: ")
+            and message in printed.err
+        )
+
+
+def test_the_processes_of_a_benchmark_know_installed_plugins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_digits: Config
+) -> None:
+    Path("plug_here.py").write_text(HALF + ALL)
+    site = install(tmp_path / "plug_here.py", {"mine": "plug_here"}, monkeypatch)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")]))
+    config = small_digits.override(["score.kind=plug_score", "recovery.steps=[plug_step]"])
+    found = benchmark.run(config, ["first_half", "uniform"], 1, 4, jobs=2, out=tmp_path / "compared")
+    assert {row["method"]: row["score"] for row in found["rows"]} == {
+        "dense": 0,
+        "first_half": 0,
+        "uniform": 0,
+    }

@@ -28,3 +28,15 @@ SMALL_RUN = (*SMALL_SEARCH, "finish.rules=false")
 def without(settings: Sequence[str], *prefixes: str) -> list[str]:
     """``--set`` words of the settings that do not start with one of the prefixes."""
     return [word for text in settings if not text.startswith(prefixes) for word in ("--set", text)]
+
+
+# The shipped language model, cut down to seconds.
+SMALL_LLAMA = (
+    "model.arguments.layers=2",
+    "model.train.epochs=1",
+    "data.train=32",
+    "data.calibration=8",
+    "data.validation=8",
+    "data.test=8",
+    "device=cpu",
+)
