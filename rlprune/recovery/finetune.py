@@ -53,13 +53,18 @@ class DistillTargets:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Optimizer settings: ``steps`` in all, peak ``lr``, the share of steps that warm up."""
+    """Optimizer settings: ``steps`` in all, peak ``lr``, the share of steps that warm up.
+
+    ``weight_decay`` is an L2 penalty on tensors of two and more dimensions (no biases, no norms).
+    ``mixed_precision`` is bfloat16 autocast, on CUDA devices that compute in it; ignored elsewhere.
+    """
 
     steps: int
-    lr: float
-    momentum: float
-    weight_decay: float
-    warmup: float
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.05
+    mixed_precision: bool = False
 
     def rate(self, step: int) -> float:
         """Learning rate of step 0, 1, ...: linear warm-up, then a cosine that ends at zero."""
@@ -67,6 +72,20 @@ class Schedule:
         if step < warm:
             return self.lr * (step + 1) / (warm + 1)
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who follows a training: ``progress(phase, done, total, values)`` is called a few times a second.
+
+    ``checkpoint`` is the file of the private state; where it exists, training goes on from there. It is written at
+    most every ``save_seconds``, and at the end.
+    """
+
+    progress: Progress | None = None
+    phase: str = "fine-tune"
+    checkpoint: str | Path | None = None
+    save_seconds: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -113,50 +132,39 @@ def fit(
     model: nn.Module,
     batches: Batches,
     loss: Loss,
+    schedule: Schedule,
     *,
-    steps: int | None = None,
-    epochs: int | None = None,
-    steps_per_epoch: int | None = None,
-    lr: float = 0.1,
-    momentum: float = 0.9,
-    weight_decay: float = 5e-4,
-    warmup: float = 0.05,
     distill: DistillTargets | None = None,
-    mixed_precision: bool = False,
     generator: torch.Generator | None = None,
-    progress: Progress | None = None,
-    phase: str = "fine-tune",
-    checkpoint: str | Path | None = None,
-    save_seconds: float = 60.0,
+    watch: Watch | None = None,
 ) -> FitResult:
     """Train ``model`` in place with SGD; it is left in eval mode.
 
     Args:
         batches: ``batches(generator)`` gives one epoch; it is called again until the steps are done.
         loss: ``loss(outputs, targets)``, a scalar mean.
-        steps: number of optimizer steps; or ``epochs`` with ``steps_per_epoch``.
-        weight_decay: L2 penalty on tensors of two and more dimensions (no biases, no norms).
-        warmup: share of the steps with a rising learning rate.
-        mixed_precision: bfloat16 autocast, on CUDA devices that compute in it; ignored elsewhere.
         generator: CPU generator of every draw, dropout included (seed 0 without one). It is advanced.
-        phase: what ``progress`` calls this training.
-        checkpoint: file of the private state; where it exists, training goes on from there.
-        save_seconds: least time between two writes of the state; it is also written at the end.
+        watch: who is told of the progress, and where the private state lies.
 
     Raises RlpruneError for no data, ArtifactError for an unwritable state or one of another run.
     """
     started = time.monotonic()
-    total = _total_steps(steps, epochs, steps_per_epoch)
+    if schedule.steps < 1:
+        raise RlpruneError("fine-tuning: at least one step is needed (is the train split empty?)")
     generator = generator or torch.Generator().manual_seed(0)
-    schedule = Schedule(total, lr, momentum, weight_decay, warmup)
-    state = None if checkpoint is None else _State(checkpoint, _key(model, schedule, distill), save_seconds)
+    watch = watch or Watch()
+    state = None
+    if watch.checkpoint is not None:
+        state = _State(watch.checkpoint, _key(model, schedule, distill), watch.save_seconds)
     device = _device(model)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        loop = _Loop(model, batches, loss, schedule, distill, _autocast(device, mixed_precision), generator)
+        loop = _Loop(
+            model, batches, loss, schedule, distill, _autocast(device, schedule.mixed_precision), generator
+        )
         with torch.enable_grad():
-            mean = loop.run(state, progress, phase)
+            mean = loop.run(state, watch.progress, watch.phase)
     model.eval()
     return FitResult(loop.step, mean, time.monotonic() - started)
 
@@ -286,16 +294,6 @@ class _Loop:
             torch.cuda.set_rng_state(content["cuda_random"], self.device)
 
 
-def _total_steps(steps: int | None, epochs: int | None, steps_per_epoch: int | None) -> int:
-    if steps is None:
-        if epochs is None or steps_per_epoch is None:
-            raise ValueError("give steps, or epochs and steps_per_epoch")
-        steps = epochs * steps_per_epoch
-    if steps < 1:
-        raise RlpruneError("fine-tuning: at least one step is needed (is the train split empty?)")
-    return steps
-
-
 def _optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.SGD:
     """SGD whose weight decay leaves biases and norm weights alone."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -328,4 +326,6 @@ def _key(model: nn.Module, schedule: Schedule, distill: DistillTargets | None) -
     """Hash of what has to be equal for a state to fit: shapes and settings."""
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     soft = None if distill is None else [distill.temperature, distill.soft, distill.teacher is None]
-    return settings_key([shapes, asdict(schedule), soft])
+    optimizer = asdict(schedule)
+    del optimizer["mixed_precision"]  # a number format that a state does not depend on
+    return settings_key([shapes, optimizer, soft])

@@ -19,7 +19,7 @@ from ..importance.unit_scores import Scores
 from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
 from ..pruning.surgery import attributes
-from ..recovery.finetune import DistillTargets, fit
+from ..recovery.finetune import DistillTargets, Schedule, Watch, fit
 from ..recovery.reconstruct import Reconstruction
 from ..tracing.trace import ExampleInputs, TraceOptions, count_macs, trace_channels
 from ..utils.modes import evaluating
@@ -134,22 +134,23 @@ class VisionAdapter(ModelAdapter):
         """``finish.epochs`` of SGD, or ``job.steps`` steps of it."""
         if not (settings.epochs if job.steps is None else job.steps):
             return Tuned(model)
+        steps = job.steps
+        if steps is None:
+            steps = settings.epochs * workload.train_steps(settings.batch_size)
         result = fit(
             model,
             lambda generator: workload.train_batches(generator, settings.batch_size),
             workload.loss,
-            steps=job.steps,
-            epochs=settings.epochs,
-            steps_per_epoch=workload.train_steps(settings.batch_size),
-            lr=SGD_LR if settings.lr is None else settings.lr,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
+            Schedule(
+                steps,
+                SGD_LR if settings.lr is None else settings.lr,
+                settings.momentum,
+                settings.weight_decay,
+                mixed_precision=settings.mixed_precision,
+            ),
             distill=DistillTargets(workload.model, settings.temperature) if settings.distill else None,
-            mixed_precision=settings.mixed_precision,
             generator=torch.Generator().manual_seed(job.seed),
-            progress=job.progress,
-            phase=job.phase,
-            checkpoint=job.state,
+            watch=Watch(job.progress, job.phase, job.state),
         )
         return Tuned(model, f"{result.steps} steps of SGD, loss {result.loss:.4f}")
 
@@ -246,11 +247,11 @@ class _Lesson:
             slim,
             lambda generator: lesson,
             self._workload.loss,
-            steps=settings.finetune_steps,
-            lr=_LESSON_LR if settings.finetune_lr is None else settings.finetune_lr,
+            Schedule(
+                settings.finetune_steps, _LESSON_LR if settings.finetune_lr is None else settings.finetune_lr
+            ),
             distill=DistillTargets() if settings.distill else None,
-            generator=torch.Generator().manual_seed(0),
-            phase="recovery",
+            watch=Watch(phase="recovery"),
         )
 
     def _with_logits(self, steps: int) -> list[tuple[Tensor, ...]]:
