@@ -12,8 +12,11 @@ from functools import partial, reduce
 
 from ..agents import AGENTS
 from ..config.config import Config, settings_reference
+from ..config.names import RECOVERY_STEPS
 from ..errors import ConfigError
+from ..importance.importance import IMPORTANCES
 from ..rules import RULES as PRUNING_RULES
+from ..utils.registry import is_foreign
 from ..workloads.adapter import ModelAdapter, adapters
 from .build import expected_adapter
 
@@ -39,6 +42,12 @@ class Run:
         """Whether an agent from outside of the package searches, which may read anything; an unknown name is not
         refused here."""
         return any(name not in AGENTS or AGENTS[name].own is not None for name in self.agents)
+
+    @property
+    def foreign_recovery(self) -> bool:
+        """Whether a recovery step or an importance from outside of the package takes part; it may read anything."""
+        steps = any(is_foreign(RECOVERY_STEPS.source(step)) for step in self.config.recovery.steps)
+        return steps or is_foreign(IMPORTANCES.source(self.config.prune.importance))
 
     @property
     def modes(self) -> set[str]:
@@ -161,7 +170,7 @@ RULES = (
          lambda run: "finetune" in run.config.recovery.steps or run.command == "fidelity",
          "recovery.steps is without finetune", "add it, and recovery.finetune_steps", ("recovery.steps",)),
     Rule(("recovery.ridge",),
-         lambda run: "reconstruct" in run.config.recovery.steps or run.command == "fidelity"
+         lambda run: "reconstruct" in run.config.recovery.steps or run.command == "fidelity" or run.foreign_recovery
          or run.config.prune.importance in ("obs", "obs_fisher"),
          "recovery.steps is without reconstruct", "add it", ("recovery.steps", "prune.importance")),
     Rule(("recovery.shrink",),
