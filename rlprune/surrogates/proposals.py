@@ -88,8 +88,10 @@ def choose_batch(
 
     After each pick its place counts as known (its mean is believed), so that the next pick is not its
     twin (GP-BUCB, Desautels et al. 2014). The bound's weight goes through ``kappas`` in turn; the rows
-    ``first`` are picked before any other.
+    ``first`` are picked before any other. A small space may have no plan left: the pool is empty, and so is the batch.
     """
+    if not len(pool):
+        return []
     mean, covariance = model.covariance(pool)
     chosen: list[int] = []
     for turn in range(min(count, len(pool))):
