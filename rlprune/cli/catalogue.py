@@ -40,16 +40,20 @@ def rows(kind: str) -> list[tuple[str, str]]:
 
 def _registry(kind: str) -> Registry[Any]:
     """The complete registry of a kind."""
-    if kind == "rules":
-        from ..rules import RULES as found
-    elif kind == "agents":
-        from ..agents import AGENTS as found
-    elif kind == "importances":
-        found = _importances()
-    elif kind == "formats":
-        from ..experiments.export import FORMATS as found
-    else:
-        found = {"recoveries": RECOVERY_STEPS, "costs": COST_METRICS, "scores": SCORE_KINDS}[kind]
+    from ..agents import AGENTS
+    from ..experiments.export import FORMATS
+    from ..rules import RULES
+
+    every: dict[str, Registry[Any]] = {
+        "rules": RULES,
+        "agents": AGENTS,
+        "importances": _importances(),
+        "recoveries": RECOVERY_STEPS,
+        "costs": COST_METRICS,
+        "scores": SCORE_KINDS,
+        "formats": FORMATS,
+    }
+    found = every[kind]
     found.complete()
     return found
 

@@ -229,7 +229,7 @@ class RegisteredLanguageJudge(LanguageJudge):
         self, model: nn.Module, ids: Tensor, wanted: Tensor, first: int, until: int
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         ours = self._whole(model, ids)
-        given = (ours, wanted.view(len(ids), -1))
+        given: tuple[Tensor, ...] = (ours, wanted.view(len(ids), -1))
         if self._compares:
             with evaluating(self._dense):
                 given = (*given, self._whole(self._dense, ids))
