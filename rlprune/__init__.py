@@ -6,31 +6,46 @@ the package is quick. Importing it also registers the environments with Gymnasiu
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import envs
 from .errors import ArtifactError, BudgetError, ConfigError, DataError, GraphError, RlpruneError
+from .utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from . import (
         agents,
         artifacts,
+        benchmarks,
         config,
         evaluation,
+        experiments,
         importance,
+        language,
+        latency,
         plugins,
         pruning,
         recovery,
+        report,
         rules,
+        surrogates,
+        tracing,
+        utils,
+        vision,
         workloads,
     )
     from .agents import agent
     from .agents.ppo.policy import load_policy
     from .api import load, save, trace
+    from .benchmarks.verb import benchmark
     from .config.config import Config, load_config
+    from .evaluation.evaluator import Evaluator
+    from .experiments.apply import AppliedPolicy, apply
     from .experiments.build import build_workload
     from .experiments.export import export_format
+    from .experiments.result import PruningResult
+    from .experiments.search import search
+    from .experiments.train import train
     from .language.text import text_data
     from .pruning.cost_metrics import cost_metric, parameter_cost
     from .pruning.plan import Plan, make_plan
@@ -38,22 +53,30 @@ if TYPE_CHECKING:
     from .pruning.surgery import masked, prune
     from .recovery.steps import RecoveryContext, recovery_step
     from .rules import Context, rule
+    from .utils.progress import Callback
     from .vision.data import ImageSource, data_set
-    from .workloads import Workload
+    from .workloads import LoaderWorkload, Workload
     from .workloads.score_kinds import score_kind
 
 __version__ = "0.1.0"
 
 _NAMES = {
+    "AppliedPolicy": "experiments.apply",
+    "Callback": "utils.progress",
     "Config": "config.config",
     "Context": "rules",
+    "Evaluator": "evaluation.evaluator",
     "Group": "pruning.space",
     "ImageSource": "vision.data",
+    "LoaderWorkload": "workloads",
     "Plan": "pruning.plan",
+    "PruningResult": "experiments.result",
     "PruningSpace": "pruning.space",
     "RecoveryContext": "recovery.steps",
     "Workload": "workloads",
     "agent": "agents",
+    "apply": "experiments.apply",
+    "benchmark": "benchmarks.verb",
     "build_workload": "experiments.build",
     "cost_metric": "pruning.cost_metrics",
     "data_set": "vision.data",
@@ -68,34 +91,52 @@ _NAMES = {
     "recovery_step": "recovery.steps",
     "rule": "rules",
     "save": "api",
+    "search": "experiments.search",
     "score_kind": "workloads.score_kinds",
     "text_data": "language.text",
     "trace": "api",
+    "train": "experiments.train",
 }
-_MODULES = {
-    "agents": "agents",
-    "artifacts": "artifacts",
-    "config": "config",
-    "evaluation": "evaluation",
-    "importance": "importance",
-    "plugins": "plugins",
-    "pruning": "pruning",
-    "recovery": "recovery",
-    "rules": "rules",
-    "workloads": "workloads",
-}
+_MODULES = (
+    "agents",
+    "artifacts",
+    "benchmarks",
+    "config",
+    "evaluation",
+    "experiments",
+    "importance",
+    "language",
+    "latency",
+    "plugins",
+    "pruning",
+    "recovery",
+    "report",
+    "rules",
+    "surrogates",
+    "tracing",
+    "utils",
+    "vision",
+    "workloads",
+)
+
+__getattr__, __dir__ = lazy_names(__name__, _NAMES, _MODULES)
 
 __all__ = [
+    "AppliedPolicy",
     "ArtifactError",
     "BudgetError",
+    "Callback",
     "Config",
     "ConfigError",
     "Context",
     "DataError",
+    "Evaluator",
     "GraphError",
     "Group",
     "ImageSource",
+    "LoaderWorkload",
     "Plan",
+    "PruningResult",
     "PruningSpace",
     "RecoveryContext",
     "RlpruneError",
@@ -103,15 +144,21 @@ __all__ = [
     "__version__",
     "agent",
     "agents",
+    "apply",
     "artifacts",
+    "benchmark",
+    "benchmarks",
     "build_workload",
     "config",
     "cost_metric",
     "data_set",
     "envs",
     "evaluation",
+    "experiments",
     "export_format",
     "importance",
+    "language",
+    "latency",
     "load",
     "load_config",
     "load_policy",
@@ -123,26 +170,18 @@ __all__ = [
     "pruning",
     "recovery",
     "recovery_step",
+    "report",
     "rule",
     "rules",
     "save",
     "score_kind",
+    "search",
+    "surrogates",
     "text_data",
     "trace",
+    "tracing",
+    "train",
+    "utils",
+    "vision",
     "workloads",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        value = getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
-    elif name in _MODULES:
-        value = importlib.import_module(f".{_MODULES[name]}", __name__)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlprune.config.config import load_config
-from rlprune.evaluation.ledger import EvaluationLog
-from rlprune.experiments.prepare import Experiment, prepare_experiment
-from rlprune.experiments.search import search
-from rlprune.report.html import markdown_table
-from rlprune.utils.hardware import hardware
+from rlprune import load_config
+from rlprune.evaluation import EvaluationLog
+from rlprune.experiments import Experiment, prepare_experiment, run_agent
+from rlprune.report import markdown_table
+from rlprune.utils import hardware
 
 DOCS = Path(__file__).resolve().parents[1]
 # Workload: budget, whether each seed has a dense model of its own.
@@ -79,7 +78,7 @@ def found(shipped: Experiment, change: Change, settings: list[str], name: str, s
     experiment = replace(shipped, config=config, evaluator=shipped.evaluator.fork())
     if any(setting.startswith("score.") for setting in change.settings):
         experiment = prepare_experiment(config, model_seed=shipped.config.model.seed)
-    outcome = search(change.agent, [experiment], EvaluationLog(), seed=seed)
+    outcome = run_agent(change.agent, [experiment], EvaluationLog(), seed=seed)
     score = outcome.best.score
     if experiment.config.score != shipped.config.score:
         score = shipped.evaluator.evaluate(np.array(outcome.history[-1])).score

@@ -27,10 +27,10 @@ import torch
 from torch import nn
 
 import rlprune
-from rlprune.pruning.surgery import masked
-from rlprune.report.html import markdown_table
-from rlprune.tracing.trace import count_macs
-from rlprune.vision.zoo import base_of, build_model
+from rlprune import masked
+from rlprune.report import markdown_table
+from rlprune.tracing import count_macs
+from rlprune.vision import base_of, build_model
 
 DOCS = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS, TRACE_SECONDS, TRACE_GIGABYTES = 600, 60.0, 6.0

@@ -20,14 +20,12 @@ import numpy as np
 import torch
 
 import rlprune
-from rlprune.agents.ppo.policy import save_policy
-from rlprune.config.config import Config, load_config
-from rlprune.envs.task import KNOTS
-from rlprune.evaluation.ledger import EvaluationLog
-from rlprune.experiments.prepare import Experiment, prepare_experiment
-from rlprune.experiments.search import search
-from rlprune.report import plots
-from rlprune.report.html import SCORE_UNITS, markdown_table
+from rlprune import Config, load_config
+from rlprune.agents import save_policy
+from rlprune.envs import KNOTS
+from rlprune.evaluation import EvaluationLog
+from rlprune.experiments import Experiment, prepare_experiment, run_agent
+from rlprune.report import SCORE_UNITS, markdown_table, plots
 from rlprune.rules import rules_for
 
 DOCS = Path(__file__).resolve().parents[1]
@@ -40,7 +38,7 @@ def searched(config: Config, out: Path) -> dict[str, Any]:
     if not record.exists():
         out.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
-        found = search(
+        found = run_agent(
             "ppo",
             [prepare_experiment(config)],
             EvaluationLog(out / "ledger.jsonl"),
@@ -175,7 +173,7 @@ Written by `python docs/scripts/budget_curve.py {command}`
 ![Score against budget: the policy, every rule, and separate searches](budget-curve.png)
 
 One search over the whole range trains one policy; here it is applied without any search. The search visits
-{knots} budgets in turn, all with one surrogate, and at the end teaches the policy the best plan of each;
+{anchor_budgets} budgets in turn, all with one surrogate, and at the end teaches the policy the best plan of each;
 at the budgets in between the policy interpolates. Scores are −KL to the dense model (nats, higher is better)
 on the validation split; the best rule is the best of all rules without probes at that budget, with hindsight.
 The last column is (policy − best rule) / (a search of its own − best rule).

@@ -24,10 +24,9 @@ import transformers
 from torch import nn
 
 import rlprune
-from rlprune.language import families
-from rlprune.language.proof import counted, random_plan
-from rlprune.pruning.surgery import masked
-from rlprune.report.html import markdown_table
+from rlprune import masked
+from rlprune.language import counted, families, random_plan
+from rlprune.report import markdown_table
 
 DOCS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(DOCS.parent / "tests"))

@@ -22,18 +22,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlprune.agents.ppo.behaviour_cloning import COMMON_PLANS, clone_behaviour
-from rlprune.agents.ppo.policy import GroupPolicy, PortablePolicy
-from rlprune.benchmarks.statistics import bootstrap
-from rlprune.config.config import load_config
-from rlprune.envs.distribution import DistributionEnv
-from rlprune.envs.observation import BOUND, FEATURE_VERSIONS, KINDS
-from rlprune.envs.task import Task, deviate
-from rlprune.evaluation.ledger import EvaluationLog
-from rlprune.experiments.prepare import Experiment, prepare_experiment
-from rlprune.report.html import markdown_table
-from rlprune.utils.files import read_json, write_json_atomic
-from rlprune.utils.hardware import hardware
+from rlprune import load_config
+from rlprune.agents import COMMON_PLANS, GroupPolicy, PortablePolicy, clone_behaviour
+from rlprune.benchmarks import bootstrap
+from rlprune.envs import BOUND, FEATURE_VERSIONS, KINDS, DistributionEnv, Task, deviate
+from rlprune.evaluation import EvaluationLog
+from rlprune.experiments import Experiment, prepare_experiment
+from rlprune.report import markdown_table
+from rlprune.utils import hardware, read_json, write_json_atomic
 
 DOCS = Path(__file__).resolve().parents[1]
 TRAINED = tuple(range(8))

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlprune.config.config import load_config
-from rlprune.experiments import fidelity
-from rlprune.experiments.fidelity_table import markdown
+from rlprune import load_config
+from rlprune.experiments import fidelity, fidelity_table
 
 DOCS = Path(__file__).resolve().parents[1]
 
@@ -88,7 +87,7 @@ def section(study: Study, content: dict[str, Any]) -> str:
     return (
         f"## {study.config}, {share}\n\n```sh\n{study.command}\n```\n\n"
         f"{hardware['processor']}, {hardware['threads']} thread(s), torch {hardware['libraries']['torch']}; the "
-        f"fine-tunes took {seconds / 60:.0f} min.\n\n{markdown(content)}\n"
+        f"fine-tunes took {seconds / 60:.0f} min.\n\n{fidelity_table.markdown(content)}\n"
     )
 
 

@@ -25,22 +25,14 @@ import language_tables  # the script beside this one
 import numpy as np
 import torch
 
-from rlprune.api import trace
-from rlprune.config.config import Config, RecoveryConfig, load_config
-from rlprune.evaluation.importance import compute
-from rlprune.evaluation.ledger import EvaluationLog
-from rlprune.evaluation.recovery import Recovery
-from rlprune.experiments.finish import choose
-from rlprune.experiments.prepare import Experiment, prepare_experiment
-from rlprune.experiments.search import search
-from rlprune.language.calibration.grams import Grams
-from rlprune.language.calibration.grams import collect as collect_grams
-from rlprune.pruning.plan import make_plan
-from rlprune.pruning.surgery import prune
-from rlprune.rules import Context, rules_for
-from rlprune.utils.files import write_json_atomic
-from rlprune.utils.hardware import hardware
-from rlprune.utils.progress import Console
+from rlprune import Config, Context, PruningSpace, load_config, make_plan, prune, trace
+from rlprune.config import RecoveryConfig
+from rlprune.evaluation import EvaluationLog, Recovery, compute
+from rlprune.experiments import Experiment, choose, prepare_experiment, run_agent
+from rlprune.language import STATISTICS, Grams, LanguageCalibration, zeroshot
+from rlprune.rules import rules_for
+from rlprune.utils import Console, hardware, write_json_atomic
+from rlprune.workloads import TuneJob
 
 Rows = list[dict[str, Any]]
 
@@ -103,13 +95,13 @@ def perplexity(experiment: Experiment, model: torch.nn.Module, split: str = "tes
 def run_search(args: argparse.Namespace) -> None:
     kept = Kept(args.out)
     console = Console(False)
-    experiment = prepare_experiment(settings(args, args.budget), console=console)
+    experiment = prepare_experiment(settings(args, args.budget), callback=console)
     ledger = EvaluationLog(args.out / f"ledger-{args.budget}.jsonl")
     for seed in args.seeds:
         for method in args.methods:
 
             def one(method: str = method, seed: int = seed) -> dict[str, Any]:
-                found = search(
+                found = run_agent(
                     method, [experiment], ledger, seed=seed, state=args.out / f"state-{args.budget}"
                 )
                 chosen = choose(experiment, found)
@@ -134,7 +126,7 @@ def run_search(args: argparse.Namespace) -> None:
 def run_table(args: argparse.Namespace) -> None:
     kept = Kept(args.out)
     config = settings(args, args.budgets[0])
-    experiment = prepare_experiment(config, console=Console(False))
+    experiment = prepare_experiment(config, callback=Console(False))
 
     def dense(dtype: torch.dtype) -> dict[str, Any]:
         copy = prune(experiment.workload.model, experiment.evaluator.plan(experiment.space.widths)).to(dtype)
@@ -149,10 +141,7 @@ def run_table(args: argparse.Namespace) -> None:
             if rule == "sensitivity" or (args.rules and rule not in args.rules):
                 continue
             kept(f"allocation {budget} {rule}", lambda at=at, rule=rule: allocation(at, rule))
-    grams = collect_grams(
-        experiment.workload.model, experiment.space, experiment.workload.batches("calibration")
-    )
-    shared: dict[str, Any] = experiment.evaluator.context(args.budgets[0]).shared
+    grams = calibration(experiment, experiment.space).grams()
     importances: dict[str, Any] = {}
     for method in args.published:
         how = PUBLISHED[method]
@@ -160,14 +149,20 @@ def run_table(args: argparse.Namespace) -> None:
         if not todo:
             continue
         if how[0] not in importances:
-            measured = experiment.evaluator.context(args.budgets[0]).statistics()
-            importances[how[0]] = compute(how[0], experiment.workload, experiment.space, statistics=measured)
+            measured = calibration(experiment, experiment.space)
+            measured.keep(STATISTICS, experiment.evaluator.context(args.budgets[0]).statistics())
+            importances[how[0]] = compute(how[0], experiment.workload, experiment.space, calibration=measured)
         importance = importances[how[0]]
         for budget in todo:
             kept(
                 f"published {budget} {method}",
-                lambda b=budget, h=how, i=importance: published(experiment, b, h, i, grams, shared),
+                lambda b=budget, h=how, i=importance: published(experiment, b, h, i, grams),
             )
+
+
+def calibration(experiment: Experiment, space: PruningSpace) -> LanguageCalibration:
+    """A cache in which nothing has been measured yet."""
+    return LanguageCalibration(experiment.workload, space, experiment.workload.model)
 
 
 def _file(method: str) -> str:
@@ -194,15 +189,13 @@ def published(
     how: tuple[str, str, tuple[str, ...], bool],
     importance: Any,
     grams: Grams,
-    shared: dict[str, Any],
 ) -> dict[str, Any]:
     """A method with its own ranking, allocation and compensation; then the same units with the closed form."""
     _, rule, steps, drop = how
     workload = experiment.workload
     space = trace(workload.model, workload.example_inputs, drop=True) if drop else experiment.space
-    context = Context(
-        space, workload.model, importance, budget, "params", workload, shared=shared if not drop else {}
-    )
+    known = None if drop else experiment.evaluator.calibration
+    context = Context(space, workload.model, importance, budget, "params", workload, calibration=known)
     widths = space.project(rules_for(space)[rule].function(context), budget, "params")
     plan = make_plan(space, importance=importance, widths=widths)
     facts: dict[str, Any] = {"budget": budget, "rule": rule, "widths": [int(w) for w in widths]}
@@ -210,22 +203,20 @@ def published(
     recovery = experiment.config.recovery
     for name, own in (("test", RecoveryConfig(steps=steps)), ("ours", recovery)):
         slim = prune(workload.model, plan)
-        copies = Grams({n: grams[n] for n in grams.names})
-        Recovery(workload, space, own, importance=importance, grams=copies)(slim, plan)
+        given = calibration(experiment, space)
+        given.give_grams(Grams({n: grams[n] for n in grams.names}))  # a recovery uses up what it takes
+        Recovery(workload, space, own, importance=importance, calibration=given)(slim, plan)
         facts[name] = perplexity(experiment, slim)
     return facts
 
 
 def run_tune(args: argparse.Namespace) -> None:
     """An equal number of LoRA steps for dense, the best rule, random search and PPO; then zero-shot accuracy."""
-    from rlprune.experiments.finish import fine_tune
-    from rlprune.language import zeroshot
-
     kept = Kept(args.out)
     config = settings(args, args.budget).override(
         [f"finish.steps={args.steps}", "finish.method=lora", f"finish.batch_size={args.batch}"]
     )
-    experiment = prepare_experiment(config, console=Console(False))
+    experiment = prepare_experiment(config, callback=Console(False))
     plans: dict[str, Any] = {"dense": experiment.space.widths}
     for rule in args.rules:
         plans[rule] = experiment.rule_widths(rule)
@@ -238,7 +229,8 @@ def run_tune(args: argparse.Namespace) -> None:
             model = experiment.evaluator.build(widths)
             before = perplexity(experiment, copy.deepcopy(model))
             if name != "dense":
-                fine_tune(experiment, model, seed=0)
+                tuned = experiment.workload.fine_tune(model, experiment.config.finish, TuneJob(seed=0))
+                model = tuned.model
             after = perplexity(experiment, model)
             rows = zeroshot.accuracy(model, experiment.workload.tokenizer, args.tasks, limit=args.limit)
             return {

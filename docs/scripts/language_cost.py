@@ -21,15 +21,11 @@ from typing import Any
 
 import torch
 
-from rlprune.config.config import Config, load_config
-from rlprune.evaluation.ledger import EvaluationLog
-from rlprune.evaluation.recovery import Recovery
-from rlprune.experiments.prepare import Experiment, prepare_experiment
-from rlprune.experiments.search import search
-from rlprune.pruning.surgery import prune
-from rlprune.report.html import markdown_table
-from rlprune.utils.files import write_text_atomic
-from rlprune.utils.hardware import hardware
+from rlprune import Config, load_config, prune
+from rlprune.evaluation import EvaluationLog, Recovery
+from rlprune.experiments import Experiment, prepare_experiment, run_agent
+from rlprune.report import markdown_table
+from rlprune.utils import hardware, write_text_atomic
 
 
 def settings(args: argparse.Namespace, *more: str) -> Config:
@@ -94,7 +90,7 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
     weights = sum(p.numel() * p.element_size() for p in experiment.workload.model.parameters())
     facts["dense weights"] = weights / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    search("random", [experiment], EvaluationLog(), seed=0, evaluations=args.evaluations)
+    run_agent("random", [experiment], EvaluationLog(), seed=0, evaluations=args.evaluations)
     facts["peak of the search"] = resident("VmHWM")
     return facts
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlprune.report.html import markdown_table
-from rlprune.utils.files import write_json_atomic, write_text_atomic
+from rlprune.report import markdown_table
+from rlprune.utils import write_json_atomic, write_text_atomic
 
 Rows = list[dict[str, Any]]
 

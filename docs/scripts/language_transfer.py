@@ -24,15 +24,13 @@ import numpy as np
 import torch
 
 import rlprune
-from rlprune.agents.ppo.policy import PolicyTransferWarning, save_policy
-from rlprune.config.config import Config, load_config
-from rlprune.evaluation.ledger import EvaluationLog
-from rlprune.experiments.prepare import Experiment, prepare_experiment
-from rlprune.experiments.search import search
-from rlprune.report.html import markdown_table
+from rlprune import Config, load_config
+from rlprune.agents import PolicyTransferWarning, save_policy
+from rlprune.evaluation import EvaluationLog
+from rlprune.experiments import Experiment, prepare_experiment, run_agent
+from rlprune.report import markdown_table
 from rlprune.rules import RULES, rules_for
-from rlprune.utils.files import write_json_atomic, write_text_atomic
-from rlprune.utils.hardware import hardware
+from rlprune.utils import hardware, write_json_atomic, write_text_atomic
 
 DOCS = Path(__file__).resolve().parents[1]
 SHOWN = ("uniform", "ffn_uniform", "flap", "fisher")
@@ -65,7 +63,7 @@ def searched(experiment: Experiment, seed: int, folder: Path) -> Facts:
     """A full search on a model; its policy is saved in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     ledger = EvaluationLog(folder / "ledger.jsonl")
-    found = search("ppo", [experiment], ledger, seed=seed, state=folder / "state")
+    found = run_agent("ppo", [experiment], ledger, seed=seed, state=folder / "state")
     save_policy(found.policy, folder / "policy")
     widths = [int(w) for w in found.history[-1]]
     return {"evaluations": found.account.spent, **judged(experiment, widths)}

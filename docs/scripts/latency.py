@@ -28,18 +28,14 @@ import torch
 from torch import Tensor, nn
 
 import rlprune
-from rlprune.errors import BudgetError
-from rlprune.evaluation.ledger import EvaluationLog
-from rlprune.experiments.prepare import prepare_experiment
-from rlprune.experiments.search import search
-from rlprune.latency.profile import with_latency
-from rlprune.pruning.space import PruningSpace
-from rlprune.report.html import markdown_table
+from rlprune import BudgetError, Context, PruningSpace
+from rlprune.evaluation import EvaluationLog
+from rlprune.experiments import prepare_experiment, run_agent
+from rlprune.latency import with_latency
+from rlprune.report import markdown_table
 from rlprune.rules import RULES
-from rlprune.rules.context import Context
-from rlprune.utils.hardware import processor
-from rlprune.utils.timing import measure, quiet_clock
-from rlprune.vision.zoo import build_model
+from rlprune.utils import measure, processor, quiet_clock
+from rlprune.vision import build_model
 
 DOCS = Path(__file__).resolve().parents[1]
 BUDGETS = (0.8, 0.6, 0.5, 0.4)
@@ -80,7 +76,7 @@ def digits(evaluations: int) -> Subject:
     for rounding in ROUNDINGS:
         settings = [f"prune.round_to={rounding}", f"search.evaluations={evaluations}", "threads=1"]
         experiment = prepare_experiment(rlprune.load_config("digits", settings))
-        plans["ppo", rounding] = search("ppo", [experiment], EvaluationLog(), seed=0).history[-1]
+        plans["ppo", rounding] = run_agent("ppo", [experiment], EvaluationLog(), seed=0).history[-1]
     workload = experiment.workload
     return Subject(
         "digits, ResNet-20, width 16, 8 px", workload.model, workload.example_inputs, (1, 64), plans

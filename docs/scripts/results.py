@@ -19,11 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlprune.benchmarks.statistics import difference
-from rlprune.config.config import load_config
-from rlprune.report import comparison, plots
-from rlprune.report.html import markdown_table
-from rlprune.report.results import read_results
+from rlprune import load_config
+from rlprune.benchmarks import difference
+from rlprune.report import comparison, markdown_table, plots, read_results
 
 EVALUATIONS = 300
 DOCS = Path(__file__).resolve().parents[1]

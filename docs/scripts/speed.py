@@ -25,11 +25,11 @@ import torch_pruning
 from torch import nn
 
 import rlprune
-from rlprune.config.config import RecoveryConfig
-from rlprune.evaluation.evaluator import Evaluator
-from rlprune.report.html import markdown_table
-from rlprune.utils.timing import in_turns
-from rlprune.vision.zoo import build_model
+from rlprune import Evaluator
+from rlprune.config import RecoveryConfig
+from rlprune.report import markdown_table
+from rlprune.utils import in_turns
+from rlprune.vision import build_model
 
 DOCS = Path(__file__).resolve().parents[1]
 Line = tuple[str, str, str]

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import rlprune
-from rlprune.report.html import markdown_table
+from rlprune.report import markdown_table
 
 DOCS = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS, LENGTH = 120, 2048

@@ -27,22 +27,16 @@ import numpy as np
 import torch
 
 import rlprune
-from rlprune.agents.ppo.policy import PortablePolicy, save_policy
-from rlprune.agents.ppo.transfer import builds as builds_of
-from rlprune.agents.ppo.transfer import planned
-from rlprune.benchmarks.statistics import bootstrap
-from rlprune.config.config import Config, load_config
-from rlprune.envs.task import Task
-from rlprune.evaluation.ledger import EvaluationLog
-from rlprune.experiments.apply import refined
-from rlprune.experiments.prepare import Experiment, prepare_experiment
-from rlprune.experiments.search import search
-from rlprune.report.html import markdown_table
-from rlprune.surrogates.logit_gp import LogitProbes
-from rlprune.surrogates.proposals import neighbours
-from rlprune.utils.files import read_json, write_json_atomic
-from rlprune.utils.hardware import hardware
-from rlprune.utils.progress import Console
+from rlprune import Config, load_config
+from rlprune.agents import PortablePolicy, planned, save_policy
+from rlprune.agents import builds as builds_of
+from rlprune.benchmarks import bootstrap
+from rlprune.envs import Task
+from rlprune.evaluation import EvaluationLog
+from rlprune.experiments import Experiment, prepare_experiment, refined, run_agent
+from rlprune.report import markdown_table
+from rlprune.surrogates import LogitProbes, neighbours
+from rlprune.utils import Console, hardware, read_json, write_json_atomic
 
 DOCS = Path(__file__).resolve().parents[1]
 TRAINED, UNSEEN = tuple(range(8)), (101, 102, 103, 104, 105)
@@ -60,7 +54,7 @@ def trained(config: Config, experiments: list[Experiment], out: Path) -> dict[st
     if not record.exists():
         out.mkdir(parents=True, exist_ok=True)
         ledger = EvaluationLog(out / "ledger.jsonl")
-        found = search("ppo", experiments, ledger, seed=config.seed, state=out / "state")
+        found = run_agent("ppo", experiments, ledger, seed=config.seed, state=out / "state")
         save_policy(found.policy, out / "policy")
         spent = len(ledger.rows)
         content = {"widths": list(found.history[-1]), "score": found.best.score, "spent": spent}

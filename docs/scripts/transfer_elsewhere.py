@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from transfer import DOCS, TRAINED, Way, experiment, percent, policies, recorded, table, trained, ways
 
-from rlprune.agents.ppo.policy import PortablePolicy
-from rlprune.agents.ppo.transfer import PROBES
-from rlprune.config.config import Config, load_config
-from rlprune.experiments.prepare import Experiment
-from rlprune.report.html import markdown_table
-from rlprune.utils.hardware import hardware
+from rlprune import Config, load_config
+from rlprune.agents import PROBES, PortablePolicy
+from rlprune.experiments import Experiment
+from rlprune.report import markdown_table
+from rlprune.utils import hardware
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,41 @@ from dataclasses import dataclass, fields
 from functools import partial
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config.search import SearchConfig
 from ..errors import ConfigError, near_miss
 from ..rules.context import RULES, check_free
+from ..utils.lazy import lazy_names
 from ..utils.registry import Registry
 from . import baselines
-from .base import Agent, SearchRequest, SearchResult
+from .base import Agent, SearchRequest, SearchResult, TrialRecorder
 from .baselines.function import FunctionAgent, SearchContext
 from .state import StateDir
+
+if TYPE_CHECKING:
+    from .ppo.behaviour_cloning import COMMON_PLANS, clone_behaviour
+    from .ppo.policy import GroupPolicy, PolicyTransferWarning, PortablePolicy, load_policy, save_policy
+    from .ppo.transfer import PROBES, builds, planned
+
+# Policies bring torch and stable-baselines3.
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "COMMON_PLANS": "ppo.behaviour_cloning",
+        "GroupPolicy": "ppo.policy",
+        "PROBES": "ppo.transfer",
+        "PolicyTransferWarning": "ppo.policy",
+        "PortablePolicy": "ppo.policy",
+        "builds": "ppo.transfer",
+        "clone_behaviour": "ppo.behaviour_cloning",
+        "load_policy": "ppo.policy",
+        "planned": "ppo.transfer",
+        "save_policy": "ppo.policy",
+    },
+)
+
+Own = TypeVar("Own", bound=Callable[..., object])
 
 
 @dataclass(frozen=True)
@@ -118,7 +143,7 @@ def make_agent(name: str, settings: SearchConfig | None = None) -> Agent:
     return AGENTS[name].load()(settings or SearchConfig())
 
 
-def agent(summary: str) -> Callable[[Any], Any]:
+def agent(summary: str) -> Callable[[Own], Own]:
     """Register an agent of yours under the name of the function or class below.
 
     A function takes one argument, a :class:`SearchContext`, and spends its evaluations. A class is made with a
@@ -133,7 +158,7 @@ def agent(summary: str) -> Callable[[Any], Any]:
     if not isinstance(summary, str):
         raise ConfigError('agent: needs a summary, as in @agent("what it does")')
 
-    def register(own: Any) -> Any:
+    def register(own: Own) -> Own:
         name = own.__name__
         owner = AGENTS[name].own or AGENTS[name].load() if name in AGENTS else None
         check_free("agent", name, RULES[name].function if name in RULES else owner, own)
@@ -166,12 +191,23 @@ for _file in iter_modules(baselines.__path__, "baselines."):
 
 __all__ = [
     "AGENTS",
+    "COMMON_PLANS",
+    "PROBES",
     "Agent",
     "Entry",
+    "GroupPolicy",
+    "PolicyTransferWarning",
+    "PortablePolicy",
     "SearchContext",
     "SearchRequest",
     "SearchResult",
     "StateDir",
+    "TrialRecorder",
     "agent",
+    "builds",
+    "clone_behaviour",
+    "load_policy",
     "make_agent",
+    "planned",
+    "save_policy",
 ]

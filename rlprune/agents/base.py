@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from ..envs.task import Scored, Task
 from ..errors import ConfigError
 from ..evaluation.ledger import EvaluationBudget
-from ..pruning.history import History, as_history, final_widths
+from ..pruning.budget import BudgetLike
+from ..pruning.history import History, PlanLike, as_history, final_widths
 from ..utils.arrays import Ints
 from ..utils.randomness import isolated_randomness
 
@@ -19,8 +20,18 @@ if TYPE_CHECKING:
     from .ppo.policy import GroupPolicy, PortablePolicy
     from .state import StateDir
 
-Starts = Sequence[Sequence[Any]]
+Starts = Sequence[Sequence[PlanLike]]
 """For each task plans that are scored first: widths (G,)."""
+
+
+class Batch(TypedDict):
+    """Plans that were compared by successive halving."""
+
+    batch: list[History]
+
+
+Call = History | Batch
+"""What a recorder was asked to score."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,7 @@ class SearchRequest:
     """
 
     tasks: Sequence[Task]
-    accounts: Sequence[Any]
+    accounts: Sequence[EvaluationBudget]
     _: KW_ONLY
     starts: Starts = ()
     seed: int = 0
@@ -70,7 +81,7 @@ class SearchRequest:
         if len(self.starts) not in (0, tasks):
             raise ConfigError(f"search: starts must hold a list for each of the {tasks} tasks")
 
-    def starts_of(self, task: int) -> Sequence[Any]:
+    def starts_of(self, task: int) -> Sequence[PlanLike]:
         """The plans that the search of a task begins with."""
         return self.starts[task] if self.starts else ()
 
@@ -90,17 +101,17 @@ class TrialRecorder:
 
     def __init__(self, account: EvaluationBudget, after: Callable[[], None] | None = None) -> None:
         self.account = account
-        self.calls: list[Any] = []
+        self.calls: list[Call] = []
         self.scores: dict[History, Scored] = {}
         self._after = after
 
-    def evaluate(self, widths: Any) -> Scored:
+    def evaluate(self, widths: PlanLike) -> Scored:
         return self._score(as_history(widths))
 
-    def evaluate_staged(self, history: Any) -> Scored:
+    def evaluate_staged(self, history: PlanLike) -> Scored:
         return self._score(as_history(history))
 
-    def evaluate_batch(self, plans: Any) -> None:
+    def evaluate_batch(self, plans: Sequence[PlanLike] | Ints) -> None:
         """Score a batch of widths (N, G): one by one, or by successive halving where the account knows rungs.
 
         What halving drops is charged and known, but has no score to be compared with the others'.
@@ -121,7 +132,7 @@ class TrialRecorder:
         """Every plan that was asked for, dropped ones too."""
         return {*self.scores, *getattr(self.account, "dropped", ())}
 
-    def repeat(self, calls: Iterable[Any]) -> None:
+    def repeat(self, calls: Iterable[Call]) -> None:
         """Ask for all of a saved record again."""
         for call in calls:
             if isinstance(call, dict):
@@ -129,17 +140,18 @@ class TrialRecorder:
             else:
                 self._score(as_history(call))
 
-    def score_starts(self, task: Task, starts: Sequence[Any], policy: PortablePolicy | None = None) -> None:
+    def score_starts(
+        self, task: Task, starts: Sequence[PlanLike], policy: PortablePolicy | None = None
+    ) -> None:
         """Score the plan of a trained policy, then the starts, as far as the account allows."""
         plans = list(starts)
         if policy is not None:
-            budget = task.budget_range[1] if task.is_range else task.budget
-            plans.insert(0, policy.widths(task, budget, task.metric))
+            plans.insert(0, policy.widths(task, task.highest_budget, task.metric))
         for plan in plans:
             if self.account.left > 0:
                 self.evaluate(plan)
 
-    def within(self, task: Task, budget: Any) -> list[History]:
+    def within(self, task: Task, budget: BudgetLike) -> list[History]:
         """Scored plans that keep a budget, the best first (probes of a rule, for one, keep none)."""
         limit = task.space.target(budget, task.metric)
         plans = [plan for plan in self.scores if task.space.cost(final_widths(plan), task.metric) <= limit]
@@ -147,7 +159,7 @@ class TrialRecorder:
 
     def best(self, task: Task) -> History:
         """The best-scoring plan within the task's (highest) budget."""
-        plans = self.within(task, task.budget_range[1] if task.is_range else task.budget)
+        plans = self.within(task, task.highest_budget)
         if not plans:
             raise ConfigError("search.evaluations: too few to score a single plan within the budget")
         return plans[0]

@@ -72,7 +72,7 @@ class SearchLogger:
         task, account = self._tasks[0], self._accounts[0]
         new = account.history[len(self._costs) :]
         self._costs += [task.space.cost(np.array(c.widths), task.metric) for c in new]
-        limit = task.space.target(task.budget_range[1] if task.is_range else task.budget, task.metric)
+        limit = task.space.target(task.highest_budget, task.metric)
         return [c.score for c, cost in zip(account.history, self._costs, strict=True) if cost <= limit]
 
 

@@ -22,11 +22,17 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from stable_baselines3 import DDPG
+from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
+from torch.optim import Optimizer
+
+from ..utils.arrays import Bools, Floats32
 
 
 def rollout_position(algorithm: OnPolicyAlgorithm) -> tuple[Any, Any]:
@@ -34,7 +40,7 @@ def rollout_position(algorithm: OnPolicyAlgorithm) -> tuple[Any, Any]:
     return algorithm._last_obs, algorithm._last_episode_starts
 
 
-def set_rollout_position(algorithm: OnPolicyAlgorithm, observations: Any, episode_starts: Any) -> None:
+def set_rollout_position(algorithm: OnPolicyAlgorithm, observations: Floats32, episode_starts: Bools) -> None:
     """Let the next rollout go on from a :func:`rollout_position`."""
     algorithm._last_obs = observations
     algorithm._last_episode_starts = episode_starts
@@ -54,7 +60,7 @@ def set_updates(algorithm: OnPolicyAlgorithm, count: int) -> None:
     algorithm._n_updates = count
 
 
-def environment_indices(environments: VecEnv, indices: Any) -> Iterable[int]:
+def environment_indices(environments: VecEnv, indices: VecEnvIndices) -> Iterable[int]:
     """The environments that the argument ``indices`` of a vector environment's method names."""
     return environments._get_indices(indices)
 
@@ -63,7 +69,7 @@ class CustomDDPG(DDPG):
     """DDPG whose actions in training and whose learning rates a subclass decides."""
 
     @abstractmethod
-    def explore_action(self, observations: Any, warm_up: bool, count: int) -> Any:
+    def explore_action(self, observations: Floats32, warm_up: bool, count: int) -> Floats32:
         """Actions (count, ...) in [-1, 1] for observations (count, ...); random ones in the ``warm_up``."""
 
     @abstractmethod
@@ -71,12 +77,14 @@ class CustomDDPG(DDPG):
         """Those of actor and critic."""
 
     def _sample_action(
-        self, learning_starts: int, action_noise: Any = None, n_envs: int = 1
-    ) -> tuple[Any, Any]:
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[Floats32, Floats32]:
+        assert isinstance(self._last_obs, np.ndarray)
         action = self.explore_action(self._last_obs, self.num_timesteps < learning_starts, n_envs)
         return action, action  # they are in [-1, 1], as the buffer wants them
 
-    def _update_learning_rate(self, optimizers: Any) -> None:
+    def _update_learning_rate(self, optimizers: list[Optimizer] | Optimizer) -> None:
+        assert isinstance(optimizers, list)
         for optimizer, rate in zip(optimizers, self.learning_rates(), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ class StateDir:
         self.file = Path(path) / f"{name}.pt"
         self._kept = StateFile(self.file)
 
-    def save(self, state: dict[str, Any]) -> None:
+    def save(self, state: Mapping[str, object]) -> None:
         """Replace the state, whole or not at all; ArtifactError when the disk refuses."""
         self._kept.save({"state": state})
 

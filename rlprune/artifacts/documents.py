@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, TypeGuard, cast
 
 from ..errors import ArtifactError
 from ..utils.files import read_json
@@ -14,7 +14,48 @@ PLAN_FILE = "plan.json"
 VERSION = 1
 
 
-def read_plan(directory: str | Path) -> dict[str, Any]:
+class GroupEntry(TypedDict):
+    """A group in plan.json: its dense width, and the units that it keeps, ascending."""
+
+    name: str
+    kind: str
+    width: int
+    kept: list[int]
+
+
+class Root(TypedDict):
+    """The tensor whose size shows how many units a group keeps: ``per_unit`` entries of dimension ``dim`` for each."""
+
+    tensor: str
+    dim: int
+    per_unit: int
+
+
+class PlanDocument(TypedDict):
+    """The content of plan.json. What stands in ``base``, beside its ``source``, is known to the wing that wrote it."""
+
+    format: str
+    version: int
+    base: dict[str, Any]
+    fingerprint: str
+    input: NotRequired[list[int] | None]
+    groups: list[GroupEntry]
+    widths: list[int]
+    budget: dict[str, Any]
+    cost: dict[str, float]
+    dense_cost: dict[str, float]
+    origin: NotRequired[dict[str, Any]]
+    attributes: dict[str, dict[str, int]]
+    roots: dict[str, Root]
+    tensors: dict[str, list[int]]
+    libraries: dict[str, str]
+    layers: NotRequired[list[dict[str, int]]]
+    """Of language models, as `pruned_hidden_size` and `added_biases`: the sizes of each block."""
+    pruned_hidden_size: NotRequired[int]
+    added_biases: NotRequired[list[str]]
+
+
+def read_plan(directory: str | Path) -> PlanDocument:
     """The checked content of a plan, from a pruned model's folder or the JSON file itself; raises ArtifactError."""
     folder = Path(directory)
     path = folder if folder.is_file() else folder / PLAN_FILE
@@ -32,7 +73,7 @@ def read_plan(directory: str | Path) -> dict[str, Any]:
         )
     for group, width in zip(document["groups"], document["widths"], strict=True):
         _check_group(group, width, path)
-    return document
+    return cast(PlanDocument, document)
 
 
 def read_document(path: Path, kind: str, newest: int) -> dict[str, Any]:
@@ -50,7 +91,7 @@ def read_document(path: Path, kind: str, newest: int) -> dict[str, Any]:
     return document
 
 
-def check_fields(document: Mapping[str, Any], fields: Mapping[str, type], path: Path) -> None:
+def check_fields(document: Mapping[str, object], fields: Mapping[str, type], path: Path) -> None:
     """Raise ArtifactError unless every field is there and of its type."""
     for field, kind in fields.items():
         if not isinstance(document.get(field), kind):
@@ -58,7 +99,7 @@ def check_fields(document: Mapping[str, Any], fields: Mapping[str, type], path: 
             raise ArtifactError(f"{path}: damaged: the field {field!r} {state}")
 
 
-def _check_group(group: Any, width: Any, path: Path) -> None:
+def _check_group(group: object, width: object, path: Path) -> None:
     if not isinstance(group, dict) or not isinstance(group.get("name"), str):
         raise ArtifactError(f"{path}: damaged: a group has no name")
     dense, kept = group.get("width"), group.get("kept")
@@ -72,6 +113,6 @@ def _check_group(group: Any, width: Any, path: Path) -> None:
         raise ArtifactError(experiment + f"kept units must be ascending numbers below {dense}")
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: object) -> TypeGuard[int]:
     """Whether a value of a JSON file is a whole number of 0 and more."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0

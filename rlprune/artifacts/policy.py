@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ArtifactError
 from ..utils.files import read_tensors, replacing_folder, write_json_atomic, write_tensors_atomic
-from ..utils.hardware import library_versions
+from ..utils.machine import library_versions
 from .documents import check_fields, read_document
 from .safetensors import check_tensors, refuse_nan
 
@@ -19,7 +19,7 @@ POLICY_VERSION = 1
 POLICY_TENSORS, POLICY_FILE = "policy.safetensors", "policy.json"
 
 
-def save_policy(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], directory: str | Path) -> Path:
+def save_policy(tensors: Mapping[str, Tensor], meta: Mapping[str, object], directory: str | Path) -> Path:
     """Write a policy's shared weights and its JSON-able description into a folder, replaced as a whole."""
     refuse_nan(tensors, "the policy")
     document = {
@@ -44,6 +44,6 @@ def read_policy_files(directory: str | Path) -> tuple[dict[str, Tensor], dict[st
     check_fields(document, {"meta": dict, "tensors": dict}, folder / POLICY_FILE)
     tensors = read_tensors(folder / POLICY_TENSORS)
     where = str(folder / POLICY_TENSORS)
-    check_tensors(tensors, document, where)
+    check_tensors(tensors, document["tensors"], where)
     refuse_nan(tensors, where)
     return tensors, document["meta"]

@@ -29,10 +29,10 @@ from ..utils.files import (
     write_tensors_atomic,
     write_text_atomic,
 )
-from ..utils.hardware import library_versions
+from ..utils.machine import library_versions
 from ..utils.torch_internals import buffer_slots, parameter_slots
-from .documents import PLAN_FILE, VERSION, is_count, read_plan
-from .safetensors import check_tensors, refuse_nan
+from .documents import PLAN_FILE, VERSION, PlanDocument, is_count, read_plan
+from .safetensors import check_roots, check_tensors, refuse_nan
 
 __all__ = [
     "PLAN_FILE",
@@ -52,7 +52,7 @@ __all__ = [
 MODEL_FILE = "model.safetensors"
 
 
-def save_pruned(slim: nn.Module, plan: Plan, directory: str | Path, base: Mapping[str, Any]) -> None:
+def save_pruned(slim: nn.Module, plan: Plan, directory: str | Path, base: Mapping[str, object]) -> None:
     """Write the tensors and the plan of a pruned model into a folder, which is replaced as a whole or not at all.
 
     Args:
@@ -70,7 +70,9 @@ def save_pruned(slim: nn.Module, plan: Plan, directory: str | Path, base: Mappin
         write_json_atomic(folder / PLAN_FILE, document)
 
 
-def plan_document(plan: Plan, base: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+def plan_document(
+    plan: Plan, base: Mapping[str, object], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, Any]:
     """The content of plan.json for a model of these tensors."""
     return {
         "format": "rlprune pruned model",
@@ -87,9 +89,9 @@ def plan_document(plan: Plan, base: Mapping[str, Any], shapes: Mapping[str, Sequ
 
 def load_pruned(
     folder: Path,
-    document: Mapping[str, Any],
+    document: PlanDocument,
     base: nn.Module | None,
-    rebuild: Callable[[Mapping[str, Any]], nn.Module],
+    rebuild: Callable[[Mapping[str, object]], nn.Module],
 ) -> nn.Module:
     """The pruned model that `save_pruned` wrote, on the CPU, in eval mode.
 
@@ -102,7 +104,8 @@ def load_pruned(
     """
     tensors = read_tensors(folder / MODEL_FILE)
     where = str(folder / MODEL_FILE)
-    check_tensors(tensors, document, where)
+    check_tensors(tensors, document["tensors"], where)
+    check_roots({name: tensor.shape for name, tensor in tensors.items()}, document, where)
     refuse_nan(tensors, where)
     model = rebuild(document["base"]) if base is None else copy.deepcopy(base)
     check_base(model, document, folder)
@@ -111,7 +114,7 @@ def load_pruned(
     return model.cpu().eval()
 
 
-def check_base(model: nn.Module | None, document: Mapping[str, Any], folder: Path) -> None:
+def check_base(model: nn.Module | None, document: PlanDocument, folder: Path) -> None:
     """ArtifactError where a dense model that was given is of another architecture than the saved one."""
     if model is None:
         return
@@ -123,7 +126,7 @@ def check_base(model: nn.Module | None, document: Mapping[str, Any], folder: Pat
         )
 
 
-def example_of(document: Mapping[str, Any]) -> Tensor:
+def example_of(document: PlanDocument) -> Tensor:
     """One zero sample of the shape that plan.json records; ArtifactError where it records none."""
     shape = document.get("input")
     if not shape:
@@ -192,7 +195,7 @@ def _put_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
             parameter_slots(module)[last] = shared.setdefault(id(parameter), new)
 
 
-def _set_attributes(model: nn.Module, wanted: Mapping[str, Any], where: str) -> None:
+def _set_attributes(model: nn.Module, wanted: Mapping[str, object], where: str) -> None:
     """Set integer attributes of modules, and only ones that are there and are integers already."""
     modules = dict(model.named_modules())
     for name, values in wanted.items():

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import ArtifactError, ConfigError, near_miss, one_line
 from ..utils.files import read_json, write_json_atomic, writing
+from .documents import PlanDocument
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_SIZE = "5GB"
@@ -223,9 +224,8 @@ def _unreadable(path: Path, error: Exception) -> ArtifactError:
     return ArtifactError(f"{path}: truncated or not a safetensors file ({one_line(error)})")
 
 
-def check_tensors(tensors: Mapping[str, Tensor], document: Mapping[str, Any], where: str) -> None:
-    """The file holds exactly the tensors that the JSON lists, and the groups' sizes agree with them."""
-    listed = document["tensors"]
+def check_tensors(tensors: Mapping[str, Tensor], listed: Mapping[str, Sequence[int]], where: str) -> None:
+    """The file holds exactly the tensors, of the shapes, that the JSON lists."""
     missing, foreign = sorted(set(listed) - set(tensors)), sorted(set(tensors) - set(listed))
     if missing:
         raise ArtifactError(f"{where}: the tensor {missing[0]!r} is missing{near_miss(missing[0], foreign)}")
@@ -238,10 +238,9 @@ def check_tensors(tensors: Mapping[str, Tensor], document: Mapping[str, Any], wh
             raise ArtifactError(
                 f"{where}: {name!r} has shape {list(tensor.shape)}, the JSON says {listed[name]}"
             )
-    check_roots({name: tensor.shape for name, tensor in tensors.items()}, document, where)
 
 
-def check_roots(shapes: Mapping[str, Sequence[int]], document: Mapping[str, Any], where: str) -> None:
+def check_roots(shapes: Mapping[str, Sequence[int]], document: PlanDocument, where: str) -> None:
     """The tensors' sizes are those that the groups' kept units give them."""
     widths = {group["name"]: len(group["kept"]) for group in document.get("groups", [])}
     for name, root in document.get("roots", {}).items():

@@ -5,35 +5,35 @@ The names of :data:`__all__` load when they are first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .benchmark import run
     from .cells import Cell, cell_key
     from .outcome import page
-    from .statistics import bootstrap, summarise
+    from .statistics import bootstrap, difference, summarise
 
-_NAMES = {
-    "Cell": "cells",
-    "bootstrap": "statistics",
-    "cell_key": "cells",
-    "page": "outcome",
-    "run": "benchmark",
-    "summarise": "statistics",
-}
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Cell": "cells",
+        "bootstrap": "statistics",
+        "cell_key": "cells",
+        "difference": "statistics",
+        "page": "outcome",
+        "run": "benchmark",
+        "summarise": "statistics",
+    },
+)
 
 __all__ = [
     "Cell",
     "bootstrap",
     "cell_key",
+    "difference",
     "page",
     "run",
     "summarise",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)

@@ -20,11 +20,13 @@ from ..errors import ConfigError, RunError, near_miss
 from ..experiments.prepare import dense_model
 from ..plugins import loaded
 from ..pruning.space import PruningSpace
+from ..report.results import Results
 from ..rules import RULES, rules_for
 from ..utils.files import lock_run, write_text_atomic
-from ..utils.progress import Console
+from ..utils.progress import Callback
 from ..workloads.adapter import adapter_named
-from .cells import DENSE, Cell, Problems, cell_key, compute, finished, reason, with_checkpoint
+from ..workloads.base import Workload
+from .cells import DENSE, Cell, PreparedExperiments, cell_key, compute, finished, reason, with_checkpoint
 from .outcome import Outcome, page, write
 from .pool import Pool, Worker
 from .schedule import Schedule
@@ -43,7 +45,8 @@ def run(
     budgets: Sequence[str | float] = (),
     jobs: int = 1,
     checkpoints: int = 1,
-) -> dict[str, Any]:
+    callback: Callback | None = None,
+) -> Results:
     """Compare methods and write results.json, benchmark.md, plots, ledger.jsonl and report.html.
 
     Args:
@@ -73,46 +76,56 @@ def run(
     config = _settled(config, evaluations, asked[0], jobs)
     unable = unable_agents(methods, config.search)
     _refuse(methods, unable)
-    console = Console(True)
+    callback = callback or Callback()
     with lock_run(out, worth="cells") as folder:
-        experiments = None
-        if jobs == 1:
-            experiments = Problems(config, console)
-            workload, space = experiments.of(0).workload, experiments.of(0).space
-        else:  # each worker prepares its own problems, but the dense models are trained once, here
-            workload, space = dense_model(config, console=console)
-            for number in range(1, checkpoints):
-                dense_model(with_checkpoint(config, number), console=console)
+        experiments = PreparedExperiments(config, callback) if jobs == 1 else None
+        workload, space = _dense(config, experiments, checkpoints, callback)
         _check_budgets(space, asked, config.budget.metric)
         names, left_out = applicable(methods, space, unable)
-        wanted = [Cell(DENSE, config.seed + i, asked[0], i) for i in range(checkpoints)]
-        wanted += [
-            Cell(name, config.seed + i, budget, i % checkpoints)
-            for budget in asked
-            for name in names
-            for i in range(seeds)
-        ]
+        wanted = _cells(names, range(config.seed, config.seed + seeds), asked, checkpoints)
         write_text_atomic(folder / "config.yaml", config.to_yaml())
-        work = _Work(config, folder, console, wanted, experiments, jobs, tuple(loaded()))
+        work = _Work(config, folder, callback, wanted, experiments, jobs, tuple(loaded()))
         work.run()
-        protocol = {
-            "seeds": seeds,
-            "checkpoints": checkpoints,
-            "evaluations": evaluations,
-            "jobs": jobs,
-            "methods": names,
-            "left_out": left_out,
-            "failed": {str(cell): why for cell, why in work.failed.items()},
-        }
+        protocol: dict[str, object] = {"seeds": seeds, "checkpoints": checkpoints}
+        protocol |= {"evaluations": evaluations, "jobs": jobs, "methods": names, "left_out": left_out}
+        protocol |= {"failed": {str(cell): why for cell, why in work.failed.items()}}
         content = {cell: work.content[cell] for cell in wanted if cell in work.content}
         outcome = Outcome(config, workload, space, asked, protocol, content)
         results = write(folder, outcome)
-    if work.failed:
-        first = "; ".join(f"{cell}: {why}" for cell, why in list(work.failed.items())[:3])
-        raise RunError(
-            f"{len(work.failed)} of {len(wanted)} cells failed; the same command repeats only them: {first}"
-        )
+    _raise_failed(work.failed, len(wanted))
     return results
+
+
+def _dense(
+    config: Config, experiments: PreparedExperiments | None, checkpoints: int, callback: Callback
+) -> tuple[Workload, PruningSpace]:
+    """The first dense model's workload and space; workers need all dense models trained before they start."""
+    if experiments is not None:
+        first = experiments.of(0)
+        return first.workload, first.space
+    workload, space = dense_model(config, callback=callback)
+    for number in range(1, checkpoints):
+        dense_model(with_checkpoint(config, number), callback=callback)
+    return workload, space
+
+
+def _cells(
+    methods: Sequence[str], seeds: Sequence[int], budgets: Sequence[str | float], checkpoints: int
+) -> list[Cell]:
+    """The whole grid: the dense models first, then the methods budget by budget."""
+    dense = [Cell(DENSE, seed, budgets[0], i) for i, seed in enumerate(seeds[:checkpoints])]
+    return dense + [
+        Cell(name, seed, budget, i % checkpoints)
+        for budget in budgets
+        for name in methods
+        for i, seed in enumerate(seeds)
+    ]
+
+
+def _raise_failed(failed: Mapping[Cell, str], count: int) -> None:
+    if failed:
+        first = "; ".join(f"{cell}: {why}" for cell, why in list(failed.items())[:3])
+        raise RunError(f"{len(failed)} of {count} cells failed; the same command repeats only them: {first}")
 
 
 @dataclass
@@ -121,9 +134,9 @@ class _Work:
 
     config: Config
     folder: Path
-    console: Console
+    callback: Callback
     wanted: Sequence[Cell]
-    experiments: Problems | None
+    experiments: PreparedExperiments | None
     jobs: int
     plugins: tuple[str, ...]
     content: dict[Cell, dict[str, Any]] = field(default_factory=dict)
@@ -139,7 +152,7 @@ class _Work:
             self.schedule.took(cell, found["seconds"])
         if len(pending) < len(self.wanted):
             reused = len(self.wanted) - len(pending)
-            self.console.note(f"{reused} of {len(self.wanted)} cells are there already")
+            self.callback.note(f"{reused} of {len(self.wanted)} cells are there already")
         if not pending:
             return
         try:
@@ -148,8 +161,8 @@ class _Work:
             else:
                 self._parallel(pending)
         except KeyboardInterrupt:
-            self.console.close()
-            self.console.note(f"{self.folder} holds what has been done; the same command goes on from there")
+            self.callback.close()
+            self.callback.note(f"{self.folder} holds what has been done; the same command goes on from there")
             raise
 
     @property
@@ -157,16 +170,16 @@ class _Work:
         return self.folder / "cells"
 
     def _finished(self, cell: Cell) -> dict[str, Any] | None:
-        return finished(self.cells, self.config, cell, self.console)
+        return finished(self.cells, self.config, cell, self.callback)
 
-    def _serial(self, experiments: Problems, pending: Sequence[Cell]) -> None:
+    def _serial(self, experiments: PreparedExperiments, pending: Sequence[Cell]) -> None:
         left = list(pending)
         while left:
             cell = self.schedule.take(left)
             left.remove(cell)
             why = None
             try:
-                compute(experiments, cell, self.cells, self.console)
+                compute(experiments, cell, self.cells, self.callback)
             except Exception as error:
                 why = reason(error)
             self._ended(cell, why)
@@ -178,10 +191,10 @@ class _Work:
             "plugins": list(self.plugins),
         }
         threads = self.config.threads or 1
-        self.console.note(f"{len(pending)} cells in {self.schedule.jobs} processes of {threads} threads")
+        self.callback.note(f"{len(pending)} cells in {self.schedule.jobs} processes of {threads} threads")
         with Pool(order, self.schedule.jobs, threads, self.folder) as pool:
             pool.run(pending, self.schedule.take, self._ended, self._progress)
-        self.console.close()
+        self.callback.close()
 
     def _ended(self, cell: Cell, why: str | None) -> None:
         """Take the cell's content, and say in a line how far everything is."""
@@ -195,13 +208,13 @@ class _Work:
         left = [c for c in self.wanted if c not in self.content and c not in self.failed]
         what = _brief(found["row"]) if found else f"FAILED: {self.failed[cell]}"
         best = _best(self.content, cell.budget)
-        self.console.close()
-        self.console.note(f"{done}/{len(self.wanted)} {cell}: {what}{best}{self.schedule.time_left(left)}")
+        self.callback.close()
+        self.callback.note(f"{done}/{len(self.wanted)} {cell}: {what}{best}{self.schedule.time_left(left)}")
 
     def _progress(self, workers: Sequence[Worker]) -> None:
         done = len(self.content) + len(self.failed)
         facts = [f"{w.cell.method} {w.progress[0]}/{w.progress[1]}" for w in workers if w.cell and w.progress]
-        self.console.status("cells", done, len(self.wanted), ", ".join(facts))
+        self.callback.status("cells", done, len(self.wanted), ", ".join(facts))
 
 
 def _settled(config: Config, evaluations: int, budget: str | float, jobs: int) -> Config:

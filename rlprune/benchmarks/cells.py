@@ -9,25 +9,26 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..agents import AGENTS
+from ..agents.callbacks import Progress
 from ..config.config import Config, settings_reference
 from ..errors import ArtifactError, RlpruneError, one_line
 from ..evaluation.ledger import EvaluationLog
 from ..experiments.finish import choose, finish
+from ..experiments.methods import MethodResult, run_agent, score_rule
 from ..experiments.prepare import Experiment, prepare_experiment
-from ..experiments.search import MethodResult, score_rule, search
 from ..experiments.train import results_of
 from ..plugins import fingerprint, fingerprint_of_settings
 from ..rules import RULES
 from ..utils.checkpoints import settings_key
 from ..utils.files import read_json, write_json_atomic
-from ..utils.hardware import library_versions
-from ..utils.progress import Console
+from ..utils.machine import library_versions
+from ..utils.progress import Callback
 
 DENSE = "dense"
 # Settings that say how a run is shown or where it runs, not what comes out of a cell.
@@ -53,19 +54,19 @@ class Cell:
         return f"{self.method}, seed {self.seed}, budget {self.budget}{where}"
 
 
-class Problems:
-    """The prepared problem of every dense model that cells ask for, each prepared once and kept."""
+class PreparedExperiments:
+    """The prepared experiment of every dense model that cells ask for, each prepared once and kept."""
 
-    def __init__(self, config: Config, console: Console | None = None) -> None:
+    def __init__(self, config: Config, callback: Callback | None = None) -> None:
         self.config = config
-        self._console = console
+        self._callback = callback
         self._prepared: dict[int, Experiment] = {}
 
     def of(self, checkpoint: int) -> Experiment:
-        """The problem of a dense model, which is trained where it is not in the cache folder."""
+        """The experiment of a dense model, which is trained where it is not in the cache folder."""
         if checkpoint not in self._prepared:
             settings = with_checkpoint(self.config, checkpoint)
-            self._prepared[checkpoint] = prepare_experiment(settings, console=self._console)
+            self._prepared[checkpoint] = prepare_experiment(settings, callback=self._callback)
         return self._prepared[checkpoint]
 
 
@@ -106,7 +107,7 @@ def cell_key(config: Config, cell: Cell) -> str:
     return settings_key(determinants(config, cell))[:16]
 
 
-def finished(folder: Path, config: Config, cell: Cell, console: Console) -> dict[str, Any] | None:
+def finished(folder: Path, config: Config, cell: Cell, callback: Callback) -> dict[str, Any] | None:
     """The content of a finished cell, or None where it has to be computed.
 
     A cell that was computed before a setting existed is as good as a new one where that setting has its
@@ -121,16 +122,22 @@ def finished(folder: Path, config: Config, cell: Cell, console: Console) -> dict
                 return {name: kept[name] for name in ("row", "ledger", "seconds")}
         except (ArtifactError, KeyError, TypeError):
             if path == named and path.exists():
-                console.note(f"{path}: damaged, so this cell is computed again")
+                callback.note(f"{path}: damaged, so this cell is computed again")
     return None
 
 
-def compute(experiments: Problems, cell: Cell, folder: Path, console: Console, progress: Any = None) -> None:
+def compute(
+    experiments: PreparedExperiments,
+    cell: Cell,
+    folder: Path,
+    callback: Callback,
+    progress: Callable[[Progress], None] | None = None,
+) -> None:
     """Search, choose, fine-tune, look at test, and write the cell's file; a killed try is continued.
 
     Args:
-        problems: prepared under the benchmark's settings; their budget is replaced by the cell's.
-        progress: called as `Agent.search` calls it; a bar of the console where it is not given.
+        experiments: prepared under the benchmark's settings; their budget is replaced by the cell's.
+        progress: called as `Agent.search` calls it; the callback where it is not given.
     """
     config, experiment = experiments.config, experiments.of(cell.checkpoint)
     started = time.perf_counter()
@@ -141,9 +148,9 @@ def compute(experiments: Problems, cell: Cell, folder: Path, console: Console, p
     ledger = EvaluationLog(state / "ledger.jsonl")
     chosen = None
     if cell.method != DENSE:
-        found = _found(here, cell, ledger, state, progress or console.search(str(cell)))
+        found = _found(here, cell, ledger, state, progress or callback.search(str(cell)))
         chosen = choose(here, replace(found, seconds=found.seconds + here.evaluator.reused))
-    row = finish(here, chosen, seed=cell.seed, state=state, console=console).row
+    row = finish(here, chosen, seed=cell.seed, state=state, callback=callback).row
     row |= {"samples": chosen.account.samples if chosen else 0}
     row |= {"budget": None if cell.method == DENSE else cell.budget}
     content = {
@@ -156,7 +163,7 @@ def compute(experiments: Problems, cell: Cell, folder: Path, console: Console, p
     shutil.rmtree(state, ignore_errors=True)
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, with dotted names."""
     found: dict[str, Any] = {}
     for key, value in values.items():
@@ -171,7 +178,7 @@ def _name(config: Config, cell: Cell) -> str:
     return f"{cell.method}-{cell.seed}-{cell_key(config, cell)}"
 
 
-def _same(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+def _same(kept: Mapping[str, object], wanted: Mapping[str, object]) -> bool:
     """Whether nothing that was recorded differs and everything that was not has its default."""
     defaults = {s.path: json.loads(json.dumps(s.default, default=list)) for s in settings_reference()}
     missing = {key: value for key, value in wanted.items() if key not in kept}
@@ -181,11 +188,15 @@ def _same(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 
 def _found(
-    experiment: Experiment, cell: Cell, ledger: EvaluationLog, state: Path, progress: Any
+    experiment: Experiment,
+    cell: Cell,
+    ledger: EvaluationLog,
+    state: Path,
+    progress: Callable[[Progress], None],
 ) -> MethodResult:
     if cell.method in RULES:
         return score_rule(experiment, cell.method, ledger, cell.seed)
-    return search(
+    return run_agent(
         cell.method, [experiment], ledger, seed=cell.seed, state=state / "search", progress=progress
     )
 

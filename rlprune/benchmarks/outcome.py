@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from torch import Tensor, nn
 
 from ..config.config import Config
 from ..evaluation.ledger import charged_scores
@@ -18,6 +19,7 @@ from ..pruning.space import PruningSpace
 from ..pruning.surgery import prune
 from ..report import comparison, plots
 from ..report import html as report
+from ..report.results import Results
 from ..utils.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 from ..utils.timing import measure
 from ..workloads.base import Workload
@@ -40,7 +42,7 @@ class Outcome:
     content: Mapping[Cell, Mapping[str, Any]]
 
 
-def write(folder: Path, outcome: Outcome) -> dict[str, Any]:
+def write(folder: Path, outcome: Outcome) -> Results:
     """Write everything into ``folder`` and return the content of results.json."""
     results = _results(outcome)
     lines = [
@@ -61,7 +63,7 @@ def write(folder: Path, outcome: Outcome) -> dict[str, Any]:
     return results
 
 
-def page(results: Mapping[str, Any]) -> str:
+def page(results: Results) -> str:
     """benchmark.md: for each budget the two tables of the methods, then every row."""
     parts = []
     for view in comparison.per_budget(results):
@@ -72,7 +74,7 @@ def page(results: Mapping[str, Any]) -> str:
     return "\n".join([*parts, "", "## Every cell", "", report.markdown(results), ""])
 
 
-def _results(outcome: Outcome) -> dict[str, Any]:
+def _results(outcome: Outcome) -> Results:
     space, metric = outcome.space, outcome.config.budget.metric
     rows = {
         cell: content["row"] | {"checkpoint": cell.checkpoint} for cell, content in outcome.content.items()
@@ -94,7 +96,8 @@ def _results(outcome: Outcome) -> dict[str, Any]:
         limit = outcome.config.search.evaluations
         summary += [{"budget": budget} | entry for entry in summarise(ours, curves, limit)]
     common = outcome_of(outcome.config, outcome.workload, space, list(rows.values()))
-    return common | {"budgets": budgets, "protocol": dict(outcome.protocol), "summary": summary}
+    found = common | {"budgets": budgets, "protocol": dict(outcome.protocol), "summary": summary}
+    return cast(Results, found)
 
 
 def _add_latency(outcome: Outcome, rows: Sequence[Row]) -> None:
@@ -107,7 +110,7 @@ def _add_latency(outcome: Outcome, rows: Sequence[Row]) -> None:
     widths = list(dict.fromkeys(tuple(row["widths"]) for row in timed))
     found: dict[tuple[int, ...], dict[int, float]] = {}
     for part in _parts(outcome.space, widths):
-        shared: dict[str, Any] = {}
+        shared: dict[str, Tensor] = {}
         models = {str(i): _cut(outcome, w, shared if how.share else None) for i, w in enumerate(part)}
         times = measure(
             models,
@@ -122,7 +125,7 @@ def _add_latency(outcome: Outcome, rows: Sequence[Row]) -> None:
         row["latency_ms"] = {str(batch): round(ms, 4) for batch, ms in times_of_row.items()}
 
 
-def _cut(outcome: Outcome, widths: Sequence[int], shared: dict[str, Any] | None) -> Any:
+def _cut(outcome: Outcome, widths: Sequence[int], shared: dict[str, Tensor] | None) -> nn.Module:
     space = outcome.space
     plan = make_plan(space, importance=[np.zeros(g.width) for g in space.groups], widths=np.array(widths))
     return prune(outcome.workload.model, plan, shared=shared)

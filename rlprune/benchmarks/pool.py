@@ -32,7 +32,7 @@ class Worker:
     ready: bool = False
     progress: Sequence[Any] = field(default_factory=tuple)
 
-    def send(self, message: Mapping[str, Any]) -> None:
+    def send(self, message: Mapping[str, object]) -> None:
         """Write a line to the worker; one that has just died is noticed by the end of its answers."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
@@ -57,7 +57,7 @@ class Worker:
 
 
 class Pool:
-    """``jobs`` workers, each with the problem prepared once; used as a context that leaves none behind.
+    """``jobs`` workers, each with the experiment prepared once; used as a context that leaves none behind.
 
     Args:
         order: what every worker is told first (see `benchmark_worker`).
@@ -65,7 +65,7 @@ class Pool:
         logs: folder for worker-N.log, what the workers print.
     """
 
-    def __init__(self, order: Mapping[str, Any], jobs: int, threads: int, logs: Path) -> None:
+    def __init__(self, order: Mapping[str, object], jobs: int, threads: int, logs: Path) -> None:
         self._order, self._jobs, self._threads, self._logs = order, jobs, threads, logs
         self._events: Events = queue.SimpleQueue()
         self.workers: list[Worker] = []
@@ -99,7 +99,7 @@ class Pool:
             ended: called after every cell, with the reason where it has failed.
             progress: called with the workers that are at work whenever one of them reports.
 
-        Raises RunError when no worker can prepare the problem.
+        Raises RunError when no worker can prepare the experiment.
         """
         left = list(pending)
         while len(self.workers) < min(self._jobs, len(left)):
@@ -136,7 +136,7 @@ class Pool:
         why = worker.ending()
         if not worker.ready:  # another one would fare no better; those that are there go on
             if not self.workers:
-                raise RunError(f"no worker could prepare the problem: {why}; see {worker.log}")
+                raise RunError(f"no worker could prepare the experiment: {why}; see {worker.log}")
             return
         if worker.cell is not None:
             ended(worker.cell, f"{why}; see {worker.log}")

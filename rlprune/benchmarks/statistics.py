@@ -138,7 +138,7 @@ def reached(counts: Sequence[int | None]) -> Row:
     }
 
 
-def spread(values: Sequence[Any]) -> Row:
+def spread(values: Sequence[object]) -> Row:
     """Mean, range, 95% interval of the mean and the values themselves; null where one is missing."""
     numbers = [float(value) for value in values if isinstance(value, int | float)]
     if not numbers or len(numbers) < len(values) or not np.isfinite(numbers).all():

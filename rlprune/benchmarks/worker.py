@@ -19,36 +19,39 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from ..agents.callbacks import Progress
 
 PROGRESS_SECONDS = 1.0
 
 
 def main() -> int:
-    """Prepare the first problem, then work until the standard input ends."""
+    """Prepare the first experiment, then work until the standard input ends."""
     # Ctrl-C goes to the whole group of processes: the benchmark decides, and then closes our input.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    work: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    work: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(work,), daemon=True).start()
-    order = work.get()
+    order = json.loads(work.get())
 
     from ..config.config import Config
     from ..plugins import load
-    from ..utils.progress import Console
-    from .cells import Cell, Problems, compute, reason
+    from ..utils.progress import Callback
+    from .cells import Cell, PreparedExperiments, compute, reason
 
     load(order["plugins"])
-    experiments = Problems(Config.from_dict(order["config"]))
+    experiments = PreparedExperiments(Config.from_dict(order["config"]))
     experiments.of(0)
     _answer(answers, {"ready": True})
     while True:
-        cell = Cell(**work.get())
+        cell = Cell(**json.loads(work.get()))
         try:
-            compute(experiments, cell, Path(order["cells"]), Console(False), _reporter(answers))
+            compute(experiments, cell, Path(order["cells"]), Callback(), _reporter(answers))
         except Exception as error:
             traceback.print_exc()
             _answer(answers, {"failed": reason(error)})
@@ -56,22 +59,22 @@ def main() -> int:
             _answer(answers, {"done": True})
 
 
-def _listen(work: queue.SimpleQueue[dict[str, Any]]) -> None:
+def _listen(work: queue.SimpleQueue[str]) -> None:
     for line in sys.stdin:
-        work.put(json.loads(line))
+        work.put(line)
     os._exit(0)
 
 
-def _answer(answers: TextIO, message: dict[str, Any]) -> None:
+def _answer(answers: TextIO, message: Mapping[str, object]) -> None:
     answers.write(json.dumps(message) + "\n")
     answers.flush()
 
 
-def _reporter(answers: TextIO) -> Callable[[Any], None]:
+def _reporter(answers: TextIO) -> Callable[[Progress], None]:
     """Passes the progress of a search on, at most once a second."""
     last = 0.0
 
-    def report(state: Any) -> None:
+    def report(state: Progress) -> None:
         nonlocal last
         if time.monotonic() - last >= PROGRESS_SECONDS:
             last = time.monotonic()

@@ -44,18 +44,17 @@ def _registry(kind: str) -> Registry[Any]:
     from ..experiments.export import FORMATS
     from ..rules import RULES
 
-    every: dict[str, Registry[Any]] = {
+    found: dict[str, Registry[Any]] = {
         "rules": RULES,
         "agents": AGENTS,
         "importances": _importances(),
+        "formats": FORMATS,
         "recoveries": RECOVERY_STEPS,
         "costs": COST_METRICS,
         "scores": SCORE_KINDS,
-        "formats": FORMATS,
     }
-    found = every[kind]
-    found.complete()
-    return found
+    found[kind].complete()
+    return found[kind]
 
 
 def check_names(config: Config) -> None:

@@ -16,6 +16,7 @@ from ..config.config import Config, json_schema
 from ..errors import ConfigError
 from .catalogue import KINDS, rows
 from .options import (
+    Subparsers,
     add_config,
     add_out,
     add_plugin,
@@ -34,7 +35,7 @@ from .options import (
 from .pruning_commands import add_apply, add_prune
 
 
-def _add_demo(commands: Any) -> None:
+def _add_demo(commands: Subparsers) -> None:
     parser = new_command(
         commands,
         "demo",
@@ -55,15 +56,18 @@ def _demo(args: argparse.Namespace) -> None:
     out = _run_folder(args, "demo")
     _run(args, config, out)
     from ..experiments import apply as deploy
+    from ..utils.progress import Console
 
     other = config.override([f"model.seed={config.model.seed + 1}"])
     print("\nthe learned policy on a second checkpoint, without a search:")
     target = config.budget.target
-    print(deploy.apply(out, other, checkpoint=None, budget=target, refine=0, out=out / "second"))
+    applied = deploy.apply(out, other, target, callback=Console(True))
+    applied.save(out / "second")
+    print(applied)
     show_run(out)
 
 
-def _add_inspect(commands: Any) -> None:
+def _add_inspect(commands: Subparsers) -> None:
     parser = new_command(
         commands,
         "inspect",
@@ -85,7 +89,7 @@ def _inspect(args: argparse.Namespace) -> None:
         print(inspection.resources(time.perf_counter() - started))
 
 
-def _add_train(commands: Any) -> None:
+def _add_train(commands: Subparsers) -> None:
     parser = new_command(
         commands,
         "train",
@@ -120,12 +124,13 @@ def _run(args: argparse.Namespace, config: Config, out: Path) -> None:
     """Train into ``out``, which an interruption then names."""
     check_packages(config, config.finish.steps)
     from ..experiments import train as run
+    from ..utils.progress import Console
 
     args.resumable.append(out)
-    run.train(config, out, resume=args.resume, progress=True)
+    run.train(config, out, resume=args.resume, callback=Console(True))
 
 
-def _add_benchmark(commands: Any) -> None:
+def _add_benchmark(commands: Subparsers) -> None:
     parser = new_command(
         commands,
         "benchmark",
@@ -152,17 +157,26 @@ def _add_benchmark(commands: Any) -> None:
 def _benchmark(args: argparse.Namespace) -> None:
     config = read_config(args)
     check_packages(config, config.finish.steps)
-    from ..benchmarks import benchmark
+    from ..benchmarks import verb
+    from ..utils.progress import Console
 
     out = args.out or Path("runs") / f"{config.name}-benchmark"
-    evaluations = args.evaluations or config.search.evaluations
-    more = {"budgets": args.budgets, "jobs": args.jobs, "checkpoints": args.checkpoints}
-    benchmark.run(config, args.methods, args.seeds, evaluations, out, **more)
+    verb.benchmark(
+        config,
+        args.methods,
+        seeds=args.seeds,
+        evaluations=args.evaluations,
+        out=out,
+        budgets=args.budgets,
+        checkpoints=args.checkpoints,
+        jobs=args.jobs,
+        callback=Console(True),
+    )
     print((out / "benchmark.md").read_text(encoding="utf-8"))
     print(f"report: {out / 'report.html'}")
 
 
-def _add_fidelity(commands: Any) -> None:
+def _add_fidelity(commands: Subparsers) -> None:
     parser = new_command(
         commands,
         "fidelity",
@@ -195,7 +209,7 @@ def _fidelity(args: argparse.Namespace) -> None:
     show(fidelity.run(config, args.candidates, out, args.steps), out)
 
 
-def _add_evaluate(commands: Any) -> None:
+def _add_evaluate(commands: Subparsers) -> None:
     parser = new_command(
         commands,
         "evaluate",
@@ -227,7 +241,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     print(inspection.evaluate(args.directory, config, [Path(t) for t in args.tasks], args.limit))
 
 
-def _add_export(commands: Any) -> None:
+def _add_export(commands: Subparsers) -> None:
     parser = new_command(
         commands,
         "export",
@@ -251,7 +265,7 @@ def _export(args: argparse.Namespace) -> None:
     print(f"written: {written.path}" + (f" ({written.needs})" if written.needs else ""))
 
 
-def _add_report(commands: Any) -> None:
+def _add_report(commands: Subparsers) -> None:
     parser = new_command(
         commands, "report", "rebuild report.html from what the run recorded", "rlprune report runs/demo"
     )
@@ -266,7 +280,7 @@ def _report(args: argparse.Namespace) -> None:
     print(f"report: {report.build(args.directory)}")
 
 
-def _add_list(commands: Any) -> None:
+def _add_list(commands: Subparsers) -> None:
     parser = new_command(commands, "list", "what there is, one line each", "rlprune list rules")
     parser.add_argument("kind", nargs="?", choices=KINDS, metavar="KIND", help=f"one of: {', '.join(KINDS)}")
     add_plugin(parser)
@@ -283,7 +297,7 @@ def _list(args: argparse.Namespace) -> None:
             print_rows(rows(kind), "  ")
 
 
-def _add_schema(commands: Any) -> None:
+def _add_schema(commands: Subparsers) -> None:
     parser = new_command(
         commands,
         "schema",

@@ -151,7 +151,9 @@ def _separate_sets(words: Sequence[str]) -> list[str]:
 def _show_warnings(debug: bool) -> None:
     """Our warnings in one line each; those of the libraries only with --debug."""
 
-    def show(message: Any, category: Any, filename: str, *_: Any, **__: Any) -> None:
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, *_: object, **__: object
+    ) -> None:
         ours = category.__module__.partition(".")[0] == __name__.partition(".")[0]
         if ours or debug:
             print(f"rlprune: warning: {' '.join(str(message).split())}", file=sys.stderr)

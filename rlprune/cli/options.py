@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from ..config.config import Config, load_config
 from ..errors import ConfigError
 from .catalogue import check_names, check_wing
 
+# argparse has no public name for what `add_subparsers` returns.
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-def new_command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+
+def new_command(commands: Subparsers, name: str, summary: str, example: str) -> argparse.ArgumentParser:
     """The sub-parser of a command, with an example at the end of its help."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=f"example: {example}"
@@ -21,7 +24,7 @@ def new_command(commands: Any, name: str, summary: str, example: str) -> argpars
     return parser
 
 
-def add_common(parser: argparse.ArgumentParser, default: Any) -> None:
+def add_common(parser: argparse.ArgumentParser, default: str | None) -> None:
     """Options that may stand before or after the command; a sub-parser must not overwrite what came before."""
     debug_default = False if default is None else default
     parser.add_argument("--debug", action="store_true", default=debug_default, help="show tracebacks")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from ..errors import ConfigError, near_miss
 from .catalogue import check_wing
 from .options import (
+    Subparsers,
     add_budget,
     add_config,
     add_out,
@@ -23,7 +23,7 @@ from .options import (
 )
 
 
-def add_apply(commands: Any) -> None:
+def add_apply(commands: Subparsers) -> None:
     parser = new_command(
         commands,
         "apply",
@@ -74,21 +74,21 @@ def _apply(args: argparse.Namespace) -> None:
         show(replay.apply_plan(args.source, config, checkpoint=args.checkpoint, out=out), out)
         return
     from ..experiments import apply as deploy
+    from ..utils.progress import Console
 
-    target = config.budget.target
-    result = deploy.apply(
+    applied = deploy.apply(
         args.source,
         config,
         checkpoint=args.checkpoint,
-        budget=target,
         refine=args.refine,
-        out=out,
         builds=args.builds,
+        callback=Console(True),
     )
-    show(result, out)
+    applied.save(out)
+    show(str(applied), out)
 
 
-def add_prune(commands: Any) -> None:
+def add_prune(commands: Subparsers) -> None:
     parser = new_command(
         commands,
         "prune",

@@ -5,24 +5,49 @@ The names of :data:`__all__` load when they are first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..utils.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .config import Config, load_config
+    from .config import (
+        BudgetConfig,
+        Config,
+        DataConfig,
+        FinishConfig,
+        ModelConfig,
+        PruneConfig,
+        RecoveryConfig,
+        ScoreConfig,
+        load_config,
+    )
+    from .search import SearchConfig
 
-_NAMES = {
-    "Config": "config",
-    "load_config": "config",
-}
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "BudgetConfig": "config",
+        "Config": "config",
+        "DataConfig": "config",
+        "FinishConfig": "config",
+        "ModelConfig": "config",
+        "PruneConfig": "config",
+        "RecoveryConfig": "config",
+        "ScoreConfig": "config",
+        "SearchConfig": "search",
+        "load_config": "config",
+    },
+)
 
 __all__ = [
+    "BudgetConfig",
     "Config",
+    "DataConfig",
+    "FinishConfig",
+    "ModelConfig",
+    "PruneConfig",
+    "RecoveryConfig",
+    "ScoreConfig",
+    "SearchConfig",
     "load_config",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)

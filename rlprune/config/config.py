@@ -312,7 +312,7 @@ class Config(Section):
             raise ConfigError(f"device: allowed are auto, cpu, cuda, cuda:N and mps, got {show(self.device)}")
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, object]) -> Self:
         """Build the settings from nested mappings, as a YAML file gives them; raises ConfigError."""
         return build(cls, with_new_names(values, RENAMED))
 

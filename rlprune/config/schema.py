@@ -37,7 +37,7 @@ SectionType = TypeVar("SectionType", bound="Section")
 
 
 def setting(
-    default: Any,
+    default: object,
     doc: str,
     *,
     low: float | None = None,
@@ -143,12 +143,12 @@ def with_new_name(text: str, renamed: Mapping[str, str]) -> str:
     return f"{renamed[path.strip()]}{sign}{raw}"
 
 
-def with_new_names(values: Any, renamed: Mapping[str, str]) -> Any:
+def with_new_names(values: object, renamed: Mapping[str, str]) -> Any:
     """Nested mappings whose settings have their new names, copied where one is old; ConfigError for both names."""
     for old, new in renamed.items():
         section, key = old.split(".")
         given = values.get(section) if isinstance(values, Mapping) else None
-        if not isinstance(given, Mapping) or key not in given:
+        if not isinstance(values, Mapping) or not isinstance(given, Mapping) or key not in given:
             continue
         own = new.split(".")[1]
         if own in given:
@@ -163,7 +163,7 @@ def _warn_renamed(old: str, renamed: Mapping[str, str]) -> None:
     warnings.warn(message, RenamedSetting, stacklevel=4)
 
 
-def build(cls: type[SectionType], values: Any) -> SectionType:
+def build(cls: type[SectionType], values: object) -> SectionType:
     """A section from nested mappings, defaults for what is missing; raises ConfigError."""
     with _one_line_errors(cls):
         return TypeAdapter(cls).validate_python(_fields_of(values))
@@ -175,17 +175,17 @@ def plain(section: Section) -> dict[str, Any]:
     return values
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     """A short one-line picture of any value, for error messages."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _is_section(hint: Any) -> bool:
+def _is_section(hint: object) -> bool:
     return isinstance(hint, type) and issubclass(hint, Section)
 
 
-def _place(root: type[Section], keys: Sequence[Any]) -> tuple[type[Section], Any, Sequence[Any]]:
+def _place(root: type[Section], keys: Sequence[object]) -> tuple[type[Section], Any, Sequence[object]]:
     """The section and the type that a path of keys leads to, and the keys below it; ConfigError for an unknown one."""
     owner, hint = root, root
     for depth, key in enumerate(keys):
@@ -201,7 +201,7 @@ def _place(root: type[Section], keys: Sequence[Any]) -> tuple[type[Section], Any
     return owner, hint, ()
 
 
-def _type_name(hint: Any) -> str:
+def _type_name(hint: object) -> str:
     """The type in words: "whole number", "text or null"."""
     words = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null"}
     if hint in words:
@@ -214,7 +214,7 @@ def _type_name(hint: Any) -> str:
     return " or ".join(_type_name(option) for option in typing.get_args(hint))
 
 
-def _checked(hint: Any, meta: Mapping[str, Any], path: str) -> Any:
+def _checked(hint: object, meta: Mapping[str, Any], path: str) -> Any:
     """A field's type with its limits and choices, for pydantic: nothing converts but whole numbers to floats, lists
     to tuples and mappings to sections."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
@@ -255,19 +255,19 @@ class _Registered:
         return {**handler(core), "enum": list(self.registry)}
 
 
-def _fields_of(value: Any) -> Any:
+def _fields_of(value: object) -> Any:
     """The fields of a section; one without a line below it reads as null in YAML: all its defaults."""
     return {} if value is None else dict(value) if isinstance(value, Mapping) else value
 
 
-def _free_mapping(value: Any, path: str) -> dict[str, Any]:
+def _free_mapping(value: object, path: str) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ConfigError(f"{path}: expected mapping, got {show(value)}")
     scalars: dict[str, Any] = _scalars(value, path)
     return scalars
 
 
-def _scalars(value: Any, path: str, depth: int = 0) -> Any:
+def _scalars(value: object, path: str, depth: int = 0) -> Any:
     """A deep copy of a free mapping, refused where it holds something that JSON cannot."""
     if depth > 20:
         raise ConfigError(f"{path}: nested too deeply")

@@ -38,7 +38,7 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = copy.deepcopy(yaml.SafeLoader.yaml_implicit_resolvers)
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if key.value in seen and isinstance(key.value, str):
@@ -64,7 +64,7 @@ for _user in (_Loader, _Dumper):
     )
 
 
-def dump_yaml(values: Mapping[str, Any]) -> str:
+def dump_yaml(values: Mapping[str, object]) -> str:
     """YAML text that `read_yaml` reads back as the same values."""
     # Not allow_unicode: PyYAML then writes some line breaks of Unicode as they are and reads them as spaces.
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False)

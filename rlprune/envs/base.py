@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError
+from ..pruning.budget import BudgetLike
 from ..utils.arrays import Floats, Floats32, Ints
 from .render import draw
-from .task import Scored, Task, make_task
+from .task import Scored, Source, Task, TaskBudget, make_task
+
+Sources = Source | list[Source] | tuple[Source, ...]
+"""One source of a task, or several."""
+ResetOptions = Mapping[str, Any]
+"""Gymnasium's options of a reset; ours are "task" (an index) and "budget"."""
+
+
+class Snapshot(TypedDict):
+    """The state of an environment in plain types; the last two are one environment's each."""
+
+    index: int
+    budget: BudgetLike
+    history: list[list[int]]
+    random: Mapping[str, Any]  # numpy's own
+    reward: NotRequired[float]
+    last: NotRequired[float]
 
 
 def resolve_tasks(
-    tasks: Sequence[Task] | Task | None, workload: Any, budget: Any, metric: str, base_rule: str
+    tasks: Sequence[Task] | Task | None,
+    workload: Sources | None,
+    budget: TaskBudget,
+    metric: str,
+    base_rule: str,
 ) -> tuple[Task, ...]:
     """Tasks from what the user gave: ready ones, or a workload or several with one budget.
 
@@ -24,7 +45,7 @@ def resolve_tasks(
     """
     if (tasks is None) == (workload is None):
         raise ConfigError("environment: give either workload=... (one or a sequence) or tasks=[...]")
-    if tasks is None:
+    if workload is not None:
         workloads = workload if isinstance(workload, (list, tuple)) else [workload]
         tasks = [make_task(w, budget, metric=metric, base_rule=base_rule) for w in workloads]
     elif isinstance(tasks, Task):
@@ -47,7 +68,7 @@ class PruningEnv(gymnasium.Env[Floats32, Floats32]):
         self.features = tasks[0].features
         self.render_mode = render_mode
         self._index = 0
-        self._budget: Any = None
+        self._budget: BudgetLike = ""  # none before the first reset
         self._history: list[Ints] = []
         self._distribution: Floats | None = None
 
@@ -56,7 +77,7 @@ class PruningEnv(gymnasium.Env[Floats32, Floats32]):
         """The task of the running episode."""
         return self.tasks[self._index]
 
-    def _draw(self, seed: int | None, options: Mapping[str, Any] | None) -> None:
+    def _draw(self, seed: int | None, options: ResetOptions | None) -> None:
         """Start an episode; ``options`` may name the "task" (an index) and the "budget"."""
         super().reset(seed=seed)
         options = options or {}
@@ -95,7 +116,7 @@ class PruningEnv(gymnasium.Env[Floats32, Floats32]):
         names = [g.name for g in task.space.groups]
         return draw(names, now / task.space.widths, self._distribution, title)
 
-    def snapshot(self) -> dict[str, Any]:
+    def snapshot(self) -> Snapshot:
         """The environment's own state in plain types, for :meth:`restore`."""
         return {
             "index": self._index,
@@ -104,7 +125,7 @@ class PruningEnv(gymnasium.Env[Floats32, Floats32]):
             "random": self.np_random.bit_generator.state,
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Snapshot) -> None:
         """Go back to a :meth:`snapshot`: the same episode, at the same stage, with the same random numbers."""
         self._index = int(state["index"])
         self._budget = state["budget"]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 
 from ..errors import ConfigError
-from ..utils.arrays import Floats32, Ints
-from .base import PruningEnv, resolve_tasks
+from ..utils.arrays import Floats, Floats32, Ints
+from .base import PruningEnv, ResetOptions, Snapshot, Sources, resolve_tasks
 from .observation import BOUND, pad
-from .task import Task, deviate
+from .task import Task, TaskBudget, deviate
 
 
 class DistributionEnv(PruningEnv):
@@ -38,8 +38,8 @@ class DistributionEnv(PruningEnv):
 
     def __init__(
         self,
-        workload: Any = None,
-        budget: Any = 0.5,
+        workload: Sources | None = None,
+        budget: TaskBudget = 0.5,
         metric: str = "macs",
         base_rule: str = "uniform",
         *,
@@ -63,7 +63,7 @@ class DistributionEnv(PruningEnv):
         self._reward = 0.0
 
     def reset(
-        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+        self, *, seed: int | None = None, options: ResetOptions | None = None
     ) -> tuple[Floats32, dict[str, Any]]:
         """Draw a task and a budget (``options``: {"task": index, "budget": budget} fixes them)."""
         self._draw(seed, options)
@@ -85,7 +85,7 @@ class DistributionEnv(PruningEnv):
         info["reward"] = self._reward
         return self._observation(), float(reward), done, False, info
 
-    def _widths(self, action: Any) -> Ints:
+    def _widths(self, action: Floats) -> Ints:
         if self.stages == 1:
             return self.task.widths(action, self._budget)
         stage = len(self._history) + 1
@@ -94,9 +94,9 @@ class DistributionEnv(PruningEnv):
     def _observation(self) -> Floats32:
         return pad(self.task.observe(self._budget, self._now()), self.max_groups).ravel()
 
-    def snapshot(self) -> dict[str, Any]:
+    def snapshot(self) -> Snapshot:
         return {**super().snapshot(), "reward": self._reward}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Snapshot) -> None:
         super().restore(state)
         self._reward = float(state["reward"])

@@ -133,7 +133,8 @@ def _importance_columns(importance: Sequence[Floats], share: Floats) -> dict[str
 def _log_ratio(values: Floats) -> Floats:
     """Logarithm beside the column's mean: scale-free, and small values keep their order."""
     mean = np.maximum(values.mean(axis=0, keepdims=True), _TINY)
-    return np.log(values / mean + 0.05)
+    ratio: Floats = np.log(values / mean + 0.05)
+    return ratio
 
 
 def fill_dynamic(

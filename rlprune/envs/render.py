@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
+from ..utils.arrays import Floats
 
-def draw(
-    names: list[str], kept: NDArray[Any], distribution: NDArray[Any] | None, title: str
-) -> NDArray[np.uint8]:
+
+def draw(names: list[str], kept: Floats, distribution: Floats | None, title: str) -> NDArray[np.uint8]:
     """An RGB image (480, 800, 3) of the share kept of each group and of the distribution that asked for it.
 
     Args:

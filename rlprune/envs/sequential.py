@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 
 from ..utils.arrays import Floats32, Ints
-from .base import PruningEnv, resolve_tasks
+from .base import PruningEnv, ResetOptions, Snapshot, Sources, resolve_tasks
 from .observation import BOUND
-from .task import Task
+from .task import Task, TaskBudget
 
 # Columns behind the group's features: cost already taken, cost that the rest can still give, last action.
 EXTRA = ("taken", "left", "last_action")
@@ -28,8 +28,8 @@ class SequentialEnv(PruningEnv):
 
     def __init__(
         self,
-        workload: Any = None,
-        budget: Any = 0.5,
+        workload: Sources | None = None,
+        budget: TaskBudget = 0.5,
         metric: str = "macs",
         base_rule: str = "uniform",
         *,
@@ -42,7 +42,7 @@ class SequentialEnv(PruningEnv):
         self._last = 0.0
 
     def reset(
-        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+        self, *, seed: int | None = None, options: ResetOptions | None = None
     ) -> tuple[Floats32, dict[str, Any]]:
         """Draw a task and a budget (``options``: {"task": index, "budget": budget} fixes them)."""
         self._draw(seed, options)
@@ -120,9 +120,9 @@ class SequentialEnv(PruningEnv):
         row = task.observe(self._budget, now)[g]
         return np.concatenate([row, np.clip(extra, -BOUND, BOUND)]).astype(np.float32)
 
-    def snapshot(self) -> dict[str, Any]:
+    def snapshot(self) -> Snapshot:
         return {**super().snapshot(), "last": self._last}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Snapshot) -> None:
         super().restore(state)
         self._last = float(state["last"])

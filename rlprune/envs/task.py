@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..errors import BudgetError, ConfigError, near_miss
 from ..evaluation.evaluator import Evaluator
-from ..pruning.budget import Limits, project
+from ..pruning.budget import BudgetLike, Limits, project
 from ..pruning.cost import formula
-from ..pruning.history import as_history
+from ..pruning.history import PlanLike, as_history
 from ..pruning.space import PruningSpace
 from ..rules import RULES, rules_for
+from ..rules.context import Context
 from ..utils.arrays import Floats, Floats32, Ints
 from ..utils.randomness import isolated_randomness
+from ..workloads.base import Workload
 from .observation import FEATURE_VERSIONS, feature_version, fill_dynamic, static_features
 from .reward import RewardScale, reward_scale
 
@@ -27,6 +30,11 @@ ACTION_SCALE = 1.5
 KNOTS = 5
 # Share of the mean that a group keeps in the base distribution, so that an action can reach every group.
 BASE_FLOOR = 0.05
+
+
+TaskBudget = BudgetLike | tuple[BudgetLike, ...] | list[BudgetLike]
+"""A budget, or a (low, high) pair."""
+Made = TypeVar("Made")
 
 
 class Scored(Protocol):
@@ -49,8 +57,8 @@ class Scored(Protocol):
 class Scorer(Protocol):
     """Whoever scores plans: an evaluator, or an account that charges for each of them."""
 
-    def evaluate(self, widths: Any) -> Scored: ...
-    def evaluate_staged(self, history: Any) -> Scored: ...
+    def evaluate(self, widths: PlanLike) -> Scored: ...
+    def evaluate_staged(self, history: PlanLike) -> Scored: ...
 
 
 class Judge(Scorer, Protocol):
@@ -62,11 +70,18 @@ class Judge(Scorer, Protocol):
     def importance(self) -> Sequence[Floats]: ...
     @property
     def dense(self) -> Scored: ...
+    # Any: it is asked only of what the judge has scored itself, and each has a type of its own.
     def standard_error(self, candidate: Any) -> float: ...
-    def context(self, budget: Any, metric: str | None = None, probe: Any = None) -> Any: ...
+    def context(
+        self, budget: BudgetLike, metric: str | None = None, probe: Callable[[Ints], float] | None = None
+    ) -> Context: ...
 
 
-def deviate(base: Floats, action: Any) -> Floats:
+Source = Workload | Judge
+"""What a task is made of: a workload, which is traced then, or an evaluator that exists already."""
+
+
+def deviate(base: Floats, action: ArrayLike) -> Floats:
     """The distribution of an action: ``max(d, 0.05 mean d) * exp(c (a - mean a))`` with c = 1.5.
 
     Args:
@@ -75,7 +90,8 @@ def deviate(base: Floats, action: Any) -> Floats:
     """
     a = np.asarray(action, dtype=np.float64)
     floor = np.maximum(base, BASE_FLOOR * base.mean())
-    return floor * np.exp(ACTION_SCALE * (a - a.mean(axis=-1, keepdims=True)))
+    distribution: Floats = floor * np.exp(ACTION_SCALE * (a - a.mean(axis=-1, keepdims=True)))
+    return distribution
 
 
 @dataclass(frozen=True)
@@ -95,7 +111,7 @@ class Task:
     """
 
     evaluator: Judge
-    budget: Any = 0.5
+    budget: TaskBudget = 0.5
     metric: str = "macs"
     base_rule: str = "uniform"
     scorer: Scorer | None = None
@@ -103,7 +119,7 @@ class Task:
     name: str = ""
     common_plans: bool = True
     shown: int | None = None
-    _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _cache: dict[str, object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.sensitivity) not in (0, 2):
@@ -112,7 +128,7 @@ class Task:
         if low > high:
             raise BudgetError(f"budget: the range {self.budget!r} must name the lower one first")
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Task:
+    def __deepcopy__(self, memo: dict[int, object]) -> Task:
         # A copy would score everything again and charge a copied account: environments share the task.
         return self
 
@@ -135,9 +151,14 @@ class Task:
         return isinstance(self.budget, (tuple, list))
 
     @property
+    def highest_budget(self) -> BudgetLike:
+        """Its budget, or the highest of its range as a ratio."""
+        return self.budget_range[1] if isinstance(self.budget, (tuple, list)) else self.budget
+
+    @property
     def budget_range(self) -> tuple[float, float]:
         """Lowest and highest budget as ratios of the dense cost; BudgetError where one is not feasible."""
-        if not self.is_range:
+        if not isinstance(self.budget, (tuple, list)):
             ratio = self.ratio(self.budget)
             return ratio, ratio
         if len(self.budget) != 2:
@@ -145,19 +166,21 @@ class Task:
         return self.ratio(self.budget[0]), self.ratio(self.budget[1])
 
     @property
-    def anchor_budgets(self) -> tuple[Any, ...]:
+    def anchor_budgets(self) -> tuple[BudgetLike, ...]:
         """The budgets at which the task is searched: its own, or several over its range, the lowest first."""
-        if not self.is_range:
+        if not isinstance(self.budget, (tuple, list)):
             return (self.budget,)
         return tuple(float(b) for b in np.linspace(*self.budget_range, KNOTS))
 
-    def ratio(self, budget: Any) -> float:
+    def ratio(self, budget: BudgetLike) -> float:
         """A budget as a ratio of the dense cost."""
         return self.space.target(budget, self.metric) / self.space.dense_cost(self.metric)
 
-    def draw_budget(self, generator: np.random.Generator) -> Any:
+    def draw_budget(self, generator: np.random.Generator) -> BudgetLike:
         """The budget itself, or a ratio drawn uniformly from the range."""
-        return float(generator.uniform(*self.budget_range)) if self.is_range else self.budget
+        if isinstance(self.budget, (tuple, list)):
+            return float(generator.uniform(*self.budget_range))
+        return self.budget
 
     def with_scorer(self, scorer: Scorer) -> Task:
         """The same task, charged to another account."""
@@ -174,29 +197,31 @@ class Task:
             return scorer.evaluate(history[0])
         return scorer.evaluate_staged(as_history(history))
 
-    def base(self, budget: Any) -> Floats:
+    def base(self, budget: BudgetLike) -> Floats:
         """Base distribution (G,) of the named rule at a budget."""
         return self._cached(("base", budget), lambda: self._rule(self.base_rule, budget))
 
-    def uniform_widths(self, budget: Any) -> Ints:
+    def uniform_widths(self, budget: BudgetLike) -> Ints:
         return self.space.project(np.ones(len(self.space.groups)), budget, self.metric)
 
-    def rule_plans(self, budget: Any) -> Ints:
+    def rule_plans(self, budget: BudgetLike) -> Ints:
         """What the shipped rules that need no probes give, uniform aside: (N, G)."""
         rules = {n: rule for n, rule in rules_for(self.space).items() if rule.shipped and not rule.probes}
         names = [name for name in rules if name != "uniform"]
         plans = [self.space.project(self._rule(n, budget), budget, self.metric) for n in names]
         return np.array(plans, dtype=np.int64).reshape(-1, len(self.space.groups))
 
-    def scale(self, budget: Any) -> RewardScale:
+    def scale(self, budget: BudgetLike) -> RewardScale:
         """The reward's scale at a budget; costs one evaluation, of uniform pruning."""
         return self._cached(("scale", budget), lambda: self._scale(budget))
 
-    def widths(self, action: Any, budget: Any) -> Ints:
+    def widths(self, action: ArrayLike, budget: BudgetLike) -> Ints:
         """Widths of one action (G,) or of many (N, G)."""
         return self.space.project(deviate(self.base(budget), action), budget, self.metric)
 
-    def stage_widths(self, action: Any, budget: Any, stage: int, stages: int, before: Ints) -> Ints:
+    def stage_widths(
+        self, action: ArrayLike, budget: BudgetLike, stage: int, stages: int, before: Ints
+    ) -> Ints:
         """Widths (G,) after stage 1..stages; nothing that an earlier stage cut comes back.
 
         Stage t projects to ``dense - (t / T) (dense - budget)`` and shares out what is left by then.
@@ -207,7 +232,7 @@ class Task:
         cost = formula(self.space.costs, self.metric)
         return project(deviate(self.base(budget), action), target, cost, limits, metric=self.metric)
 
-    def observe(self, budget: Any, widths: Ints | None = None) -> Floats32:
+    def observe(self, budget: BudgetLike, widths: Ints | None = None) -> Floats32:
         """Feature table (G, F) at a budget, with what is kept now (nothing cut by default)."""
         space = self.space
         base = self.base(budget)
@@ -219,14 +244,14 @@ class Task:
         target = space.target(budget, self.metric)
         return fill_dynamic(static, space, base, base_widths, now, target, self.metric)
 
-    def _cached(self, key: Any, make: Any) -> Any:
-        key = str(key)
-        if key not in self._cache:
+    def _cached(self, key: object, make: Callable[[], Made]) -> Made:
+        name = str(key)
+        if name not in self._cache:
             with isolated_randomness():  # made once a process: a resumed search makes it at another moment
-                self._cache[key] = make()
-        return self._cache[key]
+                self._cache[name] = make()
+        return cast("Made", self._cache[name])
 
-    def _rule(self, name: str, budget: Any) -> Floats:
+    def _rule(self, name: str, budget: BudgetLike) -> Floats:
         if name == "uniform" and all(g.exact and g.block < 0 for g in self.space.groups):
             return np.ones(len(self.space.groups))
         if name not in RULES:
@@ -237,14 +262,14 @@ class Task:
         distribution = RULES[name].function(context)
         return np.asarray(distribution, dtype=np.float64)
 
-    def _scale(self, budget: Any) -> RewardScale:
+    def _scale(self, budget: BudgetLike) -> RewardScale:
         uniform = self.evaluate([self.uniform_widths(budget)])
         error = self.evaluator.standard_error(uniform)
         return reward_scale(
             uniform.score, self.evaluator.dense.score, error, lambda: self._rule_scores(budget)
         )
 
-    def _rule_scores(self, budget: Any) -> list[float]:
+    def _rule_scores(self, budget: BudgetLike) -> list[float]:
         """Scores of the rules that cost nothing to compute; charged like everything else."""
         return [self.evaluate([plan]).score for plan in self.rule_plans(budget)]
 
@@ -269,10 +294,15 @@ class Task:
 
 
 def make_task(
-    workload: Any, budget: Any = 0.5, *, metric: str = "macs", base_rule: str = "uniform", name: str = ""
+    workload: Source,
+    budget: TaskBudget = 0.5,
+    *,
+    metric: str = "macs",
+    base_rule: str = "uniform",
+    name: str = "",
 ) -> Task:
     """A task for a workload (which is traced now), or for an evaluator that exists already."""
-    if hasattr(workload, "evaluate_staged"):
-        return Task(workload, budget, metric, base_rule, name=name)
-    evaluator = Evaluator(workload, metric=metric)
-    return Task(evaluator, budget, metric, base_rule, name=name or str(getattr(workload, "name", "")))
+    if isinstance(workload, Workload):
+        evaluator = Evaluator(workload, metric=metric)
+        return Task(evaluator, budget, metric, base_rule, name=name or workload.name)
+    return Task(workload, budget, metric, base_rule, name=name)

@@ -5,22 +5,36 @@ The names of :data:`__all__` load when they are first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..utils.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .candidate import Candidate
     from .evaluator import Evaluator
+    from .importance import compute
+    from .ledger import BudgetExhausted, EvaluationBudget, EvaluationLog
+    from .recovery import Recovery
 
-_NAMES = {
-    "Evaluator": "evaluator",
-}
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "BudgetExhausted": "ledger",
+        "Candidate": "candidate",
+        "EvaluationBudget": "ledger",
+        "EvaluationLog": "ledger",
+        "Evaluator": "evaluator",
+        "Recovery": "recovery",
+        "compute": "importance",
+    },
+)
 
 __all__ = [
+    "BudgetExhausted",
+    "Candidate",
+    "EvaluationBudget",
+    "EvaluationLog",
     "Evaluator",
+    "Recovery",
+    "compute",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)

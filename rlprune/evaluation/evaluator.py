@@ -6,13 +6,13 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ..config.config import RecoveryConfig, ScoreConfig
@@ -20,13 +20,15 @@ from ..errors import BudgetError, ConfigError
 from ..importance.calibration_cache import CURVES, CalibrationCache
 from ..importance.importance import find_importance
 from ..importance.unit_scores import Scores
-from ..pruning.history import History, as_history, final_widths
+from ..pruning.budget import BudgetLike
+from ..pruning.history import History, PlanLike, as_history, final_widths
 from ..pruning.plan import Plan, make_plan
 from ..pruning.space import PruningSpace
 from ..pruning.surgery import prune
 from ..recovery.steps import further_steps
 from ..rules.context import Context
 from ..tracing.trace import TraceOptions
+from ..utils.arrays import Floats, Ints
 from ..workloads.base import Workload
 from ..workloads.judge import Judge, Judgement
 from .candidate import Candidate
@@ -34,7 +36,7 @@ from .logit_cache import LogitCache
 from .recovery import Recovery
 
 Probes = TypeVar("Probes")
-Build = Callable[[Any], nn.Module]
+Build = Callable[[PlanLike], nn.Module]
 UNLABELLED = {"calibration": 256, "train": 768}
 """Images of each split that plans are compared on without labels."""
 
@@ -68,7 +70,7 @@ class Evaluator:
         workload: Workload,
         space: PruningSpace | None = None,
         *,
-        importance: str | Sequence[Any] = "taylor",
+        importance: str | Sequence[ArrayLike] = "taylor",
         recovery: RecoveryConfig | None = None,
         score: ScoreConfig | None = None,
         metric: str = "macs",
@@ -120,8 +122,7 @@ class Evaluator:
 
     def _new_judge(self, limit: int | None) -> Judge:
         settings = self.score_settings
-        judge: Judge = self.workload.judge(settings.kind, limit, top_k=settings.top_k)
-        return judge
+        return self.workload.judge(settings.kind, limit, top_k=settings.top_k)
 
     def _calibration(self, model: nn.Module, space: PruningSpace) -> CalibrationCache:
         settings = self._recovery_settings
@@ -151,11 +152,11 @@ class Evaluator:
         """The dense model under the same recovery."""
         return self.evaluate(self.space.widths)
 
-    def evaluate(self, widths: Any) -> Candidate:
+    def evaluate(self, widths: PlanLike) -> Candidate:
         """Score widths (G,) in units; the same widths give the same object again, at no cost."""
         return self.evaluate_staged((np.asarray(widths).ravel(),))
 
-    def evaluate_staged(self, history: Any) -> Candidate:
+    def evaluate_staged(self, history: PlanLike) -> Candidate:
         """Score the last of several stages: cut, recover, rank the units anew, cut again.
 
         ``history`` holds the widths (G,) after each stage, none above the one before it.
@@ -165,7 +166,7 @@ class Evaluator:
             self._memo[key] = self._candidate(key, full=False)
         return self._memo[key]
 
-    def evaluate_partial(self, widths: Any, samples: int) -> Candidate:
+    def evaluate_partial(self, widths: PlanLike, samples: int) -> Candidate:
         """Score widths (G,), or a history of stages, on the first ``samples`` validation samples only.
 
         ``samples`` is one of ``score.rungs`` (successive halving). What was scored is kept: a later
@@ -194,7 +195,7 @@ class Evaluator:
         rungs = self.score_settings.rungs
         return tuple(r for r in sorted(set(rungs)) if r < self.samples) if rungs else ()
 
-    def evaluate_full(self, widths: Any) -> Candidate:
+    def evaluate_full(self, widths: PlanLike) -> Candidate:
         """Score on the whole validation split (the search may look at its first images only)."""
         key = as_history(widths)
         images = self.score_settings.samples
@@ -209,11 +210,11 @@ class Evaluator:
         partial = self.rungs and 0 < candidate.samples < self.samples
         self._bank.setdefault((history, False, candidate.samples if partial else None), candidate)
 
-    def plan(self, widths: Any, origin: dict[str, Any] | None = None) -> Plan:
+    def plan(self, widths: ArrayLike, origin: Mapping[str, object] | None = None) -> Plan:
         """The plan of widths (G,): the most important units of each group."""
         return make_plan(self.space, importance=self.importance, widths=widths, origin=origin)
 
-    def build(self, widths: Any, *, scoring: bool = False) -> nn.Module:
+    def build(self, widths: PlanLike, *, scoring: bool = False) -> nn.Module:
         """The cut and recovered model of widths (G,) or of a history of stages; new at every call.
 
         ``scoring``: as a candidate is scored, not for keeps: where there is a scoring format, the model is in it and
@@ -221,12 +222,14 @@ class Evaluator:
         """
         return self._built(as_history(widths), scoring=scoring)[0]
 
-    def staged_plan(self, history: Any, origin: dict[str, Any] | None = None) -> Plan:
+    def staged_plan(self, history: PlanLike, origin: Mapping[str, object] | None = None) -> Plan:
         """The plan, in units of the dense model, that a history of stages ends in."""
         plan = self._built(as_history(history))[1]
         return dataclasses.replace(plan, origin=dict(origin or {}))
 
-    def context(self, budget: Any, metric: str | None = None, probe: Any = None) -> Context:
+    def context(
+        self, budget: BudgetLike, metric: str | None = None, probe: Callable[[Ints], float] | None = None
+    ) -> Context:
         """What a rule sees of this workload; its probes are scored here unless ``probe`` charges for them."""
         return Context(
             space=self.space,
@@ -254,7 +257,7 @@ class Evaluator:
         """Whether something that an importance or a rule measures of the dense model is there (see `fork`)."""
         return self.calibration.known(name) and (self._visible is None or name in self._visible)
 
-    def expected(self, widths: Any) -> NDArray[np.float64] | None:
+    def expected(self, widths: ArrayLike) -> Floats | None:
         """Divergence (N, G) that each group's cut is expected to cost at widths (N, G), before any evaluation.
 
         Known where an importance or a rule has measured it (see ``CalibrationCache.curves``); None elsewhere, and 0
@@ -304,7 +307,7 @@ class Evaluator:
         return found
 
     def standard_error(self, candidate: Candidate) -> float:
-        """Standard error of a candidate's score over the validation images."""
+        """Standard error of a candidate's score over the validation samples."""
         return candidate.error
 
     def _candidate(self, history: History, *, full: bool, samples: int | None = None) -> Candidate:

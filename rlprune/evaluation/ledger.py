@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import NotRequired, Protocol, TypedDict
 
 from ..errors import ArtifactError
-from ..pruning.history import History, as_history
+from ..pruning.history import History, PlanLike, as_history, as_widths
 from ..utils.files import append_line, whole_lines
 from .candidate import Candidate
 
@@ -19,28 +18,44 @@ class BudgetExhausted(Exception):
     """Raised by an account that has nothing left."""
 
 
-class EvaluationLog:
-    """Every scored candidate, one JSON line each, on disk as soon as it is scored.
+class LogRow(TypedDict):
+    """A scored candidate, and whose it is.
 
-    Columns: index, seconds, method, seed, task, widths (a list of stages where there are several),
-    cost, score, metric, loss, error, samples (validation images or sequences read, counted from the first
-    one; a candidate that successive halving took further has a row for each rung).
+    ``widths`` is a list of stages where there are several; ``samples`` counts the validation images or sequences read,
+    from the first one: a candidate that successive halving took further has a row for each rung.
     """
+
+    index: NotRequired[int]  # the log's own
+    seconds: float
+    method: str
+    seed: int
+    task: str
+    widths: list[int] | list[list[int]]
+    cost: float
+    score: float
+    loss: float
+    metric: float
+    error: float
+    samples: NotRequired[int]  # version 0.1 did not say
+
+
+class EvaluationLog:
+    """Every scored candidate, one JSON line each (`LogRow`), on disk as soon as it is scored."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[LogRow] = []
         if path is not None:
             self._read(path)
 
-    def append(self, row: dict[str, Any]) -> None:
+    def append(self, row: LogRow) -> None:
         """Add a row and wait until it is on the disk."""
         row = {"index": len(self.rows), **row}
         if self.path is not None:
             append_line(self.path, json.dumps(row))
         self.rows.append(row)
 
-    def of(self, method: str, seed: int, task: str) -> list[dict[str, Any]]:
+    def of(self, method: str, seed: int, task: str) -> list[LogRow]:
         """Rows of one method, seed and task, in order."""
         key = (method, seed, task)
         return [r for r in self.rows if (r["method"], r["seed"], r["task"]) == key]
@@ -58,19 +73,26 @@ class EvaluationLog:
             self.rows.append(row)
 
 
-def candidate_of(row: dict[str, Any]) -> Candidate:
+def candidate_of(row: LogRow) -> Candidate:
     """The candidate that a ledger row records."""
-    numbers = {name: float(row[name]) for name in ("cost", "score", "loss", "metric", "error", "seconds")}
-    # Ledgers of version 0.1 do not say how many samples were read.
-    return Candidate(widths=history_of(row)[-1], samples=int(row.get("samples", 0)), **numbers)
+    return Candidate(
+        cost=float(row["cost"]),
+        score=float(row["score"]),
+        loss=float(row["loss"]),
+        metric=float(row["metric"]),
+        error=float(row["error"]),
+        seconds=float(row["seconds"]),
+        widths=history_of(row)[-1],
+        samples=int(row.get("samples", 0)),
+    )
 
 
-def history_of(row: dict[str, Any]) -> History:
+def history_of(row: LogRow) -> History:
     """The widths of each stage that a ledger row records."""
     return as_history(row["widths"])
 
 
-def charged_scores(rows: Iterable[Mapping[str, Any]], limit: float = math.inf) -> list[float]:
+def charged_scores(rows: Iterable[Mapping[str, object]], limit: float = math.inf) -> list[float]:
     """Scores of one account's rows in the order charged, one for each plan.
 
     A plan over ``limit`` (a probe of the sensitivity rule, say) is NaN: it takes its place in the order and cannot
@@ -79,12 +101,13 @@ def charged_scores(rows: Iterable[Mapping[str, Any]], limit: float = math.inf) -
     """
     plans: dict[str, tuple[float, float]] = {}
     for row in rows:
-        score, cost, samples = row.get("score"), row.get("cost"), row.get("samples")
+        score, cost, read = row.get("score"), row.get("cost"), row.get("samples")
+        samples = float(read) if isinstance(read, int | float) else 0.0
         if isinstance(score, int | float):
             fits = not isinstance(cost, int | float) or cost <= limit * (1 + 1e-9)
             # Rows without samples (version 0.1) are one to a plan, all of them whole.
             plan = str(row.get("widths")) if samples else str(len(plans))
-            plans[plan] = (float(samples or 0), float(score) if fits else math.nan)
+            plans[plan] = (samples, float(score) if fits else math.nan)
     most = max((samples for samples, _ in plans.values()), default=0.0)
     return [score if samples == most else math.nan for samples, score in plans.values()]
 
@@ -94,8 +117,8 @@ class Scorer(Protocol):
 
     @property
     def rungs(self) -> tuple[int, ...]: ...
-    def evaluate_staged(self, history: Any) -> Candidate: ...
-    def evaluate_partial(self, widths: Any, samples: int) -> Candidate: ...
+    def evaluate_staged(self, history: PlanLike) -> Candidate: ...
+    def evaluate_partial(self, widths: PlanLike, samples: int) -> Candidate: ...
     def remember(self, history: History, candidate: Candidate) -> None: ...
 
 
@@ -105,6 +128,8 @@ class EvaluationBudget:
     A plan that another method has scored before costs this one an evaluation all the same; its own
     repeats are free, up to three times its limit of calls in all. Rows that the ledger already holds
     for this account are replayed in their order instead of being scored again.
+
+    ``stop`` is asked before each new evaluation, once there is a plan: True ends the search as if nothing were left.
 
     ``plans`` and ``history`` hold what was scored on all samples, ``dropped`` what successive halving gave
     up on fewer; both are charged. ``samples`` is the number of samples read for this account, each of
@@ -116,12 +141,21 @@ class EvaluationBudget:
     """
 
     def __init__(
-        self, evaluator: Scorer, ledger: EvaluationLog, *, method: str, seed: int, limit: int, task: str = ""
+        self,
+        evaluator: Scorer,
+        ledger: EvaluationLog,
+        *,
+        method: str,
+        seed: int,
+        limit: int,
+        task: str = "",
+        stop: Callable[[], bool] | None = None,
     ) -> None:
         self.evaluator = evaluator
         self.ledger = ledger
         self.method, self.seed, self.task = method, seed, task
         self.limit = limit
+        self._stop = stop
         self.calls = 0
         self.samples = 0
         self.history: list[Candidate] = []
@@ -146,10 +180,10 @@ class EvaluationBudget:
         """The highest score on all samples so far, the earliest of equals."""
         return max(self.history, key=lambda c: c.score, default=None)
 
-    def evaluate(self, widths: Any) -> Candidate:
-        return self.evaluate_staged((widths,))
+    def evaluate(self, widths: PlanLike) -> Candidate:
+        return self.evaluate_staged((as_widths(widths),))
 
-    def evaluate_staged(self, history: Any) -> Candidate:
+    def evaluate_staged(self, history: PlanLike) -> Candidate:
         key = as_history(history)
         self._called()
         if key in self.plans:
@@ -158,7 +192,7 @@ class EvaluationBudget:
             raise BudgetExhausted
         return self._finished(key)
 
-    def evaluate_many(self, plans: Sequence[Any]) -> list[Candidate]:
+    def evaluate_many(self, plans: Sequence[PlanLike]) -> list[Candidate]:
         """Score a batch of widths (G,) or histories by successive halving (Jamieson and Talwalkar, arXiv 1502.07943).
 
         All are scored on the first rung of samples (``score.rungs``), the better half of them on to the
@@ -199,7 +233,9 @@ class EvaluationBudget:
         return len(keys)
 
     def _called(self) -> None:
-        if self.calls >= 3 * self.limit:
+        replayed = self._rows < len(self._recorded)
+        stopped = self._stop is not None and bool(self.plans) and not replayed and self._stop()
+        if stopped or self.calls >= 3 * self.limit:
             raise BudgetExhausted
         self.calls += 1
 
@@ -227,14 +263,18 @@ class EvaluationBudget:
         self._rows += 1
         return candidate
 
-    def _row(self, key: History, candidate: Candidate) -> dict[str, Any]:
-        row = dataclasses.asdict(candidate)
-        widths: Any = [list(stage) for stage in key]
-        row["widths"] = widths[0] if len(key) == 1 else widths
+    def _row(self, key: History, candidate: Candidate) -> LogRow:
+        stages = [list(stage) for stage in key]
         return {
-            "seconds": row.pop("seconds"),
+            "seconds": candidate.seconds,
             "method": self.method,
             "seed": self.seed,
             "task": self.task,
-            **row,
+            "widths": stages[0] if len(key) == 1 else stages,
+            "cost": candidate.cost,
+            "score": candidate.score,
+            "loss": candidate.loss,
+            "metric": candidate.metric,
+            "error": candidate.error,
+            "samples": candidate.samples,
         }

@@ -6,10 +6,10 @@ Steps of others (`rlprune.recovery_step`) stand between them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ..config.config import RecoveryConfig
@@ -39,7 +39,7 @@ class Recovery:
         space: PruningSpace,
         settings: RecoveryConfig,
         model: nn.Module | None = None,
-        importance: Sequence[Any] | None = None,
+        importance: Sequence[ArrayLike] | None = None,
         calibration: CalibrationCache | None = None,
     ) -> None:
         adapter = workload.adapter

@@ -1,1 +1,49 @@
-"""What the commands do, one verb a file."""
+"""What the commands do, one verb a file.
+
+The names of :data:`__all__` load when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..utils.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from . import fidelity, fidelity_table
+    from .apply import refined
+    from .build import build_workload
+    from .finish import choose
+    from .methods import MethodResult, run_agent, score_rule
+    from .prepare import Experiment, prepare_experiment
+    from .result import PruningResult
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Experiment": "prepare",
+        "MethodResult": "methods",
+        "PruningResult": "result",
+        "build_workload": "build",
+        "choose": "finish",
+        "prepare_experiment": "prepare",
+        "refined": "apply",
+        "run_agent": "methods",
+        "score_rule": "methods",
+    },
+    modules=("fidelity", "fidelity_table"),
+)
+
+__all__ = [
+    "Experiment",
+    "MethodResult",
+    "PruningResult",
+    "build_workload",
+    "choose",
+    "fidelity",
+    "fidelity_table",
+    "prepare_experiment",
+    "refined",
+    "run_agent",
+    "score_rule",
+]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from ..agents.ppo.policy import PortablePolicy, load_policy
 from ..agents.ppo.transfer import PlanMemory, agreed, can_build
@@ -19,45 +20,84 @@ from ..config.config import Config, load_config
 from ..errors import ConfigError
 from ..evaluation.ledger import EvaluationLog
 from ..language.files.uniform import equal_widths, plain_obstacle
+from ..pruning.history import final_widths
+from ..pruning.plan import Plan
 from ..rules import RULES, rules_for
 from ..rules.blocks import block_cosines, block_count
-from ..utils.progress import Console
+from ..utils.arrays import Ints
+from ..utils.progress import Callback, Console
+from ..workloads.base import Workload, check_workload
 from .incremental import incremental
-from .prepare import Experiment, find_rule, prepare_experiment
-from .search import finalists, search
+from .methods import finalists, run_agent
+from .prepare import Experiment, config_of, find_rule, prepare_experiment
+from .usage import check_usage
+
+
+@dataclass(frozen=True)
+class AppliedPolicy:
+    """What a policy gave for a model: its plan, and the model that is cut by it and recovered, not fine-tuned.
+
+    ``table`` holds validation scores beside the rules that need no probes, ``notes`` what the policy looked at.
+    """
+
+    workload: Workload
+    plan: Plan
+    model: nn.Module
+    table: str
+    notes: str = ""
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the pruned model into a folder (see `rlprune.save`)."""
+        self.workload.save(self.model, self.plan, folder)
+        return Path(folder)
+
+    def __str__(self) -> str:
+        return self.table + self.notes
 
 
 def apply(
-    source: Path,
-    config: Config,
+    policy: str | Path | PortablePolicy,
+    workload: Workload | Config,
+    budget: float | int | str | None = None,
     *,
-    checkpoint: Path | None,
-    budget: Any,
-    refine: int,
-    out: Path,
+    metric: str = "macs",
+    settings: Mapping[str, Any] | None = None,
+    checkpoint: str | Path | None = None,
+    refine: int = 0,
     builds: int | None = None,
-) -> str:
-    """A learned policy prunes another checkpoint: no search on its validation split.
+    callback: Callback | None = None,
+) -> AppliedPolicy:
+    """A learned policy prunes a model that it has not seen: no search on its validation split.
 
-    ``source`` is a run's folder or a policy's; ConfigError where the run has left none. A policy of several
-    checkpoints builds ``builds`` models to compare plans without labels (:meth:`PortablePolicy.widths`); with fewer
-    than two, its network answers alone. With ``refine`` a search that starts from the policy spends that many
-    evaluations. Writes the pruned model (recovered, not fine-tuned) into ``out`` and returns a table of validation
-    scores beside the rules that need no probes.
+    Args:
+        policy: a run's folder, a policy's, or a policy.
+        workload: the model and its data; or settings that describe them.
+        budget: what may be left; that of the settings where none is given.
+        metric: the cost that the budget limits; of settings, theirs counts.
+        settings: with a Workload: further settings, nested as in a YAML file (recovery, score, prune).
+        checkpoint: with settings: weights of the model.
+        refine: a search that starts from the policy then spends so many evaluations.
+        builds: models that a policy of several checkpoints builds to compare plans without labels
+            (:meth:`PortablePolicy.widths`); with fewer than two, its network answers alone.
+
+    Raises:
+        ConfigError, ArtifactError, BudgetError: in one line what is wrong, and what is allowed.
     """
-    console = Console(True)
-    folder = Path(source)
-    policy = load_policy(_policy_folder(folder))
-    experiment = prepare_experiment(
-        _with_budget(config, budget), checkpoint=checkpoint, console=console, run=folder
-    )
+    run = None if isinstance(policy, PortablePolicy) else Path(policy)
+    known = policy if isinstance(policy, PortablePolicy) else load_policy(_policy_folder(Path(policy)))
+    config = _settings_of(workload, budget, metric, settings or {})
+    check_usage(config, "apply --refine" if refine else "apply")
+    own = None if isinstance(workload, Config) else check_workload(workload)
+    watcher = callback or Callback()
+    experiment = prepare_experiment(config, checkpoint=checkpoint, callback=watcher, run=run, workload=own)
+    asked = config.budget.target
     if builds is not None and builds < 2:
-        policy = PortablePolicy(policy.network, policy.meta)
-    elif builds is not None and _plan_memory(experiment, policy) is None:
+        known = PortablePolicy(known.network, known.meta)
+    elif builds is not None and _plan_memory(experiment, known) is None:
         raise ConfigError(
             f"--builds {builds}: only for a policy of several checkpoints and an image model; allowed here: 0"
         )
-    widths = policy.plan(experiment.evaluator, budget, experiment.metric, builds=builds).widths
+    widths = known.plan(experiment.evaluator, asked, experiment.metric, builds=builds).widths
     plans = [
         (name, experiment.rule_widths(name))
         for name, rule in rules_for(experiment.space).items()
@@ -65,14 +105,26 @@ def apply(
     ]
     plans.append(("policy", widths))
     if refine:
-        found = refined(experiment, policy, refine, EvaluationLog(), console)
-        widths = found.history[-1]
+        found = refined(experiment, known, refine, EvaluationLog(), watcher)
+        widths = final_widths(found.history)
         plans.append((f"policy + {refine} evaluations", widths))
-    origin: dict[str, Any] = {"method": "policy", "budget": str(budget), "metric": experiment.metric}
+    origin: dict[str, Any] = {"method": "policy", "budget": str(asked), "metric": experiment.metric}
     origin |= {"builds": builds, "refine": refine}
-    _save(experiment, widths, origin, out)
-    notes = _probes_note(experiment, str(policy.meta["base_rule"])) + _plan_memory_note(experiment, policy)
-    return _score_table(experiment, plans) + notes
+    plan, model = experiment.evaluator.plan(widths, origin), experiment.evaluator.build(widths)
+    notes = _probes_note(experiment, str(known.meta["base_rule"])) + _plan_memory_note(experiment, known)
+    return AppliedPolicy(experiment.workload, plan, model, _score_table(experiment, plans), notes)
+
+
+def _settings_of(
+    workload: Workload | Config, budget: float | int | str | None, metric: str, settings: Mapping[str, Any]
+) -> Config:
+    if isinstance(workload, Config):
+        if settings:
+            raise ConfigError("settings: the Config holds them already; give them with a Workload only")
+        return workload if budget is None else _with_budget(workload, budget)
+    if budget is None:
+        raise ConfigError("budget: needed with a Workload, as in budget=0.5")
+    return config_of(workload, settings, {"budget": {"target": budget, "metric": metric}})
 
 
 def _policy_folder(source: Path) -> Path:
@@ -120,9 +172,9 @@ def _probes_note(experiment: Experiment, rule: str) -> str:
     """What the policy's base rule cost, where that is more than nothing."""
     if not RULES[rule].probes:
         return ""
-    probes: list[Any] = []
+    probes: list[Ints] = []
 
-    def probe(widths: Any) -> float:
+    def probe(widths: Ints) -> float:
         probes.append(widths)
         return experiment.evaluator.evaluate(widths).loss
 
@@ -131,7 +183,11 @@ def _probes_note(experiment: Experiment, rule: str) -> str:
 
 
 def refined(
-    experiment: Experiment, policy: PortablePolicy, evaluations: int, ledger: EvaluationLog, console: Console
+    experiment: Experiment,
+    policy: PortablePolicy,
+    evaluations: int,
+    ledger: EvaluationLog,
+    callback: Callback,
 ) -> Any:
     """A search of a few evaluations that starts from a policy's plan and weights.
 
@@ -140,13 +196,13 @@ def refined(
     # Few evaluations are spent in small batches: the surrogate is fitted again after each.
     batch = max(4, min(experiment.config.search.batch, evaluations // 4))
     settings = replace(experiment.config.search, batch=batch)
-    found = search(
+    found = run_agent(
         settings.agent,
         [replace(experiment, config=replace(experiment.config, search=settings))],
         ledger,
         seed=experiment.config.seed,
         evaluations=evaluations,
-        progress=console.search("refine"),
+        progress=callback.search("refine"),
         policy=policy,
     )
     if _plan_memory(experiment, policy) is None or experiment.config.score.kind != "kl":
@@ -156,22 +212,22 @@ def refined(
     return replace(found, history=agreed(task, plans))
 
 
-def prune_rule(config: Config, rule: str, budget: Any, out: Path) -> str:
+def prune_rule(config: Config, rule: str, budget: str | float, out: Path) -> str:
     """A heuristic rule prunes the model, the recovery follows; writes it into ``out``, returns a table."""
     find_rule(rule)
-    experiment = prepare_experiment(_with_budget(config, budget), console=Console(True))
+    experiment = prepare_experiment(_with_budget(config, budget), callback=Console(True))
     widths = experiment.rule_widths(rule)
     _save(experiment, widths, {"method": rule, "budget": str(budget), "metric": experiment.metric}, out)
     return _score_table(experiment, [("uniform", experiment.rule_widths("uniform")), (rule, widths)])
 
 
-def prune_equal_widths(config: Config, budget: Any, drop_blocks: int, out: Path) -> str:
+def prune_equal_widths(config: Config, budget: str | float, drop_blocks: int, out: Path) -> str:
     """One number of neurons for all blocks, so that `rlprune export --to hf` gives a folder without code of ours.
 
     Of the blocks the ``drop_blocks`` with the least influence go first, 1 - the mean cosine of their input and
     output (ShortGPT, arXiv 2403.03853, equation 1). Writes the pruned model into ``out``, returns a table.
     """
-    experiment = prepare_experiment(_with_budget(config, budget), console=Console(True))
+    experiment = prepare_experiment(_with_budget(config, budget), callback=Console(True))
     space, metric = experiment.space, experiment.metric
     if drop_blocks and drop_blocks >= block_count(space):
         allowed = f"allowed: 0 to {block_count(space) - 1}"
@@ -183,7 +239,12 @@ def prune_equal_widths(config: Config, budget: Any, drop_blocks: int, out: Path)
         influence = 1.0 - block_cosines(experiment.evaluator.context(budget, metric))
         dropped = sorted(int(b) for b in np.argsort(influence, kind="stable")[:drop_blocks])
     widths = equal_widths(space, budget, metric, dropped)
-    origin = {"method": "same_widths", "budget": str(budget), "metric": metric, "dropped_blocks": dropped}
+    origin: dict[str, object] = {
+        "method": "same_widths",
+        "budget": str(budget),
+        "metric": metric,
+        "dropped_blocks": dropped,
+    }
     why = plain_obstacle(_save(experiment, widths, origin, out))
     of = next(g for g in space.groups if g.kind == "ffn" and g.block not in dropped)
     neurons = int(widths[space.groups.index(of)])
@@ -195,20 +256,20 @@ def prune_equal_widths(config: Config, budget: Any, drop_blocks: int, out: Path)
     return table + (f"\nno plain transformers folder can be exported: {why}" if why else "")
 
 
-def prune_stages(config: Config, rule: str, budget: Any, stages: int, steps: int, out: Path) -> str:
+def prune_stages(config: Config, rule: str, budget: str | float, stages: int, steps: int, out: Path) -> str:
     """`prune_rule` in rounds: cut a part, recover, train ``steps`` steps, look again
     (`experiments.incremental.incremental`).
 
     A killed run leaves its finished rounds in ``OUT.state`` and the same command goes on from there.
     """
     find_rule(rule)
-    console = Console(True)
-    experiment = prepare_experiment(_with_budget(config, budget), console=console)
+    callback = Console(True)
+    experiment = prepare_experiment(_with_budget(config, budget), callback=callback)
     state = out.with_name(f"{out.name}.state")
     found = incremental(
-        experiment, rule, stages=stages, steps=steps, seed=config.seed, out=state, console=console
+        experiment, rule, stages=stages, steps=steps, seed=config.seed, out=state, callback=callback
     )
-    console.close()
+    callback.close()
     experiment.workload.save(found.model, found.plan, out)
     shutil.rmtree(state, ignore_errors=True)
     total, name = experiment.space.dense_cost(experiment.metric), experiment.workload.metric_name
@@ -221,11 +282,11 @@ def prune_stages(config: Config, rule: str, budget: Any, stages: int, steps: int
     return "\n".join(lines)
 
 
-def _with_budget(config: Config, budget: Any) -> Config:
+def _with_budget(config: Config, budget: str | float) -> Config:
     return replace(config, budget=replace(config.budget, target=budget))
 
 
-def _save(experiment: Experiment, widths: Any, origin: dict[str, Any], out: Path) -> Any:
+def _save(experiment: Experiment, widths: Ints, origin: dict[str, object], out: Path) -> nn.Module:
     """Write the pruned and recovered model of ``widths``, and return it."""
     plan = experiment.evaluator.plan(widths, origin)
     slim = experiment.evaluator.build(widths)
@@ -233,7 +294,7 @@ def _save(experiment: Experiment, widths: Any, origin: dict[str, Any], out: Path
     return slim
 
 
-def _score_table(experiment: Experiment, plans: Sequence[tuple[str, Any]]) -> str:
+def _score_table(experiment: Experiment, plans: Sequence[tuple[str, Ints]]) -> str:
     """Validation score, loss and metric of plans, after the recovery."""
     dense = experiment.workload.evaluate(experiment.workload.model, "validation")
     name = experiment.workload.metric_name

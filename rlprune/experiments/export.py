@@ -9,12 +9,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..artifacts.documents import read_plan
+from ..artifacts.documents import PlanDocument, read_plan
 from ..errors import ArtifactError, ConfigError, near_miss, one_line
 from ..language.files.uniform import export_folder
 from ..tracing.trace import count_macs
@@ -138,7 +137,7 @@ def export_model(
         raise ArtifactError(f"{target}: cannot be written ({error.strerror or error})") from error
 
 
-def find_example(model: nn.Module, document: dict[str, Any]) -> Tensor:
+def find_example(model: nn.Module, document: PlanDocument) -> Tensor:
     """One zero sample of the shape that the plan was made for.
 
     Uses `input` of plan.json where it is recorded; else the side of a square image for which the

@@ -39,8 +39,8 @@ from ..utils.files import (
     write_json_atomic,
     write_text_atomic,
 )
-from ..utils.hardware import hardware, library_versions
-from ..utils.progress import Console
+from ..utils.machine import hardware, library_versions
+from ..utils.progress import Callback, Console
 from ..workloads.adapter import ModelAdapter, RecoveryLadder, TuneJob
 from ..workloads.judge import Judge
 from .build import expected_adapter
@@ -78,11 +78,11 @@ def run(config: Config, candidates: int, out: str | Path, steps: int | None = No
     expected = expected_adapter(config)
     if expected is not None:  # before anything is trained
         _length(config, expected)
-    console = Console(True)
+    callback = Console(True)
     with lock_run(out, worth="cells.jsonl") as folder:
-        experiment = prepare_experiment(config, console=console)
+        experiment = prepare_experiment(config, callback=callback)
         length = _length(config, experiment.workload.adapter)
-        study = _Study(experiment, folder, console)
+        study = _Study(experiment, folder, callback)
         rows = tiers(config, experiment.workload.adapter.ladder, steps)
         points = study.points(rows, candidates)
         content = {"version": 2, "hardware": hardware(), "length": length, "candidates": candidates}
@@ -110,11 +110,11 @@ def tiers(config: Config, ladder: RecoveryLadder, steps: int | None = None) -> l
 
 
 class _Study:
-    """The measurements of one problem, each of them made once and kept in a folder."""
+    """The measurements of one experiment, each of them made once and kept in a folder."""
 
-    def __init__(self, experiment: Experiment, folder: Path, console: Console) -> None:
+    def __init__(self, experiment: Experiment, folder: Path, callback: Callback) -> None:
         self.experiment, self.config = experiment, experiment.config
-        self.folder, self.console = folder, console
+        self.folder, self.callback = folder, callback
         self.cells = _Cells(folder / "cells.jsonl")
         self.half = experiment.workload.size("validation") // 2
         if self.half < 2:
@@ -140,7 +140,7 @@ class _Study:
         for i, plan in enumerate(plans):
             final = self._final(plan, f"fine-tune {i + 1}/{candidates}")
             found.append({"widths": plan, "scores": {n: s[i] for n, s in scores.items()}, **final})
-        self.console.close()
+        self.callback.close()
         return found
 
     def facts(self) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class _Study:
         config, kept = self.config, []
         keys = [self._key("score", tier.recovery, config.score, self.sizes, plan) for plan in plans]
         evaluator = judge = None
-        show = self.console.counting(f"scores, {tier.name}", len(plans))
+        show = self.callback.counting(f"scores, {tier.name}", len(plans))
         for key, plan in zip(keys, plans, strict=True):
             cell = self.cells.get(key)
             if cell is None:
@@ -217,7 +217,7 @@ class _Study:
             started = time.perf_counter()
             slim = experiment.evaluator.build(plan)
             training = self.folder / f"final-{key[:16]}.state"
-            job = TuneJob(config.seed, state=training, progress=self.console.training, phase=label)
+            job = TuneJob(config.seed, state=training, progress=self.callback.training, phase=label)
             experiment.workload.fine_tune(slim, config.finish, job)
             cell = self._quality(slim) | {"seconds": time.perf_counter() - started}
             self.cells.put(key, cell)
@@ -232,7 +232,7 @@ class _Study:
             "metric": [_finite(half.metric, 0.0) for half in halves],
         }
 
-    def _key(self, kind: str, *parts: Any) -> str:
+    def _key(self, kind: str, *parts: object) -> str:
         """Hash of everything that determines a measurement."""
         config = self.config
         whole = [kind, config.workload, config.model, config.data, config.prune, library_versions(), *parts]
@@ -255,7 +255,7 @@ class _Cells:
     def get(self, key: str) -> dict[str, Any] | None:
         return self.found.get(key)
 
-    def put(self, key: str, cell: dict[str, Any]) -> None:
+    def put(self, key: str, cell: dict[str, object]) -> None:
         append_line(self.path, json.dumps({"key": key, "cell": cell}))
         self.found[key] = cell
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..report.html import markdown_table
 from ..utils.arrays import Floats
@@ -14,7 +15,7 @@ RESAMPLES = 2000
 Point = Mapping[str, Any]
 
 
-def spearman(x: Any, y: Any) -> float:
+def spearman(x: ArrayLike, y: ArrayLike) -> float:
     """Rank correlation; ties share their mean rank, and a constant side gives 0."""
     a, b = _ranks(x), _ranks(y)
     a, b = a - a.mean(), b - b.mean()
@@ -123,7 +124,7 @@ def _resampled(scores: Mapping[str, Floats], losses: Floats, seed: int = 0) -> d
     return {n: np.array([fidelity(s[index], losses[index]) for index in draws]) for n, s in scores.items()}
 
 
-def _ranks(values: Any) -> Floats:
+def _ranks(values: ArrayLike) -> Floats:
     _, inverse, counts = np.unique(
         np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from ..pruning.plan import Plan
 from ..pruning.surgery import prune
 from ..utils.checkpoints import forget
 from ..utils.files import read_json, read_tensors, write_json_atomic, write_tensors_atomic
-from ..utils.progress import Console
+from ..utils.progress import Callback
 from ..utils.timing import measure
 from ..workloads.adapter import TuneJob
+from .methods import MethodResult, finalists
 from .prepare import Experiment
-from .search import MethodResult, finalists
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ def finish(
     *,
     seed: int,
     state: Path | None = None,
-    console: Console | None = None,
+    callback: Callback | None = None,
 ) -> FinalModel:
     """Fine-tune a method's plan (the dense model for ``found = None``) and report it on test, before and after.
 
     The test split is read here and nowhere else, after everything has been chosen. With ``state`` the
     outcome is kept in that folder and a killed fine-tune goes on where it was.
     """
-    console = console or Console(False)
+    callback = callback or Callback()
     method = found.method if found else "dense"
     label = f"{method}-{found.seed if found else 0}"
     model, plan = _built(experiment, found.history if found else None)
@@ -83,9 +83,9 @@ def finish(
     }
     facts = keep.load(mark, model)
     if facts is None:
-        facts = _measured(experiment, model, seed, keep.training, f"fine-tune {method}", console)
+        facts = _measured(experiment, model, seed, keep.training, f"fine-tune {method}", callback)
         keep.save(mark, facts, model)
-    console.close()
+    callback.close()
     row = _row(experiment, found, model, plan, seed, facts)
     kept = experiment.workload.adapter.keeps_models or row["kind"] in ("dense", "agent")
     return FinalModel(row, model if kept else None, plan)
@@ -118,7 +118,7 @@ def _built(experiment: Experiment, history: History | None) -> tuple[nn.Module, 
 
 
 def _measured(
-    experiment: Experiment, model: nn.Module, seed: int, training: Path | None, label: str, console: Console
+    experiment: Experiment, model: nn.Module, seed: int, training: Path | None, label: str, callback: Callback
 ) -> dict[str, Any]:
     workload = experiment.workload
     started = time.perf_counter()
@@ -128,7 +128,7 @@ def _measured(
     facts |= workload.test_facts(before.count) | workload.adapter.finish_facts(experiment.config.finish)
     after = before
     if workload.adapter.fine_tune_length(experiment.config.finish)[0]:
-        job = TuneJob(seed, state=training, progress=console.training, phase=label)
+        job = TuneJob(seed, state=training, progress=callback.training, phase=label)
         workload.fine_tune(model, experiment.config.finish, job)
         with workload.test_opened():
             after = workload.evaluate(model, "test")
@@ -142,7 +142,7 @@ def _row(
     model: nn.Module,
     plan: Plan | None,
     seed: int,
-    facts: dict[str, Any],
+    facts: Mapping[str, object],
 ) -> dict[str, Any]:
     space = experiment.space
     widths = space.widths if plan is None else plan.widths
@@ -184,7 +184,7 @@ class _Kept:
         self._weights = folder / f"finish-{label}.safetensors" if folder else None
         self.training = folder / f"finish-{label}.state" if folder else None
 
-    def load(self, mark: dict[str, Any], model: nn.Module) -> dict[str, Any] | None:
+    def load(self, mark: Mapping[str, object], model: nn.Module) -> dict[str, Any] | None:
         """The facts of an earlier try with the same mark, its weights put into ``model``; None without one."""
         if self._facts is None or self._weights is None or not self._facts.exists():
             return None
@@ -199,7 +199,7 @@ class _Kept:
         facts: dict[str, Any] = kept["facts"]
         return facts
 
-    def save(self, mark: dict[str, Any], facts: dict[str, Any], model: nn.Module) -> None:
+    def save(self, mark: Mapping[str, object], facts: Mapping[str, object], model: nn.Module) -> None:
         if self._facts is None or self._weights is None or self.training is None:
             return
         self._facts.unlink(missing_ok=True)

@@ -6,14 +6,14 @@ The learned counterpart needs nothing of this file: with ``search.stages`` above
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..evaluation.importance import compute
@@ -26,7 +26,7 @@ from ..rules.context import Context
 from ..utils.arrays import Ints
 from ..utils.checkpoints import forget, require_same
 from ..utils.files import read_json, read_tensors, write_json_atomic, write_tensors_atomic
-from ..utils.progress import Console
+from ..utils.progress import Callback
 from ..workloads.adapter import TuneJob
 from .prepare import Experiment, find_rule
 
@@ -62,7 +62,7 @@ def incremental(
     steps: int = 0,
     seed: int = 0,
     out: str | Path | None = None,
-    console: Console | None = None,
+    callback: Callback | None = None,
 ) -> Incremental:
     """Prune in rounds: statistics, rule, cut, closed-form recovery and training, each on what is left.
 
@@ -85,9 +85,9 @@ def incremental(
         BudgetError: the budget or the widths do not fit.
         ArtifactError: ``out`` holds the state of other settings.
     """
-    console = console or Console(False)
-    wanted = None if isinstance(rule, str) else [np.asarray(w, dtype=np.int64) for w in rule]
-    stages = stages if wanted is None else len(wanted)
+    callback = callback or Callback()
+    wanted = [] if isinstance(rule, str) else [np.asarray(w, dtype=np.int64) for w in rule]
+    stages = stages if isinstance(rule, str) else len(wanted)
     if stages < 1 or steps < 0:
         raise ConfigError(f"stages: at least 1 stage and 0 steps are needed, got {stages} and {steps}")
     if isinstance(rule, str):
@@ -101,15 +101,12 @@ def incremental(
         folder = None if out is None else Path(out) / f"round-{stage}.state"
         finished = kept.load(stage, now)
         if finished is None:
-            widths = _widths(experiment, rule, now, stage, stages) if wanted is None else wanted[stage - 1]
-            now = _cut(experiment, now, widths)
-            if steps:
-                label, own = f"round {stage}/{stages}", seed + 1000 * stage
-                job = TuneJob(own, steps, folder, console.training, label)
-                experiment.workload.fine_tune(now.model, experiment.config.finish, job)
-            quality = experiment.workload.evaluate(now.model, "validation")
-            cost = space.cost(widths, experiment.metric)
-            finished = {"cost": cost, "loss": quality.loss, "metric": quality.metric}
+            if isinstance(rule, str):
+                widths = _widths(experiment, rule, now, stage, stages)
+            else:
+                widths = wanted[stage - 1]
+            job = TuneJob(seed + 1000 * stage, steps, folder, callback.training, f"round {stage}/{stages}")
+            now, finished = _round(experiment, now, widths, job)
             kept.save(stage, now, finished)
         history.append(tuple(len(k) for k in now.kept))
         rounds.append(finished)
@@ -119,7 +116,17 @@ def incremental(
     return Incremental(now.model, plan, tuple(history), tuple(rounds))
 
 
-def _widths(experiment: Experiment, rule: Any, now: _Now, stage: int, stages: int) -> Ints:
+def _round(experiment: Experiment, now: _Now, widths: Ints, job: TuneJob) -> tuple[_Now, dict[str, float]]:
+    """Cut to ``widths``, train where ``job`` has steps, validate: the smaller model, and the facts of the round."""
+    now = _cut(experiment, now, widths)
+    if job.steps:
+        experiment.workload.fine_tune(now.model, experiment.config.finish, job)
+    quality = experiment.workload.evaluate(now.model, "validation")
+    cost = experiment.space.cost(widths, experiment.metric)
+    return now, {"cost": cost, "loss": quality.loss, "metric": quality.metric}
+
+
+def _widths(experiment: Experiment, rule: str, now: _Now, stage: int, stages: int) -> Ints:
     """What the rule keeps after a stage, judged by the model as it stands now."""
     dense, metric = experiment.space.dense_cost(experiment.metric), experiment.metric
     # The costs count kept units, so a stage's absolute target means the same in every stage's space.
@@ -161,7 +168,13 @@ class _Rounds:
     """The finished rounds in a state folder: weights and kept units of the last, the facts of all."""
 
     def __init__(
-        self, out: str | Path | None, experiment: Experiment, rule: Any, stages: int, steps: int, seed: int
+        self,
+        out: str | Path | None,
+        experiment: Experiment,
+        rule: str | Sequence[Sequence[int]],
+        stages: int,
+        steps: int,
+        seed: int,
     ) -> None:
         self._folder = None if out is None else Path(out)
         config = experiment.config
@@ -181,7 +194,7 @@ class _Rounds:
             content = read_json(self._folder / "rounds.json")
             require_same(self._folder, content, {"key": self._key})
             self._done, self._last = content["rounds"], content
-        self._problem = experiment
+        self._experiment = experiment
 
     def load(self, stage: int, now: _Now) -> dict[str, Any] | None:
         """The facts of a finished round; with the last of them ``now`` becomes the model that it left."""
@@ -190,14 +203,14 @@ class _Rounds:
         # The rounds before the last give their widths only: their weights are gone, and nobody needs them.
         now.kept = tuple(np.array(k, dtype=np.int64) for k in self._done[stage - 1]["kept"])
         if stage == len(self._done) and self._folder is not None:
-            space = self._problem.space
+            space = self._experiment.space
             cut = Plan(space, np.array([len(k) for k in now.kept]), now.kept)
-            now.model = prune(self._problem.workload.model, cut)
+            now.model = prune(self._experiment.workload.model, cut)
             now.space = space.after(now.kept)
             _put(now.model, read_tensors(self._folder / f"round-{stage}.safetensors"))
         return {k: v for k, v in self._done[stage - 1].items() if k != "kept"}
 
-    def save(self, stage: int, now: _Now, facts: dict[str, Any]) -> None:
+    def save(self, stage: int, now: _Now, facts: dict[str, float]) -> None:
         if self._folder is None:
             return
         tensors = {name: p.detach() for name, p in now.model.named_parameters()}
@@ -209,7 +222,7 @@ class _Rounds:
         forget(self._folder / f"round-{stage}.state")
 
 
-def _put(model: nn.Module, tensors: dict[str, Any]) -> None:
+def _put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put tensors in by name; a bias that the recovery gave a layer is made."""
     with torch.no_grad():
         for name, tensor in tensors.items():

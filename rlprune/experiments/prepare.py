@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..pruning.space import PruningSpace
 from ..rules import RULES, Rule, rules_for
 from ..tracing.trace import TraceOptions
 from ..utils.arrays import Ints
-from ..utils.progress import Console
+from ..utils.progress import Callback
 from ..workloads.base import Workload
 from .build import build_workload, train_dense
 
@@ -34,9 +35,11 @@ class Experiment:
     workload: Workload
     evaluator: Evaluator
     name: str = ""
+    stop: Callable[[], bool] | None = field(default=None, repr=False, compare=False)
+    """Asked before each evaluation of a search: whether it is to end early."""
 
     @property
-    def space(self) -> Any:
+    def space(self) -> PruningSpace:
         return self.evaluator.space
 
     @property
@@ -53,7 +56,9 @@ class Experiment:
         return float(self.space.target(self.budget, self.metric))
 
     def account(self, ledger: EvaluationLog, method: str, seed: int, limit: int) -> EvaluationBudget:
-        return EvaluationBudget(self.evaluator, ledger, method=method, seed=seed, limit=limit, task=self.name)
+        return EvaluationBudget(
+            self.evaluator, ledger, method=method, seed=seed, limit=limit, task=self.name, stop=self.stop
+        )
 
     def rule_widths(
         self, rule: str, probe: Callable[[Ints], float] | None = None, budget: Any = None
@@ -115,17 +120,21 @@ def prepare_experiment(
     *,
     model_seed: int | None = None,
     checkpoint: str | Path | None = None,
-    console: Console | None = None,
+    callback: Callback | None = None,
     name: str = "",
     run: Path | None = None,
+    workload: Workload | None = None,
 ) -> Experiment:
     """Build (and train) the workload, trace it, compute importances and the recovery's statistics.
 
-    ``run`` is the folder of a run whose latency table is taken where it was measured on this model and machine.
+    ``run`` is the folder of a run whose latency table is taken where it was measured on this model and machine;
+    ``workload`` is taken instead of what the settings describe.
     """
     if model_seed is not None:
         config = replace(config, model=replace(config.model, seed=model_seed))
-    workload, space = dense_model(config, checkpoint=checkpoint, console=console, run=run)
+    workload, space = dense_model(
+        config, checkpoint=checkpoint, callback=callback, run=run, workload=workload
+    )
     evaluator = Evaluator(
         workload,
         space,
@@ -135,30 +144,52 @@ def prepare_experiment(
         metric=config.budget.metric,
         seed=config.seed,
     )
-    return Experiment(config, workload, evaluator, name)
+    stop = None if callback is None else callback.should_stop
+    return Experiment(config, workload, evaluator, name, stop)
+
+
+def config_of(workload: Workload, settings: Mapping[str, Any], named: dict[str, Any]) -> Config:
+    """The settings of a Python call on a workload: ``settings`` nested as in a YAML file, ``named`` above them."""
+    kind = type(workload)
+    values: dict[str, Any] = {
+        "name": re.sub(r"\W+", "-", workload.name) or "run",
+        "workload": f"{kind.__module__}:{kind.__name__}",
+    }
+    for source in (settings, named):
+        for key, value in source.items():
+            if isinstance(value, Mapping) and isinstance(values.get(key), Mapping):
+                values[key] = {**values[key], **value}
+            else:
+                values[key] = value
+    for key in ("model", "data", "workload"):
+        if key in settings:
+            raise ConfigError(f"settings.{key}: the model and its data are given as objects; leave it out")
+    return Config.from_dict(values)
 
 
 def dense_model(
     config: Config,
     *,
     checkpoint: str | Path | None = None,
-    console: Console | None = None,
+    callback: Callback | None = None,
     run: Path | None = None,
+    workload: Workload | None = None,
 ) -> tuple[Workload, PruningSpace]:
     """The first part of `prepare`: the workload, its dense model trained, and the space of its groups."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    console = console or Console(False)
-    workload = build_workload(config, checkpoint=checkpoint, train=False)
+    callback = callback or Callback()
+    if workload is None:
+        workload = build_workload(config, checkpoint=checkpoint, train=False)
     space = workload.adapter.trace(workload.model, workload.example_inputs, TraceOptions.of(config.prune))
     if config.budget.metric == "latency":
-        space = timed_space(config, workload, space, run=run, progress=console.training)
-        console.close()
+        space = timed_space(config, workload, space, run=run, progress=callback.training)
+        callback.close()
     # An infeasible budget is refused before anything is trained.
     space.target(config.budget.target, config.budget.metric)
     if checkpoint is None and config.model.train.epochs > 0:
-        train_dense(workload, config.model, console.training)
-        console.close()
+        train_dense(workload, config.model, callback.training)
+        callback.close()
     return workload, space
 
 

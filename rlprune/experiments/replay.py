@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from torch import nn
 
-from ..artifacts.documents import PLAN_FILE, read_plan
+from ..artifacts.documents import PLAN_FILE, PlanDocument, read_plan
 from ..config.config import Config
 from ..errors import ConfigError
 from ..evaluation.recovery import Recovery
@@ -17,6 +17,7 @@ from ..pruning.plan import Plan
 from ..pruning.surgery import prune
 from ..tracing.trace import TraceOptions
 from ..utils.progress import Console
+from ..workloads.base import Workload
 from ..workloads.builder import builder_of
 from .build import build_workload, train_dense
 
@@ -52,9 +53,9 @@ def apply_plan(source: Path, config: Config, *, checkpoint: Path | None, out: Pa
     plan = Plan.from_dict(document, space)
     # A plan that does not fit is refused before anything is trained.
     if checkpoint is None and config.workload is None and config.model.train.epochs > 0:
-        console = Console(True)
-        train_dense(workload, config.model, console.training)
-        console.close()
+        callback = Console(True)
+        train_dense(workload, config.model, callback.training)
+        callback.close()
     budget = {k: v for k, v in document["budget"].items() if v is not None}
     origin = {"method": "plan", "source": str(source)}
     origin |= {new: budget[old] for new, old in (("budget", "target"), ("metric", "metric")) if old in budget}
@@ -69,7 +70,7 @@ def apply_plan(source: Path, config: Config, *, checkpoint: Path | None, out: Pa
     return _costs(document) + "\n" + _qualities(workload, slim)
 
 
-def _read(source: Path) -> dict[str, Any]:
+def _read(source: Path) -> PlanDocument:
     if source.is_dir():
         return read_plan(source)
     if source.name != PLAN_FILE:
@@ -77,7 +78,7 @@ def _read(source: Path) -> dict[str, Any]:
     return read_plan(source.parent)
 
 
-def _costs(document: dict[str, Any]) -> str:
+def _costs(document: PlanDocument) -> str:
     """What the plan keeps of each cost."""
     rows = [
         f"{metric}: {plain_amount(kept, metric)} of {plain_amount(document['dense_cost'][metric], metric)} "
@@ -88,7 +89,7 @@ def _costs(document: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _qualities(workload: Any, slim: Any) -> str:
+def _qualities(workload: Workload, slim: nn.Module) -> str:
     """Validation loss and metric of both models."""
     name = workload.metric_name
     lines = [f"{'':<8} {'loss':>10} {name:>12}"]

@@ -1,150 +1,112 @@
-"""One method's search for the best plan within the budget: a rule scored, or an agent let loose."""
+"""``rlprune.search``: the main job from Python, on a model and data of the user's."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from torch import Tensor, nn
 
-from ..agents import SearchRequest, StateDir, make_agent
-from ..agents.ppo.agents import PPOAgent
-from ..agents.ppo.policy import PortablePolicy
-from ..envs.task import Task
-from ..errors import ConfigError
-from ..evaluation.candidate import Candidate
-from ..evaluation.ledger import EvaluationBudget, EvaluationLog
-from ..pruning.history import History, as_history
-from ..utils.arrays import Ints
-from .prepare import Experiment, find_rule
-
-
-@dataclass(frozen=True)
-class MethodResult:
-    """What one method found: its plan as a history of widths, its account, its policy if it has one."""
-
-    method: str
-    kind: str
-    seed: int
-    account: EvaluationBudget
-    history: History
-    seconds: float
-    policy: Any = None
-
-    @property
-    def best(self) -> Candidate:
-        """The candidate of the plan; a fallback's plan need not be in the method's own account."""
-        return self.account.evaluator.evaluate_staged(self.history)
-
-
-def score_rule(experiment: Experiment, rule: str, ledger: EvaluationLog, seed: int = 0) -> MethodResult:
-    """Score what a rule gives; its probes, where it needs any, are charged to it."""
-    started = time.perf_counter()
-    account = experiment.account(ledger, rule, seed, limit=find_rule(rule).probe_count(experiment.space) + 10)
-    widths = experiment.rule_widths(rule, lambda w: account.evaluate(w).loss)
-    account.evaluate(widths)
-    return MethodResult(rule, "rule", seed, account, as_history(widths), time.perf_counter() - started)
-
-
-def best_start_rule(experiments: Sequence[Experiment]) -> str:
-    """The rule with the best mean score over the problems; all of them are among the starts, and charged."""
-    scores = {
-        n: float(np.mean([p.evaluator.evaluate(p.rule_widths(n)).score for p in experiments]))
-        for n in experiments[0].start_rules()
-    }
-    return max(scores, key=scores.__getitem__)
-
-
-def _automatic_base(experiments: Sequence[Experiment], agent: Any) -> str:
-    """The base rule of actions where none is configured: the best one at the budget.
-
-    Over a range of budgets it is the adapter's rule for that: no rule is the best one throughout. A policy that is
-    taught what the best plans of several checkpoints have in common has it too: a rule's plan is another one on each.
-    """
-    taught = len(experiments) > 1 and isinstance(agent, PPOAgent) and agent.settings.mode == "surrogate"
-    fixed = experiments[0].workload.adapter.base_rule_over_budgets
-    if fixed is not None and (taught or experiments[0].config.search.budget_range):
-        return fixed
-    return best_start_rule(experiments)
+from ..config.config import Config
+from ..errors import ConfigError, DataError
+from ..utils.progress import Callback
+from ..workloads.base import Workload, check_workload
+from ..workloads.loaders import Loader, LoaderWorkload
+from .prepare import Experiment, config_of, prepare_experiment
+from .result import PruningResult
+from .train import run
+from .usage import check_usage
 
 
 def search(
-    method: str,
-    experiments: Sequence[Experiment],
-    ledger: EvaluationLog,
+    model: nn.Module | Workload | Sequence[Workload],
+    example_inputs: Tensor | None = None,
     *,
-    seed: int,
-    evaluations: int | None = None,
-    state: Path | None = None,
-    progress: Callable[[Any], None] | None = None,
-    tensorboard: Path | None = None,
-    policy: PortablePolicy | None = None,
-) -> MethodResult:
-    """Let an agent search; the first problem is the one whose plan is wanted, the others train the policy.
+    loaders: Mapping[str, Loader] | None = None,
+    budget: float | int | str = 0.5,
+    metric: str = "macs",
+    evaluations: int = 300,
+    agent: str = "ppo",
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    callback: Callback | None = None,
+) -> PruningResult:
+    """Learn how much to prune from each layer of a model, and prune it.
 
-    The starts are scored first and charged, and the best rule among them is what actions deviate from (see
-    ``search.base_rule``). With a ``policy`` the search starts from its plan and its weights instead, and its base rule
-    stays.
+    Rules, random search and the agent try plans under the same budget; each plan is built, recovered and scored on the
+    validation split. The best one becomes the final model. The test split is read once, at the end.
+
+    Args:
+        model: a dense, trained model, with its ``example_inputs`` and ``loaders``; or a Workload, which brings its own;
+            or several Workloads, of which the first is pruned and all train the policy.
+        example_inputs: one sample, such as ``torch.zeros(1, 3, 224, 224)``.
+        loaders: {"train", "calibration", "validation", "test"} -> DataLoader, list or function that gives batches
+            (inputs, targets); see :class:`rlprune.workloads.loaders.LoaderWorkload`.
+        budget: what may be left: a share (0.5, "50%") or an absolute cost ("150M"; "3.5ms" for latency).
+        metric: the cost that the budget limits: "macs", "params", "latency", ...
+        evaluations: distinct plans that the agent may have scored.
+        agent: who searches (``rlprune list agents``).
+        settings: further settings, nested as in a YAML file: ``{"finish": {"epochs": 5}, "recovery": {...}}``.
+        out: folder of the run, for ``resume`` and for the files; a temporary one, which goes with the result, when not
+            given.
+        resume: go on with what a killed run left in ``out``.
+        callback: is told of the progress, and may end the search early.
+
+    Raises:
+        ConfigError, DataError, GraphError, BudgetError: in one line what is wrong, and what is allowed.
     """
-    started = time.perf_counter()
-    settings = experiments[0].config.search
-    agent = make_agent(method, settings)
-    limit = evaluations or settings.evaluations
-    accounts = [p.account(ledger, method, seed, limit) for p in experiments]
-    if policy is not None:
-        base = str(policy.meta["base_rule"])
-    else:
-        base = settings.base_rule if settings.base_rule != "auto" else _automatic_base(experiments, agent)
-    tasks = [
-        Task(
-            p.evaluator,
-            settings.budget_range or p.budget,
-            p.metric,
-            base_rule=find_rule(base).name,
-            name=p.name,
-            common_plans=p.workload.adapter.common_plans,
-        )
-        for p in experiments
-    ]
-    starts: list[list[Ints]] = [[] for _ in experiments]
-    if policy is None:
-        starts = [
-            p.starts(task.anchor_budgets if task.is_range else ())
-            for p, task in zip(experiments, tasks, strict=True)
+    workloads = _workloads(model, example_inputs, loaders)
+    if out is None and resume:
+        raise ConfigError("resume: needs the folder of the run, out=...")
+    config = config_of(
+        workloads[0],
+        settings or {},
+        {
+            "seed": seed,
+            "budget": {"target": budget, "metric": metric},
+            "search": {"agent": agent, "evaluations": evaluations},
+        },
+    )
+    check_usage(config, "train")
+    return _run(config, workloads, out, resume, callback or Callback())
+
+
+def _run(
+    config: Config, workloads: Sequence[Workload], out: str | Path | None, resume: bool, callback: Callback
+) -> PruningResult:
+    kept = tempfile.TemporaryDirectory(prefix="rlprune-") if out is None else None
+    folder = Path(kept.name if kept is not None else str(out))
+
+    def prepared(folder: Path) -> list[Experiment]:
+        return [
+            prepare_experiment(config, workload=own, callback=callback, run=folder, name=str(i) if i else "")
+            for i, own in enumerate(workloads)
         ]
-    result = agent.search(
-        SearchRequest(
-            tasks,
-            accounts,
-            starts=starts,
-            seed=seed,
-            state=StateDir(state, f"{method}-{seed}") if state is not None else None,
-            progress=progress,
-            tensorboard=tensorboard,
-            policy=policy,
-        )
-    )
-    kind = "agent" if method == settings.agent else "baseline"
-    history = best_within(experiments[0], accounts[0])
-    return MethodResult(
-        method, kind, seed, accounts[0], history, time.perf_counter() - started, result.policy
-    )
+
+    result = run(config, prepared, folder, resume, callback)
+    # The folder lives as long as the result does.
+    result.temporary, result.workload = kept, workloads[0]
+    return result
 
 
-def best_within(experiment: Experiment, account: EvaluationBudget) -> History:
-    """The best-scoring plan of an account that meets the budget (a search over a range scores others too)."""
-    target = experiment.target * (1 + 1e-12)
-    fits = {history: c for history, c in account.plans.items() if c.cost <= target}
-    if not fits:
-        raise ConfigError("search.evaluations: too few to score a plan within the budget")
-    return max(fits, key=lambda history: fits[history].score)
-
-
-def finalists(experiment: Experiment, account: EvaluationBudget, count: int) -> list[History]:
-    """The best plans of an account within the budget, by score."""
-    target = experiment.target * (1 + 1e-12)
-    fits = [h for h, c in account.plans.items() if c.cost <= target]
-    return sorted(fits, key=lambda h: account.plans[h].score, reverse=True)[:count]
+def _workloads(
+    model: nn.Module | Workload | Sequence[Workload],
+    example_inputs: Tensor | None,
+    loaders: Mapping[str, Loader] | None,
+) -> list[Workload]:
+    if isinstance(model, nn.Module):
+        if example_inputs is None or loaders is None:
+            missing = "example_inputs" if example_inputs is None else "loaders"
+            raise DataError(f"{missing}: needed with a model; or give a rlprune.Workload instead of it")
+        return [check_workload(LoaderWorkload(model, example_inputs, loaders))]
+    if example_inputs is not None or loaders is not None:
+        given = "loaders" if example_inputs is None else "example_inputs"
+        raise DataError(f"{given}: a Workload brings its own; give a torch.nn.Module with it")
+    every = list(model) if isinstance(model, (list, tuple)) else [model]
+    if not every:
+        raise DataError("model: expected a torch.nn.Module or a rlprune.Workload, got an empty sequence")
+    return [check_workload(own) for own in every]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,50 +13,79 @@ from ..agents.ppo.policy import PortablePolicy, portable_state, save_policy
 from ..config.config import Config, load_config
 from ..errors import ConfigError
 from ..evaluation.ledger import EvaluationLog
+from ..latency.cost import TableCost
 from ..latency.profile import TABLE_FILE
 from ..pruning.cost import plain_amount
+from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
 from ..report import html as report
 from ..rules import rules_for
 from ..utils.files import lock_run, write_json_atomic, write_text_atomic
-from ..utils.hardware import hardware
-from ..utils.progress import Console, log_to, logger
+from ..utils.machine import hardware
+from ..utils.progress import Callback, log_to, logger
 from ..workloads.base import Workload
 from .finish import FinalModel, add_latency, choose, finish
+from .methods import MethodResult, run_agent, score_rule
 from .prepare import Experiment, prepare_experiment
-from .search import MethodResult, score_rule, search
+from .result import PruningResult
+from .usage import check_usage
 
 _CURVE = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
 
-def train(config: Config, out: Path, *, resume: bool = False, progress: bool = True) -> Path:
-    """Learn the distribution, choose, finish, and write everything into ``out``; returns ``out``.
+def train(
+    config: Config, out: str | Path, *, resume: bool = False, callback: Callback | None = None
+) -> PruningResult:
+    """Learn the distribution, choose, finish, and write everything into the folder ``out``.
+
+    Args:
+        config: settings, from `rlprune.load_config` or built in Python.
+        resume: go on with what a killed run of the same settings left in ``out``; the result is that of an
+            uninterrupted one. A run that is complete is read.
+        callback: is told of the progress, and may end the search early; nothing is shown without one.
 
     Raises:
-        ConfigError: ``out`` holds a run and ``resume`` is not set, or a run of other settings.
+        ConfigError: ``out`` holds a run and ``resume`` is not set, or a run of other settings; or a setting is given
+            that nothing of the run uses.
     """
-    console = Console(progress)
-    with _run_folder(config, Path(out), resume) as folder:
+    check_usage(config, "train")
+    callback = callback or Callback()
+    return run(config, lambda folder: _experiments(config, callback, folder), Path(out), resume, callback)
+
+
+def run(
+    config: Config,
+    prepared: Callable[[Path], Sequence[Experiment]],
+    out: Path,
+    resume: bool,
+    callback: Callback,
+) -> PruningResult:
+    """What `train` and `rlprune.search` have in common: from experiments to a finished run folder.
+
+    ``prepared(folder)`` gives the experiment whose plan is wanted, then those that only train the policy.
+    """
+    with _run_folder(config, out, resume) as folder:
         if (folder / "results.json").is_file():
-            console.note(f"{folder}: this run is complete; nothing to resume")
+            callback.note(f"{folder}: this run is complete; nothing to resume")
             report.build(folder)
-            return folder
-        experiments = _experiments(config, console, folder)
+            return PruningResult.read(folder)
+        experiments = prepared(folder)
         experiment = experiments[0]
-        _note_experiment(experiment, console)
+        _note_experiment(experiment, callback)
         ledger = EvaluationLog(folder / "ledger.jsonl")
         state = folder / "state"
-        rules = _scored_rules(experiment, ledger, config.seed, console)
+        rules = _scored_rules(experiment, ledger, config.seed, callback)
         best = max(rules, key=lambda r: r.best.score)
-        console.note(f"best rule: {best.method}, score {best.best.score:.4f}")
-        found = [_searched(name, experiments, ledger, folder, console) for name in _agents(config)]
+        callback.note(f"best rule: {best.method}, score {best.best.score:.4f}")
+        found = [_searched(name, experiments, ledger, folder, callback) for name in _agents(config)]
         chosen = [choose(experiment, f, rules if f.kind == "agent" else ()) for f in found]
-        finished = _finish_all(experiment, rules, chosen, state, console)
-        _save_outcome(experiment, folder, found, finished)
+        finished = _finish_all(experiment, rules, chosen, state, callback)
+        plan = _save_outcome(experiment, folder, found, finished)
         _write_results(experiment, folder, finished, _curve(experiment, rules, found))
         for kept in state.glob("finish-*"):  # the models of all methods: only an unfinished run needs them
             kept.unlink()
-    return folder
+    model = next(done.model for done in finished if done.row["kind"] == "agent")
+    return PruningResult(folder, experiment.workload, plan, model)
 
 
 @contextlib.contextmanager
@@ -99,29 +128,31 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _experiments(config: Config, console: Console, folder: Path) -> list[Experiment]:
-    """The problem that is wanted, then those that only train the policy (further checkpoints and seeds)."""
-    experiments = [prepare_experiment(config, console=console, run=folder)]
+def _experiments(config: Config, callback: Callback, folder: Path) -> list[Experiment]:
+    """The experiment whose plan is wanted, then those that only train the policy (further checkpoints and seeds)."""
+    experiments = [prepare_experiment(config, callback=callback, run=folder)]
     latency = experiments[0].space.costs.get("latency")
-    if latency is not None:  # a resumed run goes on with the same numbers
+    if (
+        isinstance(latency, TableCost) and latency.table is not None
+    ):  # a resumed run goes on with the same numbers
         write_json_atomic(folder / TABLE_FILE, latency.table.to_dict())
     for seed in config.search.model_seeds:
         experiments.append(
-            prepare_experiment(config, model_seed=seed, console=console, name=f"seed{seed}", run=folder)
+            prepare_experiment(config, model_seed=seed, callback=callback, name=f"seed{seed}", run=folder)
         )
     for checkpoint in config.search.checkpoints:
         name = Path(checkpoint).stem
         experiments.append(
-            prepare_experiment(config, checkpoint=checkpoint, console=console, name=name, run=folder)
+            prepare_experiment(config, checkpoint=checkpoint, callback=callback, name=name, run=folder)
         )
     return experiments
 
 
-def _note_experiment(experiment: Experiment, console: Console) -> None:
+def _note_experiment(experiment: Experiment, callback: Callback) -> None:
     space, dense = experiment.space, experiment.space.dense_cost(experiment.metric)
     quality = experiment.workload.evaluate(experiment.workload.model, "validation")
     whole, allowed = (plain_amount(value, experiment.metric) for value in (dense, experiment.target))
-    console.note(
+    callback.note(
         f"{experiment.workload.name}: {len(space.groups)} groups, {whole} {experiment.metric}, budget {allowed} "
         f"({experiment.target / dense:.1%}); dense validation {experiment.workload.metric_name} "
         f"{quality.metric:.4f}, loss {quality.loss:.4f}"
@@ -133,10 +164,10 @@ def _agents(config: Config) -> list[str]:
 
 
 def _scored_rules(
-    experiment: Experiment, ledger: EvaluationLog, seed: int, console: Console
+    experiment: Experiment, ledger: EvaluationLog, seed: int, callback: Callback
 ) -> list[MethodResult]:
     names = rules_for(experiment.space)
-    show, rules = console.counting("rules", len(names)), []
+    show, rules = callback.counting("rules", len(names)), []
     for name in names:
         rules.append(score_rule(experiment, name, ledger, seed))
         show(len(rules))
@@ -144,19 +175,19 @@ def _scored_rules(
 
 
 def _searched(
-    method: str, experiments: Sequence[Experiment], ledger: EvaluationLog, folder: Path, console: Console
+    method: str, experiments: Sequence[Experiment], ledger: EvaluationLog, folder: Path, callback: Callback
 ) -> MethodResult:
     config = experiments[0].config
-    found = search(
+    found = run_agent(
         method,
         experiments if method == config.search.agent else experiments[:1],
         ledger,
         seed=config.seed,
         state=folder / "state",
-        progress=console.search(method),
+        progress=callback.search(method),
         tensorboard=folder / "tensorboard" if config.search.tensorboard else None,
     )
-    console.note(f"{method}: best score {found.best.score:.4f} after {found.account.spent} evaluations")
+    callback.note(f"{method}: best score {found.best.score:.4f} after {found.account.spent} evaluations")
     return found
 
 
@@ -165,27 +196,29 @@ def _finish_all(
     rules: Sequence[MethodResult],
     chosen: Sequence[MethodResult],
     state: Path,
-    console: Console,
+    callback: Callback,
 ) -> list[FinalModel]:
     seed = experiment.config.seed
-    finished = [finish(experiment, None, seed=seed, state=state, console=console)]
+    finished = [finish(experiment, None, seed=seed, state=state, callback=callback)]
     every = [*(rules if experiment.config.finish.rules else ()), *chosen]
-    finished += [finish(experiment, f, seed=seed, state=state, console=console) for f in every]
+    finished += [finish(experiment, f, seed=seed, state=state, callback=callback) for f in every]
     add_latency(finished, experiment)
     return finished
 
 
 def _save_outcome(
     experiment: Experiment, folder: Path, found: Sequence[MethodResult], finished: Sequence[FinalModel]
-) -> None:
-    """policy/ and pruned/ of the agent."""
+) -> Plan:
+    """policy/ and pruned/ of the agent; returns its plan."""
     for search_result in found:
         if search_result.policy is not None:
             save_policy(search_result.policy, folder / "policy")
-    for done in finished:
-        if done.row["kind"] == "agent" and done.plan is not None:
-            origin = dict(done.plan.origin) | {"method": done.row["method"], "seed": done.row["seed"]}
-            experiment.workload.save(done.model, replace(done.plan, origin=origin), folder / "pruned")
+    done = next(done for done in finished if done.row["kind"] == "agent")
+    assert done.plan is not None
+    origin = dict(done.plan.origin) | {"method": done.row["method"], "seed": done.row["seed"]}
+    plan = replace(done.plan, origin=origin)
+    experiment.workload.save(done.model, plan, folder / "pruned")
+    return plan
 
 
 def _curve(

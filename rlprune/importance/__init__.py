@@ -5,10 +5,12 @@ The names of :data:`__all__` load when they are first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..utils.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .calibration_cache import CURVES, CalibrationCache
     from .gradient import (
         saap,
         taylor,
@@ -19,24 +21,31 @@ if TYPE_CHECKING:
     )
     from .importance import IMPORTANCES, bn_scale, l1, l2, magnitude, random, register
 
-_NAMES = {
-    "IMPORTANCES": "importance",
-    "bn_scale": "importance",
-    "l1": "importance",
-    "l2": "importance",
-    "magnitude": "importance",
-    "random": "importance",
-    "register": "importance",
-    "saap": "gradient",
-    "taylor": "gradient",
-    "taylor_param_first": "gradient",
-    "taylor_param_mix": "gradient",
-    "taylor_param_second": "gradient",
-    "taylor_vector": "gradient",
-}
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "CURVES": "calibration_cache",
+        "CalibrationCache": "calibration_cache",
+        "IMPORTANCES": "importance",
+        "bn_scale": "importance",
+        "l1": "importance",
+        "l2": "importance",
+        "magnitude": "importance",
+        "random": "importance",
+        "register": "importance",
+        "saap": "gradient",
+        "taylor": "gradient",
+        "taylor_param_first": "gradient",
+        "taylor_param_mix": "gradient",
+        "taylor_param_second": "gradient",
+        "taylor_vector": "gradient",
+    },
+)
 
 __all__ = [
+    "CURVES",
     "IMPORTANCES",
+    "CalibrationCache",
     "bn_scale",
     "l1",
     "l2",
@@ -50,9 +59,3 @@ __all__ = [
     "taylor_param_second",
     "taylor_vector",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -21,8 +21,8 @@ CURVES = "fisher"
 class CalibrationSource(Protocol):
     """Who gives calibration data and the loss: a workload."""
 
-    def batches(self, split: str, limit: int | None = None) -> Iterator[tuple[Any, Any]]: ...
-    def loss(self, outputs: Any, targets: Any) -> Tensor: ...
+    def batches(self, split: str, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def loss(self, outputs: object, targets: Tensor) -> Tensor: ...
 
 
 class CalibrationCache:
@@ -61,7 +61,7 @@ class CalibrationCache:
             raise DataError("calibration: needs a workload, which gives the data; give Context(workload=...)")
         return self._source
 
-    def batches(self, limit: int | None = None) -> Iterator[tuple[Any, Any]]:
+    def batches(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches (inputs, targets) of the calibration split: the first ``limit`` samples, None for all."""
         return self.source.batches("calibration", limit)
 

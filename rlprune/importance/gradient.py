@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ def taylor(
     model: nn.Module,
     space: PruningSpace,
     batches: Iterable[tuple[Tensor, Tensor]],
-    loss: Callable[[Any, Tensor], Tensor],
+    loss: Loss,
 ) -> Scores:
     """First-order Taylor score sum |w * dL/dw| of each unit (Molchanov et al. 2019, arXiv 1906.10771).
 

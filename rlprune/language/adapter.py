@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..artifacts.documents import PLAN_FILE
+from ..artifacts.documents import PLAN_FILE, PlanDocument
 from ..artifacts.pruned_model import check_base
 from ..artifacts.safetensors import check_roots
 from ..config.config import FinishConfig, RecoveryConfig
@@ -22,9 +22,17 @@ from ..importance.unit_scores import Scores
 from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace, fingerprint
 from ..recovery.reconstruct import Reconstruction
-from ..tracing.trace import TraceOptions, trace_channels
+from ..tracing.trace import ExampleInputs, TraceOptions, trace_channels
 from ..utils.memory import return_freed_memory
-from ..workloads.adapter import LatencySettings, ModelAdapter, RecoveryLadder, Repair, Tuned, TuneJob
+from ..workloads.adapter import (
+    LatencySettings,
+    ModelAdapter,
+    RecoveryLadder,
+    Repair,
+    TokenizerSource,
+    Tuned,
+    TuneJob,
+)
 from ..workloads.base import Quality, Workload, evaluate_outputs
 from ..workloads.judge import Judge
 from ..workloads.score_kinds import class_judge, registered
@@ -96,16 +104,18 @@ class LanguageAdapter(ModelAdapter):
     def accepts(self, model: object) -> bool:
         return isinstance(model, nn.Module) and is_language_model(model)
 
-    def owns(self, base: Mapping[str, Any]) -> bool:
+    def owns(self, base: Mapping[str, object]) -> bool:
         return base.get("source") == SOURCE
 
-    def find_groups(self, model: nn.Module, example_inputs: Any, options: TraceOptions) -> PruningSpace:
+    def find_groups(
+        self, model: nn.Module, example_inputs: ExampleInputs, options: TraceOptions
+    ) -> PruningSpace:
         if not is_language_model(model):  # a model of the user's own that reads token ids
             return trace_channels(model, example_inputs, options)
         return language_space(model, example_inputs, fingerprint(model), options)
 
     def space_of_plan(
-        self, workload: Workload, document: Mapping[str, Any], options: TraceOptions
+        self, workload: Workload, document: PlanDocument, options: TraceOptions
     ) -> PruningSpace:
         if fingerprint(workload.model) != document["fingerprint"]:
             raise ArtifactError("plan: made for another architecture (its fingerprint differs)")
@@ -160,14 +170,14 @@ class LanguageAdapter(ModelAdapter):
     def release_memory(self) -> None:
         return_freed_memory()
 
-    def logits(self, outputs: Any) -> Tensor:
+    def logits(self, outputs: object) -> Tensor:
         return logits_of(outputs)
 
-    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+    def loss(self, outputs: object, targets: Tensor) -> Tensor:
         """Mean next-token cross-entropy in nats; ``outputs`` is a transformers output or logits (B, L, V)."""
         return next_token_loss(outputs, targets)
 
-    def metric(self, outputs: Any, targets: Tensor) -> Tensor:
+    def metric(self, outputs: object, targets: Tensor) -> Tensor:
         """Perplexity of the batch times its sequences; use ``evaluate`` for the perplexity of a split."""
         return self.loss(outputs, targets).exp() * len(targets)
 
@@ -220,13 +230,13 @@ class LanguageAdapter(ModelAdapter):
         plan: Plan,
         directory: Path,
         *,
-        base: Mapping[str, Any] | None,
-        tokenizer: Any,
+        base: Mapping[str, object] | None,
+        tokenizer: TokenizerSource | None,
         max_shard_size: str | int,
     ) -> None:
         save_language_model(slim, plan, directory, base, tokenizer, max_shard_size)
 
-    def load(self, directory: Path, document: Mapping[str, Any], base: nn.Module | None) -> nn.Module:
+    def load(self, directory: Path, document: PlanDocument, base: nn.Module | None) -> nn.Module:
         check_base(base, document, directory)
         check_roots(document["tensors"], document, str(directory / PLAN_FILE))
         model: nn.Module = load_folder(directory, document).cpu().eval()
@@ -241,13 +251,13 @@ class LanguageAdapter(ModelAdapter):
     def cost_lines(self, space: PruningSpace, model: nn.Module) -> list[str]:
         return describe.cost_lines(space, model)
 
-    def check_tasks(self, document: Mapping[str, Any], directory: Path, tasks: Sequence[Path]) -> None:
+    def check_tasks(self, document: PlanDocument, directory: Path, tasks: Sequence[Path]) -> None:
         read_tasks(tasks)
 
     def comparison(
         self,
         directory: Path,
-        document: Mapping[str, Any],
+        document: PlanDocument,
         workload: Workload | None,
         tasks: Sequence[Path] = (),
         limit: int | None = None,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..artifacts.checkpoint import load_checkpoint, put_weights
+from ..artifacts.documents import PlanDocument
 from ..config.config import Config, DataConfig
 from ..errors import ArtifactError, ConfigError
 from ..pruning.space import fingerprint
@@ -59,7 +59,7 @@ class LanguageBuilder(WorkloadBuilder):
         return Inspected(pretrained.skeleton(found), torch.zeros(1, length, dtype=torch.long), None)
 
     def cut_files(
-        self, config: Config, checkpoint: Path | None, document: dict[str, Any], source: Path, out: Path
+        self, config: Config, checkpoint: Path | None, document: PlanDocument, source: Path, out: Path
     ) -> bool:
         from .files.streaming import dense_skeleton, prune_shards
 

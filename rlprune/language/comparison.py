@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..artifacts.documents import PlanDocument
 from ..artifacts.pruned_model import example_of
 from ..errors import ArtifactError
 from ..pruning.space import fingerprint
@@ -29,14 +30,14 @@ def read_tasks(tasks: Sequence[Path]) -> None:
 def compare(
     slim: nn.Module,
     directory: Path,
-    plan: Mapping[str, Any],
+    plan: PlanDocument,
     workload: Workload | None,
     tasks: Sequence[Path],
     limit: int | None,
 ) -> str:
     """Perplexity, costs, speeds and zero-shot accuracy of a pruned language model beside its dense base."""
     if workload is None:
-        dense, example = _random_base(plan["base"], slim), example_of(plan).long()
+        dense, example = _random_base(plan, slim), example_of(plan).long()
     else:
         dense, example = workload.model, workload.example_inputs
         if fingerprint(dense) != plan["fingerprint"]:
@@ -50,7 +51,7 @@ def compare(
         rows += quality
     lines = [*describe.comparison(rows), *notes]
     if tasks:
-        tokenizer = (workload and workload.tokenizer) or _tokenizer_of(directory, plan["base"])
+        tokenizer: Any = (workload and workload.tokenizer) or _tokenizer_of(directory, plan)
         # Without CONFIG the dense model has the right shape only, not its weights.
         known = models if workload is not None else {"pruned": slim}
         accuracies = {name: zeroshot.accuracy(m, tokenizer, tasks, limit) for name, m in known.items()}
@@ -58,7 +59,7 @@ def compare(
     return "\n".join(lines)
 
 
-def _cost_rows(plan: Mapping[str, Any], example: Tensor) -> list[describe.Row]:
+def _cost_rows(plan: PlanDocument, example: Tensor) -> list[describe.Row]:
     """Costs as counted when the model was saved; macs are those of the example's length then."""
     length = (plan.get("input") or example.shape)[-1]
     names = {
@@ -106,12 +107,12 @@ def _quality_rows(workload: Workload, models: dict[str, nn.Module]) -> tuple[lis
     ], [note]
 
 
-def _tokenizer_of(directory: Path, base: Mapping[str, Any]) -> Any:
+def _tokenizer_of(directory: Path, plan: PlanDocument) -> Any:
     """The tokenizer that was saved with a pruned model."""
     from transformers import AutoTokenizer
 
     # Stock classes refuse layers of unequal sizes, and a tokenizer needs none: the dense config will do.
-    config = pretrained.build_config(base["config"])
+    config = pretrained.build_config(plan["base"]["config"])
     try:
         return AutoTokenizer.from_pretrained(str(directory), config=config, local_files_only=True)
     except Exception as error:  # whatever the libraries raise for broken files
@@ -120,9 +121,11 @@ def _tokenizer_of(directory: Path, base: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def _random_base(base: Mapping[str, Any], slim: nn.Module) -> nn.Module:
+def _random_base(plan: PlanDocument, slim: nn.Module) -> nn.Module:
     """The dense architecture of a pruned language model, for its speed only: the weights are noise."""
-    model = pretrained.skeleton(pretrained.build_config(base["config"])).to_empty(device="cpu")
+    model: nn.Module = pretrained.skeleton(pretrained.build_config(plan["base"]["config"])).to_empty(
+        device="cpu"
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:

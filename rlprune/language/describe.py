@@ -127,7 +127,7 @@ def embeddings(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def context_length(config: Any) -> int | None:
+def context_length(config: object) -> int | None:
     """Tokens that a model was made for, where its config (an object or its fields) says so."""
     for field in ("max_position_embeddings", "n_positions", "seq_length", "n_ctx"):
         value = config.get(field) if isinstance(config, Mapping) else getattr(config, field, None)

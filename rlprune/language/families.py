@@ -154,7 +154,7 @@ class Block:
         return self.query_heads // max(1, self.kv_heads)
 
 
-def family_of(model_or_config: Any) -> Family:
+def family_of(model_or_config: object) -> Family:
     """The adapter of a model or config; UnsupportedModel names the class or module that stands in the way."""
     config = getattr(model_or_config, "config", model_or_config)
     model = model_or_config if isinstance(model_or_config, nn.Module) else None
@@ -243,10 +243,16 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def features(module: Any) -> tuple[int, int]:
+def features(module: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a linear layer, from its weight's shape."""
-    rows, columns = module.weight.shape
+    rows, columns = tensor_of(module, "weight").shape
     return (int(rows), int(columns)) if is_conv1d(module) else (int(columns), int(rows))
+
+
+def tensor_of(module: nn.Module, name: str) -> Tensor:
+    """A parameter of a layer, whose type torch leaves open between tensors and modules."""
+    found: Tensor = getattr(module, name)
+    return found
 
 
 def feature_names(module: nn.Module) -> tuple[str, str]:
@@ -286,7 +292,7 @@ def neuron_attributes(model: nn.Module, block: Block) -> dict[str, int]:
 class LayerConfig:
     """A config with a few fields of its own; everything else is read from the config that all layers share."""
 
-    def __init__(self, shared: Any, fields: Mapping[str, Any]) -> None:
+    def __init__(self, shared: object, fields: Mapping[str, object]) -> None:
         self.__dict__["_shared"] = shared
         self.__dict__.update(fields)
 
@@ -296,15 +302,16 @@ class LayerConfig:
         return getattr(self._shared, name)
 
 
-def set_attribute(module: Any, attribute: str, value: int) -> None:
+def set_attribute(module: nn.Module, attribute: str, value: int) -> None:
     """Set an integer attribute; "config.x" sets it in a config of the module's own, a tuple keeps its length of 1."""
     if attribute.startswith("config."):
         name = attribute.removeprefix("config.")
-        shared = module.config
+        owner: Any = module  # whose attribute is neither a tensor nor a module
+        shared = owner.config
         if isinstance(shared, LayerConfig):
             shared.__dict__[name] = value
         else:
-            module.config = LayerConfig(shared, {name: value})
+            owner.config = LayerConfig(shared, {name: value})
     elif isinstance(getattr(module, attribute, None), tuple):
         setattr(module, attribute, (value,))
     else:
@@ -328,7 +335,7 @@ class DroppedAttention(nn.Module):
     output_layer: str
     adds_residual: bool
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: Any) -> tuple[Tensor, None]:
         """Hidden states (B, L, H) -> the part's contribution (B, L, H), and no attention weights."""
         caches = [kwargs[name] for name in _CACHES if kwargs.get(name) is not None]
         if caches:
@@ -342,7 +349,7 @@ class DroppedFeedForward(nn.Module):
     output_layer: str
     adds_residual: bool
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: Any) -> Tensor:
         """Hidden states (B, L, H) -> the part's contribution (B, L, H)."""
         return _nothing(self, hidden_states, args, kwargs)
 
@@ -361,8 +368,8 @@ def drop(model: nn.Module, module: str, kind: str) -> None:
 def _nothing(
     module: DroppedAttention | DroppedFeedForward,
     hidden: Tensor,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
 ) -> Tensor:
     layer = module.get_submodule(module.output_layer)
     bias = getattr(layer, "bias", None)
@@ -371,7 +378,7 @@ def _nothing(
     if bias is not None:
         result = result + bias.to(result.dtype)
     if module.adds_residual:
-        residual = kwargs["residual"] if "residual" in kwargs else args[0]
+        residual: Any = kwargs["residual"] if "residual" in kwargs else args[0]
         result = result + residual
     return result
 
@@ -484,7 +491,7 @@ def _resize_linear(
 
 
 def _shrink(owner: nn.Module, name: str, shape: Sequence[int]) -> None:
-    old: Tensor = getattr(owner, name)
+    old = tensor_of(owner, name)
     new = old.detach().new_empty(tuple(shape))
     setattr(owner, name, nn.Parameter(new, requires_grad=old.requires_grad))
 

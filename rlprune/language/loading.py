@@ -14,13 +14,16 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from ..errors import ArtifactError, ConfigError, DataError, GraphError, near_miss
-from .families import UnsupportedModel, family_of
+from .families import UnsupportedModel, family_of, tensor_of
 from .text import help_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PREFIX = "hf:"
 TINY = "tiny_llama"
@@ -34,6 +37,7 @@ TINY_ARGUMENTS = {
     "context": 512,
     "tied": True,
 }
+Found = TypeVar("Found")
 _END = "<|endoftext|>"
 _GGUF_PACKAGES = ("gguf", "accelerate")
 _CAUSAL_NAMES = ("ForCausalLM", "LMHeadModel")
@@ -48,8 +52,8 @@ _NAMES = {
 class Causal:
     """A dense causal LM in eval mode on the CPU, and its tokenizer."""
 
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
 
     @property
     def longest(self) -> int | None:
@@ -60,7 +64,7 @@ class Causal:
     @property
     def vocabulary(self) -> int:
         """Rows of the input embedding: token ids are below it."""
-        return int(self.model.get_input_embeddings().weight.shape[0])
+        return int(tensor_of(self.model.get_input_embeddings(), "weight").shape[0])
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a whole text; the special tokens are those that the tokenizer adds by itself."""
@@ -79,7 +83,7 @@ def is_causal(name: str) -> bool:
 
 
 def load_causal(
-    name: str, *, dtype: str = "auto", arguments: Mapping[str, Any] | None = None, seed: int = 0
+    name: str, *, dtype: str = "auto", arguments: Mapping[str, object] | None = None, seed: int = 0
 ) -> Causal:
     """Load a language model and its tokenizer by name; ``auto`` is float32.
 
@@ -93,7 +97,7 @@ def load_causal(
         if arguments:
             raise ConfigError(f"model.arguments: only {TINY!r} takes any, not {name!r}")
         place, file = _place(name)
-        options: dict[str, Any] = {"trust_remote_code": False} | ({"gguf_file": file} if file else {})
+        options: Mapping[str, object] = {"trust_remote_code": False} | ({"gguf_file": file} if file else {})
         config = _config(name, place, options)
         model = _weights(name, place, options, torch_dtype)
         _refuse_unsupported(name, model)
@@ -105,7 +109,7 @@ def load_causal(
     return Causal(model.eval(), tokenizer)
 
 
-def read_config(name: str) -> Any:
+def read_config(name: str) -> PreTrainedConfig:
     """The config of a model named ``hf:...``, without its weights; refuses what `load_causal` refuses by it."""
     with _quiet():
         place, file = _place(name)
@@ -152,7 +156,7 @@ def _refuse_pruned(name: str, path: Path) -> None:
         raise GraphError(f"model.name {name!r}: is a pruned model already; give the dense one")
 
 
-def _config(name: str, place: str, options: dict[str, Any]) -> Any:
+def _config(name: str, place: str, options: Mapping[str, object]) -> PreTrainedConfig:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
@@ -167,7 +171,7 @@ def _config(name: str, place: str, options: dict[str, Any]) -> Any:
     return config
 
 
-def _refuse_unsupported(name: str, model_or_config: Any) -> None:
+def _refuse_unsupported(name: str, model_or_config: object) -> None:
     try:
         family_of(model_or_config)
     except UnsupportedModel as error:
@@ -175,7 +179,7 @@ def _refuse_unsupported(name: str, model_or_config: Any) -> None:
         raise GraphError(f"model.name {name!r}: {reason}") from None
 
 
-def _closer(config: Any) -> UnsupportedModel | None:
+def _closer(config: object) -> UnsupportedModel | None:
     """What is said of the modules of an unknown kind of model, found on a skeleton without weights."""
     from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -191,7 +195,7 @@ def _closer(config: Any) -> UnsupportedModel | None:
     return None
 
 
-def _weights(name: str, place: str, options: dict[str, Any], dtype: torch.dtype) -> Any:
+def _weights(name: str, place: str, options: Mapping[str, object], dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     def load() -> Any:
@@ -206,13 +210,13 @@ def _weights(name: str, place: str, options: dict[str, Any], dtype: torch.dtype)
     return model
 
 
-def _tokenizer(name: str, place: str, options: dict[str, Any]) -> Any:
+def _tokenizer(name: str, place: str, options: Mapping[str, object]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     return _read(lambda: AutoTokenizer.from_pretrained(place, **options), name, "tokenizer", options)
 
 
-def _read(read: Callable[[], Any], name: str, what: str, options: Mapping[str, Any]) -> Any:
+def _read(read: Callable[[], Found], name: str, what: str, options: Mapping[str, object]) -> Found:
     """What ``read`` returns; whatever the libraries raise for broken files becomes one line."""
     try:
         return read()
@@ -225,7 +229,7 @@ def _read(read: Callable[[], Any], name: str, what: str, options: Mapping[str, A
         raise ArtifactError(f"model.name {name!r}: its {what} cannot be read ({line})") from error
 
 
-def _forget_quantisation(model: Any, place: str) -> None:
+def _forget_quantisation(model: PreTrainedModel, place: str) -> None:
     """The weights of a GGUF file were dequantised on reading; nothing but marks is left to say otherwise."""
     if hasattr(model, "hf_quantizer"):
         del model.hf_quantizer  # save_pretrained refuses a model that has one
@@ -238,7 +242,7 @@ def _forget_quantisation(model: Any, place: str) -> None:
     model.config._name_or_path = place
 
 
-def _tiny(given: dict[str, Any], seed: int, dtype: torch.dtype) -> Causal:
+def _tiny(given: Mapping[str, object], seed: int, dtype: torch.dtype) -> Causal:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     for key, value in given.items():
@@ -251,7 +255,7 @@ def _tiny(given: dict[str, Any], seed: int, dtype: torch.dtype) -> Causal:
         if type(value) is not wanted or (wanted is int and value < 1):
             what = "true or false" if wanted is bool else "a whole number of 1 and more"
             raise ConfigError(f"model.arguments.{key}: must be {what}, got {value!r}")
-    sizes: dict[str, Any] = TINY_ARGUMENTS | given
+    sizes: dict[str, Any] = {**TINY_ARGUMENTS, **given}
     if sizes["hidden"] % (2 * sizes["heads"]) or sizes["heads"] % sizes["kv_heads"]:
         raise ConfigError(
             "model.arguments: hidden must be a multiple of 2 * heads and heads one of kv_heads, got "
@@ -282,7 +286,7 @@ def _tiny(given: dict[str, Any], seed: int, dtype: torch.dtype) -> Causal:
 
 
 @functools.lru_cache(maxsize=2)
-def help_tokenizer(vocabulary: int) -> Any:
+def help_tokenizer(vocabulary: int) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer of ``vocabulary`` tokens, trained on Python's help texts; always the same one."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -15,7 +15,7 @@ _ELEMENTS = 1 << 23  # logits that exist at once, where the vocabulary is large
 _LEAST = 16
 
 
-def next_token_loss(outputs: Any, targets: Tensor) -> Tensor:
+def next_token_loss(outputs: object, targets: Tensor) -> Tensor:
     """Mean cross-entropy of every token but a sequence's first, given those before it (-100: left out).
 
     The same number as transformers' own ``model(input_ids, labels=targets).loss``; ``outputs`` is a
@@ -25,9 +25,9 @@ def next_token_loss(outputs: Any, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100)
 
 
-def logits_of(outputs: Any) -> Tensor:
+def logits_of(outputs: object) -> Tensor:
     """The logits (B, L, V) in what a causal language model returns: an output of transformers, a tuple, or them."""
-    logits = getattr(outputs, "logits", outputs)
+    logits: Any = getattr(outputs, "logits", outputs)
     found: Tensor = logits if isinstance(logits, Tensor) else logits[0]
     return found
 

@@ -13,7 +13,7 @@ got a bias which the family does not have, ``pruned_hidden_size`` is the residua
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .families import FAMILIES, resize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 __all__ = ["add_biases", "config_class", "model_class", "sizes_of"]
 
@@ -41,19 +44,19 @@ class PerLayerConfig:
 class PerLayerModel(nn.Module):
     """Mixin of a causal language model: built dense, then each layer is given its own size."""
 
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: PreTrainedConfig, *args: object, **kwargs: object) -> None:
         super().__init__(config, *args, **kwargs)
         resize(self, sizes_of(config), getattr(config, "pruned_hidden_size", None))
         add_biases(self, getattr(config, "added_biases", None) or [])
 
 
-def sizes_of(config: Any) -> list[dict[str, int]]:
+def sizes_of(config: PreTrainedConfig) -> list[dict[str, int]]:
     """The sizes of every layer under the family's own names, dense ones included; 0 where a part is removed."""
     names = [name for name in FAMILIES[config.model_type].sizes if name is not None]
     return [{name: getattr(layer, name) for name in names} for layer in config.per_layer_config]
 
 
-def add_biases(model: Any, modules: list[str]) -> None:
+def add_biases(model: nn.Module, modules: list[str]) -> None:
     """Give the named linear layers a bias of zeros, where they have none."""
     for name in modules:
         module = model.get_submodule(name)

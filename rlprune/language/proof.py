@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from ..pruning.space import PruningSpace
 from ..pruning.surgery import masked, prune
 from ..tracing.counting import flop_counter
 from . import families
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # Models with more parameters than this are proved on a narrow skeleton of the same config.
 _SMALL = 4_000_000
@@ -36,8 +39,9 @@ def prove(
     Raises:
         GraphError: the outputs or the costs differ.
     """
+    source: Any = model  # torch takes a model's config for a module
     small = space.dense_cost("params") <= _SMALL and next(model.parameters()).device.type != "meta"
-    twin: Any = copy.deepcopy(model).double().eval() if small else skeleton(model.config).double()
+    twin: Any = copy.deepcopy(model).double().eval() if small else skeleton(source.config).double()
     _lively(twin)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, twin.config.vocab_size, (1, _TOKENS), generator=generator)
@@ -99,7 +103,7 @@ def counted(model: nn.Module, ids: Tensor) -> tuple[Tensor, float]:
     return logits, (counter.get_total_flops() - left_out) / 2
 
 
-def skeleton(config: Any) -> nn.Module:
+def skeleton(config: PreTrainedConfig) -> nn.Module:
     """A narrow random model of the same config: two blocks, few heads of the same size and ratio, few tokens."""
     from transformers import AutoModelForCausalLM
 

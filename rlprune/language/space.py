@@ -49,7 +49,7 @@ def is_language_model(model: nn.Module) -> bool:
 
 
 def language_space(
-    model: nn.Module, example_inputs: Any, fingerprint: str, options: TraceOptions
+    model: nn.Module, example_inputs: object, fingerprint: str, options: TraceOptions
 ) -> PruningSpace:
     """The space of a causal LM: a group for each attention and each feed-forward part, in block order.
 
@@ -101,9 +101,9 @@ def _without_hidden(model: nn.Module, length: int, drop: bool, ignored: dict[str
     return _LanguageLayout(model, blocks, length, drop, False, ignored).space("", 1, 1)
 
 
-def sequence_length(example_inputs: Any) -> int:
+def sequence_length(example_inputs: object) -> int:
     """Tokens in the example input; GraphError where it holds no token ids."""
-    ids = example_inputs
+    ids: Any = example_inputs
     if isinstance(ids, dict) or hasattr(ids, "keys"):
         ids = ids.get("input_ids")
     elif isinstance(ids, (tuple, list)) and ids:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -299,22 +299,23 @@ def _hub(name: str, request: TextRequest) -> dict[str, Text]:
     return {split: read[parts[split]] for split in SPLITS}
 
 
-def _pick(there: Mapping[str, Any], *wanted: str) -> str:
+def _pick(there: Mapping[str, object], *wanted: str) -> str:
     found = next((part for part in wanted if part in there), None)
     return found if found is not None else next(iter(there))
 
 
-def _stream(name: str, rows: Any, part: str, column: str) -> Text:
+def _stream(name: str, rows: Iterable[Mapping[str, object]], part: str, column: str) -> Text:
     documents, size = [], 0
     for row in rows:
-        if not isinstance(row.get(column), str):
+        text = row.get(column)
+        if not isinstance(text, str):
             keys = [str(k) for k in row]
             raise DataError(
                 f"data.column: {name!r} has no text field {column!r}; it has {', '.join(keys[:5])}"
                 f"{near_miss(column, keys)}"
             )
-        documents.append(row[column])
-        size += len(row[column])
+        documents.append(text)
+        size += len(text)
         if size > _HUB_CHARACTERS:
             break
     return Text(f"{name} {part}", "\n\n".join(documents))

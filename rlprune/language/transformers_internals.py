@@ -14,13 +14,17 @@ Relied on, the same in 5.17 and in 5.24:
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..utils.files import read_tensors, write_tensors_atomic
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 WEIGHTS = "model.safetensors"
 
@@ -30,7 +34,7 @@ def lend_block_classes(model: nn.Module, wrapper: nn.Module) -> None:
     wrapper._no_split_modules = getattr(model, "_no_split_modules", None)  # type: ignore[assignment]
 
 
-def use_one_gpu(arguments: Any) -> None:
+def use_one_gpu(arguments: TrainingArguments) -> None:
     """One process on a machine of several GPUs would otherwise be run by the old DataParallel."""
     arguments._n_gpu = min(1, arguments.n_gpu)
 
@@ -42,7 +46,7 @@ class TrainedOnly:
     args: Any
     is_fsdp_enabled: bool
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+    def _get_train_sampler(self, train_dataset: Sized | None = None) -> torch.utils.data.Sampler[int]:
         data = train_dataset if train_dataset is not None else self.train_dataset  # type: ignore[attr-defined]
         return torch.utils.data.SequentialSampler(data)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from .judge import (
 from .logits import ChunkedLogs
 from .text import TextData
 from .tuning.loss import train_language
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # What a config says of where it came from, not of the architecture.
 _ELSEWHERE = ("_name_or_path", "transformers_version", "quantization_config")
@@ -51,13 +54,13 @@ class LanguageWorkload(TrainedWorkload):
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase | None,
         data: TextData,
         *,
         name: str = "",
         batch_size: int = 256,
         device: torch.device | str = "cpu",
-        base: dict[str, Any] | None = None,
+        base: Mapping[str, object] | None = None,
     ) -> None:
         place = torch.device(device)
         self.model = model.to(place).eval()
@@ -205,7 +208,7 @@ class _Split:
         return ids.to(self.workload.device), targets.to(self.workload.device)
 
 
-def base_of_model(model: Any, name: str) -> dict[str, Any]:
+def base_of_model(model: nn.Module, name: str) -> dict[str, Any]:
     """How to rebuild a transformers model: its config as plain JSON."""
     config = getattr(model, "config", None)
     if config is None:

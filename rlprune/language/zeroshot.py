@@ -17,11 +17,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..errors import ConfigError, DataError, near_miss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _PREFIX = re.compile(r"Please choose the correct \w+ to [^:\n]*: ")
 _FORMAT = re.compile(r"\s*Answer format:(.*)\Z", re.DOTALL)
@@ -56,7 +59,7 @@ class Accuracy:
 
 def accuracy(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     files: Sequence[str | Path],
     limit: int | None = None,
     batch_size: int = 8,
@@ -134,7 +137,7 @@ def _with_error(value: float, error: float) -> str:
     return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} ± {error:.4f}"
 
 
-def _question(entry: Any, where: str) -> Question:
+def _question(entry: object, where: str) -> Question:
     if not isinstance(entry, dict):
         raise DataError(f"{where}: must be an object with the fields 'instruction' and 'answer'")
     for field in ("instruction", "answer"):
@@ -189,7 +192,7 @@ def _named(files: Sequence[str | Path], limit: int | None) -> dict[str, list[Que
     return tasks
 
 
-def _check_tokenizer(model: nn.Module, tokenizer: Any) -> int:
+def _check_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that the harness takes for a text's start; refuses a tokenizer of another model."""
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     rows = getattr(embeddings, "num_embeddings", None)
@@ -217,7 +220,11 @@ def require_harness() -> None:
 
 
 def _harness(
-    model: nn.Module, tokenizer: Any, tasks: Mapping[str, Sequence[Question]], batch_size: int, prefix: int
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Mapping[str, Sequence[Question]],
+    batch_size: int,
+    prefix: int,
 ) -> dict[str, Any]:
     """The harness's own results: {task: {"acc,none": ..., "acc_stderr,none": ..., ...}}."""
     from lm_eval.api.task import ConfigurableTask
@@ -242,7 +249,7 @@ def _harness(
 def _task(name: str, questions: Sequence[Question]) -> dict[str, Any]:
     """The harness's description of a task over questions in memory."""
 
-    def dataset(**_: Any) -> Any:
+    def dataset(**_: object) -> Any:
         from datasets import Dataset, DatasetDict
 
         rows = [{"text": q.text, "choices": list(q.choices), "answer": q.answer} for q in questions]
@@ -264,7 +271,7 @@ def _task(name: str, questions: Sequence[Question]) -> dict[str, Any]:
     }
 
 
-def _row(name: str, questions: Sequence[Question], result: Mapping[str, Any]) -> Accuracy:
+def _row(name: str, questions: Sequence[Question], result: Mapping[str, object]) -> Accuracy:
     def number(key: str) -> float:
         value = result.get(f"{key},none")
         return float(value) if isinstance(value, (int, float)) else float("nan")

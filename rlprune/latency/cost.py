@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..errors import ArtifactError
 from ..pruning.cost import AxisSize
@@ -46,7 +46,7 @@ class TableCost:
         constant: float,
         groups: int,
         table: LatencyTable | None = None,
-        dense: tuple[Any, float] | None = None,
+        dense: tuple[Ints, float] | None = None,
     ) -> None:
         self.table = table
         self.constant = float(np.rint(constant * _GRAIN) / _GRAIN)
@@ -78,7 +78,7 @@ class TableCost:
             if start < sums:
                 self._bend = start, (ms - start) / (sums - start)
 
-    def __call__(self, widths: Any) -> Floats:
+    def __call__(self, widths: ArrayLike) -> Floats:
         return self._bent(self.by_layer(widths).sum(axis=-1) + self.constant)
 
     def _bent(self, sums: Floats) -> Floats:
@@ -88,7 +88,7 @@ class TableCost:
         end = np.rint((start + slope * (sums - start)) * _GRAIN) / _GRAIN
         return np.where(sums <= start, sums, end)
 
-    def by_layer(self, widths: Any) -> Floats:
+    def by_layer(self, widths: ArrayLike) -> Floats:
         """Milliseconds of each layer in the sum, all its calls together; (..., G) -> (..., L)."""
         sizes = self.sizes(np.asarray(widths, dtype=np.float64))
         return self._lookup(sizes[0], sizes[1], slice(None))
@@ -130,7 +130,7 @@ class TableCost:
         """Sizes of the out and in axes of each layer, in slots; (..., G) -> two of (..., L)."""
         return widths @ self._slope[0] + self._base[0], widths @ self._slope[1] + self._base[1]
 
-    def _lookup(self, outs: Floats, ins: Floats, layers: Any) -> Floats:
+    def _lookup(self, outs: Floats, ins: Floats, layers: Ints | slice) -> Floats:
         o, rise_o, to = self._cells[0](outs, layers)
         i, rise_i, ti = self._cells[1](ins, layers)
         corner = self._starts[layers] + o + i
@@ -176,7 +176,7 @@ class _Cells:
         self.wide = np.concatenate([*wide, [1]]).astype(np.float64)
         return self
 
-    def __call__(self, sizes: Floats, layers: Any) -> tuple[Ints, Ints, Floats]:
+    def __call__(self, sizes: Floats, layers: Ints | slice) -> tuple[Ints, Ints, Floats]:
         """(start of the cell's row or column in the flat table, step to the next, position in the cell)."""
         s = np.clip(sizes, self.first[layers], self.last[layers])
         at = self.offset[layers] + (s - self.first[layers]).astype(np.int64)

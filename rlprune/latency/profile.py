@@ -29,7 +29,7 @@ from ..utils.arrays import Floats, Ints
 from ..utils.cache import cache_folder
 from ..utils.checkpoints import settings_key
 from ..utils.files import exclusive, write_json_atomic
-from ..utils.hardware import processor
+from ..utils.machine import processor
 from ..utils.timing import batched, in_turns, quiet_clock, timed
 from ..utils.torch_internals import BATCH_OR_INSTANCE_NORM, CONVOLUTION
 from .calibrate import PARTS, WholeModels, calibrated, image_sizes
@@ -155,7 +155,7 @@ def _called_layers(model: nn.Module, inputs: Tensor) -> dict[_Layer, int]:
     """The leaf modules with tensors of their own that a forward pass calls on one tensor, and how often."""
     found: dict[_Layer, int] = {}
 
-    def hook(name: str, module: nn.Module, args: Any, output: Any) -> None:
+    def hook(name: str, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
             layer = _Layer(name, tuple(args[0].shape), tuple(output.shape), args[0].dtype)
             found[layer] = found.get(layer, 0) + 1
@@ -245,7 +245,7 @@ def _measure_all(
     model: nn.Module,
     inputs: Tensor,
     planned: Sequence[_Planned],
-    where: Mapping[str, Any],
+    where: Mapping[str, object],
     progress: Progress | None,
 ) -> LatencyTable:
     distinct = {p.key: p for p in planned}
@@ -331,7 +331,7 @@ def _parallel(a: AxisSize, b: AxisSize) -> bool:
 
 
 def _input(
-    layer: _Layer, module: nn.Module, twin: Any, out: int, dense_out: int, device: torch.device
+    layer: _Layer, module: nn.Module, twin: nn.Module, out: int, dense_out: int, device: torch.device
 ) -> Tensor:
     """An input of the dense shape, with as many channels as the replica takes."""
     shape = list(layer.input_shape)
@@ -341,6 +341,7 @@ def _input(
     if families.is_linear(module):
         shape[dim] = families.features(twin)[0]
     elif isinstance(module, CONVOLUTION):
+        assert isinstance(twin, CONVOLUTION)
         shape[dim] = twin.in_channels
     else:
         shape[dim] = round(shape[dim] * out / dense_out)

@@ -1,1 +1,36 @@
-"""The mathematics of pruning: groups, widths, costs, budgets, cuts."""
+"""The mathematics of pruning: groups, widths, costs, budgets, cuts.
+
+The names of :data:`__all__` load when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..utils.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .plan import Plan, make_plan
+    from .space import Group, PruningSpace
+    from .surgery import masked, prune
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Group": "space",
+        "Plan": "plan",
+        "PruningSpace": "space",
+        "make_plan": "plan",
+        "masked": "surgery",
+        "prune": "surgery",
+    },
+)
+
+__all__ = [
+    "Group",
+    "Plan",
+    "PruningSpace",
+    "make_plan",
+    "masked",
+    "prune",
+]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..errors import BudgetError
 from ..utils.arrays import Floats, Ints
@@ -36,7 +36,11 @@ class Budget:
         return self.value * dense if self.kind == "ratio" else self.value
 
 
-def parse_budget(value: Any, metric: str = "macs") -> Budget:
+BudgetLike = Budget | float | str | np.integer | np.floating
+"""A budget as users give it: 0.5, "50%", "150M", for latency "3.5ms"."""
+
+
+def parse_budget(value: BudgetLike, metric: str = "macs") -> Budget:
     """Read ``0.5``, ``"50%"`` or ``"150M"`` (for latency ``"3.5ms"``); raises :class:`BudgetError` for anything else.
 
     A number up to 1 is a ratio. Counts: a number of 1,000 and more, or one with a suffix K, M, G or T, is
@@ -81,14 +85,18 @@ class Limits:
         """The nearest allowed widths below: multiples of the step, the minimum, or the dense width."""
         kept = np.floor((widths + tolerance) / self.step).astype(np.int64) * self.step
         kept = np.where(widths >= self.dense - tolerance, self.dense, kept)
-        return np.maximum(kept, self.minimum)
+        allowed: Ints = np.maximum(kept, self.minimum)
+        return allowed
 
     def above(self, widths: Ints) -> Ints:
         """The next allowed widths above (the dense width at most)."""
-        return np.minimum((widths // self.step + 1) * self.step, self.dense)
+        wider: Ints = np.minimum((widths // self.step + 1) * self.step, self.dense)
+        return wider
 
 
-def project(distribution: Any, target: float, cost: Cost, limits: Limits, *, metric: str = "macs") -> Ints:
+def project(
+    distribution: ArrayLike, target: float, cost: Cost, limits: Limits, *, metric: str = "macs"
+) -> Ints:
     """Widths whose cost is at most ``target`` and to which no step can be added.
 
     Args:
@@ -120,7 +128,7 @@ def project(distribution: Any, target: float, cost: Cost, limits: Limits, *, met
     return widths.reshape(shares.shape)
 
 
-def _checked(distribution: Any, groups: int) -> Floats:
+def _checked(distribution: ArrayLike, groups: int) -> Floats:
     try:
         shares = np.array(distribution, dtype=np.float64)
     except (TypeError, ValueError):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..errors import BudgetError, near_miss
 from ..utils.arrays import Floats
@@ -23,7 +24,7 @@ class Cost(Protocol):
     the step of group g, to the last bit, so that a budget can be met exactly.
     """
 
-    def __call__(self, widths: Any) -> Floats: ...
+    def __call__(self, widths: ArrayLike) -> Floats: ...
 
     def increase(self, widths: Floats, steps: Floats) -> Floats:
         """Cost added by widening one group at a time; shapes (..., G), (..., G) -> (..., G)."""
@@ -56,9 +57,10 @@ class CostFormula:
     linear: Floats
     quadratic: Floats
 
-    def __call__(self, widths: Any) -> Floats:
+    def __call__(self, widths: ArrayLike) -> Floats:
         w = np.asarray(widths, dtype=np.float64)
-        return self.constant + w @ self.linear + ((w @ self.quadratic) * w).sum(axis=-1)
+        cost: Floats = self.constant + w @ self.linear + ((w @ self.quadratic) * w).sum(axis=-1)
+        return cost
 
     def increase(self, widths: Floats, steps: Floats) -> Floats:
         """Cost added by widening one group at a time; shapes (..., G), (..., G) -> (..., G)."""
@@ -78,7 +80,8 @@ class CostFormula:
         root = np.sqrt(np.maximum(slope**2 - 4.0 * curve * excess, 0.0))
         with np.errstate(divide="ignore", invalid="ignore"):
             t = 2.0 * excess / (root - slope)  # the form of the quadratic's root that does not cancel
-        return np.clip(np.nan_to_num(t, nan=0.0, posinf=1.0), 0.0, 1.0)
+        found: Floats = np.clip(np.nan_to_num(t, nan=0.0, posinf=1.0), 0.0, 1.0)
+        return found
 
 
 class FormulaBuilder:

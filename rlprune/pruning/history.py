@@ -5,10 +5,10 @@ One stage is the rule; only incremental pruning has several. Shape legend: G gro
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from ..utils.arrays import Ints
 
@@ -16,17 +16,20 @@ Widths = tuple[int, ...]
 """The units that each of the G groups keeps."""
 History = tuple[Widths, ...]
 """The widths after each stage, the first stage first."""
+PlanLike = Sequence[ArrayLike] | NDArray[np.generic]
+"""Widths (G,), or one such for each stage, as callers have them: a list, a tuple, an array."""
 
 
-def as_widths(widths: Any) -> Widths:
+def as_widths(widths: ArrayLike | PlanLike) -> Widths:
     """Widths (G,) as plain numbers."""
-    return tuple(int(w) for w in widths)
+    return tuple(int(w) for w in np.asarray(widths))
 
 
-def as_history(plan: Any) -> History:
+def as_history(plan: PlanLike) -> History:
     """Widths (G,), or one such for each stage, as a history."""
-    stages = plan if len(plan) and np.ndim(plan[0]) else (plan,)
-    return tuple(as_widths(stage) for stage in stages)
+    if len(plan) and np.ndim(plan[0]):
+        return tuple(as_widths(stage) for stage in plan)
+    return (as_widths(plan),)
 
 
 def final_widths(history: History) -> Ints:

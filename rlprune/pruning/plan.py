@@ -8,10 +8,11 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
 from ..errors import ArtifactError, BudgetError
 from ..utils.arrays import Ints
+from .budget import BudgetLike
 from .space import PruningSpace
 
 
@@ -25,7 +26,7 @@ class Plan:
     space: PruningSpace = field(repr=False)
     widths: Ints
     kept: tuple[Ints, ...] = field(repr=False)
-    origin: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    origin: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content: groups with kept indices, widths, achieved costs and the origin."""
@@ -72,12 +73,12 @@ def _check(plan: Plan) -> None:
 def make_plan(
     space: PruningSpace,
     *,
-    importance: Sequence[NDArray[Any]],
-    distribution: Any = None,
-    widths: Any = None,
-    budget: Any = None,
+    importance: Sequence[ArrayLike],
+    distribution: ArrayLike | None = None,
+    widths: ArrayLike | None = None,
+    budget: BudgetLike | None = None,
     metric: str = "macs",
-    origin: Mapping[str, Any] | None = None,
+    origin: Mapping[str, object] | None = None,
 ) -> Plan:
     """Choose the units to keep: the most important ones of each group, ties by index.
 
@@ -113,7 +114,7 @@ def make_plan(
     return Plan(space, chosen, best_units(space, importance, chosen), facts)
 
 
-def best_units(space: PruningSpace, importance: Sequence[NDArray[Any]], widths: Ints) -> tuple[Ints, ...]:
+def best_units(space: PruningSpace, importance: Sequence[ArrayLike], widths: Ints) -> tuple[Ints, ...]:
     """Sorted indices of the ``widths[g]`` highest scores of each group; stable, so ties keep the lower index."""
     if len(importance) != len(space.groups):
         raise BudgetError(f"importance: {len(importance)} arrays for {len(space.groups)} groups")

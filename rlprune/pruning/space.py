@@ -10,12 +10,12 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from ..errors import BudgetError
 from ..utils.arrays import Floats, Ints
-from .budget import Limits, parse_budget, project
+from .budget import BudgetLike, Limits, parse_budget, project
 from .cost import AxisSize, Cost, amount, formula
 
 
@@ -73,7 +73,7 @@ class Cut:
     consumer: bool
 
 
-def set_size(module: Any, attribute: str, value: int) -> None:
+def set_size(module: nn.Module, attribute: str, value: int) -> None:
     """Set an integer attribute; a tuple of one number stays one."""
     one = isinstance(getattr(module, attribute, None), tuple)
     setattr(module, attribute, (value,) if one else value)
@@ -90,7 +90,7 @@ class AttributeRule:
     attribute: str
     axis: int
     factor: int
-    assign: Callable[[Any, str, int], None] = set_size
+    assign: Callable[[nn.Module, str, int], None] = set_size
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class DropRule:
 
     module: str
     axis: int
-    stub: Callable[[Any, str], None]
+    stub: Callable[[nn.Module, str], None]
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class PruningSpace:
     def limits(self) -> Limits:
         return Limits(self.widths, self.minimums, self.steps)
 
-    def cost(self, widths: Any, metric: str = "macs") -> Any:
+    def cost(self, widths: ArrayLike, metric: str = "macs") -> Any:
         """Cost of the whole model at these widths: a float for shape (G,), an array (N,) for (N, G).
 
         ``macs`` are half of the FLOPs that torch's counter finds for one sample, ``params`` counts
@@ -159,13 +159,13 @@ class PruningSpace:
         return float(value) if w.ndim == 1 else value
 
     def dense_cost(self, metric: str = "macs") -> float:
-        return self.cost(self.widths, metric)
+        return float(self.cost(self.widths, metric))
 
     def feasible(self, metric: str = "macs") -> tuple[float, float]:
         """Lowest and highest absolute cost that widths of this space can have."""
         return self.cost(self.minimums, metric), self.dense_cost(metric)
 
-    def target(self, budget: Any, metric: str = "macs") -> float:
+    def target(self, budget: BudgetLike, metric: str = "macs") -> float:
         """Absolute cost that a budget (0.5, "50%", "150M") allows; BudgetError where it is not feasible."""
         dense = self.dense_cost(metric)
         target = parse_budget(budget, metric).target(dense)
@@ -178,12 +178,12 @@ class PruningSpace:
             )
         return target
 
-    def project(self, distribution: Any, budget: Any, metric: str = "macs") -> Ints:
+    def project(self, distribution: ArrayLike, budget: BudgetLike, metric: str = "macs") -> Ints:
         """Widths for a distribution of shape (G,) or (N, G) under a budget (see ``budget.project``)."""
         target = self.target(budget, metric)
         return project(distribution, target, formula(self.costs, metric), self.limits, metric=metric)
 
-    def unit_costs(self, widths: Any, metric: str = "macs") -> Floats:
+    def unit_costs(self, widths: ArrayLike, metric: str = "macs") -> Floats:
         """Cost saved by taking one unit from each group at these widths; shape (G,) -> (G,).
 
         For latency, what the layers take less: the exception for the dense model (``TableCost``) is left out.
@@ -215,7 +215,7 @@ class PruningSpace:
         ]
         return replace(self, groups=tuple(groups), axes=tuple(Axis(s[s > -2]) for s in slots))
 
-    def _checked(self, widths: Any) -> NDArray[Any]:
+    def _checked(self, widths: ArrayLike) -> NDArray[np.generic]:
         w = np.asarray(widths)
         if w.ndim not in (1, 2) or w.shape[-1] != len(self.groups):
             raise BudgetError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +82,7 @@ def prune(
     sliced = _Slicer(dtype, shared)
     unsaved = unsaved_buffers(model)
     # A copy takes what the memo holds instead of copying it: no dense tensor is ever copied.
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             new = sliced(name, tensor, by_tensor.pop(name, []), cast=name not in unsaved)

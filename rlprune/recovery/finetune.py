@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,13 +53,18 @@ class DistillTargets:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Optimizer settings: ``steps`` in all, peak ``lr``, the share of steps that warm up."""
+    """Optimizer settings: ``steps`` in all, peak ``lr``, the share of steps that warm up.
+
+    ``weight_decay`` is an L2 penalty on tensors of two and more dimensions (no biases, no norms).
+    ``mixed_precision`` is bfloat16 autocast, on CUDA devices that compute in it; ignored elsewhere.
+    """
 
     steps: int
-    lr: float
-    momentum: float
-    weight_decay: float
-    warmup: float
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.05
+    mixed_precision: bool = False
 
     def rate(self, step: int) -> float:
         """Learning rate of step 0, 1, ...: linear warm-up, then a cosine that ends at zero."""
@@ -70,12 +75,41 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Watch:
+    """Who follows a training: ``progress(phase, done, total, values)`` is called a few times a second.
+
+    ``checkpoint`` is the file of the private state; where it exists, training goes on from there. It is written at
+    most every ``save_seconds``, and at the end.
+    """
+
+    progress: Progress | None = None
+    phase: str = "fine-tune"
+    checkpoint: str | Path | None = None
+    save_seconds: float = 60.0
+
+
+@dataclass(frozen=True)
 class FitResult:
     """Steps done, mean loss of the last epoch (NaN or infinite when it diverged), seconds of this call."""
 
     steps: int
     loss: float
     seconds: float
+
+
+class _Content(TypedDict):
+    """The private state of a training."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    step: int
+    epoch_start: Tensor
+    epoch_batches: int
+    generator: Tensor
+    sum: Tensor
+    mean: float
+    torch_random: Tensor
+    cuda_random: NotRequired[Tensor]
 
 
 class _State(StateFile):
@@ -89,7 +123,7 @@ class _State(StateFile):
     def due(self) -> bool:
         return time.monotonic() - self.last >= self.seconds
 
-    def save(self, content: Mapping[str, Any]) -> None:
+    def save(self, content: Mapping[str, object]) -> None:
         super().save(content)
         self.last = time.monotonic()
 
@@ -98,50 +132,39 @@ def fit(
     model: nn.Module,
     batches: Batches,
     loss: Loss,
+    schedule: Schedule,
     *,
-    steps: int | None = None,
-    epochs: int | None = None,
-    steps_per_epoch: int | None = None,
-    lr: float = 0.1,
-    momentum: float = 0.9,
-    weight_decay: float = 5e-4,
-    warmup: float = 0.05,
     distill: DistillTargets | None = None,
-    mixed_precision: bool = False,
     generator: torch.Generator | None = None,
-    progress: Progress | None = None,
-    phase: str = "fine-tune",
-    checkpoint: str | Path | None = None,
-    save_seconds: float = 60.0,
+    watch: Watch | None = None,
 ) -> FitResult:
     """Train ``model`` in place with SGD; it is left in eval mode.
 
     Args:
         batches: ``batches(generator)`` gives one epoch; it is called again until the steps are done.
         loss: ``loss(outputs, targets)``, a scalar mean.
-        steps: number of optimizer steps; or ``epochs`` with ``steps_per_epoch``.
-        weight_decay: L2 penalty on tensors of two and more dimensions (no biases, no norms).
-        warmup: share of the steps with a rising learning rate.
-        mixed_precision: bfloat16 autocast, on CUDA devices that compute in it; ignored elsewhere.
         generator: CPU generator of every draw, dropout included (seed 0 without one). It is advanced.
-        phase: what ``progress`` calls this training.
-        checkpoint: file of the private state; where it exists, training goes on from there.
-        save_seconds: least time between two writes of the state; it is also written at the end.
+        watch: who is told of the progress, and where the private state lies.
 
     Raises RlpruneError for no data, ArtifactError for an unwritable state or one of another run.
     """
     started = time.monotonic()
-    total = _total_steps(steps, epochs, steps_per_epoch)
+    if schedule.steps < 1:
+        raise RlpruneError("fine-tuning: at least one step is needed (is the train split empty?)")
     generator = generator or torch.Generator().manual_seed(0)
-    schedule = Schedule(total, lr, momentum, weight_decay, warmup)
-    state = None if checkpoint is None else _State(checkpoint, _key(model, schedule, distill), save_seconds)
+    watch = watch or Watch()
+    state = None
+    if watch.checkpoint is not None:
+        state = _State(watch.checkpoint, _key(model, schedule, distill), watch.save_seconds)
     device = _device(model)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        loop = _Loop(model, batches, loss, schedule, distill, _autocast(device, mixed_precision), generator)
+        loop = _Loop(
+            model, batches, loss, schedule, distill, _autocast(device, schedule.mixed_precision), generator
+        )
         with torch.enable_grad():
-            mean = loop.run(state, progress, phase)
+            mean = loop.run(state, watch.progress, watch.phase)
     model.eval()
     return FitResult(loop.step, mean, time.monotonic() - started)
 
@@ -175,7 +198,7 @@ class _Loop:
         """All remaining steps; returns the mean loss of the last epoch."""
         saved = state.load() if state else None
         if saved is not None:
-            self._restore(saved)
+            self._restore(cast("_Content", saved))
         self.model.train()
         if self.distill is not None and self.distill.teacher is not None:
             self.distill.teacher.eval()
@@ -243,8 +266,8 @@ class _Loop:
         with torch.no_grad(), self.autocast():
             return self.distill.teacher(batch[0])
 
-    def _content(self) -> dict[str, Any]:
-        content = {
+    def _content(self) -> _Content:
+        content: _Content = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
@@ -259,7 +282,7 @@ class _Loop:
             content["cuda_random"] = torch.cuda.get_rng_state(self.device)
         return content
 
-    def _restore(self, content: dict[str, Any]) -> None:
+    def _restore(self, content: _Content) -> None:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.step, self.mean = content["step"], content["mean"]
@@ -269,16 +292,6 @@ class _Loop:
         torch.set_rng_state(content["torch_random"])
         if "cuda_random" in content and self.device.type == "cuda":
             torch.cuda.set_rng_state(content["cuda_random"], self.device)
-
-
-def _total_steps(steps: int | None, epochs: int | None, steps_per_epoch: int | None) -> int:
-    if steps is None:
-        if epochs is None or steps_per_epoch is None:
-            raise ValueError("give steps, or epochs and steps_per_epoch")
-        steps = epochs * steps_per_epoch
-    if steps < 1:
-        raise RlpruneError("fine-tuning: at least one step is needed (is the train split empty?)")
-    return steps
 
 
 def _optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.SGD:
@@ -313,4 +326,6 @@ def _key(model: nn.Module, schedule: Schedule, distill: DistillTargets | None) -
     """Hash of what has to be equal for a state to fit: shapes and settings."""
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     soft = None if distill is None else [distill.temperature, distill.soft, distill.teacher is None]
-    return settings_key([shapes, asdict(schedule), soft])
+    optimizer = asdict(schedule)
+    del optimizer["mixed_precision"]  # a number format that a state does not depend on
+    return settings_key([shapes, optimizer, soft])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from types import EllipsisType
 
 import numpy as np
 import torch
@@ -71,7 +71,8 @@ class Reconstruction:
                     rows = self._rows.get(cut.tensor)
                     self._fold(modules[name], cut, kept, indices[rows.axis] if rows else None)
 
-    def _fold(self, layer: Any, cut: Cut, kept: Ints, rows: Ints | None) -> None:
+    def _fold(self, layer: nn.Module, cut: Cut, kept: Ints, rows: Ints | None) -> None:
+        assert isinstance(layer, MIXERS)
         gram = self._grams[cut.tensor.removesuffix(".weight")]
         device = layer.weight.device
         k = torch.from_numpy(kept).to(device)
@@ -124,7 +125,7 @@ def _collect(
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     rows: dict[str, int] = {}
 
-    def note(name: str) -> Any:
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = _inputs(layer, inputs[0])
             product, total = torch.einsum("ngi,ngj->gij", x, x).double(), x.sum(dim=0).double()
@@ -152,7 +153,7 @@ def _inputs(layer: nn.Module, x: Tensor) -> Tensor:
         return x.reshape(-1, 1, x.shape[-1])
     groups = 1 if layer.transposed else layer.groups
     if all(n == 1 for n in layer.kernel_size) and any(n > 1 for n in layer.stride):
-        seen: Any = (..., *(slice(None, None, n) for n in layer.stride))
+        seen: tuple[EllipsisType | slice, ...] = (..., *(slice(None, None, n) for n in layer.stride))
         x = x[seen]  # the pixels that a 1x1 kernel reads
     flat = x.flatten(2).transpose(1, 2)
     return flat.reshape(-1, groups, x.shape[1] // groups)

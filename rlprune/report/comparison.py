@@ -4,14 +4,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from . import plots
+from .results import Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Table = tuple[list[str], list[list[str]]]
+
+
+class Spread(TypedDict):
+    """A figure over the seeds: mean, range, 95% interval of the mean; None where one seed has none."""
+
+    mean: float | None
+    min: float | None
+    max: float | None
+    low: float | None
+    high: float | None
+    values: list[float | None]
+
+
+class Difference(Spread):
+    """Paired differences of two methods over the seeds that both have, and on how many the first is better."""
+
+    wins: int
+    seeds: int
+
+
+class Reached(TypedDict):
+    """Evaluations to a score: median and 95% interval, None for "never"; how many of the seeds reached it."""
+
+    median: float | None
+    low: float | None
+    high: float | None
+    reached: int
+    seeds: int
+    values: list[int | None]
+
+
 SCORE_UNITS = {
     "kl": "score (−KL to the dense model, nats)",
     "loss": "score (−validation loss, nats)",
@@ -20,11 +52,11 @@ SCORE_UNITS = {
 REFERENCES = ("uniform", "best rule", "random")
 
 
-def per_budget(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def per_budget(results: Results) -> list[Results]:
     """The results of each budget by itself, each as if there had been no other; one for a run of one budget."""
     budgets = results.get("budgets") or []
     if len(budgets) < 2:
-        return [dict(results)]
+        return [results.copy()]
     return [
         {
             **results,
@@ -37,13 +69,13 @@ def per_budget(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def share(results: Mapping[str, Any]) -> str:
+def share(results: Results) -> str:
     """The budget of results of one budget, as a share of the dense cost: "50%"."""
     budget = results["budget"]
     return f"{100 * budget['target'] / budget['dense']:.4g}%"
 
 
-def headline(results: Mapping[str, Any]) -> Table:
+def headline(results: Results) -> Table:
     """Header and rows: what each method's chosen plan is worth, and what it took to find it.
 
     Cells hold the mean over the seeds and the 95% interval of the mean; "evaluations to random's score" the median
@@ -75,7 +107,7 @@ def headline(results: Mapping[str, Any]) -> Table:
     return header, rows
 
 
-def paired(results: Mapping[str, Any]) -> Table:
+def paired(results: Results) -> Table:
     """Header and rows: differences under the same seed, mean [95% interval] (seeds on which the method is better)."""
     header = ["method"]
     kinds = (
@@ -91,7 +123,7 @@ def paired(results: Mapping[str, Any]) -> Table:
     return header, rows
 
 
-def notes(results: Mapping[str, Any]) -> list[str]:
+def notes(results: Results) -> list[str]:
     """What a reader of the tables has to know: methods left out, cells that failed."""
     protocol = results.get("protocol") or {}
     left_out: dict[str, list[str]] = {}
@@ -101,7 +133,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     return lines + [f"Failed: {cell}: {why}." for cell, why in protocol.get("failed", {}).items()]
 
 
-def interval(spread: Mapping[str, Any]) -> str:
+def interval(spread: Spread) -> str:
     """Mean and 95% interval; the mean alone where all values are the same."""
     if spread["mean"] is None:
         return "–"
@@ -110,7 +142,7 @@ def interval(spread: Mapping[str, Any]) -> str:
     return f"{spread['mean']:.4f} [{spread['low']:.4f}, {spread['high']:.4f}]"
 
 
-def figures(results: Mapping[str, Any]) -> list[tuple[str, Figure, str]]:
+def figures(results: Results) -> list[tuple[str, Figure, str]]:
     """(file name, picture, text) of a benchmark's results of one budget; empty for those of a run."""
     if not results.get("summary"):
         return []
@@ -138,7 +170,7 @@ def figures(results: Mapping[str, Any]) -> list[tuple[str, Figure, str]]:
     return found
 
 
-def curves(results: Mapping[str, Any]) -> dict[str, list[list[float]]]:
+def curves(results: Results) -> dict[str, list[list[float]]]:
     """{search method: the best score so far after each evaluation, a list for each seed}; NaN before there is one."""
     found: dict[str, list[list[float]]] = {}
     for row in results["rows"]:
@@ -150,7 +182,7 @@ def curves(results: Mapping[str, Any]) -> dict[str, list[list[float]]]:
     return found
 
 
-def chart(results: Mapping[str, Any], field: str) -> Sequence[Mapping[str, Any]]:
+def chart(results: Results, field: str) -> Sequence[Mapping[str, Any]]:
     """What `report.plots.comparison` draws of a field: the methods for which it is known."""
     return [
         {"method": entry["method"], **{k: entry[field][k] for k in ("values", "mean", "low", "high")}}
@@ -159,7 +191,7 @@ def chart(results: Mapping[str, Any], field: str) -> Sequence[Mapping[str, Any]]
     ]
 
 
-def against(difference: Mapping[str, Any] | None) -> str:
+def against(difference: Difference | None) -> str:
     """Mean of paired differences [95% interval] (seeds won/seeds); a dash where there is none."""
     if difference is None or difference["mean"] is None:
         return "–"
@@ -169,7 +201,7 @@ def against(difference: Mapping[str, Any] | None) -> str:
     return f"{difference['mean']:+.4f}{inside} ({difference['wins']}/{difference['seeds']})"
 
 
-def _reached(counts: Mapping[str, Any] | None) -> str:
+def _reached(counts: Reached | None) -> str:
     """Median [interval] (seeds that reached it); "never" stands for a bound above all evaluations."""
     if counts is None or not counts["seeds"]:
         return "–"
@@ -180,5 +212,5 @@ def _reached(counts: Mapping[str, Any] | None) -> str:
     return f"{shown['median']}{inside} ({counts['reached']}/{counts['seeds']})"
 
 
-def _number(value: Any, form: str) -> str:
+def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)

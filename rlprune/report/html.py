@@ -17,6 +17,7 @@ from ..utils.files import write_text_atomic
 from . import comparison, plots
 from .comparison import SCORE_UNITS
 from .results import (
+    Results,
     as_list,
     as_mapping,
     best,
@@ -49,7 +50,7 @@ def build(run_dir: str | Path) -> Path:
     return target
 
 
-def render(results: Mapping[str, Any], folder: Path) -> str:
+def render(results: Results, folder: Path) -> str:
     """The page's HTML text."""
     workload = as_mapping(results.get("workload"))
     title = f"rlprune: {workload.get('name', folder.name)}"
@@ -74,7 +75,7 @@ def render(results: Mapping[str, Any], folder: Path) -> str:
     return _PAGE.format(title=_text(title), body="\n".join(parts))
 
 
-def figures(results: Mapping[str, Any], folder: Path) -> list[tuple[Figure, str]]:
+def figures(results: Results, folder: Path) -> list[tuple[Figure, str]]:
     """The report's pictures, each with a text for those who cannot see it; one without data is left out."""
     found: list[tuple[Figure, str]] = []
     unit = _score_unit(results)
@@ -101,11 +102,11 @@ def figures(results: Mapping[str, Any], folder: Path) -> list[tuple[Figure, str]
     return found
 
 
-def _row_of(results: Mapping[str, Any], label: str) -> Mapping[str, Any]:
+def _row_of(results: Results, label: str) -> Mapping[str, Any]:
     return (best_rule(results) if label == "best rule" else learned(results)) or {}
 
 
-def _references(results: Mapping[str, Any]) -> dict[str, float]:
+def _references(results: Results) -> dict[str, float]:
     references: dict[str, float] = {}
     rule = best_rule(results)
     if rule is not None:
@@ -116,12 +117,12 @@ def _references(results: Mapping[str, Any]) -> dict[str, float]:
     return references
 
 
-def _score_unit(results: Mapping[str, Any]) -> str:
+def _score_unit(results: Results) -> str:
     kind = results.get("score") or as_mapping(results.get("workload")).get("score", "kl")
     return SCORE_UNITS.get(str(kind), "score")
 
 
-def _headline(results: Mapping[str, Any]) -> str:
+def _headline(results: Results) -> str:
     budget, rows = as_mapping(results.get("budget")), as_list(results.get("rows"))
     share = _ratio(budget.get("target"), budget.get("dense"))
     sentences = []
@@ -137,10 +138,10 @@ def _headline(results: Mapping[str, Any]) -> str:
     return "<p>" + "<br>".join(sentences) + "</p>"
 
 
-def _means(rows: list[Any], results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _means(rows: Sequence[Mapping[str, Any]], results: Results) -> list[dict[str, Any]]:
     """One row a method, the mean over its seeds; of a benchmark of several budgets at the first of them."""
     first = next((budget.get("asked") for budget in as_list(results.get("budgets"))), None)
-    by_method: dict[str, list[Any]] = {}
+    by_method: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row.get("budget") in (None, first):
             by_method.setdefault(row["method"], []).append(row)
@@ -155,7 +156,7 @@ def _means(rows: list[Any], results: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _shown_quality(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _shown_quality(row: Mapping[str, object]) -> list[tuple[str, str]]:
     return [
         ("score", _number(row.get("score"))),
         ("test", _number(row.get("test"))),
@@ -163,7 +164,7 @@ def _shown_quality(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def table_columns(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+def table_columns(results: Results) -> list[tuple[str, list[str]]]:
     """Header and cells of every column of the big table, as plain text; empty columns are left out."""
     rows = as_list(results.get("rows"))
     budget = as_mapping(results.get("budget"))
@@ -190,7 +191,7 @@ def table_columns(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     return [(header, cells) for header, cells in columns if any(cell != "–" for cell in cells)]
 
 
-def markdown(results: Mapping[str, Any]) -> str:
+def markdown(results: Results) -> str:
     """The big table in Markdown, for a terminal, a document or an issue."""
     columns = table_columns(results)
     rows = list(zip(*[cells for _, cells in columns], strict=True))
@@ -206,7 +207,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in padded)
 
 
-def _benchmark(results: Mapping[str, Any]) -> list[str]:
+def _benchmark(results: Results) -> list[str]:
     """The pictures and tables that compare a benchmark's methods; nothing for a run."""
     parts = [_picture(figure, alt) for _, figure, alt in comparison.figures(results)]
     if parts:
@@ -220,7 +221,7 @@ def _plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def _table(results: Mapping[str, Any]) -> str:
+def _table(results: Results) -> str:
     columns = table_columns(results)
     head = "".join(f"<th>{_text(header)}</th>" for header, _ in columns)
     marked = {id(row) for row in (best_rule(results), learned(results)) if row is not None}
@@ -232,7 +233,7 @@ def _table(results: Mapping[str, Any]) -> str:
     return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
 
 
-def _facts(results: Mapping[str, Any], folder: Path) -> str:
+def _facts(results: Results, folder: Path) -> str:
     sections = [(name, as_mapping(results.get(name))) for name in ("workload", "budget", "hardware")]
     try:
         plan = json.loads((folder / "pruned" / "plan.json").read_text(encoding="utf-8"))
@@ -248,7 +249,7 @@ def _facts(results: Mapping[str, Any], folder: Path) -> str:
     return f"<div class=wide><table class=facts><tbody>{''.join(rows)}</tbody></table></div>"
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+def _flat(values: Mapping[str, object], prefix: str = "") -> Iterable[tuple[str, str]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
@@ -261,11 +262,11 @@ def _picture(figure: Figure, alt: str) -> str:
     return f'<figure><img src="data:image/svg+xml;base64,{data}" alt="{_text(alt)}"></figure>'
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
-def _ratio(part: Any, whole: Any) -> float | None:
+def _ratio(part: object, whole: object) -> float | None:
     return float(part) / float(whole) if is_finite(part) and is_finite(whole) and whole else None
 
 
@@ -273,20 +274,20 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}%"
 
 
-def _share(part: Any, whole: Any) -> str:
+def _share(part: object, whole: object) -> str:
     share = _ratio(part, whole)
     return "–" if share is None else _percent(share)
 
 
-def _count(value: Any) -> str:
+def _count(value: object) -> str:
     return "–" if value is None else str(value)
 
 
-def _scaled(value: Any, scale: float) -> str:
+def _scaled(value: object, scale: float) -> str:
     return f"{value / scale:.2f}" if is_finite(value) else "–"
 
 
-def _number(value: Any, digits: int = 4) -> str:
+def _number(value: object, digits: int = 4) -> str:
     if not is_finite(value):
         return "–" if value is None or isinstance(value, float) else str(value)
     return f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:.0f}"

@@ -11,7 +11,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -250,12 +250,14 @@ def _head(axes: Axes, title: str, legend_rows: int = 0) -> None:
                     borderaxespad=0.1)  # fmt: skip
 
 
-def _render(figure: Figure, kind: str, **options: Any) -> bytes:
+def _render(
+    figure: Figure, kind: str, dpi: float | str = "figure", metadata: Mapping[str, None] | None = None
+) -> bytes:
     import matplotlib
 
     buffer = io.BytesIO()
     with matplotlib.rc_context(_STYLE):
-        figure.savefig(buffer, format=kind, **options)
+        figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
     return buffer.getvalue()
 
 
@@ -295,5 +297,5 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")  # matplotlib reads $...$ as mathematics
 
 
-def _finite(value: Any) -> bool:
+def _finite(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

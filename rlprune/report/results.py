@@ -6,16 +6,46 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict, TypeGuard, TypeVar, cast
 
 from ..errors import ArtifactError, one_line
 from ..evaluation.ledger import charged_scores
 
 RESULTS_VERSION = 1
+Row = TypeVar("Row", bound=Mapping[str, Any])
+
+
+class BudgetFacts(TypedDict, total=False):
+    """A budget in results.json: as it was asked for, and the absolute cost beside the dense model's."""
+
+    asked: str | float
+    metric: str
+    target: float
+    dense: float
+    range: list[float]
+
+
+class Results(TypedDict, total=False):
+    """The content of results.json. A run has no ``budgets``, ``protocol`` and ``summary``, which a benchmark has."""
+
+    version: Required[int]
+    rows: Required[list[dict[str, Any]]]
+    """One a method (and seed and budget of a benchmark); which figures stand in one depends on the method."""
+    workload: dict[str, Any]
+    score: str
+    budget: BudgetFacts
+    budgets: list[BudgetFacts]
+    groups: list[dict[str, Any]]
+    hardware: dict[str, Any]
+    protocol: dict[str, Any]
+    summary: list[dict[str, Any]]
+    """One a method and budget: `benchmarks.statistics.summarise`."""
+
+
 LEARNED = ("ppo",)  # methods whose plan counts as learned when a run does not say `"kind": "agent"`
 
 
-def read_results(folder: Path) -> dict[str, Any]:
+def read_results(folder: Path) -> Results:
     """RUN/results.json; ArtifactError where it is missing, damaged or newer than this version reads."""
     path = folder / "results.json"
     try:
@@ -34,7 +64,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     rows = results.get("rows")
     if not as_list(rows) or not all(isinstance(row, dict) and "method" in row for row in as_list(rows)):
         raise ArtifactError(f"{path}: rows: need a list of objects with a method")
-    return results
+    return cast(Results, results)
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
@@ -65,9 +95,7 @@ def budget_points(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def learning_curves(
-    results: Mapping[str, Any], ledger: Iterable[Mapping[str, Any]]
-) -> dict[str, list[list[float]]]:
+def learning_curves(results: Results, ledger: Iterable[Mapping[str, object]]) -> dict[str, list[list[float]]]:
     """{search method: one list of scores per seed, in the order charged}; no rules, no dense model.
 
     Only the plans of the run's own checkpoint count: those of others, which train the policy, have a task's name.
@@ -77,7 +105,9 @@ def learning_curves(
     target: Any = as_mapping(results.get("budget")).get("target")
     limit = float(target) if is_finite(target) else math.inf
     searchers = [str(row["method"]) for row in rows if kind_of(row) not in ("rule", "dense")]
-    runs: dict[str, dict[str, list[Mapping[str, Any]]]] = {method: {} for method in dict.fromkeys(searchers)}
+    runs: dict[str, dict[str, list[Mapping[str, object]]]] = {
+        method: {} for method in dict.fromkeys(searchers)
+    }
     for row in ledger:
         if str(row.get("method")) in runs and not row.get("task"):
             runs[str(row["method"])].setdefault(str(row.get("seed")), []).append(row)
@@ -87,17 +117,17 @@ def learning_curves(
     return {method: found for method, seeds in curves.items() if (found := [s for s in seeds if s])}
 
 
-def best_rule(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def best_rule(results: Results) -> Mapping[str, Any] | None:
     """The rule's row with the best score, or None."""
     return best(row for row in as_list(results.get("rows")) if kind_of(row) == "rule")
 
 
-def learned(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def learned(results: Results) -> Mapping[str, Any] | None:
     """The learned plan's row with the best score, or None."""
     return best(row for row in as_list(results.get("rows")) if kind_of(row) == "agent")
 
 
-def kind_of(row: Mapping[str, Any]) -> str:
+def kind_of(row: Mapping[str, object]) -> str:
     """What a row's method is: "dense", "rule", "agent" or "baseline"."""
     if isinstance(row.get("kind"), str):
         return str(row["kind"])
@@ -109,22 +139,22 @@ def kind_of(row: Mapping[str, Any]) -> str:
     return "agent" if method.startswith(LEARNED) else "baseline"
 
 
-def best(rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+def best(rows: Iterable[Row]) -> Row | None:
     """The row with the highest score, or None where no row has one."""
-    scored = [row for row in rows if is_finite(row.get("score"))]
-    return max(scored, key=lambda row: row["score"]) if scored else None
+    scored = [(score, row) for row in rows if is_finite(score := row.get("score"))]
+    return max(scored, key=lambda pair: pair[0])[1] if scored else None
 
 
-def as_mapping(value: Any) -> Mapping[str, Any]:
+def as_mapping(value: object) -> Mapping[str, Any]:
     """The value where it is a mapping, else an empty one: a part that is missing or damaged is left out."""
     return value if isinstance(value, Mapping) else {}
 
 
-def as_list(value: Any) -> list[Any]:
+def as_list(value: object) -> list[Any]:
     """The value where it is a list, else an empty one."""
     return value if isinstance(value, list) else []
 
 
-def is_finite(value: Any) -> bool:
+def is_finite(value: object) -> TypeGuard[float]:
     """Whether a value is a number that can be drawn and compared."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

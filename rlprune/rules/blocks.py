@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from ..errors import ConfigError
 from ..language.calibration.grams import Consumer
@@ -22,7 +22,7 @@ def weights(context: Context, consumer: Consumer) -> Floats:
     return array(consumer.matrix(context.model))
 
 
-def array(values: Any) -> Floats:
+def array(values: torch.Tensor | ArrayLike) -> Floats:
     """A tensor or an array as float64 numbers on the CPU."""
     if isinstance(values, torch.Tensor):
         values = values.detach().double().cpu().numpy()

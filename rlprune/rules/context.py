@@ -185,14 +185,14 @@ def rule(
     return register
 
 
-def check_free(what: str, name: str, owner: Any, newcomer: Any) -> None:
+def check_free(what: str, name: str, owner: object, newcomer: object) -> None:
     """ConfigError where a name belongs to another; only a notebook may define its own function again."""
     again = owner is not None and owner.__module__ == newcomer.__module__ == "__main__"
     if (owner is not None and not again) or name in RESERVED:
         raise ConfigError(f"{what}: the name {name!r} is taken; choose another")
 
 
-def _valid(name: str, distribution: Any, groups: int) -> Floats:
+def _valid(name: str, distribution: object, groups: int) -> Floats:
     """What a rule returned as float64; ConfigError naming the rule where that is no distribution."""
     try:
         values = np.asarray(distribution, dtype=np.float64)

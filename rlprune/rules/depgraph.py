@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 import torch_pruning as tp
+from torch import nn
 
 from ..errors import GraphError, first_line
 from ..tracing.graph import MIXERS, passive_pads, run, trainable_copy
@@ -122,7 +124,7 @@ class _Peer:
             self._known[ratio] = cut / np.maximum(self._totals, 1)
         return self._known[ratio]
 
-    def _channels(self, group: Any) -> dict[Any, set[int]]:
+    def _channels(self, group: tp.Group) -> dict[Any, set[int]]:
         """Output channels that a group of Torch-Pruning's takes from each layer that we know."""
         found: dict[Any, set[int]] = {}
         for dependency, channels in group:
@@ -132,7 +134,7 @@ class _Peer:
         return found
 
 
-def _slots(context: Context, modules: dict[str, Any]) -> dict[Any, Ints]:
+def _slots(context: Context, modules: Mapping[str, nn.Module]) -> dict[Any, Ints]:
     """For each layer that produces channels of our groups: the unit of each of its output channels, or -1."""
     found = {}
     for cut in context.space.cuts:

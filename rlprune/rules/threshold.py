@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
 from ..pruning.space import PruningSpace
 from ..utils.arrays import Floats, Ints
 from .context import Context
 
 
-def threshold_distribution(context: Context, scores: Sequence[NDArray[Any]]) -> Floats:
+def threshold_distribution(context: Context, scores: Sequence[ArrayLike]) -> Floats:
     """Cut every unit whose score lies under one global threshold, the lowest that meets the budget.
 
     ``scores`` holds one array a group; those of groups that are not active do not count. Groups keep their
@@ -78,7 +77,7 @@ def mean_share(context: Context) -> float:
     return high
 
 
-def widths_distribution(space: PruningSpace, widths: Any) -> Floats:
+def widths_distribution(space: PruningSpace, widths: Ints | Floats) -> Floats:
     """1 - widths / dense, shape (G,); 0 for groups of which an earlier stage has left nothing."""
     return as_distribution(np.where(space.widths > 0, 1.0 - widths / np.maximum(space.widths, 1), 0.0))
 

@@ -11,7 +11,7 @@ Shape legend: N plans, P new plans, G groups.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -27,6 +27,18 @@ _ENOUGH = 5
 _FLOOR = 1e-6
 
 
+@runtime_checkable
+class KeepsLogits(Protocol):
+    """An evaluator that can keep the logits of what it scores."""
+
+    def logit_cache(self) -> LogitCache | None: ...
+
+
+def _logit_cache(task: Task) -> LogitCache | None:
+    evaluator = task.evaluator
+    return evaluator.logit_cache() if isinstance(evaluator, KeepsLogits) else None
+
+
 class CompositeGP:
     """Minus the logarithm of the expected divergence, and how much of that is due to not knowing the logits."""
 
@@ -36,7 +48,9 @@ class CompositeGP:
     climbs = (0.0, 1.0, 2.0)
 
     def __init__(self, task: Task) -> None:
-        self._logits: LogitCache = cast(Any, task.evaluator).logit_cache()
+        cache = _logit_cache(task)
+        assert cache is not None
+        self._logits = cache
         self._groups = len(task.space.groups)
         dense = as_history(task.space.widths)
         self._model = LogitGP(task.space.widths, self._logits.take(dense), self._logits.dense)
@@ -44,8 +58,7 @@ class CompositeGP:
     @staticmethod
     def applies(task: Task) -> bool:
         """Whether the evaluator keeps the logits of what it scores."""
-        keeps = getattr(task.evaluator, "kept_logits", None)
-        return keeps is not None and keeps() is not None
+        return _logit_cache(task) is not None
 
     def fit(self, widths: Ints, scores: Floats) -> None:
         """Take in N scored plans of widths (N, G); of their scores the logits tell more."""

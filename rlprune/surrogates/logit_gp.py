@@ -13,16 +13,18 @@ Shape legend: P plans, K known plans (the dense model first), G groups, N images
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from ..pruning.history import Widths, as_widths
+from ..pruning.history import PlanLike, Widths, as_widths
 from ..pruning.space import PruningSpace
 from ..utils.arrays import Floats, Ints
 
+Build = Callable[[PlanLike], nn.Module]
+"""Widths (G,) -> the cut and recovered model."""
 # Images that are read: of the calibration and of the train split, and logits in all (which are kept for every build).
 BATCH, MOST_LOGITS = 256, 2**18
 # Prior of the kernel's logarithms (centre of each kind, one spread) and where the first fit starts.
@@ -65,7 +67,7 @@ class LogitGP:
         self._scales = _per_group(_STARTS, len(self._widths))
         self._fitted = 0
 
-    def learn(self, widths: Any, logits: Tensor) -> float:
+    def learn(self, widths: PlanLike, logits: Tensor) -> float:
         """Take in the logits (N, ..., C) of a plan (G,) and return its mean KL(reference || plan) in nats."""
         key = as_widths(widths)
         # What has diverged says no more than that it is far away.
@@ -101,7 +103,7 @@ class LogitGP:
             self._scales = _adapted(self._scales, self._x[some], gram[some][:, some] / self._unit, steps)
         self._lower = torch.linalg.cholesky(_noisy_kernel(self._scales, self._x))
 
-    def expected(self, widths: Any) -> tuple[Floats, Floats]:
+    def expected(self, widths: ArrayLike) -> tuple[Floats, Floats]:
         """Of plans (P, G): the divergence (P,) of the expected logits, and what their uncertainty adds to it (P,).
 
         Their sum is the divergence that is to be expected.
@@ -111,7 +113,7 @@ class LogitGP:
         centre, spread = (torch.cat(column).double().numpy() for column in zip(*parts, strict=True))
         return centre, spread
 
-    def correlation(self, widths: Any) -> Floats:
+    def correlation(self, widths: ArrayLike) -> Floats:
         """How far what is not known of plans (P, G) is the same unknown: correlations (P, P) of their logits."""
         x = self._ratios(np.asarray(widths, dtype=np.int64))
         solved = torch.linalg.solve_triangular(self._lower, _kernel(self._scales, self._x, x), upper=False)
@@ -146,7 +148,7 @@ class LogitProbes(LogitGP):
         images: inputs (N, ...); the first ones, where the logits of all would be more than MOST_LOGITS.
     """
 
-    def __init__(self, space: PruningSpace, build: Callable[[Any], nn.Module], images: Tensor) -> None:
+    def __init__(self, space: PruningSpace, build: Build, images: Tensor) -> None:
         dense = build(space.widths)
         classes = _logits(dense, images[:1]).numel()
         self._build, self._images = build, images[: max(1, MOST_LOGITS // classes)]
@@ -155,7 +157,7 @@ class LogitProbes(LogitGP):
         self.chosen: Ints | None = None
         """The plan (G,) that was chosen of the builds; later ones (of evaluated plans) do not change it."""
 
-    def measure(self, widths: Any) -> float:
+    def measure(self, widths: PlanLike) -> float:
         """Build a plan of widths (G,), unless it is known, and return its mean KL(dense || pruned) in nats."""
         key = as_widths(widths)
         if key not in self.known:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import ArrayLike
+from torch import Tensor
 
 from ..envs.task import Task
+from ..pruning.budget import BudgetLike
+from ..pruning.space import PruningSpace
 from ..utils.arrays import Floats, Ints
-from .logit_gp import LogitProbes
+from .logit_gp import Build, LogitProbes
 
 # Distances to the dense score are told apart between these (nats, or losses).
 _BOUNDS = 1e-4, 20.0
@@ -87,17 +92,37 @@ class ProbedModel:
         return _LEVEL + _OWN * (1.0 + distance + distance**2 / 3.0) * np.exp(-distance)
 
 
-def probes_of(task: Task, budget: Any = None) -> Any:
-    target = task.space.target(task.budget if budget is None else budget, task.metric)
-    return task.evaluator.logit_probes(target, LogitProbes)  # type: ignore[attr-defined]
+@runtime_checkable
+class GivesProbes(Protocol):
+    """An evaluator whose checkpoint can be built for the logits of unlabelled samples."""
+
+    def logit_probes(
+        self, target: float, make: Callable[[PruningSpace, Build, Tensor], LogitProbes]
+    ) -> LogitProbes | None: ...
 
 
-def log_ratios(task: Task, widths: Any) -> Floats:
+def find_probes(task: Task, budget: BudgetLike | None = None) -> LogitProbes | None:
+    """The builds of a task's checkpoint at a budget (its own by default); None where they tell nothing."""
+    evaluator = task.evaluator
+    if not isinstance(evaluator, GivesProbes):
+        return None
+    target = task.space.target(task.highest_budget if budget is None else budget, task.metric)
+    return evaluator.logit_probes(target, LogitProbes)
+
+
+def probes_of(task: Task, budget: BudgetLike | None = None) -> LogitProbes:
+    """`find_probes` where there are some."""
+    found = find_probes(task, budget)
+    assert found is not None
+    return found
+
+
+def log_ratios(task: Task, widths: ArrayLike) -> Floats:
     found: Floats = np.log(np.maximum(np.asarray(widths, dtype=np.float64), 0.5) / task.space.widths)
     return found
 
 
-def log_distance(task: Task, scores: Any) -> Floats:
+def log_distance(task: Task, scores: ArrayLike) -> Floats:
     distance = task.evaluator.dense.score - np.nan_to_num(np.asarray(scores), nan=-1e9, neginf=-1e9)
     found: Floats = -np.log(np.clip(distance, *_BOUNDS))
     return found

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from ..envs.task import Task
+from ..pruning.budget import BudgetLike
 from ..pruning.history import History, as_history
 from ..utils.arrays import Floats, Ints
 
@@ -20,7 +21,7 @@ class Model(Protocol):
     def covariance(self, widths: Ints) -> tuple[Floats, Floats]: ...
 
 
-def random_plans(task: Task, budget: Any, count: int, generator: np.random.Generator) -> Ints:
+def random_plans(task: Task, budget: BudgetLike, count: int, generator: np.random.Generator) -> Ints:
     """Plans (count, G) of EagleEye's random search (Li et al., arXiv 2007.02491).
 
     Every group draws the share that it loses from a uniform distribution; where EagleEye rejects what
@@ -30,7 +31,9 @@ def random_plans(task: Task, budget: Any, count: int, generator: np.random.Gener
     return task.space.project(shares, budget, task.metric)
 
 
-def neighbours(task: Task, parents: Ints, budget: Any, count: int, generator: np.random.Generator) -> Ints:
+def neighbours(
+    task: Task, parents: Ints, budget: BudgetLike, count: int, generator: np.random.Generator
+) -> Ints:
     """Small changes (count, G) of parents (P, G), all on the budget.
 
     A few groups of a parent give up more or less; the projection takes from or returns to the others.
@@ -50,7 +53,7 @@ def neighbours(task: Task, parents: Ints, budget: Any, count: int, generator: np
 def climb(
     task: Task,
     parents: Ints,
-    budget: Any,
+    budget: BudgetLike,
     acquisition: Callable[[Ints], Floats],
     generator: np.random.Generator,
     *,
@@ -66,7 +69,7 @@ def climb(
     return pool
 
 
-def fresh(plans: Ints, known: Collection[Any]) -> Ints:
+def fresh(plans: Ints, known: Collection[History]) -> Ints:
     """Distinct plans, in order of appearance, that have not been scored yet."""
     seen: set[History] = set()
     rows = []
@@ -85,8 +88,10 @@ def choose_batch(
 
     After each pick its place counts as known (its mean is believed), so that the next pick is not its
     twin (GP-BUCB, Desautels et al. 2014). The bound's weight goes through ``kappas`` in turn; the rows
-    ``first`` are picked before any other.
+    ``first`` are picked before any other. A small space may have no plan left: the pool is empty, and so is the batch.
     """
+    if not len(pool):
+        return []
     mean, covariance = model.covariance(pool)
     chosen: list[int] = []
     for turn in range(min(count, len(pool))):

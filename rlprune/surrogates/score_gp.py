@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from scipy.linalg import cho_solve, cholesky, solve_triangular
@@ -131,7 +131,7 @@ class ScoreGP:
         """Whether something is expected of plans before any of them is scored."""
         return self._prior(widths)[0] is not None
 
-    def _prior(self, widths: Ints) -> tuple[Floats | None, Any]:
+    def _prior(self, widths: Ints) -> tuple[Floats | None, Floats | float]:
         """Shares (N, G) of the groups in the expected cost and minus its logarithm (N,); None and 0 without."""
         costs = None if self._expected is None else self._expected(widths)
         if costs is None:
@@ -164,10 +164,10 @@ class ScoreGP:
         # policy that starts below average would be paid for running off to where nothing is known.
         return (y - np.quantile(y, _PRIOR)) / (spread if spread > 1e-9 else 1.0)
 
-    def _usual(self, widths: Ints, distance: Floats) -> Any:
+    def _usual(self, widths: Ints, distance: Floats) -> Floats | float:
         """Usual distance to the dense score: the median, or over several budgets a curve (N,) over the cost."""
         if self._cost is None:
-            return np.median(distance)
+            return float(np.median(distance))
         cost = np.log(np.maximum(self._cost(widths), 1e-12))
         logs = np.log(np.maximum(distance, 1e-5))
         spread = float(cost.std())
@@ -176,20 +176,26 @@ class ScoreGP:
         return np.exp(np.polyval(np.polyfit(around, logs, degree), around))
 
 
-def _linear(a: Floats | None, b: Floats | None) -> Any:
+def _linear(a: Floats | None, b: Floats | None) -> Floats | float:
     """Covariance (N, M) of the factors by which expectations are off, 0 where nothing is expected."""
-    return 0.0 if a is None or b is None else _FACTOR**2 * (a @ b.T)
+    return 0.0 if a is None or b is None else _gram(a, b)
 
 
-def _explained(shares: Floats | None, target: Floats) -> Any:
+def _gram(a: Floats, b: Floats) -> Floats:
+    return _FACTOR**2 * (a @ b.T)
+
+
+def _explained(shares: Floats | None, target: Floats) -> Floats | float:
     """What the linear part alone makes of the target (N,), so that the length scales fit the rest."""
     if shares is None:
         return 0.0
-    gram = _linear(shares, shares)
+    gram = _gram(shares, shares)
     return gram @ np.linalg.solve(gram + 0.1 * np.eye(len(gram)), target)
 
 
-def _optimise(objective: Callable[..., Any], start: Floats, bounds: Floats) -> tuple[Floats, float]:
+def _optimise(
+    objective: Callable[[Floats], tuple[float, Floats]], start: Floats, bounds: Floats
+) -> tuple[Floats, float]:
     """Scikit-learn's optimiser with fewer steps and a prior: each fit starts where the last one ended.
 
     Without the log-normal prior on the length scales, dozens of points in as many dimensions are

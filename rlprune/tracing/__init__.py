@@ -1,1 +1,28 @@
-"""From a network to the groups of units that are cut together."""
+"""From a network to the groups of units that are cut together.
+
+The names of :data:`__all__` load when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..utils.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .trace import TraceOptions, UnusedModuleWarning, count_macs
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "TraceOptions": "trace",
+        "UnusedModuleWarning": "trace",
+        "count_macs": "trace",
+    },
+)
+
+__all__ = [
+    "TraceOptions",
+    "UnusedModuleWarning",
+    "count_macs",
+]

@@ -20,8 +20,17 @@ from torch import Tensor, nn
 
 from ..errors import GraphError, first_line
 from ..utils.torch_internals import BATCH_NORM, CONVOLUTION, INSTANCE_NORM
+from .disjoint_sets import DisjointSets
 from .layers import ChannelPad
-from .torch_pruning_internals import is_node, is_output, moved
+from .torch_pruning_internals import (
+    DependencyGraph,
+    GraphEdge,
+    GraphNode,
+    PruningFunction,
+    is_node,
+    is_output,
+    moved,
+)
 from .watchdog import limited
 
 MIXERS = (CONVOLUTION, nn.Linear)
@@ -33,6 +42,11 @@ _CROSSING = (
     nn.RMSNorm,
     INSTANCE_NORM,
 )
+
+ExampleInputs = Tensor | Sequence[object] | Mapping[str, object]
+"""What a model is called with: a tensor, a tuple of arguments, or a dict of keyword arguments."""
+_Channels = tuple[GraphNode, str, list[int]]
+"""A node, a side of it, channels of that side."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,7 @@ class ChannelGraph:
     count: int
 
 
-def is_depthwise(module: Any) -> bool:
+def is_depthwise(module: object) -> bool:
     """A convolution with one filter per channel: channels pass through it, it does not mix them."""
     return isinstance(module, CONVOLUTION) and module.groups == module.out_channels == module.in_channels > 1
 
@@ -80,35 +94,12 @@ class _Passive(tp.BasePruningFunc):
         return self._channels[layer][0]
 
 
-def passive_pads(model: nn.Module, example_inputs: Any) -> dict[type, tp.BasePruningFunc]:
+def passive_pads(model: nn.Module, example_inputs: ExampleInputs) -> dict[type, tp.BasePruningFunc]:
     """What to give Torch-Pruning as ``customized_pruners`` for a model whose shortcuts pad channels."""
     return {ChannelPad: _Passive(_pad_channels(model, example_inputs))}
 
 
-class _Joined:
-    """Disjoint sets (union-find with path halving)."""
-
-    def __init__(self) -> None:
-        self.parent: list[int] = []
-
-    def new(self) -> int:
-        self.parent.append(len(self.parent))
-        return len(self.parent) - 1
-
-    def find(self, a: int) -> int:
-        parent = self.parent
-        while parent[a] != a:
-            parent[a] = parent[parent[a]]
-            a = parent[a]
-        return a
-
-    def join(self, a: int, b: int) -> None:
-        a, b = self.find(a), self.find(b)
-        if a != b:
-            self.parent[max(a, b)] = min(a, b)
-
-
-def run(model: nn.Module, example_inputs: Any) -> Any:
+def run(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     """Call a model with a tensor, a tuple of arguments or a dict of keyword arguments."""
     if isinstance(example_inputs, dict):
         return model(**example_inputs)
@@ -127,7 +118,7 @@ def trainable_copy(model: nn.Module) -> nn.Module:
 
 
 def channel_graph(
-    model: nn.Module, example_inputs: Any, *, max_seconds: float, max_memory_gb: float
+    model: nn.Module, example_inputs: ExampleInputs, *, max_seconds: float, max_memory_gb: float
 ) -> ChannelGraph:
     """Trace ``model`` (already a copy of our own, see :func:`trainable_copy`) and join its channels.
 
@@ -150,7 +141,7 @@ def channel_graph(
             ) from error
 
 
-def _pad_channels(model: nn.Module, example_inputs: Any) -> dict[nn.Module, tuple[int, int]]:
+def _pad_channels(model: nn.Module, example_inputs: ExampleInputs) -> dict[nn.Module, tuple[int, int]]:
     seen: dict[nn.Module, tuple[int, int]] = {}
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -165,28 +156,33 @@ def _pad_channels(model: nn.Module, example_inputs: Any) -> dict[nn.Module, tupl
     return seen
 
 
-def _dependency_graph(model: nn.Module, example_inputs: Any, pads: dict[nn.Module, tuple[int, int]]) -> Any:
+def _dependency_graph(
+    model: nn.Module, example_inputs: ExampleInputs, pads: dict[nn.Module, tuple[int, int]]
+) -> DependencyGraph:
     with warnings.catch_warnings(), torch.enable_grad():
         # Torch-Pruning warns about parameters outside of layers; trace() reports what matters itself.
         warnings.simplefilter("ignore")
-        return tp.DependencyGraph().build_dependency(
+        graph: DependencyGraph = tp.DependencyGraph().build_dependency(
             model,
             example_inputs,
             forward_fn=run,
             customized_pruners={ChannelPad: _Passive(pads)},
             verbose=False,
         )
+    return graph
 
 
 class _Joiner:
     """Walks every edge of the dependency graph once and joins the channels that it links."""
 
-    def __init__(self, model: nn.Module, graph: Any, pads: dict[nn.Module, tuple[int, int]]) -> None:
+    def __init__(
+        self, model: nn.Module, graph: DependencyGraph, pads: dict[nn.Module, tuple[int, int]]
+    ) -> None:
         self.graph = graph
         self.pads = pads
         self.names = {id(m): name for name, m in model.named_modules()}
         self.names |= {id(p): name for name, p in model.named_parameters()}
-        self.sets = _Joined()
+        self.sets = DisjointSets()
         self.slots: dict[tuple[int, str], dict[int, int]] = {}  # (node, side) -> channel -> element
         self.nodes = {id(node): node for node in graph.module2node.values()}
 
@@ -196,24 +192,24 @@ class _Joiner:
         self._join_pads()
         return self._collect()
 
-    def _functions(self, node: Any) -> tuple[Any, Any]:
+    def _functions(self, node: GraphNode) -> tuple[PruningFunction, PruningFunction]:
         pruner = self.graph.get_pruner_of_module(node.module)
         return pruner.prune_in_channels, pruner.prune_out_channels
 
-    def _side(self, node: Any, function: Any) -> str:
+    def _side(self, node: GraphNode, function: PruningFunction) -> str:
         inward, outward = self._functions(node)
         if inward == outward:
             return "io"
         return "in" if function == inward else "out"
 
-    def _slot(self, node: Any, side: str, channel: int) -> tuple[int, bool]:
+    def _slot(self, node: GraphNode, side: str, channel: int) -> tuple[int, bool]:
         slots = self.slots.setdefault((id(node), side), {})
         if channel in slots:
             return slots[channel], False
         slots[channel] = self.sets.new()
         return slots[channel], True
 
-    def _sides(self, node: Any) -> Iterator[tuple[str, int]]:
+    def _sides(self, node: GraphNode) -> Iterator[tuple[str, int]]:
         """(side, number of channels) of a node that has channels of its own."""
         inward, outward = self._functions(node)
         if inward == outward:
@@ -222,9 +218,11 @@ class _Joiner:
                 yield "io", int(channels)
             return
         yield "in", int(self.graph.get_in_channels(node))
-        yield "out", int(self.graph.get_out_channels(node))
+        outputs = self.graph.get_out_channels(node)
+        assert outputs is not None
+        yield "out", int(outputs)
 
-    def _seeds(self) -> list[tuple[Any, str, list[int]]]:
+    def _seeds(self) -> list[_Channels]:
         seeds = []
         for node in self.nodes.values():
             for side, channels in self._sides(node):
@@ -233,7 +231,7 @@ class _Joiner:
                 seeds.append((node, side, list(range(channels))))
         return seeds
 
-    def _walk(self, work: list[tuple[Any, str, list[int]]]) -> None:
+    def _walk(self, work: list[_Channels]) -> None:
         while work:
             node, side, channels = work.pop()
             inward, outward = self._functions(node)
@@ -246,7 +244,9 @@ class _Joiner:
                 if fresh:
                     work.append((edge.target, target_side, fresh))
 
-    def _follow(self, node: Any, side: str, channels: list[int], edge: Any, target_side: str) -> list[int]:
+    def _follow(
+        self, node: GraphNode, side: str, channels: list[int], edge: GraphEdge, target_side: str
+    ) -> list[int]:
         source = self.slots[(id(node), side)]
         fresh = []
         for channel, origin in moved(channels, edge):
@@ -302,7 +302,7 @@ class _Joiner:
                 )
         return ChannelGraph(tuple(sides), fixed, len(numbers))
 
-    def _reason(self, layer: Any) -> str:
+    def _reason(self, layer: object) -> str:
         """Why the channels of this node may not be cut, or "" when they may."""
         name = self.names.get(id(layer), type(layer).__name__)
         if isinstance(layer, _CROSSING):
@@ -320,7 +320,7 @@ class _Joiner:
         return ""
 
 
-def _role(layer: Any, side: str) -> str:
+def _role(layer: object, side: str) -> str:
     if isinstance(layer, nn.Parameter):
         return "parameter"
     if isinstance(layer, ChannelPad):
@@ -336,7 +336,9 @@ def _role(layer: Any, side: str) -> str:
     return side if side != "io" else "norm"
 
 
-def unused_modules(model: nn.Module, called: Iterable[nn.Module], example_inputs: Any) -> tuple[str, ...]:
+def unused_modules(
+    model: nn.Module, called: Iterable[nn.Module], example_inputs: ExampleInputs
+) -> tuple[str, ...]:
     """Names of the outermost modules whose parameters the forward pass in eval mode does not use."""
     used = set(called)
     idle: dict[str, list[nn.Parameter]] = {}
@@ -358,7 +360,7 @@ def unused_modules(model: nn.Module, called: Iterable[nn.Module], example_inputs
     return tuple(n for n, parameters in idle.items() if all(gradients[id(p)] is None for p in parameters))
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: object) -> Iterator[Tensor]:
     """All tensors in a nest of tuples, lists, mappings and transformers' model outputs."""
     if isinstance(value, Tensor):
         yield value

@@ -21,7 +21,16 @@ from ..pruning.surgery import masked, prune
 from ..utils.arrays import Ints
 from ..utils.torch_internals import CONVOLUTION
 from .counting import flop_counter
-from .graph import MIXERS, ChannelGraph, channel_graph, run, tensors, trainable_copy, unused_modules
+from .graph import (
+    MIXERS,
+    ChannelGraph,
+    ExampleInputs,
+    channel_graph,
+    run,
+    tensors,
+    trainable_copy,
+    unused_modules,
+)
 from .layout import Call, Layout
 
 # float64 sums in another order differ by this much, relative to the largest output.
@@ -57,7 +66,7 @@ class TraceOptions:
         )
 
 
-def trace_channels(model: nn.Module, example_inputs: Any, options: TraceOptions) -> PruningSpace:
+def trace_channels(model: nn.Module, example_inputs: ExampleInputs, options: TraceOptions) -> PruningSpace:
     """Find the channels of ``model`` that can be pruned, by its dependency graph; see `rlprune.trace`."""
     twin = trainable_copy(model)
     calls, total_macs = _measure(twin, example_inputs)
@@ -90,33 +99,33 @@ def trace_channels(model: nn.Module, example_inputs: Any, options: TraceOptions)
             fixed |= dict.fromkeys(layout.class_groups[index], reason)
 
 
-def count_macs(model: nn.Module, example_inputs: Any) -> float:
+def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> float:
     """Multiply-accumulates of one sample: half of what torch's FLOP counter finds."""
     with flop_counter() as counter:
         run(model, example_inputs)
     return counter.get_total_flops() / 2 / _batch_size(example_inputs)
 
 
-def _batch_size(example_inputs: Any) -> int:
+def _batch_size(example_inputs: ExampleInputs) -> int:
     for tensor in tensors(example_inputs):
         if tensor.ndim:
             return int(tensor.shape[0])
     raise GraphError("example_inputs: holds no tensor with a batch dimension")
 
 
-def _measure(model: nn.Module, example_inputs: Any) -> tuple[dict[nn.Module, Call], float]:
+def _measure(model: nn.Module, example_inputs: ExampleInputs) -> tuple[dict[nn.Module, Call], float]:
     """One forward pass: the order of the layers, the MACs per weight element, the total MACs."""
     batch = _batch_size(example_inputs)
     order: dict[nn.Module, int] = {}
     reuse: dict[nn.Module, float] = {}
 
-    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         order.setdefault(module, len(order))
         if not isinstance(module, MIXERS):
             return
         if isinstance(module, CONVOLUTION):
             seen = inputs[0] if module.transposed else output
-            each = math.prod(seen.shape[2:])
+            each: float = math.prod(seen.shape[2:])
         else:
             each = output.numel() / output.shape[-1] / batch
         reuse[module] = reuse.get(module, 0.0) + each
@@ -168,7 +177,7 @@ def _scrambled(twin: nn.Module) -> nn.Module:
     return twin
 
 
-def _inexact_groups(twin: nn.Module, example_inputs: Any, space: PruningSpace) -> dict[int, str]:
+def _inexact_groups(twin: nn.Module, example_inputs: ExampleInputs, space: PruningSpace) -> dict[int, str]:
     """Groups whose random cut differs from the masked dense model: {index: reason}."""
     inputs = _double(example_inputs)
     rng = np.random.default_rng(0)
@@ -196,7 +205,7 @@ def _random_plan(space: PruningSpace, groups: Sequence[int] | range, rng: np.ran
     return Plan(space, widths, tuple(kept))
 
 
-def _difference(twin: nn.Module, inputs: Any, space: PruningSpace, plan: Plan) -> str | None:
+def _difference(twin: nn.Module, inputs: ExampleInputs, space: PruningSpace, plan: Plan) -> str | None:
     """Why the cut model is not the masked dense one, or None when it is."""
     slim = prune(twin, plan)
     try:
@@ -218,13 +227,13 @@ def _difference(twin: nn.Module, inputs: Any, space: PruningSpace, plan: Plan) -
     return None
 
 
-def _outputs(value: Any) -> Iterator[Tensor]:
+def _outputs(value: object) -> Iterator[Tensor]:
     if hasattr(value, "to_tuple"):
         value = value.to_tuple()
     yield from (t for t in tensors(value) if t.is_floating_point())
 
 
-def _double(value: Any) -> Any:
+def _double(value: object) -> Any:
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, Mapping):

@@ -1,1 +1,47 @@
-"""Helpers that know nothing of pruning."""
+"""Helpers that know nothing of pruning.
+
+The names of :data:`__all__` load when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .files import read_json, write_json_atomic, write_text_atomic
+    from .machine import hardware, processor
+    from .progress import Callback, Console, ProgressEvent
+    from .timing import in_turns, measure, quiet_clock
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Callback": "progress",
+        "Console": "progress",
+        "ProgressEvent": "progress",
+        "hardware": "machine",
+        "in_turns": "timing",
+        "measure": "timing",
+        "processor": "machine",
+        "quiet_clock": "timing",
+        "read_json": "files",
+        "write_json_atomic": "files",
+        "write_text_atomic": "files",
+    },
+)
+
+__all__ = [
+    "Callback",
+    "Console",
+    "ProgressEvent",
+    "hardware",
+    "in_turns",
+    "measure",
+    "processor",
+    "quiet_clock",
+    "read_json",
+    "write_json_atomic",
+    "write_text_atomic",
+]

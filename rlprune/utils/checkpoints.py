@@ -25,12 +25,12 @@ class StateFile:
         version: of what the content means; a state of another version is refused.
     """
 
-    def __init__(self, path: str | Path, mark: Mapping[str, Any] | None = None, version: int = 1) -> None:
+    def __init__(self, path: str | Path, mark: Mapping[str, object] | None = None, version: int = 1) -> None:
         self.path = Path(path)
         self._mark = dict(mark or {})
         self._version = version
 
-    def save(self, content: Mapping[str, Any]) -> None:
+    def save(self, content: Mapping[str, object]) -> None:
         """Replace the state, whole or not at all; ArtifactError when the disk refuses."""
         try:
             with replacing_file(self.path) as stream:
@@ -57,7 +57,7 @@ class StateFile:
         return {name: value for name, value in kept.items() if name not in self._mark}
 
 
-def require_same(place: str | Path, kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def require_same(place: str | Path, kept: Mapping[str, object], wanted: Mapping[str, object]) -> None:
     """Refuse, with ArtifactError, what ``kept`` says was left by a run with other values than ``wanted``."""
     differing = [name for name, value in wanted.items() if name not in kept or kept[name] != value]
     if differing:
@@ -67,7 +67,7 @@ def require_same(place: str | Path, kept: Mapping[str, Any], wanted: Mapping[str
         raise ArtifactError(f"{place}: belongs to a run with other settings{detail}; delete it")
 
 
-def settings_key(facts: Any, default: Callable[[Any], Any] | None = None) -> str:
+def settings_key(facts: object, default: Callable[[Any], object] | None = None) -> str:
     """Hash of what determines a state; ``default`` makes plain values of what JSON cannot hold."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=default).encode()).hexdigest()
 

@@ -66,7 +66,7 @@ def write_text_atomic(path: str | Path, text: str) -> None:
     write_bytes_atomic(path, text.encode("utf-8"))
 
 
-def write_json_atomic(path: str | Path, value: Any) -> None:
+def write_json_atomic(path: str | Path, value: object) -> None:
     """`write_bytes_atomic` for JSON. Raises ArtifactError for what JSON cannot hold, NaN included."""
     try:
         text = json.dumps(value, indent=1, allow_nan=False)

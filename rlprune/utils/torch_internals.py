@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -44,14 +43,15 @@ def unsaved_buffers(model: nn.Module) -> set[str]:
     return {f"{n}.{b}".lstrip(".") for n, m in model.named_modules() for b in m._non_persistent_buffers_set}
 
 
-def twin(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def twin(module: nn.Module, memo: dict[int, object]) -> nn.Module:
     """``copy.deepcopy(module, memo)``, several times faster for modules that do not define their own copy.
 
     deepcopy goes through pickle's protocol for every module; most of what it finds there are numbers
     and empty hook tables.
     """
     if id(module) in memo:
-        found: nn.Module = memo[id(module)]
+        found = memo[id(module)]
+        assert isinstance(found, nn.Module)
         return found
     cls = type(module)
     if any(name in vars(base) for base in cls.__mro__[:-2] for name in _OWN_COPY):

@@ -1,1 +1,26 @@
-"""Models of images, and every model of a user's that is no causal language model."""
+"""Models of images, and every model of a user's that is no causal language model.
+
+The names of :data:`__all__` load when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..utils.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .zoo import base_of, build_model
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "base_of": "zoo",
+        "build_model": "zoo",
+    },
+)
+
+__all__ = [
+    "base_of",
+    "build_model",
+]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..artifacts.documents import PlanDocument
 from ..artifacts.pruned_model import example_of, load_pruned, save_pruned
 from ..config.config import FinishConfig, RecoveryConfig
 from ..errors import ArtifactError, ConfigError, GraphError, near_miss
@@ -19,12 +19,20 @@ from ..importance.unit_scores import Scores
 from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
 from ..pruning.surgery import attributes
-from ..recovery.finetune import DistillTargets, fit
+from ..recovery.finetune import DistillTargets, Schedule, Watch, fit
 from ..recovery.reconstruct import Reconstruction
-from ..tracing.trace import TraceOptions, count_macs, trace_channels
+from ..tracing.trace import ExampleInputs, TraceOptions, count_macs, trace_channels
 from ..utils.modes import evaluating
 from ..utils.timing import DEFAULT_BATCH_SIZES, measure
-from ..workloads.adapter import LatencySettings, ModelAdapter, RecoveryLadder, Repair, Tuned, TuneJob
+from ..workloads.adapter import (
+    LatencySettings,
+    ModelAdapter,
+    RecoveryLadder,
+    Repair,
+    TokenizerSource,
+    Tuned,
+    TuneJob,
+)
 from ..workloads.base import Quality, Workload, evaluate_outputs
 from ..workloads.judge import Judge
 from ..workloads.score_kinds import class_judge
@@ -69,17 +77,19 @@ class VisionAdapter(ModelAdapter):
     def accepts(self, model: object) -> bool:
         return True
 
-    def owns(self, base: Mapping[str, Any]) -> bool:
+    def owns(self, base: Mapping[str, object]) -> bool:
         return True
 
-    def find_groups(self, model: nn.Module, example_inputs: Any, options: TraceOptions) -> PruningSpace:
+    def find_groups(
+        self, model: nn.Module, example_inputs: ExampleInputs, options: TraceOptions
+    ) -> PruningSpace:
         for name in ("drop", "hidden"):
             if getattr(options, name):
                 raise GraphError(f"prune.{name}: only for language models; {type(model).__name__} is none")
         return trace_channels(model, example_inputs, options)
 
     def space_of_plan(
-        self, workload: Workload, document: Mapping[str, Any], options: TraceOptions
+        self, workload: Workload, document: PlanDocument, options: TraceOptions
     ) -> PruningSpace:
         space = self.trace(workload.model, workload.example_inputs, options)
         if document["fingerprint"] == space.fingerprint:  # else Plan.from_dict says that it is another model
@@ -103,13 +113,13 @@ class VisionAdapter(ModelAdapter):
     ) -> Callable[[nn.Module], None]:
         return _Lesson(workload, calibration.model, settings)
 
-    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+    def loss(self, outputs: object, targets: Tensor) -> Tensor:
         """Cross-entropy of class scores (N, classes)."""
-        return F.cross_entropy(outputs, targets)
+        return F.cross_entropy(self.logits(outputs), targets)
 
-    def metric(self, outputs: Any, targets: Tensor) -> Tensor:
+    def metric(self, outputs: object, targets: Tensor) -> Tensor:
         """The number of right classes."""
-        return (outputs.argmax(1) == targets).sum().float()
+        return (self.logits(outputs).argmax(1) == targets).sum().float()
 
     def judge(self, workload: Workload, kind: str, limit: int | None, top_k: int) -> Judge:
         return class_judge(workload, kind, limit)
@@ -124,22 +134,23 @@ class VisionAdapter(ModelAdapter):
         """``finish.epochs`` of SGD, or ``job.steps`` steps of it."""
         if not (settings.epochs if job.steps is None else job.steps):
             return Tuned(model)
+        steps = job.steps
+        if steps is None:
+            steps = settings.epochs * workload.train_steps(settings.batch_size)
         result = fit(
             model,
             lambda generator: workload.train_batches(generator, settings.batch_size),
             workload.loss,
-            steps=job.steps,
-            epochs=settings.epochs,
-            steps_per_epoch=workload.train_steps(settings.batch_size),
-            lr=SGD_LR if settings.lr is None else settings.lr,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
+            Schedule(
+                steps,
+                SGD_LR if settings.lr is None else settings.lr,
+                settings.momentum,
+                settings.weight_decay,
+                mixed_precision=settings.mixed_precision,
+            ),
             distill=DistillTargets(workload.model, settings.temperature) if settings.distill else None,
-            mixed_precision=settings.mixed_precision,
             generator=torch.Generator().manual_seed(job.seed),
-            progress=job.progress,
-            phase=job.phase,
-            checkpoint=job.state,
+            watch=Watch(job.progress, job.phase, job.state),
         )
         return Tuned(model, f"{result.steps} steps of SGD, loss {result.loss:.4f}")
 
@@ -149,8 +160,8 @@ class VisionAdapter(ModelAdapter):
         plan: Plan,
         directory: Path,
         *,
-        base: Mapping[str, Any] | None,
-        tokenizer: Any,
+        base: Mapping[str, object] | None,
+        tokenizer: TokenizerSource | None,
         max_shard_size: str | int,
     ) -> None:
         if tokenizer is not None:
@@ -162,7 +173,7 @@ class VisionAdapter(ModelAdapter):
             base = identify(slim, space.fingerprint, space.dense_cost("params"), attributes(space, plan))
         save_pruned(slim, plan, directory, dict(base) if base is not None else {"source": "given"})
 
-    def load(self, directory: Path, document: Mapping[str, Any], base: nn.Module | None) -> nn.Module:
+    def load(self, directory: Path, document: PlanDocument, base: nn.Module | None) -> nn.Module:
         return load_pruned(directory, document, base, rebuild)
 
     def group_lines(self, space: PruningSpace) -> list[str]:
@@ -187,7 +198,7 @@ class VisionAdapter(ModelAdapter):
             lines.append(f"{metric}: dense {dense:,.0f}; {budgets}")
         return lines
 
-    def check_tasks(self, document: Mapping[str, Any], directory: Path, tasks: Sequence[Path]) -> None:
+    def check_tasks(self, document: PlanDocument, directory: Path, tasks: Sequence[Path]) -> None:
         if tasks:
             name = document["base"].get("name")
             raise ConfigError(f"--tasks: needs a language model, but {directory} holds {name!r}")
@@ -195,7 +206,7 @@ class VisionAdapter(ModelAdapter):
     def comparison(
         self,
         directory: Path,
-        document: Mapping[str, Any],
+        document: PlanDocument,
         workload: Workload | None,
         tasks: Sequence[Path] = (),
         limit: int | None = None,
@@ -236,11 +247,11 @@ class _Lesson:
             slim,
             lambda generator: lesson,
             self._workload.loss,
-            steps=settings.finetune_steps,
-            lr=_LESSON_LR if settings.finetune_lr is None else settings.finetune_lr,
+            Schedule(
+                settings.finetune_steps, _LESSON_LR if settings.finetune_lr is None else settings.finetune_lr
+            ),
             distill=DistillTargets() if settings.distill else None,
-            generator=torch.Generator().manual_seed(0),
-            phase="recovery",
+            watch=Watch(phase="recovery"),
         )
 
     def _with_logits(self, steps: int) -> list[tuple[Tensor, ...]]:
@@ -251,7 +262,7 @@ class _Lesson:
             return [(inputs, targets, self._model(inputs)) for inputs, targets in batches]
 
 
-def _same_groups(document: Mapping[str, Any], space: PruningSpace) -> None:
+def _same_groups(document: PlanDocument, space: PruningSpace) -> None:
     """The settings may protect (prune.ignore) other layers than the plan's did."""
     theirs, ours = [group["name"] for group in document["groups"]], [group.name for group in space.groups]
     for name in theirs:

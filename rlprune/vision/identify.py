@@ -85,7 +85,7 @@ def _ends(model: nn.Module) -> tuple[int, int]:
     return int(last.shape[0]), int(first.shape[1])
 
 
-def _skeleton(base: Mapping[str, Any]) -> nn.Module:
+def _skeleton(base: Mapping[str, object]) -> nn.Module:
     """The architecture without memory for its weights, where its constructor allows that."""
     try:
         with torch.device("meta"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config.config import ModelConfig
 from ..errors import ArtifactError, DataError
-from ..recovery.finetune import FitResult, Progress, fit
+from ..recovery.finetune import FitResult, Progress, Schedule, Watch, fit
 from ..workloads.base import SPLITS, Batch, TrainedWorkload, check_split
 from .data import Augment, Split, VisionData
 
@@ -45,7 +45,7 @@ class VisionWorkload(TrainedWorkload):
         batch_size: int = 256,
         device: torch.device | str = "cpu",
         augment: bool = True,
-        base: dict[str, Any] | None = None,
+        base: Mapping[str, object] | None = None,
         cache_bytes: int | None = None,
     ) -> None:
         place = torch.device(device)
@@ -131,16 +131,14 @@ class VisionWorkload(TrainedWorkload):
             self.model,
             lambda generator: self.train_batches(generator, options.batch_size),
             loss,
-            epochs=options.epochs,
-            steps_per_epoch=self.train_steps(options.batch_size),
-            lr=options.lr,
-            momentum=options.momentum,
-            weight_decay=options.weight_decay,
-            mixed_precision=True,
-            progress=progress,
-            phase="dense training",
-            checkpoint=state,
-            save_seconds=30.0,
+            Schedule(
+                options.epochs * self.train_steps(options.batch_size),
+                options.lr,
+                options.momentum,
+                options.weight_decay,
+                mixed_precision=True,
+            ),
+            watch=Watch(progress, "dense training", state, save_seconds=30.0),
         )
         try:
             return run(generator=torch.Generator().manual_seed(settings.seed))

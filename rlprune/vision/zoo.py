@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 from urllib.error import URLError
 
 import torch
@@ -34,6 +34,14 @@ _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 _FORBIDDEN = ("weights", "weights_backbone", "progress", "checkpoint_path", "cache_dir")
 
 
+class Base(TypedDict):
+    """How to build an architecture, plain JSON: ``source`` is "zoo", "torchvision", "timm" or "function"."""
+
+    source: str
+    name: str
+    arguments: dict[str, object]
+
+
 def list_models() -> list[tuple[str, str]]:
     """(name, one line) of every model that can be named here, timm's summed up in one line."""
     rows = [(f"cifar_resnet{d}", f"CIFAR ResNet of depth {d}; arguments: width (16)") for d in CIFAR_DEPTHS]
@@ -48,9 +56,9 @@ def base_of(
     name: str,
     classes: int,
     channels: int = 3,
-    arguments: Mapping[str, Any] | None = None,
+    arguments: Mapping[str, object] | None = None,
     weights: str | None = None,
-) -> dict[str, Any]:
+) -> Base:
     """How to build an architecture: {"source", "name", "arguments"}, plain JSON, checked.
 
     ``source`` is "zoo", "torchvision", "timm" or "function". ``weights`` matters for the two torchvision
@@ -80,7 +88,7 @@ def build_model(
     classes: int = 10,
     channels: int = 3,
     *,
-    arguments: Mapping[str, Any] | None = None,
+    arguments: Mapping[str, object] | None = None,
     weights: str | None = None,
     checkpoint: str | Path | None = None,
     seed: int = 0,
@@ -109,7 +117,7 @@ def build_model(
     return model.eval()
 
 
-def rebuild(base: Mapping[str, Any]) -> nn.Module:
+def rebuild(base: Mapping[str, object]) -> nn.Module:
     """Build the architecture that a saved ``base`` describes, with random weights, in eval mode.
 
     Only zoo, torchvision and timm models are built: a file never names code to run. For everything
@@ -129,7 +137,8 @@ def rebuild(base: Mapping[str, Any]) -> nn.Module:
         known = _resolve(f"{source}:{name}" if source != "zoo" else name)
         if known[0] != source:
             raise ConfigError(f"{name!r} is not a model of {source}")
-        return _construct(dict(base), 0, trusted=False).eval()
+        checked = Base(source=known[0], name=name, arguments=dict(arguments))
+        return _construct(checked, 0, trusted=False).eval()
     except ConfigError as error:
         raise ArtifactError(f"the base model cannot be rebuilt: {error}") from error
 
@@ -181,7 +190,7 @@ def _timm_name(name: str, bare: str) -> str:
     return bare
 
 
-def _construct(base: dict[str, Any], seed: int, *, trusted: bool) -> nn.Module:
+def _construct(base: Base, seed: int, *, trusted: bool) -> nn.Module:
     """Build ``base`` with weights drawn from ``seed``. Untrusted bases (from files) never import user code."""
     source, name, arguments = base["source"], base["name"], dict(base["arguments"])
     builders: dict[str, Callable[..., nn.Module]] = {
@@ -207,7 +216,7 @@ def _construct(base: dict[str, Any], seed: int, *, trusted: bool) -> nn.Module:
     return model
 
 
-def _torchvision(name: str, initialise: bool, channels: int = 3, **arguments: Any) -> nn.Module:
+def _torchvision(name: str, initialise: bool, channels: int = 3, **arguments: object) -> nn.Module:
     from torchvision import models
 
     if name in _AUXILIARY:
@@ -244,7 +253,7 @@ def _timm(name: str, **arguments: Any) -> nn.Module:
     return timm.create_model(name, pretrained=False, **arguments)
 
 
-def _published_weights(model: nn.Module, base: dict[str, Any], weights: str) -> None:
+def _published_weights(model: nn.Module, base: Base, weights: str) -> None:
     """Put named torchvision or timm weights into ``model``; they are downloaded where not cached."""
     source, name = base["source"], base["name"]
     try:

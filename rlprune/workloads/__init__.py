@@ -1,6 +1,47 @@
-"""What is pruned and how it is judged: data splits, losses and metrics."""
+"""What is pruned and how it is judged: data splits, losses and metrics.
 
-from .base import SPLITS, Batch, Quality, Workload
-from .judge import Judge, Judgement
+The names of :data:`__all__` load when they are first used.
+"""
 
-__all__ = ["SPLITS", "Batch", "Judge", "Judgement", "Quality", "Workload"]
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..utils.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .adapter import ModelAdapter, Tuned, TuneJob
+    from .base import SPLITS, Batch, Quality, Workload, check_workload
+    from .judge import Judge, Judgement
+    from .loaders import LoaderWorkload
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Batch": "base",
+        "Judge": "judge",
+        "Judgement": "judge",
+        "LoaderWorkload": "loaders",
+        "ModelAdapter": "adapter",
+        "Quality": "base",
+        "SPLITS": "base",
+        "TuneJob": "adapter",
+        "Tuned": "adapter",
+        "Workload": "base",
+        "check_workload": "base",
+    },
+)
+
+__all__ = [
+    "SPLITS",
+    "Batch",
+    "Judge",
+    "Judgement",
+    "LoaderWorkload",
+    "ModelAdapter",
+    "Quality",
+    "TuneJob",
+    "Tuned",
+    "Workload",
+    "check_workload",
+]

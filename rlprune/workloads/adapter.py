@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..artifacts.documents import PlanDocument
 from ..config.config import FinishConfig, RecoveryConfig
 from ..importance.calibration_cache import CalibrationCache
 from ..importance.unit_scores import Scores
@@ -26,7 +27,7 @@ from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
 from ..recovery.finetune import Progress
 from ..recovery.steps import Repair as Repair
-from ..tracing.trace import TraceOptions
+from ..tracing.trace import ExampleInputs, TraceOptions
 
 if TYPE_CHECKING:
     from .base import Quality, Workload
@@ -34,6 +35,17 @@ if TYPE_CHECKING:
 
 WINGS = ("language", "vision")
 """The packages that hold an adapter and a builder, in the order in which they are asked; the last takes the rest."""
+
+
+class Tokenizer(Protocol):
+    """What turns raw input into a model's, as far as saving it asks."""
+
+    def save_pretrained(self, folder: Path, /) -> object:
+        """Write its files into a folder."""
+
+
+TokenizerSource = Tokenizer | str | Path
+"""A tokenizer, or a folder that has one."""
 
 
 @dataclass(frozen=True)
@@ -133,20 +145,22 @@ class ModelAdapter(abc.ABC):
         """Whether a model is of this kind."""
 
     @abc.abstractmethod
-    def owns(self, base: Mapping[str, Any]) -> bool:
+    def owns(self, base: Mapping[str, object]) -> bool:
         """Whether a saved folder whose plan.json has this ``base`` is of this kind."""
 
-    def trace(self, model: nn.Module, example_inputs: Any, options: TraceOptions) -> PruningSpace:
+    def trace(self, model: nn.Module, example_inputs: ExampleInputs, options: TraceOptions) -> PruningSpace:
         """The model's pruning space, with all costs; raises GraphError for options that this kind does not have."""
         return with_registered_costs(self.find_groups(model, example_inputs, options), model)
 
     @abc.abstractmethod
-    def find_groups(self, model: nn.Module, example_inputs: Any, options: TraceOptions) -> PruningSpace:
+    def find_groups(
+        self, model: nn.Module, example_inputs: ExampleInputs, options: TraceOptions
+    ) -> PruningSpace:
         """The model's pruning space with the costs that the wing counts; see `trace`."""
 
     @abc.abstractmethod
     def space_of_plan(
-        self, workload: Workload, document: Mapping[str, Any], options: TraceOptions
+        self, workload: Workload, document: PlanDocument, options: TraceOptions
     ) -> PruningSpace:
         """The space that a saved plan was made in; ArtifactError for a plan of another architecture."""
 
@@ -189,17 +203,17 @@ class ModelAdapter(abc.ABC):
 
     # -- the default task ---------------------------------------------------------------------------------------
 
-    def logits(self, outputs: Any) -> Tensor:
+    def logits(self, outputs: object) -> Tensor:
         """The logits in what a model returns; by default all of it."""
         assert isinstance(outputs, Tensor)
         return outputs
 
     @abc.abstractmethod
-    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+    def loss(self, outputs: object, targets: Tensor) -> Tensor:
         """Mean loss of a batch, a scalar tensor."""
 
     @abc.abstractmethod
-    def metric(self, outputs: Any, targets: Tensor) -> Tensor:
+    def metric(self, outputs: object, targets: Tensor) -> Tensor:
         """Sum of the metric over a batch, a scalar tensor."""
 
     @abc.abstractmethod
@@ -235,14 +249,14 @@ class ModelAdapter(abc.ABC):
         plan: Plan,
         directory: Path,
         *,
-        base: Mapping[str, Any] | None,
-        tokenizer: Any,
+        base: Mapping[str, object] | None,
+        tokenizer: TokenizerSource | None,
         max_shard_size: str | int,
     ) -> None:
         """Write a pruned model into a folder, which is replaced as a whole or not at all; see `rlprune.save`."""
 
     @abc.abstractmethod
-    def load(self, directory: Path, document: Mapping[str, Any], base: nn.Module | None) -> nn.Module:
+    def load(self, directory: Path, document: PlanDocument, base: nn.Module | None) -> nn.Module:
         """The pruned model in a folder whose plan.json is ``document``; see `rlprune.load`."""
 
     # -- words ------------------------------------------------------------------------------------------------------
@@ -260,14 +274,14 @@ class ModelAdapter(abc.ABC):
         """Dense costs and feasible budgets, a line each; latency has a line of its own."""
 
     @abc.abstractmethod
-    def check_tasks(self, document: Mapping[str, Any], directory: Path, tasks: Sequence[Path]) -> None:
+    def check_tasks(self, document: PlanDocument, directory: Path, tasks: Sequence[Path]) -> None:
         """Refuse, before minutes of measuring, question files that cannot be asked."""
 
     @abc.abstractmethod
     def comparison(
         self,
         directory: Path,
-        document: Mapping[str, Any],
+        document: PlanDocument,
         workload: Workload | None,
         tasks: Sequence[Path] = (),
         limit: int | None = None,
@@ -293,6 +307,6 @@ def adapter_of(model: object) -> ModelAdapter:
     return next(found for found in adapters() if found.accepts(model))
 
 
-def adapter_of_base(base: Mapping[str, Any]) -> ModelAdapter:
+def adapter_of_base(base: Mapping[str, object]) -> ModelAdapter:
     """The adapter of a saved folder, by the ``base`` of its plan.json."""
     return next(found for found in adapters() if found.owns(base))

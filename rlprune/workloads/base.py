@@ -6,7 +6,7 @@ import abc
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,7 @@ from ..config.config import FinishConfig, ModelConfig
 from ..errors import DataError, near_miss
 from ..pruning.plan import Plan
 from ..recovery.finetune import FitResult, Progress
-from .adapter import ModelAdapter, Tuned, TuneJob, adapter_of
+from .adapter import ModelAdapter, Tokenizer, Tuned, TuneJob, adapter_of
 from .judge import Judge
 
 SPLITS = ("train", "calibration", "validation", "test")
@@ -80,16 +80,16 @@ class Workload(abc.ABC):
     sample_noun: str = cast(str, _FromAdapter())
     """What a sample is called, in the plural."""
     name: str = ""
-    tokenizer: Any = None
+    tokenizer: Tokenizer | None = None
     """What turns raw input into the model's, saved beside a pruned model where its folder can hold it."""
-    base: dict[str, Any] = {"source": "given"}
+    base: Mapping[str, object] = {"source": "given"}
     """How to rebuild the architecture; {"source": "given"} means that the user has to pass the model in."""
 
     _adapter: ModelAdapter | None = None
     _test_open: bool = False
     _sizes: dict[str, int] | None = None
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if "batches" in cls.__dict__:
             setattr(cls, "batches", _guarded(cls.__dict__["batches"]))  # noqa: B010

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..artifacts.documents import PlanDocument
 from ..config.config import Config
 from .adapter import WINGS, ModelAdapter, adapter_named
 from .base import TrainedWorkload, Workload
@@ -70,7 +71,7 @@ class WorkloadBuilder(abc.ABC):
         return Inspected(workload.model, workload.example_inputs, workload)
 
     def cut_files(
-        self, config: Config, checkpoint: Path | None, document: dict[str, Any], source: Path, out: Path
+        self, config: Config, checkpoint: Path | None, document: PlanDocument, source: Path, out: Path
     ) -> bool:
         """Apply a saved plan file by file, without the model in memory; False where the wing or the settings cannot."""
         return False

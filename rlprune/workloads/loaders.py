@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from ..errors import DataError, near_miss
+from .adapter import Tokenizer
 from .base import SPLITS, Batch, Workload
 
 Loader = Iterable[Any] | Callable[[], Iterable[Any]]
@@ -50,7 +51,7 @@ class LoaderWorkload(Workload):
         metric: Callable[[Any, Tensor], Tensor] | None = None,
         metric_name: str | None = None,
         name: str | None = None,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         _check(loaders)
         self.model = model.eval()
@@ -112,7 +113,7 @@ class LoaderWorkload(Workload):
                 return
 
 
-def _seeded(loader: Iterable[Any], seed: int) -> Iterator[Any]:
+def _seeded(loader: Iterable[object], seed: int) -> Iterator[object]:
     """Go through a loader whose shuffling and augmentation draw from torch's global state, which is left as it was."""
     iterator, state = None, None
     while True:

@@ -318,8 +318,8 @@ def test_refining_starts_from_the_plan_and_resumes_to_the_same(portable, tmp_pat
         lambda tensors, meta: tensors.pop("experience.targets"),
         lambda tensors, meta: tensors.update({"experience.ratios": torch.zeros(3)}),
         lambda tensors, meta: tensors.update({"experience.ratios": torch.full((1, GROUPS), torch.nan)}),
-        lambda tensors, meta: meta.update(plan_memory={}),
-        lambda tensors, meta: meta.update(plan_memory=7),
+        lambda tensors, meta: meta.update(experience={}),
+        lambda tensors, meta: meta.update(experience=7),
         lambda tensors, meta: meta.update(reach=-1),
     ],
 )

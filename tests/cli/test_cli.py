@@ -159,7 +159,7 @@ def test_train_passes_the_settings_on(
 ) -> None:
     seen: dict[str, Any] = {}
 
-    def train(config: Any, out: Path, *, resume: bool, progress: bool) -> None:
+    def train(config: Any, out: Path, *, resume: bool, callback: Any) -> None:
         seen.update(config=config, out=out, resume=resume)
 
     replace_work(monkeypatch, train=train)
@@ -186,12 +186,16 @@ def test_the_demo_is_a_train_whose_policy_prunes_a_second_checkpoint(
 ) -> None:
     seen: dict[str, Any] = {}
 
-    def train(config: Any, out: Path, *, resume: bool, progress: bool) -> None:
+    def train(config: Any, out: Path, *, resume: bool, callback: Any) -> None:
         seen.update(config=config, run=out, resume=resume)
 
-    def apply(source: Path, config: Any, **options: Any) -> str:
-        seen.update(source=source, other=config, **options)
-        return "scores"
+    class Applied(str):
+        def save(self, folder: Path) -> None:
+            seen["out"] = folder
+
+    def apply(source: Path, config: Any, budget: float, **options: Any) -> Applied:
+        seen.update(source=source, other=config, budget=budget, **options)
+        return Applied("scores")
 
     replace_work(monkeypatch, train=train)
     replace_work(monkeypatch, "apply", apply=apply)
@@ -206,7 +210,7 @@ def test_the_demo_is_a_train_whose_policy_prunes_a_second_checkpoint(
     assert seen["config"] == load_config("digits", ["seed=3", "threads=2"])
     assert (seen["run"], seen["resume"], seen["source"]) == (out, False, out)
     assert seen["other"] == seen["config"].override(["model.seed=1"])
-    assert (seen["budget"], seen["refine"], seen["out"]) == (0.5, 0, out / "second")
+    assert (seen["budget"], seen["out"]) == (0.5, out / "second")
     out.mkdir(parents=True)
     run(capsys, "demo")
     assert seen["run"] == Path("runs/demo-2")

@@ -52,7 +52,7 @@ def tiny(*overrides: str) -> Config:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run.train(tiny(), tmp_path_factory.mktemp("runs") / "llama", progress=False)
+    return run.train(tiny(), tmp_path_factory.mktemp("runs") / "llama").folder
 
 
 def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
@@ -142,7 +142,7 @@ class TestTrain:
 
     def test_resuming_with_other_settings_names_the_setting(self, finished: Path) -> None:
         with pytest.raises(ConfigError, match="search.evaluations=24, not 25"):
-            run.train(tiny("search.evaluations=25"), finished, resume=True, progress=False)
+            run.train(tiny("search.evaluations=25"), finished, resume=True)
 
 
 class Stop(BaseException):
@@ -164,9 +164,9 @@ def test_interrupted_and_resumed_is_uninterrupted(
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(EvaluationLog, "append", stopping)
-        run.train(tiny(), tmp_path / "run", progress=False)
+        run.train(tiny(), tmp_path / "run")
     assert len(ledger_of(tmp_path / "run")) == last
-    run.train(tiny(), tmp_path / "run", resume=True, progress=False)
+    run.train(tiny(), tmp_path / "run", resume=True)
     assert_same_outcome(tmp_path / "run", finished)
 
 
@@ -189,9 +189,9 @@ class TestOtherCommands:
     def test_policy_goes_to_another_depth(self, finished: Path, tmp_path: Path) -> None:
         config = tiny("model.seed=1", "model.arguments.layers=5")
         with pytest.warns(UserWarning, match="another architecture"):
-            table = deploy.apply(
-                finished, config, checkpoint=None, budget=0.6, refine=0, out=tmp_path / "deep"
-            )
+            applied = deploy.apply(finished, config, 0.6)
+        applied.save(tmp_path / "deep")
+        table = str(applied)
         assert "policy" in table and "ffn_uniform" in table
         plan = read_plan(tmp_path / "deep")
         assert len(plan["groups"]) == 10
@@ -221,7 +221,7 @@ class TestOtherCommands:
             f"search.checkpoints=[{path}]", "search.budget_range=[0.4, 0.7]", "search.baselines=[]",
             "search.evaluations=22", "finish.rules=false",
         )  # fmt: skip
-        out = run.train(config, tmp_path / "two", progress=False)
+        out = run.train(config, tmp_path / "two").folder
         rows = [row for row in ledger_of(out) if row["method"] == "ppo"]
         assert {row["task"] for row in rows} == {"", "other"}
         found = rows_of(out)["ppo"]

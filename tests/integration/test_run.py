@@ -40,7 +40,7 @@ def tiny(*overrides):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    return run.train(tiny(), tmp_path_factory.mktemp("runs") / "tiny", progress=False)
+    return run.train(tiny(), tmp_path_factory.mktemp("runs") / "tiny").folder
 
 
 def ledger_of(folder):
@@ -131,21 +131,21 @@ class TestTrain:
 
     def test_a_second_run_into_the_folder_is_refused(self, finished):
         with pytest.raises(ConfigError, match="holds a run already"):
-            run.train(tiny(), finished, progress=False)
+            run.train(tiny(), finished)
 
     def test_resuming_with_other_settings_names_the_setting(self, finished):
         with pytest.raises(ConfigError, match="search.evaluations=60, not 61"):
-            run.train(tiny("search.evaluations=61"), finished, resume=True, progress=False)
+            run.train(tiny("search.evaluations=61"), finished, resume=True)
 
     def test_a_complete_run_has_nothing_to_resume(self, finished):
         before = (finished / "ledger.jsonl").read_bytes()
-        assert run.train(tiny(), finished, resume=True, progress=False) == finished
+        assert run.train(tiny(), finished, resume=True).folder == finished
         assert (finished / "ledger.jsonl").read_bytes() == before
 
     def test_foreign_folders_are_not_written_into(self, tmp_path):
         (tmp_path / "thesis.tex").write_text("x")
         with pytest.raises(ArtifactError, match="thesis.tex"):
-            run.train(tiny(), tmp_path, progress=False)
+            run.train(tiny(), tmp_path)
         assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["thesis.tex"]
 
 
@@ -167,9 +167,9 @@ def test_interrupted_and_resumed_is_uninterrupted(finished, tmp_path, monkeypatc
     out = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(EvaluationLog, "append", stopping)
-        run.train(tiny(), out, progress=False)
+        run.train(tiny(), out)
     assert len((out / "ledger.jsonl").read_text().splitlines()) == stop_after
-    run.train(tiny(), out, resume=True, progress=False)
+    run.train(tiny(), out, resume=True)
     assert_same_outcome(out, finished)
 
 
@@ -219,7 +219,9 @@ def test_kill_9_at_ten_moments(finished, tmp_path):
 class TestOtherCommands:
     def test_apply_prunes_another_checkpoint_without_a_search(self, finished, tmp_path):
         config = tiny("model.seed=1")
-        table = deploy.apply(finished, config, checkpoint=None, budget=0.4, refine=0, out=tmp_path / "other")
+        applied = deploy.apply(finished, config, 0.4)
+        applied.save(tmp_path / "other")
+        table = str(applied)
         assert "policy" in table
         plan = read_plan(tmp_path / "other")
         assert plan["cost"]["macs"] <= 0.4 * plan["dense_cost"]["macs"]
@@ -227,7 +229,9 @@ class TestOtherCommands:
 
     def test_apply_refines_with_exactly_as_many_evaluations(self, finished, tmp_path):
         config = tiny("model.seed=1")
-        table = deploy.apply(finished, config, checkpoint=None, budget=0.5, refine=12, out=tmp_path / "other")
+        applied = deploy.apply(finished, config, 0.5, refine=12)
+        applied.save(tmp_path / "other")
+        table = str(applied)
         lines = {line[:28].strip(): float(line.split()[-3]) for line in table.splitlines()[2:]}
         assert lines["policy + 12 evaluations"] >= lines["policy"]
 
@@ -236,13 +240,13 @@ class TestOtherCommands:
         with pytest.raises(
             ConfigError, match=r"--builds 20: only for .* several checkpoints.*allowed here: 0"
         ):
-            deploy.apply(finished, config, checkpoint=None, budget=0.4, refine=0, out=out, builds=20)
+            deploy.apply(finished, config, 0.4, builds=20).save(out)
         assert not out.exists()
 
     def test_policy_of_another_depth_is_applied_with_a_warning(self, finished, tmp_path):
         config = tiny("model.name=cifar_resnet32")
         with pytest.warns(UserWarning, match="another architecture"):
-            deploy.apply(finished, config, checkpoint=None, budget=0.5, refine=0, out=tmp_path / "deeper")
+            deploy.apply(finished, config, 0.5).save(tmp_path / "deeper")
 
     def test_prune_by_rule(self, tmp_path):
         assert "lamp" in deploy.prune_rule(tiny(), "lamp", "30%", tmp_path / "lamp")
@@ -264,7 +268,7 @@ class TestOtherCommands:
             "finish.rules=false",
             "finish.epochs=0",
         )
-        out = run.train(config, tmp_path / "two", progress=False)
+        out = run.train(config, tmp_path / "two").folder
         tasks = {row["task"] for row in ledger_of(out) if row["method"] == "ppo"}
         assert tasks == {"", "seed1"}
         row = next(r for r in read_results(out)["rows"] if r["method"] == "ppo")
@@ -273,9 +277,12 @@ class TestOtherCommands:
     # The model is trained for a moment: on some processors uniform pruning costs it no more than noise.
     @pytest.mark.filterwarnings("default:uniform pruning scores")
     def test_direct_mode_and_stages(self, tmp_path):
-        config = tiny("search.mode=direct", "search.stages=2", "search.evaluations=44", "search.ppo.n_steps=8",
-                      "search.baselines=[]", "finish.rules=false", "finish.epochs=0")  # fmt: skip
-        out = run.train(config, tmp_path / "staged", progress=False)
+        own = ["search.mode=direct", "search.stages=2", "search.evaluations=44", "search.ppo.n_steps=8",
+               "search.baselines=[]", "finish.rules=false"]  # fmt: skip
+        config = rlprune.load_config(
+            "digits", [*without(TINY, "search.", "finish."), *own, "finish.epochs=0"]
+        )
+        out = run.train(config, tmp_path / "staged").folder
         assert any(isinstance(row["widths"][0], list) for row in ledger_of(out))
         assert (out / "report.html").exists()
 

@@ -21,8 +21,8 @@ from rlprune.evaluation.ledger import EvaluationLog
 from rlprune.experiments import tune
 from rlprune.experiments.finish import add_latency, finish
 from rlprune.experiments.incremental import incremental
+from rlprune.experiments.methods import MethodResult, run_agent, score_rule
 from rlprune.experiments.prepare import Experiment
-from rlprune.experiments.search import MethodResult, score_rule, search
 from rlprune.language.text import TextData, TextSplit
 from rlprune.language.tuning import trainer as tuning_trainer
 from rlprune.language.workload import LanguageWorkload
@@ -55,7 +55,7 @@ def echo(config: Any = None) -> LanguageWorkload:
 
 
 SETTINGS: dict[str, Any] = {
-    "workload": "test_tuning_stages:echo",
+    "workload": f"{__name__}:echo",
     "budget": {"target": 0.7, "metric": "block_params"},
     "prune": {"importance": "wanda_sp"},
     "recovery": {"steps": ["reconstruct"]},
@@ -235,7 +235,7 @@ def test_the_evaluator_trains_between_stages_and_ppo_chooses_them() -> None:
     assert trained.loss < plain.evaluator.evaluate_staged(history).loss - 0.1
     fresh = make_experiment(recovery=steps).evaluator.evaluate_staged(history)
     assert fresh.score == trained.score
-    found: MethodResult = search("ppo", [experiment], EvaluationLog(), seed=0)
+    found: MethodResult = run_agent("ppo", [experiment], EvaluationLog(), seed=0)
     assert found.account.spent <= 6
     assert experiment.space.cost(np.array(found.history[-1]), experiment.metric) <= experiment.target
 

@@ -89,7 +89,7 @@ import json, sys, threading, time
 import torch
 torch.set_num_threads(1)
 import rlprune
-from rlprune import shards
+from rlprune.language.files import streaming as shards
 from transformers import LlamaForCausalLM
 torch.zeros(4) @ torch.zeros(4)
 def held():  # pages of mapped files are not counted: the system takes them back when it needs to

@@ -1,6 +1,7 @@
 """The training loop: schedule, distillation, determinism, resuming."""
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlprune.errors import ArtifactError, RlpruneError
-from rlprune.recovery.finetune import DistillTargets, FitResult, Schedule, fit
+from rlprune.recovery.finetune import DistillTargets, FitResult, Schedule, Watch, fit
 
 INPUTS = torch.rand(64, 6, generator=torch.Generator().manual_seed(1))
 TARGETS = (INPUTS[:, 0] > INPUTS[:, 1]).long()
@@ -27,8 +28,17 @@ def batches(generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def run(model: nn.Module, seed: int = 3, source=batches, **options) -> FitResult:
-    options = {"steps": 22, "lr": 0.05} | options
-    return fit(model, source, F.cross_entropy, generator=torch.Generator().manual_seed(seed), **options)
+    own = {f.name: options.pop(f.name) for f in dataclasses.fields(Schedule) if f.name in options}
+    watch = {f.name: options.pop(f.name) for f in dataclasses.fields(Watch) if f.name in options}
+    return fit(
+        model,
+        source,
+        F.cross_entropy,
+        Schedule(**({"steps": 22, "lr": 0.05} | own)),
+        generator=torch.Generator().manual_seed(seed),
+        watch=Watch(**watch),
+        **options,
+    )
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -38,7 +48,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 def test_it_learns_and_leaves_eval_mode() -> None:
     model = make_model()
-    result = run(model, steps=None, epochs=60, steps_per_epoch=4)
+    result = run(model, steps=240)
     assert result.steps == 240
     assert result.loss < 0.2
     assert not model.training
@@ -165,7 +175,7 @@ def test_no_weight_decay_on_biases_and_norms() -> None:
     def zero_loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return 0.0 * outputs.sum()
 
-    fit(model, batches, zero_loss, steps=5, lr=0.1, weight_decay=0.5)
+    fit(model, batches, zero_loss, Schedule(5, 0.1, weight_decay=0.5))
     assert float(model[0].weight.detach().max()) < 0.99
     assert torch.equal(model[0].bias.data, torch.ones(16))
     assert torch.equal(model[1].weight.data, torch.ones(16))

@@ -79,6 +79,7 @@ def test_the_joint_covariance_fits_the_deviations_and_a_batch_has_no_twins(task:
     assert np.linalg.eigvalsh(covariance).min() > -1e-8
     picked = choose_batch(model, plans, 6, (0.0, 1.0, 2.0))
     assert len(set(picked)) == 6
+    assert choose_batch(model, plans[:0], 6, (0.0, 1.0, 2.0)) == []  # a small space has no plan left
 
 
 def test_a_model_that_goes_on_from_a_saved_state_is_the_same(task: Task) -> None:

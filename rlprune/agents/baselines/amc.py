@@ -13,18 +13,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from scipy.special import ndtr, ndtri
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from ...config.search import AMCConfig
 from ...envs.sequential import SequentialEnv
 from ...envs.task import Task
-from ...utils.arrays import Floats32
+from ...utils.arrays import Bools, Floats32
 from ..sb3_internals import CustomDDPG
 from .episodes import Episodes, EpisodicAgent
 
+Infos = list[dict[str, Any]]
+"""What each environment tells beside a step, as Gymnasium types it."""
 # Episodes of the paper's searches: 100 of warm-up, then 300.
 _PAPER_EPISODES, _PAPER_WARMUP = 400, 100
 
@@ -35,20 +38,38 @@ class FinalRewardBuffer(ReplayBuffer):
     ``baseline`` is the weight of a minibatch's mean in the moving average that sampled rewards are reduced by.
     """
 
-    def __init__(self, *args: Any, baseline: float, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._episode: list[tuple[Any, ...]] = []
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Box,
+        action_space: spaces.Box,
+        device: torch.device | str = "auto",
+        n_envs: int = 1,
+        optimize_memory_usage: bool = False,
+        *,
+        baseline: float,
+    ) -> None:
+        super().__init__(buffer_size, observation_space, action_space, device, n_envs, optimize_memory_usage)
+        self._episode: list[tuple[Floats32, Floats32, Floats32, Bools, Infos]] = []
         self._baseline = baseline
         self._average: torch.Tensor | None = None
 
-    def add(self, obs: Any, next_obs: Any, action: Any, reward: Any, done: Any, infos: Any) -> None:
+    def add(
+        self,
+        obs: Floats32,
+        next_obs: Floats32,
+        action: Floats32,
+        reward: Floats32,
+        done: Bools,
+        infos: Infos,
+    ) -> None:
         self._episode.append((obs.copy(), next_obs.copy(), action.copy(), done.copy(), infos))
         if done.all():
             for before, after, taken, ended, info in self._episode:
                 super().add(before, after, taken, reward, ended, info)
             self._episode.clear()
 
-    def sample(self, batch_size: int, env: Any = None) -> ReplayBufferSamples:
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
         batch: ReplayBufferSamples = super().sample(batch_size, env)
         if self._baseline == 0.0:
             return batch
@@ -76,7 +97,7 @@ class NoisyDDPG(CustomDDPG):
         super().train(gradient_steps, batch_size)
         self._decays = max(0, self._decays + (-1 if self._episodes.repeats else 1))
 
-    def explore_action(self, observations: Any, warm_up: bool, count: int) -> Any:
+    def explore_action(self, observations: Floats32, warm_up: bool, count: int) -> Floats32:
         if warm_up:
             return np.array([self.action_space.sample() for _ in range(count)])
         mean, _ = self.predict(observations, deterministic=True)
@@ -118,7 +139,7 @@ class AMC(EpisodicAgent):
         return model
 
 
-def truncated_normal(mean: Any, std: float) -> Floats32:
+def truncated_normal(mean: Floats32, std: float) -> Floats32:
     """A draw for each mean, of a normal distribution cut off at -1 and 1, by its inverse distribution function.
 
     Args:

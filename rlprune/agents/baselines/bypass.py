@@ -75,7 +75,7 @@ class _Shift:
         self._task = task
         self._space = task.space
         self._group = np.repeat(np.arange(len(task.space.groups)), task.space.widths)
-        self._target = task.space.target(task.budget, task.metric)
+        self._target = task.space.target(task.highest_budget, task.metric)
 
     def __call__(self, keep: Floats) -> Floats:
         """``keep - v``, held between the edges, with v by bisection so that the expected cost is the budget."""
@@ -96,7 +96,7 @@ class _Shift:
     def widths(self, keep: Floats) -> Ints:
         """Counts projected onto the budget, (G,)."""
         cut = 1.0 - self.counts(keep) / np.maximum(self._space.widths, 1)
-        return self._space.project(np.maximum(cut, 1e-9), self._task.budget, self._task.metric)
+        return self._space.project(np.maximum(cut, 1e-9), self._task.highest_budget, self._task.metric)
 
     def spread(self, values: Floats) -> Floats:
         """One number a group (G,) given to each of its units (U,)."""
@@ -111,8 +111,9 @@ def _first(task: Task, recorder: TrialRecorder, shift: _Shift, start: str) -> Fl
         positive = scores[scores > 0]
         smallest = positive.min() if len(positive) else 1.0
         logs = np.log(np.maximum(scores, smallest))
-        return 1.0 / (1.0 + np.exp(-(logs - logs.mean()) / max(float(logs.std()), 1e-9)))
-    within = recorder.within(task, task.budget)
+        keep: Floats = 1.0 / (1.0 + np.exp(-(logs - logs.mean()) / max(float(logs.std()), 1e-9)))
+        return keep
+    within = recorder.within(task, task.highest_budget)
     if start == "rule" and within:
         return shift.spread(final_widths(within[0]) / np.maximum(task.space.widths, 1))
     return shift.spread(np.full(groups, 0.5))

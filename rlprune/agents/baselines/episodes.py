@@ -20,10 +20,11 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from ...config.search import SearchConfig
-from ...envs.base import PruningEnv
+from ...envs.base import PruningEnv, ResetOptions
 from ...envs.sequential import SequentialEnv
 from ...envs.task import Task
 from ...evaluation.ledger import BudgetExhausted
+from ...utils.arrays import Floats32
 from ..base import SearchRequest, SearchResult, TrialRecorder
 from ..callbacks import SearchLogger
 from ..ppo.agents import PPOAgent
@@ -37,7 +38,7 @@ _PATIENCE = 50
 _NOISE = 0.1
 
 
-class Episodes(gymnasium.Wrapper[Any, Any, Any, Any]):
+class Episodes(gymnasium.Wrapper[Floats32, Floats32, Floats32, Floats32]):
     """Lends an environment's episodes to its tasks in turn, as long as their accounts can pay.
 
     ``repeats`` counts the episodes in a row that ended in a plan scored before. The evaluations run on as many
@@ -57,13 +58,15 @@ class Episodes(gymnasium.Wrapper[Any, Any, Any, Any]):
         # A range of budgets: an episode may have to pay for the scale of its budget too, and so may the last.
         self._kept = [3 if task.is_range else 1 for task in env.tasks]
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, Any]:
+    def reset(
+        self, *, seed: int | None = None, options: ResetOptions | None = None
+    ) -> tuple[Floats32, dict[str, Any]]:
         if options is None:
             options = {"task": self._next()}
         with threads(self._threads):
-            return self.env.reset(seed=seed, options=options)
+            return self.env.reset(seed=seed, options=dict(options))
 
-    def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
+    def step(self, action: Floats32) -> tuple[Floats32, SupportsFloat, bool, bool, dict[str, Any]]:
         before = self._spent()
         with threads(self._threads):
             obs, reward, terminated, truncated, info = self.env.step(action)
@@ -132,7 +135,7 @@ class EpisodicAgent(ABC):
 def _spend_rest(model: BaseAlgorithm, episodes: Episodes, index: int, generator: np.random.Generator) -> None:
     """One episode of the policy without noise, then episodes with noise that doubles after every repeat."""
     task, account = episodes.tasks[index], episodes.recorders[index].account
-    options = {"task": index, "budget": task.budget_range[1] if task.is_range else task.budget}
+    options = {"task": index, "budget": task.highest_budget}
     episodes.repeats = 0
     std = 0.0
     while account.left > 0 and episodes.repeats < _PATIENCE:

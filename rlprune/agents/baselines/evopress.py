@@ -29,11 +29,11 @@ class EvoPress(GradientFree):
         """See :class:`GradientFree`."""
         settings = self.settings.evopress
         generator = np.random.default_rng(seed)
-        if not recorder.within(task, task.budget) and recorder.account.left > 0:
-            recorder.evaluate(task.uniform_widths(task.budget))
+        if not recorder.within(task, task.highest_budget) and recorder.account.left > 0:
+            recorder.evaluate(task.uniform_widths(task.highest_budget))
         idle = 0
         while recorder.account.left > 0 and idle < PATIENCE:
-            parent = final_widths(recorder.within(task, task.budget)[0])
+            parent = final_widths(recorder.within(task, task.highest_budget)[0])
             count = min(settings.offspring, recorder.account.left)
             swapped = [
                 swap_levels(task, parent, settings.level, settings.swaps, generator) for _ in range(count)
@@ -65,5 +65,5 @@ def swap_levels(task: Task, parent: Ints, level: float, most: int, generator: np
         received = units * price[giver] / price[taker]
         child[taker] = min(child[taker] + round(received), space.widths[taker])
     return space.project(
-        np.maximum(1.0 - child / np.maximum(space.widths, 1), 1e-9), task.budget, task.metric
+        np.maximum(1.0 - child / np.maximum(space.widths, 1), 1e-9), task.highest_budget, task.metric
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ...config.search import SearchConfig
 from ...envs.task import Scored, Task
+from ...pruning.history import PlanLike
 from ...utils.arrays import Floats, Ints
 from ..base import TrialRecorder
 from .gradient_free import GradientFree
@@ -25,7 +26,7 @@ class SearchContext:
     def __init__(self, task: Task, recorder: TrialRecorder, generator: np.random.Generator) -> None:
         self.space = task.space
         self.importance = task.evaluator.importance
-        self.budget = task.budget_range[1] if task.is_range else task.budget
+        self.budget = task.highest_budget
         self.metric = task.metric
         self.generator = generator
         self._task, self._recorder = task, recorder
@@ -40,7 +41,7 @@ class SearchContext:
         """The best-scoring candidate within the budget so far; the starts (uniform, rules) have been scored."""
         return self._recorder.scores[self._recorder.best(self._task)]
 
-    def project(self, distribution: Any) -> Ints:
+    def project(self, distribution: ArrayLike) -> Ints:
         """Widths (G,) of a distribution (G,) that meet the budget exactly; (N, G) for (N, G).
 
         With a range of budgets each call draws one of them.
@@ -49,11 +50,11 @@ class SearchContext:
         widths: Ints = self.space.project(np.asarray(distribution, dtype=np.float64), budget, self.metric)
         return widths
 
-    def shares(self, widths: Any) -> Floats:
+    def shares(self, widths: ArrayLike) -> Floats:
         """Share (G,) of its units that each group loses at these widths: a distribution again."""
         return 1.0 - np.asarray(widths, dtype=np.float64) / self.space.widths
 
-    def evaluate(self, widths: Any) -> Scored:
+    def evaluate(self, widths: PlanLike) -> Scored:
         """Build, recover and score widths (G,); the candidate has ``widths``, ``score`` (higher is better), ``loss``.
 
         The same widths again are free. Where nothing is left the search ends here: the function is not
@@ -68,7 +69,7 @@ class FunctionAgent(GradientFree):
     ranges = True
 
     def __init__(
-        self, function: Callable[[SearchContext], Any], settings: SearchConfig | None = None
+        self, function: Callable[[SearchContext], object], settings: SearchConfig | None = None
     ) -> None:
         super().__init__(settings)
         self.function = function

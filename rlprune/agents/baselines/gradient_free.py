@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from ...config.search import SearchConfig
 from ...envs.task import Task
 from ...errors import ConfigError
 from ...evaluation.ledger import BudgetExhausted
+from ...pruning.history import PlanLike
 from ...surrogates.proposals import fresh, random_plans
 from ..base import SearchRequest, SearchResult, TrialRecorder
 from ..callbacks import SearchLogger
@@ -56,7 +57,7 @@ class GradientFree(ABC):
 
 
 def spend_rest(
-    task: Task, recorder: TrialRecorder, plans: Sequence[Any], generator: np.random.Generator
+    task: Task, recorder: TrialRecorder, plans: Sequence[PlanLike], generator: np.random.Generator
 ) -> None:
     """Score plans, then, where a method ends before its account does, random ones."""
     for plan in plans:
@@ -64,6 +65,6 @@ def spend_rest(
             recorder.evaluate(plan)
     idle = 0
     while recorder.account.left > 0 and idle < PATIENCE:
-        found = fresh(random_plans(task, task.budget, 1, generator), recorder.known)
+        found = fresh(random_plans(task, task.highest_budget, 1, generator), recorder.known)
         recorder.evaluate_batch(found)
         idle = 0 if len(found) else idle + 1

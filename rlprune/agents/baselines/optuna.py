@@ -12,7 +12,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -24,6 +24,10 @@ from ...surrogates.proposals import fresh, random_plans
 from ...utils.arrays import Floats, Ints
 from ..base import TrialRecorder
 from .gradient_free import PATIENCE, GradientFree
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+    from optuna.trial import Trial
 
 # After this many asks in a row without a new plan a random one is scored, and the sampler is told of it.
 _STUCK = 3
@@ -67,7 +71,7 @@ class OptunaSearch(GradientFree):
                 if idle < _STUCK:
                     study.step(min(size, recorder.account.left))
                 else:
-                    plans = random_plans(task, task.budget, PATIENCE, generator)
+                    plans = random_plans(task, task.highest_budget, PATIENCE, generator)
                     plans = fresh(plans, recorder.known)[:1]
                     if not len(plans):
                         return  # the space is exhausted
@@ -79,7 +83,9 @@ class OptunaSearch(GradientFree):
 class _Study:
     """An optuna study in memory whose trials are actions of a task."""
 
-    def __init__(self, agent: OptunaSearch, task: Task, recorder: TrialRecorder, sampler: Any) -> None:
+    def __init__(
+        self, agent: OptunaSearch, task: Task, recorder: TrialRecorder, sampler: BaseSampler
+    ) -> None:
         self._agent, self._task, self._recorder = agent, task, recorder
         self._optuna = agent.optuna
         self._study = self._optuna.create_study(direction="maximize", sampler=sampler)
@@ -89,7 +95,7 @@ class _Study:
             for g in range(len(task.space.groups))
         }
         # Probes of a rule keep more than the budget allows: no action stands for them.
-        known = [plan for plan in recorder.within(task, task.budget) if len(plan) == 1]
+        known = [plan for plan in recorder.within(task, task.highest_budget) if len(plan) == 1]
         self.add(all_final_widths(known))
 
     def add(self, plans: Ints) -> None:
@@ -108,12 +114,12 @@ class _Study:
         """Ask for plans, score them, tell."""
         trials = [self._study.ask(self._box) for _ in range(count)]
         actions = np.array([[trial.params[name] for name in self._box] for trial in trials])
-        plans = self._task.widths(actions, self._task.budget)
+        plans = self._task.widths(actions, self._task.highest_budget)
         self._recorder.evaluate_batch(plans)
         for trial, plan in zip(trials, plans, strict=True):
             self._tell(trial, as_history(plan))
 
-    def _tell(self, trial: Any, plan: History) -> None:
+    def _tell(self, trial: Trial, plan: History) -> None:
         dense = self._task.evaluator.dense
         if plan in self._recorder.scores:
             self._study.tell(trial, self._agent.value(self._recorder.scores[plan], dense))
@@ -197,12 +203,13 @@ class GaussianProcess(OptunaSearch):
 
 def action_of(task: Task, widths: Ints, bound: float = 1.0) -> Floats:
     """The action (G,) in [-bound, bound] that comes nearest to what a plan cuts (inverse of ``deviate``)."""
-    base = task.base(task.budget)
+    base = task.base(task.highest_budget)
     base = np.maximum(base, BASE_FLOOR * base.mean())
     cut = np.maximum(1.0 - widths / np.maximum(task.space.widths, 1), 1e-6)
     action = np.log(cut / base) / ACTION_SCALE
     # A shift of all actions changes nothing; the median of what is cut is put to 0.
-    return np.clip(action - np.median(action), -bound, bound)
+    clipped: Floats = np.clip(action - np.median(action), -bound, bound)
+    return clipped
 
 
 def _optuna(agent: str, *needs: str) -> Any:

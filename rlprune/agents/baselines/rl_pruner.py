@@ -126,17 +126,18 @@ class RLPruner(GradientFree):
 def _initial(task: Task, recorder: TrialRecorder, start: str) -> Floats:
     """PD (G,) before the first stage."""
     counts = task.space.widths.astype(np.float64)
-    within = recorder.within(task, task.budget)
+    within = recorder.within(task, task.highest_budget)
     if start == "rule" and within:
         counts = counts - final_widths(within[0])
     counts = np.maximum(counts, _FLOOR * task.space.widths.sum())
-    return counts / counts.sum()
+    shares: Floats = counts / counts.sum()
+    return shares
 
 
 def stage_plans(task: Task, probabilities: Floats, before: Ints, stage: int, stages: int) -> Ints:
     """Widths (N, G) after a stage whose removed units are shared out by probabilities (N, G)."""
     dense = task.space.dense_cost(task.metric)
-    target = dense - stage / stages * (dense - task.space.target(task.budget, task.metric))
+    target = dense - stage / stages * (dense - task.space.target(task.highest_budget, task.metric))
     limits = Limits(before, np.minimum(task.space.minimums, before), task.space.steps)
     # The projection takes shares of what is there; the probabilities count units.
     shares = probabilities / np.maximum(before, 1)
@@ -148,11 +149,13 @@ def _noisy(probabilities: Floats, noise: float, count: int, generator: np.random
     shape = count, len(probabilities)
     drawn = probabilities + generator.normal(size=shape) * noise * generator.random((count, 1))
     drawn = np.maximum(drawn, _FLOOR)
-    return drawn / drawn.sum(axis=1, keepdims=True)
+    samples: Floats = drawn / drawn.sum(axis=1, keepdims=True)
+    return samples
 
 
 def _towards(probabilities: Floats, best: Floats, step: float) -> Floats:
     """PD moved towards the best sample's, each entry by a quarter of itself at most."""
     ratio = (probabilities + step * (best - probabilities)) / probabilities
     moved = probabilities * np.clip(ratio, 1.0 - _CLIP, 1.0 + _CLIP)
-    return moved / moved.sum()
+    shares: Floats = moved / moved.sum()
+    return shares

@@ -161,7 +161,7 @@ def find_algorithm(name: str) -> type[BaseAlgorithm]:
     return found
 
 
-def check_arguments(algorithm: type[BaseAlgorithm], arguments: Mapping[str, Any]) -> dict[str, Any]:
+def check_arguments(algorithm: type[BaseAlgorithm], arguments: Mapping[str, object]) -> dict[str, Any]:
     """The arguments as the class takes them (tuples for lists); ConfigError names the first that it does not."""
     kinds = plain_arguments(algorithm)
     checked = {}
@@ -190,7 +190,7 @@ def plain_arguments(algorithm: type[BaseAlgorithm]) -> dict[str, tuple[type, ...
     return found
 
 
-def _plain_types(hint: Any) -> list[type]:
+def _plain_types(hint: object) -> list[type]:
     origin = typing.get_origin(hint) or hint
     if origin in (typing.Union, types.UnionType):
         return [kind for option in typing.get_args(hint) for kind in _plain_types(option)]
@@ -199,7 +199,7 @@ def _plain_types(hint: Any) -> list[type]:
     return [origin] if origin in (bool, int, float, str, dict, list, type(None)) else []
 
 
-def _is_a(value: Any, kind: type) -> bool:
+def _is_a(value: object, kind: type) -> bool:
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)

@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ...envs.distribution import DistributionEnv
 from ...envs.task import ACTION_SCALE, BASE_FLOOR, Task
-from ...utils.arrays import Floats, Ints
+from ...pruning.budget import BudgetLike
+from ...utils.arrays import Floats, Floats32, Ints
 from .policy import GroupNetwork, GroupPolicy
 
 _STEPS = 2000
@@ -52,23 +51,24 @@ _UNTAUGHT = ("critic", "log_std")
 _SHIFTS = np.linspace(-1.5, 1.5, 31)
 
 # A budget, the widths (G,) wanted there (between searched budgets they need not be whole), and its weight.
-Demonstration = tuple[Any, Floats, float]
+Demonstration = tuple[BudgetLike, Floats, float]
 
 
-def demonstrations(best: Sequence[tuple[float, Ints]]) -> list[Demonstration]:
+def demonstrations(best: Sequence[tuple[BudgetLike, Ints]]) -> list[Demonstration]:
     """The best plans of a task, and plans in between.
 
     Args:
         best: budget ratios and widths (G,) of the best plan at each, the lowest budget first.
     """
-    found = [(budget, widths.astype(np.float64), 1.0) for budget, widths in best]
+    found: list[Demonstration] = [(budget, widths.astype(np.float64), 1.0) for budget, widths in best]
     for (low, a), (high, b) in itertools.pairwise(best):
+        assert isinstance(low, int | float) and isinstance(high, int | float)  # a range is one of ratios
         for t in np.linspace(0.0, 1.0, _BETWEEN + 2)[1:-1]:
             found.append((float(low + t * (high - low)), (1 - t) * a + t * b, _WEIGHT_BETWEEN))
     return found
 
 
-def wanted_action(task: Task, budget: Any, widths: Floats) -> Floats:
+def wanted_action(task: Task, budget: BudgetLike, widths: Floats) -> Floats:
     """The action (G,) within reach whose widths at a budget come closest to the wanted ones (G,).
 
     Where a plan asks for more than actions reach, the shift of the action that costs the fewest units, as
@@ -143,7 +143,7 @@ def _regress(
         shift = (error * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True)
         loss = (weights * ((error - shift) * mask[..., 0]) ** 2).sum()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
 
@@ -185,9 +185,9 @@ def _table(
     env: DistributionEnv, tasks: Sequence[Task], wanted: Sequence[Sequence[Demonstration]]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Observations (K, Gmax, F), actions (K, Gmax) and weights (K, Gmax)."""
-    rows: list[NDArray[Any]] = []
-    actions: list[NDArray[Any]] = []
-    weights: list[NDArray[Any]] = []
+    rows: list[Floats32] = []
+    actions: list[Floats] = []
+    weights: list[Floats] = []
     for index, (task, known) in enumerate(zip(tasks, wanted, strict=True)):
         groups = len(task.space.groups)
         padding = (0, env.max_groups - groups)

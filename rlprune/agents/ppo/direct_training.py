@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict, cast
 
 import numpy as np
 import torch
@@ -10,11 +10,20 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+from ...envs.base import Snapshot
 from ...evaluation.ledger import BudgetExhausted
 from ..base import SearchResult
 from ..sb3_internals import rollout_position, set_rollout_position
 from .policy import GroupPolicy
-from .trainer import Search, derived_seed, make_ppo, restore_training, seed_everything, training_state
+from .trainer import (
+    Search,
+    TrainingState,
+    derived_seed,
+    make_ppo,
+    restore_training,
+    seed_everything,
+    training_state,
+)
 
 MODE = "direct"
 # More than any account allows: the account ends the training, not PPO.
@@ -22,6 +31,16 @@ _ENDLESS = 10**9
 # Logarithm of the first deviation. Hundreds of steps hardly shrink it, and with -1 the last plans score far below the
 # base rule that the policy starts from (docs/negative-results.md).
 _LOG_STD = -2.0
+
+
+class _State(TypedDict):
+    """What a killed training goes on from."""
+
+    rollout: int
+    training: TrainingState
+    env: Snapshot
+    last_obs: torch.Tensor
+    episode_starts: list[bool]
 
 
 class RolloutStart(BaseCallback):
@@ -39,16 +58,14 @@ class RolloutStart(BaseCallback):
         ppo = self.model
         assert isinstance(ppo, PPO)
         last_obs, starts = rollout_position(ppo)
-        self._search.save(
-            MODE,
-            {
-                "rollout": self.rollout,
-                "training": training_state(ppo),
-                "env": self._search.env.snapshot(),
-                "last_obs": torch.from_numpy(np.array(last_obs)),
-                "episode_starts": [bool(s) for s in np.asarray(starts)],
-            },
-        )
+        state: _State = {
+            "rollout": self.rollout,
+            "training": training_state(ppo),
+            "env": self._search.env.snapshot(),
+            "last_obs": torch.from_numpy(np.array(last_obs)),
+            "episode_starts": [bool(s) for s in np.asarray(starts)],
+        }
+        self._search.save(MODE, state)
         seed_everything(self._search.seed, 1, self.rollout)
         self.rollout += 1
 
@@ -74,7 +91,7 @@ def direct_search(search: Search) -> SearchResult:
         if saved is None:
             search.score_starts()
         else:
-            rollout = _restore(search, ppo, saved)
+            rollout = _restore(search, ppo, cast("_State", saved))
         ppo.learn(_ENDLESS, callback=RolloutStart(search, rollout), reset_num_timesteps=False)
     except BudgetExhausted:
         pass
@@ -86,7 +103,7 @@ def direct_search(search: Search) -> SearchResult:
     return search.result(policy)
 
 
-def _restore(search: Search, ppo: PPO, saved: dict[str, Any]) -> int:
+def _restore(search: Search, ppo: PPO, saved: _State) -> int:
     search.env.reset(seed=derived_seed(search.seed))  # makes the generator whose state is put back
     search.env.restore(saved["env"])
     restore_training(ppo, saved["training"])
@@ -97,7 +114,7 @@ def _restore(search: Search, ppo: PPO, saved: dict[str, Any]) -> int:
 def _spend_rest(search: Search, policy: GroupPolicy, index: int, generator: torch.Generator) -> None:
     """One episode of the mode, then episodes of samples: of several tasks, one empties its account first."""
     task, account = search.tasks[index], search.recorders[index].account
-    budget = task.budget_range[1] if task.is_range else task.budget
+    budget = task.highest_budget
     std = float(policy.log_std.detach().exp())
     for episode in range(1 + 2 * account.left):
         obs, _ = search.env.reset(options={"task": index, "budget": budget})

@@ -15,14 +15,16 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.distributions import Distribution
-from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
 from ...artifacts.policy import read_policy_files
 from ...artifacts.policy import save_policy as write_policy
 from ...envs.observation import FEATURE_VERSIONS
-from ...envs.task import ACTION_SCALE, Task, deviate, make_task
+from ...envs.task import ACTION_SCALE, Source, Task, deviate, make_task
 from ...errors import ArtifactError
+from ...pruning.budget import BudgetLike
+from ...pruning.plan import Plan
 from ..sb3_internals import CustomPolicy
 from .transfer import PlanMemory, can_build, planned
 
@@ -78,10 +80,10 @@ class MaskedGaussian(Distribution):
     """Independent normals with one shared deviation; padded groups count for nothing."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # stable-baselines3 leaves it so
         self._mean = self._std = self._mask = torch.zeros(1, 1)
 
-    def proba_distribution_net(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def proba_distribution_net(self, *args: object, **kwargs: object) -> nn.Module:
         raise NotImplementedError("the policy builds its own network")
 
     def proba_distribution(self, mean: Tensor, log_std: Tensor, mask: Tensor) -> MaskedGaussian:
@@ -92,11 +94,13 @@ class MaskedGaussian(Distribution):
 
     def log_prob(self, actions: Tensor) -> Tensor:
         normal = torch.distributions.Normal(self._mean, self._std, validate_args=False)
-        return (normal.log_prob(actions) * self._mask).sum(dim=1)
+        found: Tensor = (normal.log_prob(actions) * self._mask).sum(dim=1)
+        return found
 
     def entropy(self) -> Tensor:
         normal = torch.distributions.Normal(self._mean, self._std, validate_args=False)
-        return (normal.entropy() * self._mask).sum(dim=1)
+        found: Tensor = (normal.entropy() * self._mask).sum(dim=1)
+        return found
 
     def sample(self) -> Tensor:
         return self._mean + self._std * torch.randn_like(self._mean) * self._mask
@@ -104,11 +108,15 @@ class MaskedGaussian(Distribution):
     def mode(self) -> Tensor:
         return self._mean
 
-    def actions_from_params(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.proba_distribution(*args).get_actions(**kwargs)
+    def actions_from_params(
+        self, mean: Tensor, log_std: Tensor, mask: Tensor, deterministic: bool = False
+    ) -> Tensor:
+        return self.proba_distribution(mean, log_std, mask).get_actions(deterministic)
 
-    def log_prob_from_params(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        actions = self.actions_from_params(*args, **kwargs)
+    def log_prob_from_params(
+        self, mean: Tensor, log_std: Tensor, mask: Tensor, deterministic: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        actions = self.actions_from_params(mean, log_std, mask, deterministic)
         return actions, self.log_prob(actions)
 
 
@@ -145,32 +153,33 @@ class GroupPolicy(CustomPolicy):
         self.network = GroupNetwork(features, self.hidden, self.log_std_init)
         self.bias = nn.Parameter(torch.zeros(groups)) if self.group_bias else None
         self.log_std = self.network.log_std  # the very same parameter, where stable-baselines3 logs it from
-        self.action_dist = MaskedGaussian()  # type: ignore[assignment]
+        self.action_dist = MaskedGaussian()
         arguments = {"lr": learning_rate, **self.optimizer_kwargs}
         self.optimizer = self.optimizer_class(self.parameters(), **arguments)
 
-    def _both(self, obs: Any) -> tuple[Distribution, Tensor]:
+    def _both(self, obs: PyTorchObs) -> tuple[Distribution, Tensor]:
+        assert isinstance(obs, Tensor)
         table = obs.float().reshape(len(obs), self.action_space.shape[0], -1)
         encoded, context, mask = self.network.encode(table)
         means = self.reach * self.network.means(encoded, context, self.bias)
         distribution = MaskedGaussian().proba_distribution(means, self.network.log_std, mask)
         return distribution, self.network.critic(context)
 
-    def forward(self, obs: Any, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Actions (B, G), values (B, 1) and log-probabilities (B,) for flat observations (B, G * F)."""
         distribution, values = self._both(obs)
         actions = distribution.get_actions(deterministic=deterministic)
         return actions, values, distribution.log_prob(actions)
 
-    def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Values (B, 1), log-probabilities (B,) and entropies (B,) of given actions."""
         distribution, values = self._both(obs)
         return values, distribution.log_prob(actions), distribution.entropy()
 
-    def get_distribution(self, obs: Any) -> Distribution:
+    def get_distribution(self, obs: PyTorchObs) -> Distribution:
         return self._both(obs)[0]
 
-    def predict_values(self, obs: Any) -> Tensor:
+    def predict_values(self, obs: PyTorchObs) -> Tensor:
         return self._both(obs)[1]
 
 
@@ -216,14 +225,14 @@ class PortablePolicy:
     """
 
     def __init__(
-        self, network: GroupNetwork, meta: Mapping[str, Any], plan_memory: PlanMemory | None = None
+        self, network: GroupNetwork, meta: Mapping[str, object], plan_memory: PlanMemory | None = None
     ) -> None:
         self.network = network.eval()
-        self.meta = dict(meta)
+        self.meta: dict[str, Any] = dict(meta)
         self.plan_memory = plan_memory
 
     @classmethod
-    def from_state(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> PortablePolicy:
+    def from_state(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, object]) -> PortablePolicy:
         """Check a loaded file and build the policy; ArtifactError names what does not fit."""
         if meta.get("format") != FORMAT:
             raise ArtifactError(f"policy: format {meta.get('format')!r} is not {FORMAT!r}")
@@ -274,18 +283,21 @@ class PortablePolicy:
             action: NDArray[np.float64] = self.network.means(encoded, context)[0].double().numpy()
         return float(self.meta.get("reach", 1.0)) * action
 
-    def task(self, source: Any, budget: Any = 0.5, metric: str | None = None) -> Task:
+    def task(self, source: Source | Task, budget: BudgetLike = 0.5, metric: str | None = None) -> Task:
         """A task with the policy's base rule, for a workload, an evaluator or another task."""
         metric = metric or str(self.meta.get("metric", "macs"))
         base_rule = str(self.meta["base_rule"])
         sensitivity = tuple(self.meta.get("sensitivity", ()))
-        evaluator = source.evaluator if isinstance(source, Task) else None
-        scorer = source.scorer if isinstance(source, Task) else None
-        if evaluator is None:
+        scorer = None
+        if isinstance(source, Task):
+            evaluator, scorer = source.evaluator, source.scorer
+        else:
             evaluator = make_task(source, budget, metric=metric).evaluator
         return Task(evaluator, budget, metric, base_rule, scorer, sensitivity, shown=self.feature_version)
 
-    def distribution(self, source: Any, budget: Any = 0.5, metric: str | None = None) -> NDArray[np.float64]:
+    def distribution(
+        self, source: Source | Task, budget: BudgetLike = 0.5, metric: str | None = None
+    ) -> NDArray[np.float64]:
         """How to spread the pruning over the groups of a model: (G,).
 
         Args:
@@ -298,7 +310,12 @@ class PortablePolicy:
         return deviate(task.base(budget), self.action(task.observe(budget)))
 
     def widths(
-        self, source: Any, budget: Any = 0.5, metric: str | None = None, *, builds: int | None = None
+        self,
+        source: Source | Task,
+        budget: BudgetLike = 0.5,
+        metric: str | None = None,
+        *,
+        builds: int | None = None,
     ) -> NDArray[np.int64]:
         """Widths (G,) for a model under a budget: no search, and no evaluation but the base rule's probes.
 
@@ -318,14 +335,20 @@ class PortablePolicy:
         return planned(task, budget, np.array(starts), builds)
 
     def plan(
-        self, source: Any, budget: Any = 0.5, metric: str | None = None, *, builds: int | None = None
-    ) -> Any:
+        self,
+        source: Source | Task,
+        budget: BudgetLike = 0.5,
+        metric: str | None = None,
+        *,
+        builds: int | None = None,
+    ) -> Plan:
         """A :class:`rlprune.Plan` for a workload (or evaluator) under a budget, without any search; see `widths`."""
         task = self.task(source, budget, metric)
         widths = self.widths(task, budget, metric, builds=builds)
         origin = {"agent": "policy", "budget": budget, "metric": task.metric, "base_rule": task.base_rule}
         evaluator: Any = task.evaluator
-        return evaluator.plan(widths, origin)
+        plan: Plan = evaluator.plan(widths, origin)
+        return plan
 
     def _check(self, task: Task) -> None:
         """Warn about an architecture that was not trained on; refuse one that has nothing in common with it."""
@@ -345,7 +368,7 @@ class PortablePolicy:
             )
 
 
-def _features_of(meta: Mapping[str, Any]) -> tuple[str, ...]:
+def _features_of(meta: Mapping[str, object]) -> tuple[str, ...]:
     """Names of the columns that a saved policy saw; ArtifactError where this program cannot show them."""
     version = meta.get("feature_version")
     if not isinstance(version, int) or version not in FEATURE_VERSIONS:

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
 from ...envs.distribution import DistributionEnv
 from ...envs.observation import pad
 from ...envs.task import Task
+from ...pruning.budget import BudgetLike
 from ...surrogates.score_gp import Predictor
-from ...utils.arrays import Floats32, Ints
+from ...utils.arrays import Floats, Floats32, Ints
 from ..sb3_internals import environment_indices
 
 # Environments of one task that share a drawn budget: projecting is vectorised over one budget.
@@ -36,8 +37,8 @@ class SurrogateVecEnv(VecEnv):
         self._random = np.random.default_rng(seed)
         self.render_mode = None
         self._chunks = _chunks(count, env.tasks)
-        self._budgets: list[Any] = []
-        self._actions: NDArray[Any] = np.zeros((count, env.max_groups))
+        self._budgets: list[BudgetLike] = []
+        self._actions: Floats | Floats32 = np.zeros((count, env.max_groups))
         self._draw()
 
     def reseed(self, seed: int) -> None:
@@ -48,10 +49,10 @@ class SurrogateVecEnv(VecEnv):
     def reset(self) -> Floats32:
         return self._observations()
 
-    def step_async(self, actions: NDArray[Any]) -> None:
+    def step_async(self, actions: Floats32) -> None:
         self._actions = actions
 
-    def step_wait(self) -> Any:
+    def step_wait(self) -> VecEnvStepReturn:
         rewards = np.zeros(self.num_envs, dtype=np.float32)
         for (task_index, rows), budget in zip(self._chunks, self._budgets, strict=True):
             task, model = self._env.tasks[task_index], self._models[task_index]
@@ -75,16 +76,18 @@ class SurrogateVecEnv(VecEnv):
     def close(self) -> None:
         """Nothing to close."""
 
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         return [getattr(self, attr_name, None) for _ in environment_indices(self, indices)]
 
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+    def set_attr(self, attr_name: str, value: object, indices: VecEnvIndices = None) -> None:
         raise AttributeError("the surrogate environments have no attributes of their own")
 
-    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+    def env_method(
+        self, method_name: str, *args: object, indices: VecEnvIndices = None, **kwargs: object
+    ) -> list[Any]:
         raise AttributeError("the surrogate environments have no methods of their own")
 
-    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+    def env_is_wrapped(self, wrapper_class: type, indices: VecEnvIndices = None) -> list[bool]:
         return [False for _ in environment_indices(self, indices)]
 
 

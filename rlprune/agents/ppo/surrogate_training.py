@@ -11,27 +11,35 @@ from __future__ import annotations
 
 import contextlib
 from functools import partial
-from typing import Any
+from typing import TypedDict, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ...envs.task import Task
 from ...evaluation.ledger import BudgetExhausted
+from ...pruning.budget import BudgetLike
 from ...pruning.history import all_final_widths, final_widths
 from ...surrogates.base import Surrogate
 from ...surrogates.composite import CompositeGP
 from ...surrogates.probes import ProbedModel
 from ...surrogates.proposals import choose_batch, climb, fresh, neighbours, random_plans
 from ...surrogates.score_gp import ScoreGP
-from ...utils.arrays import Floats, Ints
+from ...utils.arrays import Floats, Floats32, Ints
 from ..base import SearchResult, TrialRecorder
 from ..sb3_internals import reset_before_rollout
 from .behaviour_cloning import COMMON_PLANS, clone_behaviour, demonstrations
 from .policy import GroupPolicy
 from .surrogate_env import SurrogateVecEnv
-from .trainer import Search, derived_seed, make_ppo, restore_training, seed_everything, training_state
+from .trainer import (
+    Search,
+    TrainingState,
+    derived_seed,
+    make_ppo,
+    restore_training,
+    seed_everything,
+    training_state,
+)
 from .transfer import can_build, collect
 
 MODE = "surrogate"
@@ -49,6 +57,14 @@ _PARENTS = 5
 _PROMISING = 24
 # A batch asks for the sure and for the unknown: the confidence bound's weight goes through these in turn.
 _KAPPAS = (0.0, 0.5, 1.0, 2.0)
+
+
+class _State(TypedDict):
+    """What a killed search goes on from."""
+
+    batch: int
+    training: TrainingState
+    thetas: list[list[float] | None]
 
 
 class SurrogateTrainer:
@@ -74,7 +90,8 @@ class SurrogateTrainer:
 
     def _model(self, task: Task) -> Surrogate:
         if self.plan_memory is not None and self.search.policy is not None:
-            self.search.policy.widths(task, task.budget, task.metric)  # probes, where that has not been done
+            # Probes, where that has not been done.
+            self.search.policy.widths(task, task.highest_budget, task.metric)
             return ProbedModel(task)
         if self.search.settings.ppo.surrogate == "logits" and CompositeGP.applies(task):
             return CompositeGP(task)
@@ -108,14 +125,14 @@ class SurrogateTrainer:
         return policy
 
     def save(self, batch: int) -> None:
-        contents = {
+        contents: _State = {
             "batch": batch,
             "training": training_state(self.ppo),
             "thetas": [model.theta for model in self.models],
         }
         self.search.save(MODE, contents)
 
-    def restore(self, saved: dict[str, Any]) -> int:
+    def restore(self, saved: _State) -> int:
         restore_training(self.ppo, saved["training"])
         for model, theta in zip(self.models, saved["thetas"], strict=True):
             model.theta = theta
@@ -134,7 +151,7 @@ class SurrogateTrainer:
         if self.steps:
             self.ppo.learn(self.steps, reset_num_timesteps=False)
 
-    def budget(self, task: Task, batch: int) -> Any:
+    def budget(self, task: Task, batch: int) -> BudgetLike:
         return task.anchor_budgets[batch % len(task.anchor_budgets)]
 
     def clone_plans(self) -> None:
@@ -163,7 +180,7 @@ def surrogate_search(search: Search) -> SearchResult:
         if saved is None:
             search.score_starts()
         else:
-            batch = trainer.restore(saved)
+            batch = trainer.restore(cast("_State", saved))
         while any(recorder.account.left > 0 for recorder in search.recorders):
             trainer.save(batch)
             before = sum(recorder.account.spent for recorder in search.recorders)
@@ -200,7 +217,7 @@ def _run_batch(trainer: SurrogateTrainer, batch: int) -> None:
 
 
 def first_plans(
-    trainer: SurrogateTrainer, index: int, budget: Any, count: int, generator: np.random.Generator
+    trainer: SurrogateTrainer, index: int, budget: BudgetLike, count: int, generator: np.random.Generator
 ) -> Ints:
     """The policy's mode (untrained: the base plan), samples around it, and as many random plans.
 
@@ -219,7 +236,7 @@ def first_plans(
 
 
 def next_plans(
-    trainer: SurrogateTrainer, index: int, budget: Any, count: int, generator: np.random.Generator
+    trainer: SurrogateTrainer, index: int, budget: BudgetLike, count: int, generator: np.random.Generator
 ) -> Ints:
     """The policy's mode first, then what the surrogate ranks highest among all proposals."""
     task, recorder = trainer.search.tasks[index], trainer.search.recorders[index]
@@ -237,13 +254,15 @@ def next_plans(
     )
     changed = neighbours(task, parents, budget, _NEIGHBOURS, generator)
     pool = fresh(np.vstack([mode, climbed, parents, samples, changed]), recorder.known)
+    if not len(pool):  # a space that is smaller than the account
+        return pool
     # Few evaluations are spent with experience, and it knows better than the policy what is worth them.
     chosen: list[int] = [0] if len(mode) and trainer.plan_memory is None else []
     picks = choose_batch(model, pool, count, _KAPPAS, chosen)
     return pool[picks]
 
 
-def _parents(task: Task, recorder: TrialRecorder, budget: Any, samples: Ints) -> Ints:
+def _parents(task: Task, recorder: TrialRecorder, budget: BudgetLike, samples: Ints) -> Ints:
     """The best plans within the budget, the best plans of other budgets brought to this one, the policy's mode."""
     within = recorder.within(task, budget)[:_PARENTS]
     best = all_final_widths(within).reshape(-1, samples.shape[1])
@@ -255,13 +274,13 @@ def _parents(task: Task, recorder: TrialRecorder, budget: Any, samples: Ints) ->
     return np.vstack([best, moved, samples[:1]])
 
 
-def _policy_plans(trainer: SurrogateTrainer, index: int, budget: Any) -> Ints:
+def _policy_plans(trainer: SurrogateTrainer, index: int, budget: BudgetLike) -> Ints:
     """Plans of the policy: its mode (row 0) and samples."""
     task, policy = trainer.search.tasks[index], trainer.policy
     obs, _ = trainer.search.env.reset(options={"task": index, "budget": budget})
     rows = torch.from_numpy(np.repeat(obs[None], _SAMPLES, axis=0))
     with torch.no_grad():
         distribution = policy.get_distribution(rows)
-        actions: NDArray[Any] = distribution.sample().numpy()
+        actions: Floats32 = distribution.sample().numpy()
         actions[0] = distribution.mode().numpy()[0]
     return task.widths(np.clip(actions[:, : len(task.space.groups)], -1.0, 1.0), budget)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from stable_baselines3 import PPO
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
 
 from ...config.search import SearchConfig
 from ...envs.distribution import DistributionEnv
@@ -18,6 +20,15 @@ from ..base import SearchRequest, SearchResult, TrialRecorder
 from ..callbacks import SearchLogger
 from ..sb3_internals import set_updates, updates
 from .policy import GroupPolicy, PortablePolicy, provenance
+
+
+class TrainingState(TypedDict):
+    """What a PPO trainer goes on from."""
+
+    policy: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    timesteps: int
+    updates: int
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class Search:
         self.watcher.resumed()
         return saved
 
-    def save(self, mode: str, contents: dict[str, Any]) -> None:
+    def save(self, mode: str, contents: Mapping[str, object]) -> None:
         state = self.request.state
         if state is not None:
             calls = [recorder.calls for recorder in self.recorders]
@@ -142,7 +153,7 @@ def make_ppo(
     return ppo
 
 
-def training_state(ppo: PPO) -> dict[str, Any]:
+def training_state(ppo: PPO) -> TrainingState:
     """Weights, optimizer and counters of a PPO trainer, as tensors and plain types."""
     return {
         "policy": {name: t.detach().clone() for name, t in ppo.policy.state_dict().items()},
@@ -152,7 +163,7 @@ def training_state(ppo: PPO) -> dict[str, Any]:
     }
 
 
-def restore_training(ppo: PPO, saved: dict[str, Any]) -> None:
+def restore_training(ppo: PPO, saved: TrainingState) -> None:
     ppo.policy.load_state_dict(saved["policy"])
     ppo.policy.optimizer.load_state_dict(saved["optimizer"])
     ppo.num_timesteps = saved["timesteps"]

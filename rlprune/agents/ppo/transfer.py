@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...envs.task import Task
+from ...envs.task import Scored, Task
 from ...errors import ArtifactError
 from ...evaluation.candidate import Candidate
+from ...pruning.budget import BudgetLike
 from ...pruning.history import History, all_final_widths
 from ...surrogates.logit_gp import LogitProbes
-from ...surrogates.probes import log_distance, log_ratios, probes_of
+from ...surrogates.probes import find_probes, log_distance, log_ratios, probes_of
 from ...surrogates.proposals import climb, fresh, neighbours
 from ...utils.arrays import Floats, Ints
 
@@ -57,7 +58,7 @@ class PlanMemory:
         return tensors, {"fingerprint": self.fingerprint}
 
     @classmethod
-    def from_state(cls, tensors: Mapping[str, Tensor], meta: Any) -> PlanMemory:
+    def from_state(cls, tensors: Mapping[str, Tensor], meta: object) -> PlanMemory:
         """Check what a policy's file holds; ArtifactError where it does not fit together."""
         try:
             if "ratios" in tensors:
@@ -65,6 +66,8 @@ class PlanMemory:
             else:  # files of the first version held further columns: 3 + G of what was expected of the plans
                 inputs = tensors["inputs"]
                 ratios = inputs[:, : (inputs.shape[1] - 3) // 2]
+            if not isinstance(meta, Mapping):
+                raise TypeError("no facts")
             targets, tasks, fingerprint = tensors["targets"], tensors["tasks"], str(meta["fingerprint"])
             fits = ratios.ndim == 2 and min(ratios.shape) > 0 and len(ratios) == len(targets)
             fits = fits and targets.ndim == 1 and tasks.shape == targets.shape
@@ -74,7 +77,7 @@ class PlanMemory:
             raise ArtifactError("policy: its experience is damaged (the tensors' sizes do not fit)")
         return cls(ratios.double(), targets.double(), tasks.long(), fingerprint)
 
-    def starts(self, task: Task, budget: Any, most: int | None = None) -> Ints:
+    def starts(self, task: Task, budget: BudgetLike, most: int | None = None) -> Ints:
         """Plans (N, G) at a budget that are worth a build on a task's checkpoint.
 
         The other checkpoints' best ones, or, where those were of another architecture, what the rules that need no
@@ -84,7 +87,7 @@ class PlanMemory:
         same = self.fingerprint == task.space.fingerprint and self.ratios.shape[1] == len(task.space.groups)
         return self._plans(task, budget, room) if same else task.rule_plans(budget)[:room]
 
-    def _plans(self, task: Task, budget: Any, room: int) -> Ints:
+    def _plans(self, task: Task, budget: BudgetLike, room: int) -> Ints:
         """The best plan of every checkpoint, brought to a budget."""
         space, limit = task.space, task.space.target(budget, task.metric) * (1 + 1e-9)
         widths = np.rint(np.exp(self.ratios.numpy()) * space.widths).astype(np.int64)
@@ -96,7 +99,7 @@ class PlanMemory:
         return space.project(np.maximum(1.0 - widths[rows] / space.widths, 1e-4), budget, task.metric)
 
 
-def collect(tasks: Sequence[Task], scored: Sequence[Mapping[Any, Any]]) -> PlanMemory | None:
+def collect(tasks: Sequence[Task], scored: Sequence[Mapping[History, Scored]]) -> PlanMemory | None:
     """The experience of a search over several checkpoints of one architecture; None where there is none.
 
     Args:
@@ -123,10 +126,10 @@ def collect(tasks: Sequence[Task], scored: Sequence[Mapping[Any, Any]]) -> PlanM
 
 def can_build(task: Task) -> bool:
     """Whether builds can tell of a task's checkpoint: one budget, and logits of unlabelled images can be had."""
-    return not task.is_range and hasattr(task.evaluator, "logit_probes") and probes_of(task) is not None
+    return not task.is_range and find_probes(task) is not None
 
 
-def planned(task: Task, budget: Any, starts: Ints, most: int | None = None) -> Ints:
+def planned(task: Task, budget: BudgetLike, starts: Ints, most: int | None = None) -> Ints:
     """The widths (G,) of the smallest divergence that builds from ``starts`` on find at a budget; no evaluation.
 
     Args:
@@ -146,7 +149,7 @@ def planned(task: Task, budget: Any, starts: Ints, most: int | None = None) -> I
     return np.array(model.chosen)
 
 
-def _look_around(model: LogitProbes, task: Task, budget: Any, most: int) -> None:
+def _look_around(model: LogitProbes, task: Task, budget: BudgetLike, most: int) -> None:
     """Build what the process hopes most of, round after round, until there are ``most`` builds."""
     generator = np.random.default_rng(0)
     while model.builds < most:
@@ -167,7 +170,7 @@ def _look_around(model: LogitProbes, task: Task, budget: Any, most: int) -> None
 def _measure_new(
     model: LogitProbes,
     task: Task,
-    budget: Any,
+    budget: BudgetLike,
     promise: Callable[[Ints], Floats],
     generator: np.random.Generator,
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from ...pruning.plan import Plan
 from ...pruning.space import PruningSpace
 from ...pruning.surgery import axis_indices
+from ..families import tensor_of
 from .grams import unit_consumers
 
 
@@ -48,12 +48,12 @@ class BiasCompensation:
                 shift_bias(modules[consumer.module], change)
 
 
-def shift_bias(layer: Any, change: Tensor) -> None:
+def shift_bias(layer: nn.Module, change: Tensor) -> None:
     """Add ``change`` (O,) to a layer's bias, which is made where there is none.
 
     The parameter is replaced, not written into: candidates may share uncut tensors with each other.
     """
-    old = layer.bias
+    old = None if layer.bias is None else tensor_of(layer, "bias")
     value = change if old is None else old.double() + change
-    like = layer.weight if old is None else old
+    like = tensor_of(layer, "weight") if old is None else old
     layer.bias = nn.Parameter(value.to(like.device, like.dtype), requires_grad=like.requires_grad)

@@ -29,7 +29,7 @@ _DAMPING = 1e-4
 
 
 def output_moments(
-    model: nn.Module, space: PruningSpace, batches: Iterable[tuple[Tensor, Any]], seed: int = 0
+    model: nn.Module, space: PruningSpace, batches: Iterable[tuple[Tensor, object]], seed: int = 0
 ) -> dict[str, Tensor]:
     """``F = E[g g']`` of every consumer's output (O, O), by module name, in float32 (float64 for such a model).
 
@@ -44,7 +44,7 @@ def output_moments(
     trainable = [(p, p.requires_grad) for p in model.parameters()]
 
     def watch(name: str) -> Any:
-        def hook(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        def hook(layer: nn.Module, inputs: object, output: Tensor) -> None:
             def note(gradient: Tensor) -> None:
                 g = token_rows(gradient)
                 sums[name] = sums[name].addmm_(g.T, g) if name in sums else g.T @ g
@@ -54,7 +54,7 @@ def output_moments(
 
         return hook
 
-    def start(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    def start(layer: nn.Module, inputs: object, output: Tensor) -> Tensor:
         return output.detach().requires_grad_()
 
     consumers = unit_consumers(space)

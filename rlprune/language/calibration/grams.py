@@ -145,7 +145,7 @@ class Grams:
 def collect(
     model: nn.Module,
     space: PruningSpace,
-    batches: Iterable[tuple[Tensor, Any]],
+    batches: Iterable[tuple[Tensor, object]],
     names: Iterable[str] | None = None,
 ) -> Grams:
     """Gram matrices of the attention and feed-forward groups' consumers in one pass over ``batches``.
@@ -202,7 +202,7 @@ def token_rows(x: Tensor) -> Tensor:
     return flat if flat.dtype == torch.float64 else flat.float()
 
 
-def run_blocks(model: nn.Module, batches: Iterable[tuple[Tensor, Any]]) -> None:
+def run_blocks(model: nn.Module, batches: Iterable[tuple[Tensor, object]]) -> None:
     """Run the model over the inputs for its hooks' sake; a transformers model leaves out its LM head.
 
     The head costs a fifth of a small model's time and nothing that is cut reads it.

@@ -13,18 +13,18 @@ input here, where the fold for any set of channels takes it from the kept ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...importance.unit_scores import Scores
 from ...pruning.plan import Plan
 from ...pruning.space import PruningSpace
 from ...pruning.surgery import axis_indices
 from ...utils.arrays import Ints
+from ..families import tensor_of
 from .compensation import shift_bias
 from .elimination import penalised
 from .grams import Consumer, Grams, InputGram, unit_consumers
@@ -103,7 +103,7 @@ class NestedReconstruction:
         model: nn.Module,
         space: PruningSpace,
         grams: Grams,
-        importance: Sequence[Any] | None,
+        importance: Scores | None,
         ridge: float,
         *,
         intercept: bool = False,
@@ -129,7 +129,7 @@ class NestedReconstruction:
         model: nn.Module,
         consumer: Consumer,
         gram: InputGram,
-        importance: Sequence[Any] | None,
+        importance: Scores | None,
         ridge: float,
         intercept: bool,
     ) -> _Solved:
@@ -185,8 +185,8 @@ class NestedReconstruction:
             right = right[:, torch.from_numpy(rows).to(right.device)]
         return torch.linalg.solve(part.T @ part, right).to(solved.target.dtype)
 
-    def _write(self, layer: Any, solved: _Solved, kept: Ints, rows: Ints | None, new: Tensor) -> None:
-        layer.weight.copy_(new if solved.consumer.dim == 0 else new.T)
+    def _write(self, layer: nn.Module, solved: _Solved, kept: Ints, rows: Ints | None, new: Tensor) -> None:
+        tensor_of(layer, "weight").copy_(new if solved.consumer.dim == 0 else new.T)
         if solved.mean is None or solved.output is None:
             return
         index = torch.from_numpy(kept).to(new.device)

@@ -47,7 +47,7 @@ class Statistics:
     ffn_cosine: Floats
 
 
-def collect(model: nn.Module, space: PruningSpace, batches: Iterable[tuple[Tensor, Any]]) -> Statistics:
+def collect(model: nn.Module, space: PruningSpace, batches: Iterable[tuple[Tensor, object]]) -> Statistics:
     """Statistics over ``batches`` of (input ids, anything); modes of the model are left as they were.
 
     Raises:
@@ -131,7 +131,7 @@ class _BlockProbe:
         return [*parts, before, self._block.register_forward_hook(self._after)]
 
     def _part(self, name: str) -> Callable[..., Tensor | None]:
-        def hook(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        def hook(layer: nn.Module, inputs: object, output: Tensor) -> Tensor | None:
             if not self.repeating:
                 self._added[name] = output
                 return None
@@ -143,7 +143,7 @@ class _BlockProbe:
         self._given = args, kwargs
         self._added = {}
 
-    def _after(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+    def _after(self, layer: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
         args, kwargs = self._given
         x_in = args[0] if args else kwargs["hidden_states"]
         x_out = _stream(output)
@@ -171,6 +171,6 @@ class _BlockProbe:
             self.repeating = False
 
 
-def _stream(output: Any) -> Tensor:
+def _stream(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     found: Tensor = output if isinstance(output, Tensor) else output[0]
     return found

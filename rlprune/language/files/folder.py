@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,6 +12,7 @@ from ...artifacts.pruned_model import check_against_plan, plan_document
 from ...artifacts.safetensors import MAX_SHARD_SIZE, Entry, parse_size, write_checkpoint
 from ...pruning.plan import Plan
 from ...utils.files import replacing_folder, write_json_atomic
+from ...workloads.adapter import TokenizerSource
 from . import pretrained
 
 
@@ -20,8 +20,8 @@ def save_language_model(
     slim: nn.Module,
     plan: Plan,
     directory: str | Path,
-    base: Mapping[str, Any] | None,
-    tokenizer: Any,
+    base: Mapping[str, object] | None,
+    tokenizer: TokenizerSource | None,
     max_shard_size: str | int,
 ) -> Path:
     """Write a pruned language model with all that transformers needs to load it; see `rlprune.save`."""
@@ -42,8 +42,8 @@ def write_language_model(
     directory: str | Path,
     stored: Mapping[str, Entry],
     stream: Callable[[Sequence[str]], Iterator[tuple[str, Tensor]]],
-    base: Mapping[str, Any] | None = None,
-    tokenizer: Any = None,
+    base: Mapping[str, object] | None = None,
+    tokenizer: TokenizerSource | None = None,
     max_shard_size: str | int = MAX_SHARD_SIZE,
 ) -> Path:
     """The folder of a language model whose tensors come from a stream; ``slim`` may be on ``meta``.
@@ -54,14 +54,15 @@ def write_language_model(
     """
     parse_size(max_shard_size)
     check_against_plan(slim.state_dict(), plan)
-    dense = pretrained.dense_config(slim, plan.space.fingerprint)
-    config = pretrained.pruned_config(slim, dense)
+    model = pretrained.pretrained_model(slim)
+    dense = pretrained.dense_config(model, plan.space.fingerprint)
+    config = pretrained.pruned_config(model, dense)
     source = {"source": pretrained.SOURCE, "name": (base or {}).get("name"), "config": dense}
     document = plan_document(plan, source, {name: entry.shape for name, entry in stored.items()})
     document |= pretrained.plan_fields(slim, config)
     with replacing_folder(directory, PLAN_FILE) as folder:
         metadata = {"format": "pt", "rlprune": str(VERSION)}
         write_checkpoint(folder, stored, stream, max_shard_size, metadata)
-        pretrained.write_side_files(folder, config, slim, tokenizer)
+        pretrained.write_side_files(folder, config, model, tokenizer)
         write_json_atomic(folder / PLAN_FILE, document)
     return Path(directory)

@@ -14,24 +14,26 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ...artifacts.documents import PlanDocument
 from ...artifacts.safetensors import Entry, TensorFiles, entry_of
-from ...errors import ArtifactError, near_miss, one_line
+from ...errors import ArtifactError, described, near_miss
 from ...pruning.space import fingerprint
 from ...utils.files import read_json, write_json_atomic
+from ...workloads.adapter import TokenizerSource
 from .. import families
+from .tokenizers import has_tokenizer, write_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SOURCE = "transformers"
 CONFIG, GENERATION = "config.json", "generation_config.json"
 CODE = ("modeling_rlprune.py", "families.py")
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 # What differs between config.json and the dense configuration in plan.json, or has no part in the outputs.
 _SAID_TWICE = ("added_biases", "pruned_hidden_size")
 _OWN = ("per_layer_config", *_SAID_TWICE, "auto_map", "architectures")
@@ -53,18 +55,23 @@ def is_language_model(model: object) -> bool:
     return model.config.model_type in families.FAMILIES and model.get_output_embeddings() is not None
 
 
-def plain_config(config: Any) -> dict[str, Any]:
+def pretrained_model(model: nn.Module) -> PreTrainedModel:
+    """The model under its type in transformers, which the language adapter has made sure of (`is_language_model`)."""
+    return cast("PreTrainedModel", model)
+
+
+def plain_config(config: PreTrainedConfig) -> dict[str, Any]:
     """A configuration as JSON-able fields, without what only says where it came from (a GGUF file, say)."""
     fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
     return {name: value for name, value in fields.items() if name not in _IDLE}
 
 
-def dense_fields(config: Any) -> dict[str, Any]:
+def dense_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """`plain_config` without what a pruned model adds to the dense one's, nor the number format."""
     return dense_fields_of(plain_config(config))
 
 
-def dense_fields_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+def dense_fields_of(fields: Mapping[str, object]) -> dict[str, Any]:
     """`dense_fields` for the content of a config.json."""
     return {name: value for name, value in fields.items() if name not in (*_OWN, "dtype")}
 
@@ -77,7 +84,7 @@ def read_fields(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def build_config(fields: Mapping[str, Any]) -> Any:
+def build_config(fields: Mapping[str, object]) -> PreTrainedConfig:
     """The configuration object of saved fields; the stock class where all layers are alike.
 
     Raises ArtifactError for a model type that is not supported and for fields that transformers refuses.
@@ -94,17 +101,17 @@ def build_config(fields: Mapping[str, Any]) -> Any:
     try:
         return cls.from_dict(kept)
     except Exception as error:  # validators of transformers raise errors of many kinds
-        raise ArtifactError(f"{model_type} configuration refused: {_brief(error)}") from error
+        raise ArtifactError(f"{model_type} configuration refused: {described(error)}") from error
 
 
-def skeleton(config: Any) -> nn.Module:
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a configuration without memory for its weights (on ``meta``), in eval mode."""
     try:
         with torch.device("meta"):
             return _class_of(config)(config).eval()
     except Exception as error:  # families raise whatever their layers raise
         raise ArtifactError(
-            f"no {config.model_type} model fits the configuration: {_brief(error)}"
+            f"no {config.model_type} model fits the configuration: {described(error)}"
         ) from error
 
 
@@ -122,7 +129,7 @@ def stored_entries(model: nn.Module) -> dict[str, Entry]:
     return entries
 
 
-def dense_config(slim: Any, dense_fingerprint: str) -> dict[str, Any]:
+def dense_config(slim: PreTrainedModel, dense_fingerprint: str) -> dict[str, Any]:
     """The fields of the dense model's configuration, found from the pruned model's; ArtifactError when it is another.
 
     The pruned model may be the stock class as `rlprune.prune` made it, or one that was loaded from a folder of
@@ -143,12 +150,12 @@ def dense_config(slim: Any, dense_fingerprint: str) -> dict[str, Any]:
     )
 
 
-def pruned_config(slim: Any, base: Mapping[str, Any]) -> dict[str, Any]:
+def pruned_config(slim: PreTrainedModel, base: Mapping[str, Any]) -> dict[str, Any]:
     """The content of config.json: the dense fields, the sizes of the layers that differ, added biases, the classes."""
     sizes = families.layer_sizes(slim)
     fields = {name: value for name, value in base.items() if name not in _OWN}
     fields |= {"per_layer_config": _sparse(sizes, fields), "dtype": one_dtype(slim)}
-    hidden = slim.get_input_embeddings().weight.shape[1]
+    hidden = families.tensor_of(slim.get_input_embeddings(), "weight").shape[1]
     if hidden < base.get("hidden_size", hidden) and "word_embed_proj_dim" not in base:
         fields["pruned_hidden_size"] = hidden
     names = set(stored_entries(skeleton(build_config(fields))))
@@ -167,13 +174,18 @@ def pruned_config(slim: Any, base: Mapping[str, Any]) -> dict[str, Any]:
     return plain_config(config)
 
 
-def plan_fields(slim: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+def plan_fields(slim: nn.Module, config: Mapping[str, object]) -> dict[str, Any]:
     """What plan.json says again of config.json, so that a change in one of the two shows."""
     fields: dict[str, Any] = {"layers": families.layer_sizes(slim)}
     return fields | {name: config[name] for name in _SAID_TWICE if name in config}
 
 
-def write_side_files(folder: Path, config: Mapping[str, Any], slim: Any, tokenizer: Any = None) -> None:
+def write_side_files(
+    folder: Path,
+    config: Mapping[str, object],
+    slim: PreTrainedModel,
+    tokenizer: TokenizerSource | None = None,
+) -> None:
     """Write config.json, generation_config.json, the code for other loaders, and the tokenizer's files."""
     write_tokenizer(folder, tokenizer)
     write_json_atomic(folder / CONFIG, dict(config))
@@ -188,23 +200,13 @@ def write_side_files(folder: Path, config: Mapping[str, Any], slim: Any, tokeniz
             file.write(f"\n\nregister({own!r}, {families.FAMILIES[own]!r})\n")
 
 
-def write_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Write a tokenizer's files; ``tokenizer`` may also be a folder that has them, or None."""
-    if isinstance(tokenizer, (str, Path)):
-        for name in TOKENIZER_FILES:
-            if (Path(tokenizer) / name).is_file():
-                shutil.copyfile(Path(tokenizer) / name, folder / name)
-    elif tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-
-
-def load_tokenizer(folder: str | Path) -> Any:
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a pruned model's folder, or None where it has none; no code of the folder is run.
 
     ``AutoTokenizer.from_pretrained(folder)`` looks at config.json first, and some stock families refuse that.
     """
     path = Path(folder)
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(path):
         return None
     from transformers import AutoTokenizer
 
@@ -214,7 +216,7 @@ def load_tokenizer(folder: str | Path) -> Any:
             path, config=config, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # damaged files raise whatever their parser raises
-        raise ArtifactError(f"{path}: the tokenizer cannot be read: {_brief(error)}") from error
+        raise ArtifactError(f"{path}: the tokenizer cannot be read: {described(error)}") from error
 
 
 def published_name(model_type: str, name: str) -> str:
@@ -224,7 +226,7 @@ def published_name(model_type: str, name: str) -> str:
     return f"{renamed.get(module, module)}.{last}" if module else name
 
 
-def load_folder(folder: Path, document: Mapping[str, Any]) -> Any:
+def load_folder(folder: Path, document: PlanDocument) -> PreTrainedModel:
     """The pruned model of a folder, on the CPU; every file is checked against plan.json (``document``) first."""
     config = _checked_config(folder, document)
     files = TensorFiles(folder)
@@ -268,7 +270,7 @@ def refuse_nan(name: str, tensor: Tensor, where: str) -> None:
         raise ArtifactError(f"{where}: the tensor {name!r} holds NaN or infinite values")
 
 
-def _checked_config(folder: Path, document: Mapping[str, Any]) -> Any:
+def _checked_config(folder: Path, document: PlanDocument) -> PreTrainedConfig:
     """config.json as an object, after it was compared with plan.json field by field."""
     path = folder / CONFIG
     fields, base = read_fields(folder), document["base"].get("config")
@@ -289,7 +291,7 @@ def _checked_config(folder: Path, document: Mapping[str, Any]) -> Any:
     return _read_config(fields | {"per_layer_config": fields.get("per_layer_config", {})}, path)
 
 
-def _check_layers(sparse: Any, base: Mapping[str, Any], layers: Sequence[Any], path: Path) -> None:
+def _check_layers(sparse: object, base: Mapping[str, object], layers: Sequence[object], path: Path) -> None:
     """The sizes in config.json are those in plan.json."""
     field = f"{path}: per_layer_config"
     if not isinstance(sparse, dict):
@@ -315,7 +317,7 @@ def _check_layers(sparse: Any, base: Mapping[str, Any], layers: Sequence[Any], p
                 raise ArtifactError(f"{field}.{index}.{name}: is {value!r}, plan.json says {size!r}")
 
 
-def _check_entries(files: TensorFiles, config: Any, document: Mapping[str, Any]) -> None:
+def _check_entries(files: TensorFiles, config: PreTrainedConfig, document: PlanDocument) -> None:
     """The files hold the tensors that plan.json lists, in the shapes that config.json asks for and of its format."""
     wanted, listed = stored_entries(skeleton(config)), document["tensors"]
     at = str(files.folder / "model.safetensors") if files.index is None else str(files.index)
@@ -346,14 +348,14 @@ def _check_entries(files: TensorFiles, config: Any, document: Mapping[str, Any])
             )
 
 
-def _read_config(fields: Mapping[str, Any], path: Path, prefix: str = "") -> Any:
+def _read_config(fields: Mapping[str, object], path: Path, prefix: str = "") -> PreTrainedConfig:
     try:
         return build_config(fields)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {prefix}{error}") from error
 
 
-def _sparse(sizes: Sequence[Mapping[str, int]], fields: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+def _sparse(sizes: Sequence[Mapping[str, int]], fields: Mapping[str, object]) -> dict[str, dict[str, int]]:
     """{layer: sizes that differ from the whole's}; a size that the whole does not state is given for every layer."""
     plain = build_config(fields)
     table: dict[str, dict[str, int]] = {}
@@ -378,7 +380,7 @@ def one_dtype(model: nn.Module) -> str:
     return _short(next(iter(found)))
 
 
-def _class_of(config: Any) -> Any:
+def _class_of(config: PreTrainedConfig) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     modeling = _modeling()
@@ -393,9 +395,5 @@ def _modeling() -> ModuleType:
     return modeling_rlprune
 
 
-def _short(dtype: Any) -> str:
+def _short(dtype: torch.dtype | str | None) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _brief(error: BaseException) -> str:
-    return f"{type(error).__name__}: {one_line(error)}"

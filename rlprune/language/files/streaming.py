@@ -7,15 +7,15 @@ dense weights are never in memory together: one tensor is read, cut, written and
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...artifacts.documents import PLAN_FILE, read_plan
+from ...artifacts.documents import PLAN_FILE, PlanDocument, read_plan
 from ...artifacts.safetensors import MAX_SHARD_SIZE, Entry, TensorFiles
 from ...errors import ArtifactError, near_miss
 from ...pruning.cost_metrics import with_registered_costs
@@ -28,6 +28,9 @@ from ...utils.files import read_json
 from ..space import language_space
 from . import pretrained
 from .folder import write_language_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Buffers that older checkpoints hold and that models now compute themselves.
 _COMPUTED = (
@@ -113,7 +116,7 @@ def dense_skeleton(folder: str | Path, files: TensorFiles | None = None) -> Any:
     return model
 
 
-def space_of(model: nn.Module, document: Mapping[str, Any]) -> PruningSpace:
+def space_of(model: nn.Module, document: PlanDocument) -> PruningSpace:
     """The pruning space in which a saved plan was made; the model may be on ``meta``.
 
     Raises ArtifactError: a group of the plan is none of the model's.
@@ -147,7 +150,7 @@ def _cuts_by_tensor(plan: Plan) -> dict[str, list[tuple[int, Ints]]]:
     return cuts
 
 
-def _source_names(dense: Any, files: TensorFiles) -> dict[str, str]:
+def _source_names(dense: PreTrainedModel, files: TensorFiles) -> dict[str, str]:
     """Stored name of the model -> name in the checkpoint, which may lack the prefix or name another tied tensor."""
     wanted = pretrained.stored_entries(dense)
     aliases = _aliases(dense)

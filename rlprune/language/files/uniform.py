@@ -14,11 +14,11 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...artifacts.documents import PLAN_FILE, read_plan
 from ...artifacts.safetensors import MAX_SHARD_SIZE, Entry, write_checkpoint
@@ -26,8 +26,13 @@ from ...errors import ArtifactError, BudgetError
 from ...pruning.space import PruningSpace
 from ...utils.arrays import Ints
 from ...utils.files import replacing_folder, write_json_atomic
+from ...workloads.adapter import TokenizerSource
 from .. import families
 from . import pretrained
+from .tokenizers import write_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MARKER = "rlprune_export.json"
 _CHECKED_TOKENS = (2, 9)  # sequences and their length in the check of what was written
@@ -48,7 +53,7 @@ class PlainForm:
 
 
 def equal_widths(
-    space: PruningSpace, budget: Any, metric: str = "macs", dropped_blocks: Sequence[int] = ()
+    space: PruningSpace, budget: str | float, metric: str = "macs", dropped_blocks: Sequence[int] = ()
 ) -> Ints:
     """Widths (G,) with one number of neurons for all blocks, within a budget; heads and hidden size stay.
 
@@ -106,8 +111,9 @@ def _check_alike(space: PruningSpace, dropped: set[int]) -> None:
             raise BudgetError(f"same widths: {name!r} stays as it is ({reason}), the others cannot follow")
 
 
-def plain_obstacle(slim: Any) -> str:
+def plain_obstacle(model: nn.Module) -> str:
     """Why a pruned causal language model has no plain form; empty where it has one."""
+    slim = pretrained.pretrained_model(model)
     try:
         plain_form(slim)
     except NotUniform as reason:
@@ -121,7 +127,7 @@ def plain_obstacle(slim: Any) -> str:
     return ""
 
 
-def plain_form(slim: Any) -> PlainForm:
+def plain_form(slim: PreTrainedModel) -> PlainForm:
     """The plain form of a pruned causal language model; NotUniform says why there is none."""
     sizes = families.layer_sizes(slim)
     kept = [index for index, layer in enumerate(sizes) if any(layer[name] for name in _cut(slim))]
@@ -153,10 +159,10 @@ def plain_form(slim: Any) -> PlainForm:
 
 
 def write_plain(
-    slim: Any,
+    slim: PreTrainedModel,
     out: str | Path,
     *,
-    tokenizer: Any = None,
+    tokenizer: TokenizerSource | None = None,
     max_shard_size: str | int = MAX_SHARD_SIZE,
 ) -> Path:
     """Write the plain folder and check it: stock transformers has to give the same logits to the bit.
@@ -182,7 +188,7 @@ def write_plain(
         generation = getattr(slim, "generation_config", None)
         if generation is not None:
             write_json_atomic(folder / pretrained.GENERATION, json.loads(generation.to_json_string()))
-        pretrained.write_tokenizer(folder, tokenizer)
+        write_tokenizer(folder, tokenizer)
         write_json_atomic(folder / MARKER, {"format": "rlprune export", "tensors": len(form.entries)})
         _check(slim, folder)
     return Path(out)
@@ -224,12 +230,14 @@ def export_folder(directory: str | Path, out: str | Path | None = None) -> tuple
     return target, f"needs trust_remote_code=True: {why}"
 
 
-def _cut(slim: Any) -> tuple[str, str]:
+def _cut(slim: PreTrainedModel) -> tuple[str, str]:
     heads, _, neurons = families.family_of(slim).sizes
     return heads, neurons
 
 
-def _fields(slim: Any, sizes: Mapping[str, int], kept: Sequence[int], depth: int) -> dict[str, Any]:
+def _fields(
+    slim: PreTrainedModel, sizes: Mapping[str, int], kept: Sequence[int], depth: int
+) -> dict[str, Any]:
     """The dense model's fields with one size for all layers and the number of blocks that are left."""
     fields = pretrained.dense_fields(slim.config)
     dense = pretrained.build_config(fields)
@@ -261,7 +269,7 @@ def _renumbered(names: Mapping[str, Entry], blocks: str, kept: Sequence[int]) ->
     return found
 
 
-def _check(slim: Any, folder: Path) -> None:
+def _check(slim: PreTrainedModel, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     with pretrained.quiet_loading():
@@ -269,7 +277,7 @@ def _check(slim: Any, folder: Path) -> None:
     _same(slim, plain, "the plain model")
 
 
-def _same(slim: Any, other: Any, what: str) -> None:
+def _same(slim: PreTrainedModel, other: PreTrainedModel, what: str) -> None:
     """Raise NotUniform unless both give the same logits to the bit on random tokens."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(slim.config.vocab_size, _CHECKED_TOKENS, generator=generator)

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from ...config.config import FinishConfig
 from ...errors import ConfigError, DataError, near_miss
 from ...recovery.finetune import Progress
 from ...utils.randomness import isolated_randomness
+from ...workloads.base import Workload
 from .loss import ADAPTER_LR, FULL_LR, TokenLoss, full_precision
 from .peft import attached
 from .trainer import Work, run_trainer
@@ -55,7 +55,7 @@ class TuneResult:
 
 
 def tune(
-    workload: Any,
+    workload: Workload,
     model: nn.Module,
     settings: FinishConfig,
     *,
@@ -90,11 +90,7 @@ def tune(
         ArtifactError: ``out`` holds the state of a fine-tune with other settings.
     """
     started = time.monotonic()
-    if settings.method not in METHODS:
-        hint = near_miss(settings.method, METHODS)
-        raise ConfigError(
-            f"finish.method: unknown method {settings.method!r}{hint}; allowed: {', '.join(METHODS)}"
-        )
+    _check_method(settings.method)
     total = settings.steps if steps is None else steps
     if total < 1:
         return TuneResult(model, 0, math.nan, 0, 0, 0.0)
@@ -120,6 +116,12 @@ def tune(
     return TuneResult(handle.model, total, mean, tokens, handle.trained, time.monotonic() - started)
 
 
+def _check_method(method: str) -> None:
+    if method not in METHODS:
+        hint = near_miss(method, METHODS)
+        raise ConfigError(f"finish.method: unknown method {method!r}{hint}; allowed: {', '.join(METHODS)}")
+
+
 def learning_rate(lr: float | None, method: str) -> float:
     """The peak learning rate of a method where the settings leave it open: 2e-5 for `full`, else 1e-4."""
     if lr is not None:
@@ -127,7 +129,7 @@ def learning_rate(lr: float | None, method: str) -> float:
     return FULL_LR if method == "full" else ADAPTER_LR
 
 
-def _sequences(workload: Any, count: int, batch_size: int, seed: int) -> list[Tensor]:
+def _sequences(workload: Workload, count: int, batch_size: int, seed: int) -> list[Tensor]:
     """The first ``count`` sequences (L,) of shuffled epochs of the train split, as int32 on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     rows: list[Tensor] = []

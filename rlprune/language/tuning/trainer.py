@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from ...utils.checkpoints import require_same, settings_key
 from ...utils.files import read_json, write_json_atomic
 from ..transformers_internals import TrainedOnly, lend_block_classes, use_one_gpu
 from .loss import WARMUP, TokenLoss
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 MARK = "rlprune.json"
 _LOOK_SECONDS = 0.25
@@ -127,7 +130,9 @@ class _Watched:
 
     watch: Any
 
-    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], *args: object, **kwargs: object
+    ) -> Any:
         loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         self.watch.see(loss[0] if isinstance(loss, tuple) else loss)
         return loss
@@ -150,7 +155,9 @@ class _Watch:
     def see(self, loss: Tensor) -> None:
         self._micro.append(loss.detach())
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         steps, done = self.work.steps, state.global_step
         ends = done > steps - max(1, steps // 10)
         if ends or time.monotonic() - self._last > _LOOK_SECONDS:
@@ -162,13 +169,17 @@ class _Watch:
             control.should_training_stop |= not math.isfinite(now)
         self._micro.clear()
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if state.is_world_process_zero:
             mark = {"version": 1, "key": self.key, "tail": [x for x in self._tail if math.isfinite(x)]}
-            write_json_atomic(Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARK, mark)
+            write_json_atomic(Path(args.output_dir or "") / f"checkpoint-{state.global_step}" / MARK, mark)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
         if (folder / MARK).is_file():
             self._tail = list(read_json(folder / MARK)["tail"])
 
@@ -258,7 +269,7 @@ def _checkpoint(out: Path, key: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _quiet(trainer: Any) -> Iterator[None]:
+def _quiet(trainer: Trainer) -> Iterator[None]:
     """No table of losses on standard output, no notes: the run shows its own bar."""
     from transformers.trainer_callback import PrinterCallback
     from transformers.utils import logging
