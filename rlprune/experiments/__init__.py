@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from . import fidelity, fidelity_table
     from .apply import refined
     from .build import build_workload
+    from .export import Export, Written
     from .finish import choose
     from .methods import MethodResult, run_agent, score_rule
     from .prepare import Experiment, prepare_experiment
@@ -22,6 +23,8 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "Experiment": "prepare",
+        "Export": "export",
+        "Written": "export",
         "MethodResult": "methods",
         "PruningResult": "result",
         "build_workload": "build",
@@ -36,8 +39,10 @@ __getattr__, __dir__ = lazy_names(
 
 __all__ = [
     "Experiment",
+    "Export",
     "MethodResult",
     "PruningResult",
+    "Written",
     "build_workload",
     "choose",
     "fidelity",
