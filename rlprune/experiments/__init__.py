@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from . import fidelity, fidelity_table
     from .apply import refined
     from .build import build_workload
+    from .export import Written
     from .finish import choose
     from .methods import MethodResult, run_agent, score_rule
     from .prepare import Experiment, prepare_experiment
@@ -24,6 +25,7 @@ __getattr__, __dir__ = lazy_names(
         "Experiment": "prepare",
         "MethodResult": "methods",
         "PruningResult": "result",
+        "Written": "export",
         "build_workload": "build",
         "choose": "finish",
         "prepare_experiment": "prepare",
@@ -38,6 +40,7 @@ __all__ = [
     "Experiment",
     "MethodResult",
     "PruningResult",
+    "Written",
     "build_workload",
     "choose",
     "fidelity",
