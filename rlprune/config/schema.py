@@ -67,7 +67,9 @@ class Section:
 def section(cls: type[SectionType]) -> type[SectionType]:
     """A frozen dataclass of settings, checked by pydantic whenever one is made; ConfigError where it is wrong."""
     every = typing.get_type_hints(cls)
-    cls.hints = {name: every[name] for name in cls.__annotations__ if typing.get_origin(every[name]) is not ClassVar}
+    cls.hints = {
+        name: every[name] for name in cls.__annotations__ if typing.get_origin(every[name]) is not ClassVar
+    }
     for name, hint in cls.hints.items():
         cls.__annotations__[name] = _checked(hint, getattr(cls, name).metadata, cls.prefix + name)
     made: Any = checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))(cls)
