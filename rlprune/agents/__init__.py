@@ -135,7 +135,7 @@ _KNOWN = {entry.target.partition(":")[0] for entry in _SHIPPED.values()} | {
 
 def make_agent(name: str, settings: SearchConfig | None = None) -> Agent:
     """An agent by name; ConfigError with the near miss for an unknown one."""
-    if name not in AGENTS:
+    if not AGENTS.knows(name):
         allowed = ", ".join(AGENTS)
         raise ConfigError(
             f"search.agent: unknown agent {name!r}{near_miss(name, AGENTS)}; allowed: {allowed}"

@@ -258,6 +258,7 @@ def applicable(
     methods: Sequence[str] | None, space: PruningSpace, unable: Mapping[str, str]
 ) -> tuple[list[str], dict[str, str]]:
     """The methods that can run here, and of all others why not; ConfigError where one was asked for by name."""
+    AGENTS.complete()
     reasons = {
         name: f"for {adapter_named(rule.wing).models} only"
         for name, rule in RULES.items()

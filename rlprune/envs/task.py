@@ -254,7 +254,7 @@ class Task:
     def _rule(self, name: str, budget: BudgetLike) -> Floats:
         if name == "uniform" and all(g.exact and g.block < 0 for g in self.space.groups):
             return np.ones(len(self.space.groups))
-        if name not in RULES:
+        if not RULES.knows(name):
             allowed = ", ".join(RULES)
             raise ConfigError(f"base_rule: unknown rule {name!r}{near_miss(name, RULES)}; allowed: {allowed}")
         # A rule that probes (sensitivity) is charged for it like everybody else.

@@ -110,7 +110,7 @@ class Experiment:
 
 def find_rule(name: str) -> Any:
     """A rule by name; ConfigError with the near miss for an unknown one."""
-    if name not in RULES:
+    if not RULES.knows(name):
         raise ConfigError(f"rule: unknown rule {name!r}{near_miss(name, RULES)}; allowed: {', '.join(RULES)}")
     return RULES[name]
 

@@ -100,7 +100,7 @@ def register(
 
 def find_importance(name: str) -> Importance:
     """An importance by name; ConfigError with the near miss for an unknown one."""
-    if name not in IMPORTANCES:
+    if not IMPORTANCES.knows(name):
         hint = near_miss(name, IMPORTANCES)
         raise ConfigError(f"prune.importance: unknown {name!r}{hint}; allowed: {', '.join(IMPORTANCES)}")
     return IMPORTANCES[name]

@@ -131,6 +131,7 @@ def applies(rule: Rule, space: PruningSpace) -> bool:
 
 def rules_for(space: PruningSpace, *, external: bool = False) -> dict[str, Rule]:
     """The rules that apply to a space, by name; with ``external`` other libraries' methods are among them."""
+    RULES.complete()
     return {
         name: found
         for name, found in RULES.items()

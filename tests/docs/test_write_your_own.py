@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,8 +27,9 @@ from rlprune import plugins
 from rlprune.agents import SearchRequest, make_agent
 from rlprune.api import trace
 from rlprune.cli import main as cli
+from rlprune.experiments.prepare import find_rule
 from rlprune.importance import importance
-from rlprune.rules import RULES, Context
+from rlprune.rules import RULES, Context, rules_for
 from rlprune.vision.zoo import build_model
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "write-your-own.md"
@@ -266,6 +267,25 @@ def test_the_plugin_works_as_an_entry_point(
         assert re.search(rf"^{name} ", capsys.readouterr().out, re.M)
     command = COMMANDS["A recovery step"][0].replace("--plugin mine.py ", "")
     run(command, *small(command, "repaired"))
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: make_agent("hill_climb"),
+        lambda: find_rule("skewed"),
+        lambda: importance.find_importance("taylor_l2"),
+        lambda: rules_for(make_synthetic_task().space)["skewed"],
+    ],
+    ids=["agent", "rule", "importance", "all rules"],
+)
+def test_an_entry_point_is_found_from_python(
+    ask: Callable[[], object], mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises((rlprune.ConfigError, KeyError)):
+        ask()
+    install(mine, {"mine": "mine"}, monkeypatch)
+    assert ask() is not None
 
 
 def test_the_table_counts_what_is_there() -> None:
