@@ -44,17 +44,18 @@ def _registry(kind: str) -> Registry[Any]:
     from ..experiments.export import FORMATS
     from ..rules import RULES
 
-    found: dict[str, Registry[Any]] = {
+    every: dict[str, Registry[Any]] = {
         "rules": RULES,
         "agents": AGENTS,
         "importances": _importances(),
-        "formats": FORMATS,
         "recoveries": RECOVERY_STEPS,
         "costs": COST_METRICS,
         "scores": SCORE_KINDS,
+        "formats": FORMATS,
     }
-    found[kind].complete()
-    return found[kind]
+    found = every[kind]
+    found.complete()
+    return found
 
 
 def check_names(config: Config) -> None:

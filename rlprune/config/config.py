@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from ..errors import ConfigError, near_miss
 from .names import COST_METRICS, RECOVERY_STEPS, SCORE_KINDS, recovery_order
@@ -283,6 +283,9 @@ class FinishConfig(Section):
 class Config(Section):
     """All settings of a run. Relative paths are relative to the folder the command runs in."""
 
+    overridden: ClassVar[frozenset[str]] = frozenset()
+    """Settings that were overridden after the others had been read: what those were for may be gone."""
+
     name: str = setting("run", "Name of the run, shown in reports.")
     workload: str | None = setting(
         None,
@@ -329,7 +332,7 @@ class Config(Section):
         values = self.to_dict()
         for text in overrides:
             apply_override(type(self), values, with_new_name(text, RENAMED))
-        return type(self).from_dict(values)
+        return _overridden(type(self).from_dict(values), [*self.overridden, *overrides])
 
 
 def settings_reference() -> Iterator[Setting]:
@@ -358,7 +361,18 @@ def load_config(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Conf
     for text in overrides:
         apply_override(Config, values, with_new_name(text, RENAMED))
     values.setdefault("name", path.stem)
-    return Config.from_dict(values)
+    return _overridden(Config.from_dict(values), overrides)
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+def _overridden(config: AnyConfig, overrides: Sequence[str]) -> AnyConfig:
+    paths = frozenset(
+        with_new_name(text, RENAMED, warn=False).partition("=")[0].strip() for text in overrides
+    )
+    object.__setattr__(config, "overridden", paths)
+    return config
 
 
 def _find_config(path_or_name: str | Path) -> Path:

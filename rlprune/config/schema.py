@@ -67,7 +67,9 @@ class Section:
 def section(cls: type[SectionType]) -> type[SectionType]:
     """A frozen dataclass of settings, checked by pydantic whenever one is made; ConfigError where it is wrong."""
     every = typing.get_type_hints(cls)
-    cls.hints = {name: every[name] for name in cls.__annotations__ if name != "prefix"}
+    cls.hints = {
+        name: every[name] for name in cls.__annotations__ if typing.get_origin(every[name]) is not ClassVar
+    }
     for name, hint in cls.hints.items():
         cls.__annotations__[name] = _checked(hint, getattr(cls, name).metadata, cls.prefix + name)
     made: Any = checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))(cls)
@@ -134,12 +136,13 @@ class RenamedSetting(FutureWarning):
     """A setting was given by its old name, which the next version will not know."""
 
 
-def with_new_name(text: str, renamed: Mapping[str, str]) -> str:
+def with_new_name(text: str, renamed: Mapping[str, str], *, warn: bool = True) -> str:
     """An ``a.b=c`` override whose setting has its new name."""
     path, sign, raw = text.partition("=")
     if path.strip() not in renamed:
         return text
-    _warn_renamed(path.strip(), renamed)
+    if warn:
+        _warn_renamed(path.strip(), renamed)
     return f"{renamed[path.strip()]}{sign}{raw}"
 
 

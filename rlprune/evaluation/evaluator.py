@@ -25,7 +25,6 @@ from ..pruning.history import History, PlanLike, as_history, final_widths
 from ..pruning.plan import Plan, make_plan
 from ..pruning.space import PruningSpace
 from ..pruning.surgery import prune
-from ..recovery.steps import further_steps
 from ..rules.context import Context
 from ..tracing.trace import TraceOptions
 from ..utils.arrays import Floats, Ints
@@ -379,8 +378,7 @@ class Evaluator:
 
     def _for_scoring(self, stage: _Stage, cut: Plan) -> nn.Module:
         """A candidate in the scoring format, without copies of what is never cut."""
-        settings = self._recovery_settings
-        if "finetune" in settings.steps or further_steps(settings):  # which would change what is shared
+        if stage.recovery.changes_all:  # also what would be shared
             return prune(stage.model, cut, dtype=self._dtype)
         slim = prune(stage.model, cut, dtype=self._dtype, shared=stage.shared)
         # Matrices that other plans cut would add up to a second model.

@@ -68,6 +68,11 @@ class Recovery:
                 self._gradient_steps(slim)
 
     @property
+    def changes_all(self) -> bool:
+        """Whether a step may change tensors that no plan cuts."""
+        return "finetune" in self._settings.steps or bool(self._further)
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the closed form holds between candidates, where it says so."""
         return getattr(self._closed_form, "nbytes", 0)

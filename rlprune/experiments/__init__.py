@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from . import fidelity, fidelity_table
     from .apply import refined
     from .build import build_workload
-    from .export import Written
+    from .export import Export, Written
     from .finish import choose
     from .methods import MethodResult, run_agent, score_rule
     from .prepare import Experiment, prepare_experiment
@@ -23,9 +23,10 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "Experiment": "prepare",
+        "Export": "export",
+        "Written": "export",
         "MethodResult": "methods",
         "PruningResult": "result",
-        "Written": "export",
         "build_workload": "build",
         "choose": "finish",
         "prepare_experiment": "prepare",
@@ -38,6 +39,7 @@ __getattr__, __dir__ = lazy_names(
 
 __all__ = [
     "Experiment",
+    "Export",
     "MethodResult",
     "PruningResult",
     "Written",

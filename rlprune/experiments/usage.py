@@ -214,12 +214,13 @@ def check_usage(
         agents = (search.agent,)
     run = Run(command, config, expected_adapter(config), agents)
     typed = {text.partition("=")[0].strip() for text in overrides}
+    chosen = typed | config.overridden
     for setting in settings_reference():
         if reduce(getattr, setting.path.split("."), config) == setting.default:
             continue
         on_line = any(key == setting.path or key.startswith(f"{setting.path}.") for key in typed)
         for rule in (*RULES, *_by_adapters()):
-            asked = on_line or (rule.choices is not None and typed.isdisjoint(rule.choices))
+            asked = on_line or (rule.choices is not None and chosen.isdisjoint(rule.choices))
             if asked and any(fnmatch(setting.path, p) for p in rule.settings) and not rule.used(run):
                 raise ConfigError(_line(setting.path, rule, run))
 

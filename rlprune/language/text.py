@@ -180,13 +180,14 @@ def _registered(name: str, request: TextRequest) -> dict[str, Text]:
     """The text of each split that a registered function gives."""
     with named_errors("text_data", name):
         given = DATA_SETS.source(name)(request)
-    texts = dict.fromkeys(SPLITS, given) if isinstance(given, str) else given
-    if not isinstance(texts, dict) or set(texts) != set(SPLITS) or not all(texts.values()):
+    if isinstance(given, str) and given:
+        return dict.fromkeys(SPLITS, Text(name, given))
+    if not isinstance(given, dict) or set(given) != set(SPLITS) or not all(given.values()):
         raise DataError(
             f"text_data {name!r}: must return a text, or {{split: text}} of {', '.join(SPLITS)}; none may be empty"
         )
-    names = {text: f"{name} {split}" for split, text in texts.items()}
-    return {split: Text(names[text], text) for split, text in texts.items()}
+    names = {text: f"{name} {split}" for split, text in given.items()}
+    return {split: Text(names[text], text) for split, text in given.items()}
 
 
 def split_text(

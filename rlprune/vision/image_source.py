@@ -105,6 +105,10 @@ def completed(name: str, given: object, request: Request) -> Source:
         raise DataError(f"data_set {name!r}: must return a rlprune.ImageSource, got {type(given).__name__}")
     train = _checked(name, "train", given.train, request.image_size)
     test = None if given.test is None else _checked(name, "test", given.test, request.image_size)
+    if test is not None and test.images.shape[1:] != train.images.shape[1:]:
+        raise DataError(
+            f"data_set {name!r}: test must have images of the shape {tuple(train.images.shape[1:])} of train"
+        )
     highest = max(int(part.labels.max()) for part in (train, test) if part is not None)
     classes = given.classes or tuple(str(i) for i in range(highest + 1))
     if highest >= len(classes):

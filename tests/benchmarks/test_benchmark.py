@@ -227,7 +227,7 @@ def test_a_failing_cell_is_said_and_the_others_are_finished(
 
     monkeypatch.setattr(benchmark, "compute", failing)
     with pytest.raises(RunError, match="1 of 5 cells failed.*lamp, seed 1, budget 0.5: Zero") as error:
-        benchmark.run(small_digits, ["uniform", "lamp"], 2, 6, tmp_path / "run")
+        benchmark.run(small_digits, ["uniform", "lamp"], 2, 6, tmp_path / "run", callback=Console(True))
     assert "\n" not in str(error.value)
     assert "lamp, seed 1, budget 0.5: FAILED: ZeroDivisionError: no luck" in capsys.readouterr().err
     results = json.loads((tmp_path / "run" / "results.json").read_text())

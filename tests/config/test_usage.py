@@ -246,3 +246,16 @@ def test_the_commands_of_the_pages_use_what_they_are_given(page: Path) -> None:
         args = cli.build_parser().parse_args(cli._separate_sets(words[1:]))
         if getattr(args, "config", None) in shipped_configs():
             read_config(args)
+
+
+def test_what_was_overridden_in_python_may_leave_other_settings_without_use() -> None:
+    """A file's `search.batch` is no mistake of whoever asks for the other mode on top of it."""
+    file = load_config("digits").to_dict()
+    file["search"]["batch"] = 4
+    config = Config.from_dict(file)
+    check_usage(config.override(["search.mode=direct"]), "train")
+    check_usage(load_config("digits", ["search.mode=direct"]), "train")
+    assert config.override(["search.mode=direct"]) == config.override(["search.mode=direct", "seed=0"])
+    file["search"]["mode"] = "direct"
+    with pytest.raises(ConfigError, match=r"search\.batch: search\.mode is direct"):
+        check_usage(Config.from_dict(file), "train")

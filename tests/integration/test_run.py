@@ -279,9 +279,8 @@ class TestOtherCommands:
     def test_direct_mode_and_stages(self, tmp_path):
         own = ["search.mode=direct", "search.stages=2", "search.evaluations=44", "search.ppo.n_steps=8",
                "search.baselines=[]", "finish.rules=false"]  # fmt: skip
-        config = rlprune.load_config(
-            "digits", [*without(TINY, "search.", "finish."), *own, "finish.epochs=0"]
-        )
+        kept = [text for text in TINY if not text.startswith(("search.", "finish."))]
+        config = rlprune.load_config("digits", [*kept, *own, "finish.epochs=0"])
         out = run.train(config, tmp_path / "staged").folder
         assert any(isinstance(row["widths"][0], list) for row in ledger_of(out))
         assert (out / "report.html").exists()
