@@ -5,7 +5,7 @@ A setting is given where it differs from its default, so the defaults that RUN/c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial, reduce
@@ -72,7 +72,7 @@ class Rule:
 
     ``choices`` are the settings that decide it beside the command; None where the command alone does, and then only
     what is typed on the command line is refused: a file serves several commands. A file's setting is not refused
-    either where one of the choices was overridden on the command line.
+    either where one of the choices was overridden, on the command line or by ``Config.override``.
     """
 
     settings: tuple[str, ...]
@@ -215,12 +215,18 @@ def check_usage(
     run = Run(command, config, expected_adapter(config), agents)
     typed = {text.partition("=")[0].strip() for text in overrides}
     chosen = typed | config.overridden
+
+    def named(path: str, among: Collection[str]) -> bool:
+        return any(key == path or key.startswith(f"{path}.") for key in among)
+
     for setting in settings_reference():
         if reduce(getattr, setting.path.split("."), config) == setting.default:
             continue
-        on_line = any(key == setting.path or key.startswith(f"{setting.path}.") for key in typed)
         for rule in (*RULES, *_by_adapters()):
-            asked = on_line or (rule.choices is not None and chosen.isdisjoint(rule.choices))
+            asked = named(setting.path, typed) or (
+                rule.choices is not None
+                and (named(setting.path, config.overridden) or chosen.isdisjoint(rule.choices))
+            )
             if asked and any(fnmatch(setting.path, p) for p in rule.settings) and not rule.used(run):
                 raise ConfigError(_line(setting.path, rule, run))
 

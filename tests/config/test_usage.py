@@ -256,6 +256,8 @@ def test_what_was_overridden_in_python_may_leave_other_settings_without_use() ->
     check_usage(config.override(["search.mode=direct"]), "train")
     check_usage(load_config("digits", ["search.mode=direct"]), "train")
     assert config.override(["search.mode=direct"]) == config.override(["search.mode=direct", "seed=0"])
+    with pytest.raises(ConfigError, match=r"search\.batch: search\.mode is direct"):
+        check_usage(config.override(["search.mode=direct", "search.batch=5"]), "train")
     file["search"]["mode"] = "direct"
     with pytest.raises(ConfigError, match=r"search\.batch: search\.mode is direct"):
         check_usage(Config.from_dict(file), "train")
