@@ -213,7 +213,10 @@ class TestOtherCommands:
         done(capsys, "report", str(finished))
         assert (finished / "report.html").is_file()
 
-    def test_several_budgets_and_checkpoints_train_one_policy(self, tmp_path: Path) -> None:
+    def test_several_budgets_and_checkpoints_train_one_policy(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("rlprune.agents.ppo.transfer.PROBES", 1)
         other = build_workload(tiny("model.seed=3"))
         path = tmp_path / "other.pt"
         torch.save(other.model.state_dict(), path)

@@ -261,7 +261,8 @@ class TestOtherCommands:
         assert "test accuracy" in inspection.evaluate(finished / "pruned", tiny())
         assert "give CONFIG" in inspection.evaluate(finished / "pruned", None)
 
-    def test_several_checkpoints_train_one_policy(self, tmp_path):
+    def test_several_checkpoints_train_one_policy(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("rlprune.agents.ppo.transfer.PROBES", 1)
         config = tiny(
             "search.model_seeds=[1]",
             "search.budget_range=[0.4, 0.6]",

@@ -41,6 +41,8 @@ def test_apply_refines_the_plan_of_several_checkpoints(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("rlprune.agents.ppo.behaviour_cloning._COMMON_STEPS", 50)
+    # Twelve groups, and few builds for them: what matters here is that all parts fit together.
+    monkeypatch.setattr("rlprune.agents.ppo.transfer.PROBES", 1)
     done(capsys, "train", "digits", *SETS, "search.model_seeds=[1, 2]", "--out", "run")
     policy = load_policy("run/policy")
     assert policy.meta["base_rule"] == "uniform", "what several checkpoints have in common is no rule's plan"
@@ -49,8 +51,6 @@ def test_apply_refines_the_plan_of_several_checkpoints(
     files = {path.suffix for path in Path("run/policy").iterdir()}
     assert files == {".json", ".safetensors"}, "no pickle crosses a file"
 
-    # Twelve groups, and few builds for them: what matters here is that all parts fit together.
-    monkeypatch.setattr("rlprune.agents.ppo.transfer.PROBES", 1)
     command = ["apply", "run", "digits", *REFINED, "model.seed=7", "--budget", "0.4", "--refine", "20"]
     text = done(capsys, *command, "--out", "refined")
     note = re.search(r"plans of (\d+) other checkpoints; here it built (\d+) models .* on (\d+) cal", text)
