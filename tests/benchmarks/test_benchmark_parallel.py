@@ -134,7 +134,7 @@ def test_a_stopped_benchmark_leaves_no_worker_and_goes_on_as_if_never_stopped(
 @linux
 def test_a_killed_worker_costs_its_cell_only(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    arguments = words(out, "--jobs", "2", "--evaluations", "150", methods="random,evopress")
+    arguments = words(out, "--jobs", "2", "--evaluations", "100", methods="random,evopress")
     process = command(arguments)
     # Both are at work, and have enough left to do.
     wait_for(lambda: searching(out) == 2 or process.poll() is not None, "two searches")
