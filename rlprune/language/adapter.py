@@ -94,6 +94,7 @@ class LanguageAdapter(ModelAdapter):
             ("{model} is a language model", "only image models have a use for it"),
         ),
     }
+    calibration = LanguageCalibration
     keeps_models = False
     costly_passes = True
     unlabelled_builds = False
@@ -120,21 +121,6 @@ class LanguageAdapter(ModelAdapter):
         if fingerprint(workload.model) != document["fingerprint"]:
             raise ArtifactError("plan: made for another architecture (its fingerprint differs)")
         return space_of(workload.model, document)
-
-    def calibration(
-        self,
-        workload: Workload | None,
-        space: PruningSpace,
-        model: nn.Module,
-        *,
-        seed: int = 0,
-        limit: int | None = None,
-        ridge: float = 1e-3,
-        recovery_limit: int | None = None,
-    ) -> LanguageCalibration:
-        return LanguageCalibration(
-            workload, space, model, seed=seed, limit=limit, ridge=ridge, recovery_limit=recovery_limit
-        )
 
     def closed_form(
         self, calibration: CalibrationCache, settings: RecoveryConfig, importance: Scores | None

@@ -123,6 +123,8 @@ class ModelAdapter(abc.ABC):
     """The recovery steps that its models can have (``recovery.steps``)."""
     unread: Mapping[str, tuple[str, str]] = {}
     """Settings that nothing of the wing reads: why, and what to do instead ("{model}" stands for its name)."""
+    calibration: type[CalibrationCache] = CalibrationCache
+    """What is measured of one of its models on a calibration split; a fresh one is empty."""
     keeps_models: bool = True
     """Whether the fine-tuned models of all methods stay in memory until a run ends."""
     costly_passes: bool = False
@@ -165,22 +167,6 @@ class ModelAdapter(abc.ABC):
         """The space that a saved plan was made in; ArtifactError for a plan of another architecture."""
 
     # -- what is measured and repaired --------------------------------------------------------------------------
-
-    def calibration(
-        self,
-        workload: Workload | None,
-        space: PruningSpace,
-        model: nn.Module,
-        *,
-        seed: int = 0,
-        limit: int | None = None,
-        ridge: float = 1e-3,
-        recovery_limit: int | None = None,
-    ) -> CalibrationCache:
-        """An empty cache of what is measured of a model on its calibration split."""
-        return CalibrationCache(
-            workload, space, model, seed=seed, limit=limit, ridge=ridge, recovery_limit=recovery_limit
-        )
 
     @abc.abstractmethod
     def closed_form(
