@@ -26,6 +26,7 @@ from ..experiments.train import results_of
 from ..plugins import fingerprint, fingerprint_of_settings
 from ..rules import RULES
 from ..utils.checkpoints import settings_key
+from ..utils.dotted import flat
 from ..utils.files import read_json, write_json_atomic
 from ..utils.machine import library_versions
 from ..utils.progress import Callback
@@ -161,17 +162,6 @@ def compute(
     }
     write_json_atomic(folder / f"{_name(config, cell)}.json", content)
     shutil.rmtree(state, ignore_errors=True)
-
-
-def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted names."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
 
 
 def _name(config: Config, cell: Cell) -> str:

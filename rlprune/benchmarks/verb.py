@@ -12,6 +12,11 @@ from ..utils.progress import Callback
 from .benchmark import run
 
 
+def default_folder(config: Config) -> Path:
+    """Where a benchmark is kept unless told: ``runs/NAME-benchmark``."""
+    return Path("runs") / f"{config.name}-benchmark"
+
+
 def benchmark(
     config: Config,
     methods: Sequence[str] | None = None,
@@ -44,7 +49,7 @@ def benchmark(
         RunError: cells have failed; the others are finished.
     """
     check_usage(config, "benchmark", methods=methods)
-    folder = Path("runs") / f"{config.name}-benchmark" if out is None else Path(out)
+    folder = default_folder(config) if out is None else Path(out)
     asked = config.search.evaluations if evaluations is None else evaluations
     return run(
         config,

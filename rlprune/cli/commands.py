@@ -160,7 +160,7 @@ def _benchmark(args: argparse.Namespace) -> None:
     from ..benchmarks import verb
     from ..utils.progress import Console
 
-    out = args.out or Path("runs") / f"{config.name}-benchmark"
+    out = args.out or verb.default_folder(config)
     verb.benchmark(
         config,
         args.methods,

@@ -20,6 +20,7 @@ from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
 from ..report import html as report
 from ..rules import rules_for
+from ..utils.dotted import flat
 from ..utils.files import lock_run, write_json_atomic, write_text_atomic
 from ..utils.machine import hardware
 from ..utils.progress import Callback, log_to, logger
@@ -109,23 +110,13 @@ def _run_folder(config: Config, folder: Path, resume: bool) -> Iterator[Path]:
 
 
 def _same_settings(before: Config, now: Config, folder: Path) -> None:
-    ours, theirs = _flat(now.to_dict()), _flat(before.to_dict())
+    ours, theirs = flat(now.to_dict()), flat(before.to_dict())
     changed = [
         key for key in theirs if theirs[key] != ours.get(key) and key not in ("threads", "search.tensorboard")
     ]
     if changed:
         key = changed[0]
         raise ConfigError(f"--resume: {folder} was started with {key}={theirs[key]!r}, not {ours.get(key)!r}")
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _experiments(config: Config, callback: Callback, folder: Path) -> list[Experiment]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import base64
 import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..utils.dotted import flat
 from ..utils.files import write_text_atomic
 from . import comparison, plots
 from .comparison import SCORE_UNITS
@@ -242,19 +243,16 @@ def _facts(results: Results, folder: Path) -> str:
     wanted = ("version", "fingerprint", "costs", "libraries", "versions")
     sections.append(("pruned model", {key: plan[key] for key in wanted if key in as_mapping(plan)}))
     rows = [
-        f"<tr><th>{_text(section)}</th><td>{_text(key)}</td><td>{_text(value)}</td></tr>"
+        f"<tr><th>{_text(section)}</th><td>{_text(key)}</td><td>{_text(_words(value))}</td></tr>"
         for section, values in sections
-        for key, value in _flat(values)
+        for key, value in flat(values).items()
+        if value != {}
     ]
     return f"<div class=wide><table class=facts><tbody>{''.join(rows)}</tbody></table></div>"
 
 
-def _flat(values: Mapping[str, object], prefix: str = "") -> Iterable[tuple[str, str]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", _number(value, 6) if isinstance(value, float) else str(value)
+def _words(value: object) -> str:
+    return _number(value, 6) if isinstance(value, float) else str(value)
 
 
 def _picture(figure: Figure, alt: str) -> str:

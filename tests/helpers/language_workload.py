@@ -71,3 +71,15 @@ def plans(evaluator, count, seed=0, budget=0.7):
     rng = np.random.default_rng(seed)
     groups = len(evaluator.space.groups)
     return [evaluator.space.project(d, budget, "block_params") for d in rng.random((count, groups))]
+
+
+def activations(workload: Workload, module: str) -> torch.Tensor:
+    """Inputs of a module over the calibration split, (tokens, I)."""
+    seen: list[torch.Tensor] = []
+    layer = workload.model.get_submodule(module)
+    handle = layer.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+    with torch.no_grad():
+        for inputs, _ in workload.batches("calibration"):
+            workload.model(inputs)
+    handle.remove()
+    return torch.cat([s.reshape(-1, s.shape[-1]) for s in seen])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import rlprune
-from helpers.language_workload import Sentences
+from helpers.language_workload import Sentences, activations
 from helpers.lm import VARIANTS, tiny_lm
 from helpers.nets import build, example
 from rlprune.errors import ConfigError, DataError
@@ -27,16 +27,6 @@ HEAD, KV, RATIO = 8, 3, 2  # of the variant "llama": 6 query heads, 3 key-value 
 def llama(dtype=torch.float64, **changes):
     workload = Sentences(tiny_lm("llama", dtype=dtype, num_hidden_layers=2, **changes))
     return workload, rlprune.trace(workload.model, workload.example_inputs)
-
-
-def activations(workload, module):
-    seen = []
-    handle = workload.model.get_submodule(module).register_forward_pre_hook(lambda m, a: seen.append(a[0]))
-    with torch.no_grad():
-        for inputs, _ in workload.batches("calibration"):
-            workload.model(inputs)
-    handle.remove()
-    return torch.cat([s.reshape(-1, s.shape[-1]) for s in seen]).numpy()
 
 
 def parts(model, block=0):
@@ -59,7 +49,7 @@ class TestActivations:
         for g, (layer, path) in enumerate(
             ((attention.o_proj, "self_attn.o_proj"), (mlp.down_proj, "mlp.down_proj"))
         ):
-            x = activations(workload, f"model.layers.0.{path}")
+            x = activations(workload, f"model.layers.0.{path}").numpy()
             w = layer.weight.detach().numpy()
             columns = (np.abs(w) * np.sqrt((x**2).mean(0))[None, :]).mean(0)
             np.testing.assert_allclose(scores[g], columns if g else by_kv_head(columns), rtol=1e-9)
@@ -68,10 +58,10 @@ class TestActivations:
         workload, space = llama()
         scores = compute("flap", workload, space)
         attention, mlp = parts(workload.model)
-        x = activations(workload, "model.layers.0.mlp.down_proj")
+        x = activations(workload, "model.layers.0.mlp.down_proj").numpy()
         w = mlp.down_proj.weight.detach().numpy()
         np.testing.assert_allclose(scores[1], x.var(0) * (w**2).sum(0), rtol=1e-9)
-        x = activations(workload, "model.layers.0.self_attn.o_proj")
+        x = activations(workload, "model.layers.0.self_attn.o_proj").numpy()
         w = attention.o_proj.weight.detach().numpy()
         squared = (x.var(0) * (w**2).sum(0)) ** 2
         np.testing.assert_allclose(scores[0], by_kv_head(squared) / (HEAD * RATIO), rtol=1e-9)
@@ -89,7 +79,7 @@ class TestActivations:
         space = rlprune.trace(workload.model, workload.example_inputs)
         index = [g.kind for g in space.groups].index("ffn")
         layer = workload.model.transformer.h[0].mlp.c_proj
-        x = activations(workload, "transformer.h.0.mlp.c_proj")
+        x = activations(workload, "transformer.h.0.mlp.c_proj").numpy()
         w = layer.weight.detach().numpy()
         assert w.shape == (40, 32)
         wanda = (np.abs(w) * np.sqrt((x**2).mean(0))[:, None]).mean(1)
@@ -270,7 +260,7 @@ class TestStatistics:
         found = statistics.collect(workload.model, space, workload.batches("calibration"))
         assert set(found.inputs) == {c.module for c in grams.unit_consumers(space)}
         for name, moments in found.inputs.items():
-            x = activations(workload, name)
+            x = activations(workload, name).numpy()
             np.testing.assert_allclose(moments.mean, x.mean(0), atol=1e-12)
             np.testing.assert_allclose(moments.second, (x**2).mean(0), rtol=1e-10)
             np.testing.assert_allclose(moments.variance, x.var(0), rtol=1e-9)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rlprune
-from helpers.language_workload import Sentences, plan_of
+from helpers.language_workload import Sentences, activations, plan_of
 from helpers.lm import tiny_lm
 from rlprune.config.config import RecoveryConfig
 from rlprune.errors import ConfigError, DataError
@@ -60,17 +60,6 @@ class TestTriangles:
 
 def workload_of(name: str, **changes):
     return Sentences(tiny_lm(name, dtype=torch.float64, num_hidden_layers=2, **changes))
-
-
-def activations(workload, module):
-    """Inputs of a module over the calibration split, (tokens, I)."""
-    seen = []
-    handle = workload.model.get_submodule(module).register_forward_pre_hook(lambda m, a: seen.append(a[0]))
-    with torch.no_grad():
-        for inputs, _ in workload.batches("calibration"):
-            workload.model(inputs)
-    handle.remove()
-    return torch.cat([s.reshape(-1, s.shape[-1]) for s in seen])
 
 
 def regression(x, w, kept, bias, intercept):
