@@ -18,6 +18,20 @@ import copy
 from collections import OrderedDict
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = [
+    "BATCH_NORM",
+    "BATCH_OR_INSTANCE_NORM",
+    "CONVOLUTION",
+    "INSTANCE_NORM",
+    "buffer_slots",
+    "parameter_slots",
+    "tree_leaves",
+    "tree_map",
+    "twin",
+    "unsaved_buffers",
+]
 
 CONVOLUTION = nn.modules.conv._ConvNd
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
