@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import BudgetError
 from ..utils.arrays import Floats, Ints
+from .attributes import set_size
 from .budget import BudgetLike, Limits, parse_budget, project
 from .cost import AxisSize, Cost, amount, formula
 
@@ -73,17 +74,11 @@ class Cut:
     consumer: bool
 
 
-def set_size(module: nn.Module, attribute: str, value: int) -> None:
-    """Set an integer attribute; a tuple of one number stays one."""
-    one = isinstance(getattr(module, attribute, None), tuple)
-    setattr(module, attribute, (value,) if one else value)
-
-
 @dataclass(frozen=True)
 class AttributeRule:
-    """An integer attribute of a module that follows the widths: ``factor * size of the axis``.
+    """A size that a module stores and that follows the widths: ``factor * size of the axis``.
 
-    ``assign(module, attribute, value)`` sets it.
+    ``attribute`` is a path (see `pruning.attributes`). ``assign(module, attribute, value)`` sets it.
     """
 
     module: str

@@ -12,9 +12,10 @@ import torch_pruning as tp
 from torch import nn
 
 from ..errors import GraphError, first_line
-from ..tracing.graph import MIXERS, passive_pads, run, trainable_copy
+from ..tracing.graph import MIXERS, passive_pads, trainable_copy
 from ..tracing.watchdog import limited
 from ..utils.arrays import Floats, Ints
+from ..utils.pytrees import call
 from .context import Context, rule
 from .threshold import widths_distribution
 
@@ -101,7 +102,7 @@ class _Peer:
                     out_channel_groups={},
                     num_heads={},
                     customized_pruners=passive_pads(model, inputs),
-                    forward_fn=run,
+                    forward_fn=call,
                 )
                 self.shares(_STRIDE)  # what it cannot prune shows at the first step
             except GraphError:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from ..utils.arrays import Ints
-from .flow import Operand, Step, Term
+from .flow import Operand, Step
+from .graph import Term
 from .labels import Labels, first_along, settled, vector
 
 
@@ -59,7 +60,14 @@ def _product(step: Step, a: Tensor, b: Tensor, of_a: str, of_b: str, added: Sequ
     for origin, vary in ((left, of_a), (right, of_b)):
         if origin.summed is not None and origin.summed.origin is not None:
             flow.inputs.setdefault(origin.summed.origin[0], origin.summed.along(vary.index("k")))
-    _count(step, {**dict(zip(of_a, a.shape, strict=True)), **dict(zip(of_b, b.shape, strict=True))}, found, letters, left, right, of_a, of_b)
+    if flow.counts:
+        sizes = {**dict(zip(of_a, a.shape, strict=True)), **dict(zip(of_b, b.shape, strict=True))}
+        rows = _varied(step, found, letters)
+        for side in (left, right):
+            if side.summed is not None:
+                rows.setdefault("k", _row(side.summed))
+        rest = math.prod(n for letter, n in sizes.items() if letter not in rows)
+        flow.terms.append(Term(rest / flow.batch, tuple(rows.values())))
     if added:
         found = step.merged([Operand(found, tuple(out.shape)), *(step.operand(t, out.shape) for t in added)])
     flow.put(out, found)
@@ -85,6 +93,9 @@ def _side(step: Step, tensor: Tensor, letters: str) -> _Side:
             joined = flow.join(labels, settled(flow.sets, first))
             flow.heads.append(joined.unique())
             passed.append(joined)
+        elif "b" not in letters:
+            alone = step.only(labels, k)
+            summed = alone if summed is None else flow.join(summed, alone)
         else:
             flow.fix(labels, f"{step.full} in {flow.place()} mixes them with others")
     return _Side(summed, passed, flexible)
@@ -121,30 +132,15 @@ def _placed(labels: Labels, names: str, letters: str, shape: Sequence[int]) -> L
     return Labels(of.reshape(sizes).expand(*shape), varies)
 
 
-def _count(
-    step: Step,
-    sizes: Mapping[str, int],
-    found: Sequence[Labels],
-    letters: str,
-    left: _Side,
-    right: _Side,
-    of_a: str,
-    of_b: str,
-) -> None:
-    """The multiply-accumulates: a product of all sizes, of which those with channels may shrink."""
-    if not step.flow.counts:
-        return
+def _varied(step: Step, found: Sequence[Labels], letters: str) -> dict[str, Ints]:
+    """The labels along those dimensions of a result that channels vary along alone."""
     rows: dict[str, Ints] = {}
     for labels in found:
-        settled_now = settled(step.flow.sets, labels.of)
-        if len(settled_now.varies) == 1:
-            (dim,) = settled_now.varies
-            rows.setdefault(letters[dim], settled_now.along(dim))
-    for side in (left, right):
-        if side.summed is not None:
-            rows.setdefault("k", _row(side.summed))
-    rest = math.prod(n for letter, n in sizes.items() if letter not in rows)
-    step.flow.terms.append(Term(rest / step.flow.batch, list(rows.values())))
+        now = settled(step.flow.sets, labels.of)
+        if len(now.varies) == 1:
+            (dim,) = now.varies
+            rows.setdefault(letters[dim], now.along(dim))
+    return rows
 
 
 def convolution(step: Step) -> None:
@@ -164,7 +160,13 @@ def deformable(step: Step) -> None:
 
 
 def _convolution(
-    step: Step, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, groups: int, counts: bool = True
+    step: Step,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transposed: bool,
+    groups: int,
+    counts: bool = True,
 ) -> None:
     flow, out = step.flow, step.out
     outs, ins = (1, 0) if transposed else (0, 1)
@@ -176,7 +178,7 @@ def _convolution(
         rows = [row for row in (gives, takes) if row is not None]
         known = {outs: gives, ins: takes}
         rest = math.prod(n for d, n in enumerate(weight.shape) if known.get(d) is None)
-        flow.terms.append(Term(float(math.prod((x if transposed else out).shape[2:]) * rest), rows))
+        flow.terms.append(Term(float(math.prod((x if transposed else out).shape[2:]) * rest), tuple(rows)))
     name = next((labels.origin[0] for labels in flow.of(weight) if labels.origin), None)
     if name is not None and read is not None:
         flow.inputs.setdefault(name, read)
@@ -207,8 +209,8 @@ def _channels(step: Step, x: Tensor) -> Ints | None:
     """The labels (C,) of a convolution's input; None where it has none."""
     rows = []
     for labels in step.flow.of(x):
-        if labels.varies == {1}:
-            rows.append(labels.along(1))
+        if 1 in labels.varies:
+            rows.append(step.only(labels, 1).along(1))
         elif labels.varies:
             step.flow.fix(labels, f"{step.full} in {step.flow.place()} runs over them")
     for other in rows[1:]:

@@ -22,6 +22,7 @@ from ..errors import GraphError
 from ..utils.arrays import Ints
 from ..utils.torch_internals import TorchDispatchMode, tree_leaves
 from .channel_sets import CONSTANT, ChannelSets
+from .graph import Term
 from .labels import Labels, Origin, first_along, narrowed, settled, vector
 
 Operation = Callable[..., Any]
@@ -47,13 +48,6 @@ class Use:
         self.roles: list[str] = []
 
 
-class Term:
-    """Multiply-accumulates of one operation: a number times the sizes of dimensions whose channels may be cut."""
-
-    def __init__(self, coefficient: float, dims: Sequence[Ints]) -> None:
-        self.coefficient, self.dims = coefficient, tuple(dims)
-
-
 class ChannelFlow(TorchDispatchMode):
     """Follows the channels of one model through the operations inside of the ``with`` block.
 
@@ -69,17 +63,24 @@ class ChannelFlow(TorchDispatchMode):
             dimension of channels.
         sizes: (module, size, labels) for each dimension whose channels vary, as operations gave it its size.
         splits: (module, sizes, labels of each piece) of each operation that splits by a list of sizes.
+        grids: labels that vary along several dimensions after a move.
+        pads: for each module that puts constant channels around others, the labels of those before and after.
         heads: labels that a batched matrix product joined.
     """
 
     def __init__(
-        self, model: nn.Module, sets: ChannelSets, deadline: Deadline, *, counts: bool = True, batch: int = 1
+        self,
+        model: nn.Module,
+        sets: ChannelSets,
+        deadline: Deadline,
+        rules: Mapping[str, Callable[[Step], None]],
+        flexible: frozenset[str],
+        batch: int,
     ) -> None:
         super().__init__()
-        self.sets = sets
-        self.deadline = deadline
-        self.batch = batch
-        self.counts = counts
+        self.sets, self.deadline, self.batch = sets, deadline, batch
+        self.rules, self.flexible = rules, flexible
+        self.counts = True
         self.uses: dict[Origin, Use] = {}
         self.order: dict[str, int] = {}
         self.fixed: list[tuple[Ints, str]] = []
@@ -89,12 +90,17 @@ class ChannelFlow(TorchDispatchMode):
         self.outputs: dict[str, Ints] = {}
         self.entered: dict[str, Ints] = {}
         self.left: dict[str, Ints] = {}
+        self._passed: list[tuple[dict[str, Ints], str, list[Labels]]] = []
         self.sizes: list[tuple[str, int, Ints]] = []
         self.splits: list[tuple[str, tuple[int, ...], list[Ints]]] = []
         self.heads: list[Ints] = []
+        self.grids: list[Tensor] = []
+        self.pads: dict[str, tuple[Ints, Ints]] = {}
         self.stack: list[tuple[str, nn.Module]] = [("", model)]
         self._labels: Any = WeakTensorKeyDictionary()
+        self._names: Any = WeakTensorKeyDictionary()
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            self._names[tensor] = name
             found = []
             for dim, size in enumerate(tensor.shape):
                 if size > 1:
@@ -126,6 +132,11 @@ class ChannelFlow(TorchDispatchMode):
         of: Tensor = found[0].of
         whole = all(stride or size <= 1 for stride, size in zip(of.stride(), of.shape, strict=True))
         return of if whole else None
+
+    def seen(self, tensor: Tensor) -> None:
+        """Note the first use of a parameter."""
+        if tensor in self._names:
+            self.order.setdefault(self._names[tensor], len(self.order))
 
     def known(self, tensor: Tensor) -> bool:
         return tensor in self._labels
@@ -168,19 +179,31 @@ class ChannelFlow(TorchDispatchMode):
     def used(self, labels: Labels, role: str) -> None:
         """Note how a parameter's dimension is used."""
         if labels.origin is not None:
-            name = labels.origin[0]
-            self.order.setdefault(name, len(self.order))
             roles = self.uses[labels.origin].roles
             if role not in roles:
                 roles.append(role)
 
-    def channels(self, value: object) -> Ints | None:
-        """The labels along the only dimension of channels of a tensor; None where there is no such dimension."""
-        if isinstance(value, Tensor):
-            found = self.of(value)
+    def note_channels(self, where: dict[str, Ints], name: str, value: object) -> None:
+        """Remember a module's input or output; `settle_channels` says which channels these are."""
+        if isinstance(value, Tensor) and name not in where:
+            self._passed.append((where, name, list(self._labels.get(value, ()))))
+
+    def settle_channels(self) -> None:
+        """Fill ``entered`` and ``left``; not inside of the ``with`` block, which would follow it as well."""
+        for where, name, labels in self._passed:
+            found = [settled(self.sets, each.of) for each in labels]
             if len(found) == 1 and len(found[0].varies) == 1:
-                return found[0].along(min(found[0].varies))
-        return None
+                where.setdefault(name, found[0].along(min(found[0].varies)))
+        self._passed.clear()
+
+    def even_grids(self) -> None:
+        """What a view spread over several dimensions stays a grid: a channel goes from all rows of the outer ones."""
+        for of in self.grids:
+            labels = settled(self.sets, of)
+            if len(labels.varies) > 1:
+                outer = sorted(labels.varies)[:-1]
+                first = settled(self.sets, first_along(of, outer).expand(of.shape))
+                self.join(labels, first)
 
     def note_sizes(self, tensor: Tensor, found: Sequence[Labels]) -> None:
         """Remember the sizes that an operation gave to dimensions of channels: attributes may hold them."""
@@ -215,12 +238,12 @@ class Step:
         self.given = list(tensors_in((args, dict(kwargs))))
 
     def follow(self) -> None:
-        from .operators import FLEXIBLE, RULES
-
-        if self.name in FLEXIBLE:
+        for tensor in self.given:
+            self.flow.seen(tensor)
+        if self.name in self.flow.flexible:
             self.flexible()
         elif any(self.flow.known(t) for t in self.given):
-            rule = RULES.get(self.name)
+            rule = self.flow.rules.get(self.name)
             if rule is not None:
                 rule(self)
             elif torch.Tag.pointwise in getattr(self.operation, "tags", ()):
@@ -284,7 +307,11 @@ class Step:
                 self.flow.used(result[match], "pass")
             result[match] = self.flow.join(result[match], labels)
             places[match].add(place)
-        kept = [labels for labels, where in zip(result, places, strict=True) if self._free(labels, where, operands)]
+        kept = [
+            labels
+            for labels, where in zip(result, places, strict=True)
+            if self._free(labels, where, operands)
+        ]
         return kept if kept or constant is None else [constant]
 
     def _free(self, labels: Labels, where: set[int], operands: Sequence[Operand]) -> bool:
@@ -314,12 +341,23 @@ class Step:
         for out, found in zip(outs, moves, strict=True):
             self.flow.put(out, found)
             self.flow.note_sizes(out, found)
+            for labels in found:
+                if len(labels.varies) > 1:
+                    self.flow.grids.append(labels.of)
 
     def rerun(self, labels: Tensor) -> Any:
         """The operation on labels in the place of its first argument."""
         if self.name in ("view", "_unsafe_view"):
             return labels.reshape(self.out.shape)
         return self.operation(labels, *self.args[1:], **self.kwargs)
+
+    def only(self, labels: Labels, dim: int) -> Labels:
+        """The labels joined along all other dimensions, so that they vary along one."""
+        others = labels.varies - {dim}
+        if not others:
+            return labels
+        first = first_along(labels.of, others).expand(labels.of.shape)
+        return self.flow.join(labels, settled(self.flow.sets, first))
 
     def along(self, labels: Labels, dims: Sequence[int], verb: str) -> Labels:
         """What the labels become where an operation runs over some dimensions.

@@ -12,11 +12,22 @@ from torch import Tensor
 from .channel_sets import CONSTANT
 from .contractions import batched_product, convolution, deformable, linear, product
 from .flow import Operand, Step, moved_right, tensors_in
-from .labels import Labels, first_along, settled
+from .labels import Labels, first_along, narrowed, settled
+from .sizes import lists_of, numbers_of
 
 FLEXIBLE = frozenset(
     {
-        *("zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like", "empty_strided"),
+        *(
+            "zeros",
+            "ones",
+            "full",
+            "empty",
+            "zeros_like",
+            "ones_like",
+            "full_like",
+            "empty_like",
+            "empty_strided",
+        ),
         *("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"),
     }
 )
@@ -84,7 +95,10 @@ def _scan(step: Step) -> None:
     """Sorted, summed up or picked along one dimension."""
     place = 2 if step.name == "topk" else 1
     dim = step.kwargs.get("dim", step.args[place] if len(step.args) > place else -1)
-    found = [step.along(labels, [dim if isinstance(dim, int) else -1], "runs along") for labels in step.flow.of(step.args[0])]
+    found = [
+        step.along(labels, [dim if isinstance(dim, int) else -1], "runs along")
+        for labels in step.flow.of(step.args[0])
+    ]
     for out in tensors_in(step.out):
         _spread(step, out, found)
 
@@ -97,7 +111,9 @@ def _spread(step: Step, out: Tensor, found: Sequence[Labels]) -> None:
         if labels.varies & set(changed):
             step.flow.fix(labels, f"{step.full} in {step.flow.place()} changes their number")
             continue
-        results.append(Labels(first_along(labels.of, changed).expand(out.shape), labels.varies, labels.origin))
+        results.append(
+            Labels(first_along(labels.of, changed).expand(out.shape), labels.varies, labels.origin)
+        )
     step.flow.put(out, results)
 
 
@@ -122,7 +138,9 @@ def _regions(step: Step) -> None:
     out = next(tensors_in(step.out))
     for labels in step.flow.of(source):
         if labels.varies == {1}:
-            results.append(Labels(first_along(labels.of, (0, 2, 3)).expand(out.shape), labels.varies, labels.origin))
+            results.append(
+                Labels(first_along(labels.of, (0, 2, 3)).expand(out.shape), labels.varies, labels.origin)
+            )
         else:
             step.flow.fix(labels, f"{step.full} in {step.flow.place()} cannot be followed")
     step.flow.put(out, results)
@@ -152,7 +170,9 @@ def _padded(step: Step) -> None:
     """Constants around: new channels where channels are padded, more places of the same ones elsewhere."""
     source, pads = step.args[0], list(step.args[1])
     out, flow = step.out, step.flow
-    around = {source.ndim - 1 - i // 2: pads[i : i + 2] for i in range(0, len(pads), 2) if any(pads[i : i + 2])}
+    around = {
+        source.ndim - 1 - i // 2: pads[i : i + 2] for i in range(0, len(pads), 2) if any(pads[i : i + 2])
+    }
     results = []
     for labels in flow.of(source):
         touched = labels.varies & set(around)
@@ -167,8 +187,7 @@ def _padded(step: Step) -> None:
         (dim,) = touched
         before, after = (flow.sets.new(n) for n in around[dim])
         row = np.concatenate([before, labels.along(dim), after])
-        for part in (before, after):
-            flow.sizes.append((flow.stack[-1][0], len(part), part))
+        flow.pads[flow.stack[-1][0]] = (before, after)
         sizes = [1] * out.ndim
         sizes[dim] = len(row)
         results.append(settled(flow.sets, torch.from_numpy(row).view(sizes).expand(out.shape)))
@@ -177,23 +196,29 @@ def _padded(step: Step) -> None:
 
 def _cat(step: Step) -> None:
     parts = [t for t in step.args[0] if t.ndim and t.numel()]
-    dim = step.kwargs.get("dim", step.args[1] if len(step.args) > 1 else 0)
-    _together(step, parts, lambda rows: torch.cat(rows, dim))
+    dim = step.kwargs.get("dim", step.args[1] if len(step.args) > 1 else 0) % step.out.ndim
+    _together(step, parts, lambda rows: torch.cat(rows, dim), dim)
 
 
 def _stack(step: Step) -> None:
     dim = step.kwargs.get("dim", step.args[1] if len(step.args) > 1 else 0)
-    _together(step, list(step.args[0]), lambda rows: torch.stack(rows, dim))
+    _together(step, list(step.args[0]), lambda rows: torch.stack(rows, dim), None)
 
 
-def _together(step: Step, parts: Sequence[Tensor], join: Callable[[list[Tensor]], Tensor]) -> None:
+def _together(
+    step: Step, parts: Sequence[Tensor], join: Callable[[list[Tensor]], Tensor], dim: int | None
+) -> None:
+    """Tensors side by side along ``dim``, or along a new dimension. What they share in the other dimensions stays equal,
+    so that a channel goes from all of them."""
     flow = step.flow
     found = [flow.of(part) for part in parts]
     slots = max((len(f) for f in found), default=0)
     if slots > 1:
         # Which of them belong together is told by the dimensions that they vary along.
         kinds = sorted({tuple(sorted(labels.varies)) for f in found for labels in f if labels.varies})
-        rows_of = [[next((s for s in f if tuple(sorted(s.varies)) == kind), None) for f in found] for kind in kinds]
+        rows_of = [
+            [next((s for s in f if tuple(sorted(s.varies)) == kind), None) for f in found] for kind in kinds
+        ]
     else:
         rows_of = [[f[0] if f else None for f in found]]
     results = []
@@ -205,6 +230,10 @@ def _together(step: Step, parts: Sequence[Tensor], join: Callable[[list[Tensor]]
             else:
                 flow.used(labels, "pass")
                 tensors.append(labels.of)
+        if dim is None or not any(labels is not None and dim in labels.varies for labels in row):
+            first = [t if dim is None else first_along(t, (dim,)) for t in tensors]
+            for other in first[1:]:
+                flow.sets.join(*(t.contiguous().numpy() for t in torch.broadcast_tensors(narrowed(first[0]), narrowed(other))))
         results.append(settled(flow.sets, join(tensors)))
     flow.put(step.out, results)
     flow.note_sizes(step.out, results)
@@ -219,10 +248,13 @@ def _split(step: Step) -> None:
     rows = [[labels for labels in flow.of(piece) if dim in labels.varies] for piece in pieces]
     if not all(len(row) == 1 for row in rows) or len(pieces) < 2:
         return
-    if by_list:
-        sizes = tuple(int(piece.shape[dim]) for piece in pieces)
-        flow.splits.append((flow.stack[-1][0], sizes, [row[0].along(dim) for row in rows]))
-    elif len({piece.shape for piece in pieces}) == 1:
+    sizes = tuple(int(piece.shape[dim]) for piece in pieces)
+    name, module = flow.stack[-1]
+    if by_list and (
+        any(lists_of(module, sizes)) or len(set(sizes)) > 1 or not any(numbers_of(module, sizes[0]))
+    ):
+        flow.splits.append((name, sizes, [row[0].along(dim) for row in rows]))
+    elif len(set(sizes)) == 1:
         for piece, row in zip(pieces[1:], rows[1:], strict=True):
             flow.put(piece, [flow.join(rows[0][0], row[0])])
 
@@ -234,6 +266,19 @@ def _written(step: Step) -> None:
     for labels in [*flow.of(target), *flow.of(values)]:
         if labels.varies:
             flow.fix(labels, f"{step.full} in {flow.place()} cannot be followed")
+
+
+def _pixel_shuffle(step: Step) -> None:
+    """(N, C r r, H, W) -> (N, C, H r, W r): the r * r channels behind one go together."""
+    source, factor = step.args[0], int(step.args[1]) ** 2
+    results = []
+    for labels in step.flow.of(source):
+        n, c, h, w = source.shape
+        split = settled(step.flow.sets, labels.of.reshape(n, c // factor, factor, h, w))
+        joined = step.along(split, (2,), "shuffles")
+        of = first_along(joined.of, (2, 3, 4))[:, :, 0]
+        results.append(settled(step.flow.sets, of.expand(step.out.shape)))
+    step.flow.put(step.out, results)
 
 
 def _embedding(step: Step) -> None:
@@ -264,7 +309,9 @@ def _on_dim(step: Step, tensor: Tensor | None, dim: int, shape: Sequence[int]) -
     sizes = [1] * len(shape)
     sizes[dim] = tensor.shape[0]
     found = [
-        Labels(labels.of.reshape(sizes).expand(*shape), frozenset({dim} if labels.varies else ()), labels.origin)
+        Labels(
+            labels.of.reshape(sizes).expand(*shape), frozenset({dim} if labels.varies else ()), labels.origin
+        )
         for labels in step.flow.of(tensor)
     ]
     return Operand(found, tuple(sizes))
@@ -280,7 +327,6 @@ def _batch_norm(step: Step) -> None:
         found = [step.along(labels, others, "normalises over") for labels in found]
     operands = [Operand(found, tuple(source.shape)), *(_on_dim(step, v, 1, source.shape) for v in vectors)]
     step.flow.put(out, step.merged([o for o in operands if o is not None]))
-    # Its parameters may be the only ones that it knows of its channels.
 
 
 def _layer_norm(step: Step) -> None:
@@ -308,20 +354,66 @@ def _group_norm(step: Step) -> None:
         if labels.varies == {1}:
             row = found[-1].along(1)
             step.flow.sizes.append((step.flow.stack[-1][0], groups, row[:: channels // groups]))
-    operands = [Operand(found, tuple(source.shape)), *(_on_dim(step, v, 1, source.shape) for v in (weight, bias))]
+    operands = [
+        Operand(found, tuple(source.shape)),
+        *(_on_dim(step, v, 1, source.shape) for v in (weight, bias)),
+    ]
     step.flow.put(out, step.merged([o for o in operands if o is not None]))
 
 
 _MOVES = (
     *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select"),
     *("unbind", "squeeze", "unsqueeze", "flip", "roll"),
-    *("repeat", "unfold", "diagonal", "index_select", "gather", "index", "_unsafe_index", "pixel_shuffle", "alias"),
-    *("pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "rot90", "movedim", "narrow", "detach", "tril"),
+    *(
+        "repeat",
+        "unfold",
+        "diagonal",
+        "index_select",
+        "gather",
+        "index",
+        "_unsafe_index",
+        "pixel_shuffle",
+        "alias",
+    ),
+    *(
+        "pixel_unshuffle",
+        "channel_shuffle",
+        "native_channel_shuffle",
+        "rot90",
+        "movedim",
+        "narrow",
+        "detach",
+        "tril",
+    ),
     *("triu", "_reshape_alias_copy", "unsafe_view", "adjoint", "swapaxes", "view_copy", "squeeze_copy"),
 )
-_SAME = ("clone", "_to_copy", "contiguous", "lift_fresh", "lift_fresh_copy", "native_dropout", "_pin_memory", "to")
+_SAME = (
+    "clone",
+    "_to_copy",
+    "contiguous",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "native_dropout",
+    "_pin_memory",
+    "to",
+)
 _REDUCTIONS = (
-    *("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "prod", "any", "all", "norm"),
+    *(
+        "mean",
+        "sum",
+        "amax",
+        "amin",
+        "max",
+        "min",
+        "var",
+        "std",
+        "var_mean",
+        "std_mean",
+        "prod",
+        "any",
+        "all",
+        "norm",
+    ),
     *("linalg_vector_norm", "logsumexp", "argmax", "argmin", "nansum", "nanmean", "median", "count_nonzero"),
 )
 _SPATIAL = (
@@ -334,6 +426,12 @@ _SPATIAL = (
     *("reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d"),
     *("replication_pad3d", "fractional_max_pool2d", "lp_pool2d", "mkldnn_adaptive_avg_pool2d"),
 )
+# Element by element, where torch does not say so.
+_POINTWISE = (
+    *("masked_fill", "copy", "where", "_prelu_kernel", "lerp", "addcmul", "addcdiv", "hardswish", "hardsigmoid"),
+    *("hardtanh", "elu", "leaky_relu", "silu", "mish", "relu", "relu6", "gelu", "softplus", "softshrink", "hardshrink"),
+    *("log_sigmoid_forward", "threshold", "celu", "selu", "rrelu", "rrelu_with_noise_functional", "clamp", "square"),
+)
 RULES: dict[str, Callable[[Step], None]] = {
     **dict.fromkeys(_MOVES, Step.moved),
     **dict.fromkeys(("split", "unsafe_split", "split_with_sizes", "unsafe_split_with_sizes"), _split),
@@ -342,20 +440,31 @@ RULES: dict[str, Callable[[Step], None]] = {
     **dict.fromkeys(_SPATIAL, _spatial),
     **dict.fromkeys(("_softmax", "_safe_softmax", "_log_softmax", "softmax", "log_softmax"), _softmax),
     **dict.fromkeys(("cumsum", "cumprod", "sort", "topk", "logcumsumexp", "argsort", "kthvalue"), _scan),
-    **dict.fromkeys(("fill", "zero", "sym_size", "sym_numel", "_assert_async", "_assert_tensor_metadata"), _nothing),
+    **dict.fromkeys(
+        ("fill", "zero", "sym_size", "sym_numel", "_assert_async", "_assert_tensor_metadata"), _nothing
+    ),
     **dict.fromkeys(("_local_scalar_dense", "equal", "is_nonzero"), _read),
-    **dict.fromkeys(("masked_fill", "copy", "where", "_prelu_kernel", "lerp", "addcmul", "addcdiv"), Step.pointwise),
+    **dict.fromkeys(_POINTWISE, Step.pointwise),
     **dict.fromkeys(("im2col", "col2im"), _in_double),
     **dict.fromkeys(("index_put", "_index_put_impl"), _written),
     **dict.fromkeys(("roi_align", "ps_roi_align", "roi_pool"), _regions),
     **dict.fromkeys(
-        ("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "batch_norm",
-         "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_no_update", "_batch_norm_with_update"),
+        (
+            "native_batch_norm",
+            "_native_batch_norm_legit",
+            "_native_batch_norm_legit_no_training",
+            "batch_norm",
+            "cudnn_batch_norm",
+            "miopen_batch_norm",
+            "_batch_norm_no_update",
+            "_batch_norm_with_update",
+        ),
         _batch_norm,
-    ),  # fmt: skip
+    ),
     "native_layer_norm": _layer_norm,
     "_fused_rms_norm": _layer_norm,
     "native_group_norm": _group_norm,
+    "pixel_shuffle": _pixel_shuffle,
     "constant_pad_nd": _padded,
     "cat": _cat,
     "stack": _stack,
