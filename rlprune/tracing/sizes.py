@@ -51,9 +51,13 @@ def found_sizes(
         if (name, path) not in found and _holds(modules[name], path, len(labels)):
             guesses[name, path].append(classes_of(labels))
     for (name, path), several in guesses.items():
-        free = [c for c in several if len(np.unique(c)) > 1 and not stays(c)]
+        free = {c.tobytes(): c for c in several if len(np.unique(c)) > 1 and not stays(c)}
         if free:
-            found[name, path] = Size(name, path, free[0], False)
+            first, *others = free.values()
+            found[name, path] = Size(name, path, first, False, tuple(others))
+    for path, labels in _timm(model, flow, modules):
+        if _holds(model, path, len(labels)):
+            found["", path] = Size("", path, classes_of(labels), True)
     return tuple(found.values())
 
 
@@ -65,14 +69,20 @@ def _guessed(
         for path in lists_of(modules[name], sizes):
             for i, labels in enumerate(pieces):
                 yield name, f"{path}[{i}]", labels
-    seen = [(name, labels) for name, _, labels in flow.sizes]
-    seen += [item for channels in (flow.entered, flow.left) for item in channels.items()]
-    for name, labels in seen:
-        if not isinstance(modules[name], _KNOWN):
-            for path in numbers_of(modules[name], len(labels)):
-                yield name, path, labels
-    for path, several in _timm(model, flow, modules):
-        yield "", path, several
+    given = [(name, labels) for name, _, labels in flow.sizes]
+    ways = {"in": list(flow.entered.items()), "out": list(flow.left.items()), "": given}
+    for way, seen in ways.items():
+        for name, labels in [*seen, *(item for w, several in ways.items() if w != way for item in several)]:
+            if not isinstance(modules[name], _KNOWN):
+                for path in numbers_of(modules[name], len(labels)):
+                    if _way(path) == way:
+                        yield name, path, labels
+
+
+def _way(path: str) -> str:
+    """Whether an attribute's name says that it counts what comes in or what goes out."""
+    words = path.lower().split("_")
+    return "in" if {"in", "input", "inp"} & set(words) else "out" if {"out", "output", "oup"} & set(words) else ""
 
 
 def _known(name: str, module: nn.Module, flow: ChannelFlow) -> Iterator[tuple[str, Ints | None]]:

@@ -94,13 +94,23 @@ def trace_channels(model: nn.Module, example_inputs: ExampleInputs, options: Tra
         wrong = {} if proof is None else proof.wrong(space)
         if not wrong:
             return space
-        refuted = {n for index in wrong for n in layout.class_groups[index]}
-        doubtful = [s for s in sizes if not s.known and refuted & set(s.classes.tolist())]
-        if doubtful:
-            sizes = [s for s in sizes if s not in doubtful]
-            continue
-        for index, reason in wrong.items():
-            fixed |= dict.fromkeys(layout.class_groups[index], reason)
+        changed = _other_guesses(sizes, {n for index in wrong for n in layout.class_groups[index]})
+        if changed is None:
+            for index, reason in wrong.items():
+                fixed |= dict.fromkeys(layout.class_groups[index], reason)
+            changed = list(graph.sizes)
+        sizes = changed
+
+
+def _other_guesses(sizes: Sequence[Size], refuted: set[int]) -> list[Size] | None:
+    """The sizes with another guess, or none, where the proof refuted one; None where there is nothing to change."""
+    changed: list[Size | None] = []
+    doubted = False
+    for size in sizes:
+        doubtful = not size.known and bool(refuted & set(size.classes.tolist()))
+        doubted |= doubtful
+        changed.append(size.next() if doubtful else size)
+    return [size for size in changed if size is not None] if doubted else None
 
 
 def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> float:
