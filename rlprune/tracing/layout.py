@@ -118,13 +118,13 @@ class Layout:
         return sorted((g for g in groups if len(g) > 1), key=lambda g: self._first_producer(g[0]))
 
     def _arrays(self) -> Iterator[np.ndarray]:
-        """Whatever else has to lose as much with one unit as with another: tensors, and sizes in attributes."""
+        """Whatever else has to lose as much with one unit as with another: tensors, and what is computed."""
         for side in self.sides:
             for entry in side.tensors:
                 if entry.classes is not side.classes:
                     yield entry.classes
-        for size in self.sizes:
-            yield size.classes
+        for term in self.graph.terms:
+            yield from term.dims
 
     def _members(self, number: int) -> list[tuple[int, int]]:
         return [
