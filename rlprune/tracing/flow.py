@@ -9,7 +9,6 @@ slices, shuffles, padding, concatenation, gates and attention need no rules of t
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..errors import GraphError
 from ..utils.arrays import Ints
 from ..utils.torch_internals import TorchDispatchMode, tree_leaves
 from .channel_sets import CONSTANT, ChannelSets
@@ -26,18 +24,6 @@ from .graph import Term
 from .labels import Labels, Origin, first_along, narrowed, settled, vector
 
 Operation = Callable[..., Any]
-
-
-class Deadline:
-    """A point in time that work may not pass; ``check`` raises GraphError after it."""
-
-    def __init__(self, what: str, seconds: float) -> None:
-        self._what, self._seconds = what, seconds
-        self._end = time.monotonic() + seconds
-
-    def check(self) -> None:
-        if time.monotonic() > self._end:
-            raise GraphError(f"{self._what} took more than {self._seconds:g} s")
 
 
 class Use:
@@ -72,13 +58,13 @@ class ChannelFlow(TorchDispatchMode):
         self,
         model: nn.Module,
         sets: ChannelSets,
-        deadline: Deadline,
+        limits: Limits,
         rules: Mapping[str, Callable[[Step], None]],
         flexible: frozenset[str],
         batch: int,
     ) -> None:
         super().__init__()
-        self.sets, self.deadline, self.batch = sets, deadline, batch
+        self.sets, self.limits, self.batch = sets, limits, batch
         self.rules, self.flexible = rules, flexible
         self.counts = True
         self.uses: dict[Origin, Use] = {}
@@ -116,7 +102,7 @@ class ChannelFlow(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        self.deadline.check()
+        self.limits.check()
         kwargs = kwargs or {}
         out = operation(*args, **kwargs)
         Step(self, operation, args, kwargs, out).follow()

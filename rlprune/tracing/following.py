@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,23 +11,25 @@ from torch import nn
 
 from ..pruning.heads import as_head_attention
 from ..utils.pytrees import call, tensors
+from ..utils.torch_internals import TorchDispatchMode
 from .channel_sets import ChannelSets
 from .counting import without_fused_kernels
-from .flow import ChannelFlow, Deadline
+from .flow import ChannelFlow
 from .graph import ExampleInputs
 from .operators import FLEXIBLE, RULES
+from .process import Limits
 
 
 def followed(
-    model: nn.Module, inputs: Sequence[ExampleInputs], batch: int, deadline: Deadline
+    model: nn.Module, inputs: Sequence[ExampleInputs], batch: int, limits: Limits
 ) -> ChannelFlow:
     """Run ``model`` (a copy of our own) on each of the inputs and follow its channels; the first one counts the costs.
 
-    GraphError where the time is over.
+    GraphError where a limit is reached.
     """
     for module in model.modules():
         as_head_attention(module)
-    flow = ChannelFlow(model, ChannelSets(), deadline, RULES, FLEXIBLE, batch)
+    flow = ChannelFlow(model, ChannelSets(), limits, RULES, FLEXIBLE, batch)
     for number, example in enumerate(inputs):
         flow.counts = number == 0
         with _watched(model, flow), torch.no_grad(), plain_operations(), flow:
@@ -39,6 +41,24 @@ def followed(
     _join_layers(model, flow)
     flow.even_grids()
     return flow
+
+
+class Interruptible(TorchDispatchMode):
+    """Looks at the limits before every operation inside of the ``with`` block."""
+
+    def __init__(self, limits: Limits) -> None:
+        super().__init__()
+        self._limits = limits
+
+    def __torch_dispatch__(
+        self,
+        operation: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        self._limits.check()
+        return operation(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import GraphError, first_line
+from ..errors import first_line
 from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
 from ..pruning.surgery import masked_in_place, prune
 from ..utils.arrays import Ints
 from ..utils.pytrees import Inputs, batch_size, call, tensors, to_double
 from .counting import flop_counter
-from .flow import Deadline
+from .process import Limits
 
 # float64 sums in another order differ by this much, relative to the largest output.
 _EXACT = 1e-8
@@ -30,10 +30,10 @@ class Proof:
         inputs: example inputs; outputs are compared on all of them, costs on the first.
     """
 
-    def __init__(self, twin: nn.Module, inputs: Sequence[Inputs], deadline: Deadline) -> None:
+    def __init__(self, twin: nn.Module, inputs: Sequence[Inputs], limits: Limits) -> None:
         self._twin = _scrambled(twin)
         self._inputs = [to_double(example) for example in inputs]
-        self._deadline = deadline
+        self._limits = limits
         self._rng = np.random.default_rng(0)
 
     def wrong(self, space: PruningSpace) -> dict[int, str]:
@@ -46,7 +46,7 @@ class Proof:
 
     def difference(self, space: PruningSpace, groups: Sequence[int]) -> str | None:
         """Why a cut of some groups is not the masked dense model, or None when it is."""
-        self._deadline.check()
+        self._limits.check()
         plan = _random_plan(space, groups, self._rng)
         values = all(space.groups[i].exact for i in groups)
         slim = prune(self._twin, plan)
@@ -143,13 +143,3 @@ def _uncounted(slim: nn.Module, macs: float, space: PruningSpace, plan: Plan) ->
 
 def _outputs(value: object) -> Iterator[Tensor]:
     yield from (t for t in tensors(value) if t.is_floating_point())
-
-
-def dense_fails(twin: nn.Module, inputs: Inputs) -> GraphError | None:
-    """Whether the model does not run in float64, in which it has to be compared."""
-    try:
-        with torch.no_grad():
-            call(twin, to_double(inputs))
-    except Exception as error:
-        return GraphError(f"{type(twin).__name__} does not run in float64, where cuts are proved: {first_line(error)}")
-    return None

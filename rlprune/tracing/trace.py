@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,17 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from ..config.config import PruneConfig
-from ..errors import GraphError, first_line, near_miss
+from ..errors import GraphError, RlpruneError, first_line, near_miss
 from ..pruning.space import PruningSpace, fingerprint
-from ..utils.pytrees import batch_size, call, map_tensors
+from ..utils.pytrees import batch_size, call, map_tensors, to_device
 from .collecting import collected
 from .counting import flop_counter
-from .flow import Deadline
-from .following import followed, unused_modules
+from .following import Interruptible, followed, unused_modules
 from .graph import ChannelGraph, ExampleInputs, Size, trainable_copy
 from .layout import Layout
+from .process import Limits, in_child
 from .proof import Proof
 from .untraceable import untraceable
+
+
+# Seconds of a forward pass from which on a trace, which takes dozens of them, gets a process that can be killed.
+_LONG_PASS = 0.2
 
 
 class BranchWarning(UserWarning):
@@ -60,46 +65,74 @@ class TraceOptions:
 
 def trace_channels(model: nn.Module, example_inputs: ExampleInputs, options: TraceOptions) -> PruningSpace:
     """Find the channels of ``model`` that can be pruned, by its dependency graph; see `rlprune.trace`."""
-    check_traceable(model)
-    deadline = Deadline(f"tracing {type(model).__name__}", options.max_seconds)
-    batch = batch_size(example_inputs)
-    twin = trainable_copy(model)
+    reason = untraceable(model)
+    if reason:
+        raise GraphError(reason)
+    limits = Limits(f"tracing {type(model).__name__}", options.max_seconds, options.max_memory_gb)
+    inputs = to_device(example_inputs, torch.device("cpu"))
+    twin = trainable_copy(model).cpu()
+    started = time.monotonic()
     try:
-        total = count_macs(twin, example_inputs)
+        with Interruptible(limits):
+            total = count_macs(twin, inputs)
+    except RlpruneError:
+        raise
     except Exception as error:
         what = f"the forward pass of {type(model).__name__} failed on the example input"
         raise GraphError(f"{what}: {first_line(error)}") from error
-    inputs = [example_inputs, *_other_branches(twin, example_inputs)]
-    flow = followed(twin, inputs, batch, deadline)
-    graph = collected(twin, flow)
-    fixed = _ignored(graph, twin, options.ignore)
-    unused = unused_modules(twin, flow)
-    if unused:
-        warnings.warn(
-            f"{', '.join(unused)}: not used by the forward pass in eval mode; left as it is and not cut with "
-            "the layers before it (set it to None before training the pruned model)",
-            UnusedModuleWarning,
-            stacklevel=4,
-        )
-    mark = fingerprint(model)
-    shape = tuple(example_inputs.shape) if isinstance(example_inputs, Tensor) else None
-    proof = Proof(twin, inputs, deadline) if options.verify else None
-    sizes: list[Size] = list(graph.sizes)
-    while True:
-        layout = Layout(twin, graph, total, fixed, sizes, options.inexact)
-        space = layout.space(mark, unused, options.round_to, options.minimum, shape)
+    tracer = _Tracer(twin, inputs, total, fingerprint(model), options, limits)
+    # What is over in a moment needs no process of its own; it is stopped between its operations.
+    return in_child(limits, tracer) if time.monotonic() - started > _LONG_PASS else tracer()
+
+
+@dataclass(frozen=True)
+class _Tracer:
+    """One trace of a copy of a model, whose weights it changes."""
+
+    twin: nn.Module
+    example_inputs: ExampleInputs
+    macs: float
+    fingerprint: str
+    options: TraceOptions
+    limits: Limits
+
+    def __call__(self) -> PruningSpace:
+        inputs = [self.example_inputs, *_other_branches(self.twin, self.example_inputs, self.limits)]
+        flow = followed(self.twin, inputs, batch_size(self.example_inputs), self.limits)
+        unused = unused_modules(self.twin, flow)
+        if unused:
+            warnings.warn(
+                f"{', '.join(unused)}: not used by the forward pass in eval mode; left as it is and not cut with "
+                "the layers before it (set it to None before training the pruned model)",
+                UnusedModuleWarning,
+                stacklevel=6,
+            )
+        graph = collected(self.twin, flow)
+        fixed = _ignored(graph, self.twin, self.options.ignore)
+        proof = Proof(self.twin, inputs, self.limits) if self.options.verify else None
+        sizes: list[Size] = list(graph.sizes)
+        while True:
+            layout = Layout(self.twin, graph, self.macs, fixed, sizes, self.options.inexact)
+            space = self._space(layout, unused)
+            wrong = {} if proof is None else proof.wrong(space)
+            if not wrong:
+                return space
+            changed = _other_guesses(sizes, {n for index in wrong for n in layout.class_groups[index]})
+            if changed is None:
+                for index, reason in wrong.items():
+                    fixed |= dict.fromkeys(layout.class_groups[index], reason)
+                changed = list(graph.sizes)
+            sizes = changed
+
+    def _space(self, layout: Layout, unused: tuple[str, ...]) -> PruningSpace:
+        inputs, options = self.example_inputs, self.options
+        shape = tuple(inputs.shape) if isinstance(inputs, Tensor) else None
+        space = layout.space(self.fingerprint, unused, options.round_to, options.minimum, shape)
         if not space.groups:
             reasons = [f"{name!r}: {why}" for name, why in space.protected.items()]
-            raise GraphError(f"no layer of {type(model).__name__} can be pruned; " + "; ".join(reasons[:3]))
-        wrong = {} if proof is None else proof.wrong(space)
-        if not wrong:
-            return space
-        changed = _other_guesses(sizes, {n for index in wrong for n in layout.class_groups[index]})
-        if changed is None:
-            for index, reason in wrong.items():
-                fixed |= dict.fromkeys(layout.class_groups[index], reason)
-            changed = list(graph.sizes)
-        sizes = changed
+            kind = type(self.twin).__name__
+            raise GraphError(f"no layer of {kind} can be pruned; " + "; ".join(reasons[:3]))
+        return space
 
 
 def _other_guesses(sizes: Sequence[Size], refuted: set[int]) -> list[Size] | None:
@@ -120,14 +153,9 @@ def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> float:
     return counter.get_total_flops() / 2 / batch_size(example_inputs)
 
 
-def check_traceable(model: nn.Module) -> None:
-    """GraphError, with what to do, for modules whose layers are not plain ones of torch."""
-    reason = untraceable(model)
-    if reason:
-        raise GraphError(reason)
-
-
-def _other_branches(model: nn.Module, example_inputs: ExampleInputs) -> list[ExampleInputs]:
+def _other_branches(
+    model: nn.Module, example_inputs: ExampleInputs, limits: Limits
+) -> list[ExampleInputs]:
     """Variants of the example input on which other modules run: a branch that depends on the data."""
     generator = torch.Generator().manual_seed(0)
 
@@ -138,12 +166,14 @@ def _other_branches(model: nn.Module, example_inputs: ExampleInputs) -> list[Exa
     def opposite(tensor: Tensor) -> Tensor:
         return -tensor if tensor.is_floating_point() else tensor
 
-    seen = [_called(model, example_inputs)]
+    seen = [_called(model, example_inputs, limits)]
     found = []
     for change in (opposite, noise):
         other = map_tensors(change, example_inputs)
         try:
-            modules = _called(model, other)
+            modules = _called(model, other, limits)
+        except GraphError:
+            raise
         except Exception:  # not every model takes every number
             continue
         if modules not in seen:
@@ -159,7 +189,7 @@ def _other_branches(model: nn.Module, example_inputs: ExampleInputs) -> list[Exa
     return found
 
 
-def _called(model: nn.Module, inputs: ExampleInputs) -> set[str]:
+def _called(model: nn.Module, inputs: ExampleInputs, limits: Limits) -> set[str]:
     """Names of the modules that a forward pass runs."""
     called: set[str] = set()
     handles = [
@@ -167,7 +197,7 @@ def _called(model: nn.Module, inputs: ExampleInputs) -> set[str]:
         for name, module in model.named_modules()
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), Interruptible(limits):
             call(model, inputs)
     finally:
         for handle in handles:

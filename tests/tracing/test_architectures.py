@@ -13,8 +13,8 @@ import torch
 import rlprune
 
 SCRIPT = Path(__file__).parent.parent.parent / "docs" / "scripts" / "architectures.py"
-FAST = ("cifar_resnet20", "resnet18", "mobilenet_v3_small", "squeezenet1_1", "regnet_y_400mf", "googlenet")
-REFUSED = ("shufflenet_v2_x1_0", "swin_t", "timm:convnextv2_atto")
+FAST = ("cifar_resnet20", "shufflenet_v2_x1_0", "resnet18", "mobilenet_v3_small", "squeezenet1_1", "regnet_y_400mf", "googlenet")
+REFUSED = ("swin_t", "timm:convnextv2_atto")
 
 
 def _script() -> ModuleType:
@@ -52,12 +52,6 @@ def test_a_random_cut_is_exact(name: str) -> None:
 @pytest.mark.parametrize("name", SLOW)
 def test_a_random_cut_of_a_larger_architecture_is_exact(name: str) -> None:
     _check(name)
-
-
-def test_channel_shuffle_is_refused_in_one_line() -> None:
-    with pytest.raises(rlprune.GraphError) as error:
-        script.examine("shufflenet_v2_x1_0")
-    assert "\n" not in str(error.value) and "ShuffleNetV2" in str(error.value)
 
 
 @pytest.mark.slow
