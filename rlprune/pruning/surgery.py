@@ -182,7 +182,7 @@ def _mask(model: nn.Module, plan: Plan) -> list[tuple[Tensor, int, Tensor, Tenso
     """Zero the columns; returns (tensor, dimension, indices, values) of what stood there."""
     tensors = dict(model.named_parameters())
     indices = axis_indices(plan.space, plan.kept)
-    before = []
+    before: list[tuple[Tensor, int, Tensor, Tensor]] = []
     with torch.no_grad():
         for cut in plan.space.cuts:
             index = indices[cut.axis]

@@ -49,6 +49,7 @@ class _Collector:
         for labels, reason in flow.crossed:
             for number in self.of(labels).tolist():
                 crossed.setdefault(number, reason)
+
         def stays(classes: Ints) -> bool:
             return all(number in self.fixed or number in crossed for number in classes.tolist())
 

@@ -22,6 +22,7 @@ from ..utils.torch_internals import TorchDispatchMode, tree_leaves
 from .channel_sets import CONSTANT, ChannelSets
 from .graph import Term
 from .labels import Labels, Origin, first_along, narrowed, settled, vector
+from .process import Limits
 
 Operation = Callable[..., Any]
 

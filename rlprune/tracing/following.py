@@ -20,9 +20,7 @@ from .operators import FLEXIBLE, RULES
 from .process import Limits
 
 
-def followed(
-    model: nn.Module, inputs: Sequence[ExampleInputs], batch: int, limits: Limits
-) -> ChannelFlow:
+def followed(model: nn.Module, inputs: Sequence[ExampleInputs], batch: int, limits: Limits) -> ChannelFlow:
     """Run ``model`` (a copy of our own) on each of the inputs and follow its channels; the first one counts the costs.
 
     GraphError where a limit is reached.

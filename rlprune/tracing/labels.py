@@ -6,7 +6,7 @@ shuffles, padding) moves their labels by the same operation. A weight has one su
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,7 +64,7 @@ def settled(sets: ChannelSets, of: Tensor, origin: Origin | None = None) -> Labe
     return Labels(torch.from_numpy(np.ascontiguousarray(ids)).expand(of.shape), frozenset(varies), origin)
 
 
-def first_along(of: Tensor, dims: Sequence[int] | frozenset[int]) -> Tensor:
+def first_along(of: Tensor, dims: Collection[int]) -> Tensor:
     """The first place along some dimensions, which stay with a size of 1."""
     return of[tuple(slice(0, 1) if d in dims else slice(None) for d in range(of.ndim))]
 

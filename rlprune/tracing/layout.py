@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from torch import nn
 
+from ..pruning.attributes import set_size
 from ..pruning.cost import CostFormula, FormulaBuilder
 from ..pruning.heads import set_heads
 from ..pruning.space import (
@@ -20,7 +21,6 @@ from ..pruning.space import (
     PruningSpace,
     axis_sizes,
     rounded,
-    set_size,
 )
 from ..utils.torch_internals import CONVOLUTION
 from .graph import ChannelGraph, Side, Size

@@ -208,8 +208,10 @@ def _stack(step: Step) -> None:
 def _together(
     step: Step, parts: Sequence[Tensor], join: Callable[[list[Tensor]], Tensor], dim: int | None
 ) -> None:
-    """Tensors side by side along ``dim``, or along a new dimension. What they share in the other dimensions stays equal,
-    so that a channel goes from all of them."""
+    """Tensors side by side along ``dim``, or along a new dimension.
+
+    What they share in the other dimensions stays equal, so that a channel goes from all of them.
+    """
     flow = step.flow
     found = [flow.of(part) for part in parts]
     slots = max((len(f) for f in found), default=0)
@@ -233,7 +235,8 @@ def _together(
         if dim is None or not any(labels is not None and dim in labels.varies for labels in row):
             first = [t if dim is None else first_along(t, (dim,)) for t in tensors]
             for other in first[1:]:
-                flow.sets.join(*(t.contiguous().numpy() for t in torch.broadcast_tensors(narrowed(first[0]), narrowed(other))))
+                a, b = torch.broadcast_tensors(narrowed(first[0]), narrowed(other))
+                flow.sets.join(a.contiguous().numpy(), b.contiguous().numpy())
         results.append(settled(flow.sets, join(tensors)))
     flow.put(step.out, results)
     flow.note_sizes(step.out, results)
@@ -428,9 +431,40 @@ _SPATIAL = (
 )
 # Element by element, where torch does not say so.
 _POINTWISE = (
-    *("masked_fill", "copy", "where", "_prelu_kernel", "lerp", "addcmul", "addcdiv", "hardswish", "hardsigmoid"),
-    *("hardtanh", "elu", "leaky_relu", "silu", "mish", "relu", "relu6", "gelu", "softplus", "softshrink", "hardshrink"),
-    *("log_sigmoid_forward", "threshold", "celu", "selu", "rrelu", "rrelu_with_noise_functional", "clamp", "square"),
+    *(
+        "masked_fill",
+        "copy",
+        "where",
+        "_prelu_kernel",
+        "lerp",
+        "addcmul",
+        "addcdiv",
+        "hardswish",
+        "hardsigmoid",
+    ),
+    *(
+        "hardtanh",
+        "elu",
+        "leaky_relu",
+        "silu",
+        "mish",
+        "relu",
+        "relu6",
+        "gelu",
+        "softplus",
+        "softshrink",
+        "hardshrink",
+    ),
+    *(
+        "log_sigmoid_forward",
+        "threshold",
+        "celu",
+        "selu",
+        "rrelu",
+        "rrelu_with_noise_functional",
+        "clamp",
+        "square",
+    ),
 )
 RULES: dict[str, Callable[[Step], None]] = {
     **dict.fromkeys(_MOVES, Step.moved),

@@ -58,7 +58,9 @@ class Limits:
             raise self.error(f"{self.memory_gb:g} GiB of memory")
 
     def error(self, most: str) -> GraphError:
-        return GraphError(f"{self.what} took more than {most}; the model is not supported within these limits")
+        return GraphError(
+            f"{self.what} took more than {most}; the model is not supported within these limits"
+        )
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,9 @@ def in_child(limits: Limits, work: Callable[[], Result]) -> Result:
         process.join()
         receiver.close()
     if message is None:
-        raise GraphError(f"{limits.what}: its process died (exit code {process.exitcode}), perhaps for lack of memory")
+        raise GraphError(
+            f"{limits.what}: its process died (exit code {process.exitcode}), perhaps for lack of memory"
+        )
     for warning, category in message.warned:
         warnings.warn(warning, category, stacklevel=6)
     if message.error is not None:

@@ -82,7 +82,13 @@ def _guessed(
 def _way(path: str) -> str:
     """Whether an attribute's name says that it counts what comes in or what goes out."""
     words = path.lower().split("_")
-    return "in" if {"in", "input", "inp"} & set(words) else "out" if {"out", "output", "oup"} & set(words) else ""
+    return (
+        "in"
+        if {"in", "input", "inp"} & set(words)
+        else "out"
+        if {"out", "output", "oup"} & set(words)
+        else ""
+    )
 
 
 def _known(name: str, module: nn.Module, flow: ChannelFlow) -> Iterator[tuple[str, Ints | None]]:
@@ -148,9 +154,7 @@ def numbers_of(module: nn.Module, size: int) -> Iterator[str]:
             yield path
 
 
-def _timm(
-    model: nn.Module, flow: ChannelFlow, modules: dict[str, nn.Module]
-) -> Iterator[tuple[str, Ints]]:
+def _timm(model: nn.Module, flow: ChannelFlow, modules: dict[str, nn.Module]) -> Iterator[tuple[str, Ints]]:
     """What timm's models tell of themselves: ``num_features`` feeds the classifier, ``feature_info`` lists stages."""
     infos: Any = getattr(model, "feature_info", None)
     if isinstance(infos, (list, tuple)):

@@ -24,7 +24,6 @@ from .process import Limits, in_child
 from .proof import Proof
 from .untraceable import untraceable
 
-
 # Seconds of a forward pass from which on a trace, which takes dozens of them, gets a process that can be killed.
 _LONG_PASS = 0.2
 
@@ -153,9 +152,7 @@ def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> float:
     return counter.get_total_flops() / 2 / batch_size(example_inputs)
 
 
-def _other_branches(
-    model: nn.Module, example_inputs: ExampleInputs, limits: Limits
-) -> list[ExampleInputs]:
+def _other_branches(model: nn.Module, example_inputs: ExampleInputs, limits: Limits) -> list[ExampleInputs]:
     """Variants of the example input on which other modules run: a branch that depends on the data."""
     generator = torch.Generator().manual_seed(0)
 
@@ -180,9 +177,11 @@ def _other_branches(
             seen.append(modules)
             found.append(other)
     if found:
-        some = sorted(set.union(*seen) - set.intersection(*seen))
+        everywhere = seen[0].intersection(*seen)
+        some = sorted(seen[0].union(*seen) - everywhere)
         warnings.warn(
-            f"{', '.join(some)}: run for some inputs only; the branches that were seen are cut and proved, others are not",
+            f"{', '.join(some)}: run for some inputs only; the branches that were seen are cut and proved, "
+            "others are not",
             BranchWarning,
             stacklevel=5,
         )

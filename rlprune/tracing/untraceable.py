@@ -6,15 +6,18 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 
 
 def untraceable(model: nn.Module) -> str:
     """One line on why the layers of a model cannot be followed or cut, and what to do; "" where they can."""
     kind = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
-        return f"{kind} is a program of TorchScript without Python layers: give the model that it was made from"
+        return (
+            f"{kind} is a program of TorchScript without Python layers: give the model that it was made from"
+        )
     if hasattr(model, "_orig_mod"):
-        return "the model is wrapped by torch.compile: give the model inside (model._orig_mod) and compile the pruned one"
+        return "the model is wrapped by torch.compile: give the one inside, model._orig_mod, and compile the cut one"
     for name, module in model.named_modules():
         reason = _module(module)
         if reason:
@@ -40,8 +43,9 @@ def _module(module: nn.Module) -> str:
         name = type(hook).__name__
         if name in ("WeightNorm", "SpectralNorm"):
             remove = "remove_weight_norm" if name == "WeightNorm" else "remove_spectral_norm"
-            return f"its {hook.name} is recomputed by {name}; make it plain first: torch.nn.utils.{remove}(module)"
-        if isinstance(hook, torch.nn.utils.prune.BasePruningMethod):
+            held = getattr(hook, "name", "weight")
+            return f"its {held} is recomputed by {name}; make it plain first: torch.nn.utils.{remove}(module)"
+        if isinstance(hook, BasePruningMethod):
             return "its weights are masked by torch.nn.utils.prune; make it plain first: prune.remove(module, name)"
     if ".quantized" in kind.__module__ or ".ao.nn" in kind.__module__:
         return f"{kind.__name__} is quantised: prune the float model, then quantise"

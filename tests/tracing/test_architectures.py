@@ -13,7 +13,10 @@ import torch
 import rlprune
 
 SCRIPT = Path(__file__).parent.parent.parent / "docs" / "scripts" / "architectures.py"
-FAST = ("cifar_resnet20", "shufflenet_v2_x1_0", "resnet18", "mobilenet_v3_small", "squeezenet1_1", "regnet_y_400mf", "googlenet")
+FAST = (
+    *("cifar_resnet20", "shufflenet_v2_x1_0", "resnet18", "mobilenet_v3_small", "squeezenet1_1"),
+    *("regnet_y_400mf", "googlenet"),
+)
 REFUSED = ("swin_t", "timm:convnextv2_atto")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -19,8 +20,8 @@ from helpers.nets import Residual, ResidualLayerNorm, build, example
 from rlprune.errors import GraphError
 from rlprune.pruning.space import fingerprint
 from rlprune.tracing import trace
-from rlprune.tracing.trace import UnusedModuleWarning
 from rlprune.tracing.process import Limits, in_child
+from rlprune.tracing.trace import UnusedModuleWarning
 
 
 def names(space):
@@ -156,7 +157,10 @@ def test_the_heads_of_an_attention_are_units_and_it_is_not_unused():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UnusedModuleWarning)
         space = rlprune.trace(Attentive(), torch.randn(2, 5, 8))
-    assert [(g.name, g.kind, g.width) for g in space.groups] == [("attention", "attention", 2), ("up", "linear", 12)]
+    assert [(g.name, g.kind, g.width) for g in space.groups] == [
+        ("attention", "attention", 2),
+        ("up", "linear", 12),
+    ]
 
 
 def test_forward_errors_are_one_line():
@@ -194,10 +198,8 @@ def test_memory_limit_stops_a_growing_loop():
 def test_limits_reach_one_long_call_and_a_bare_except():
     def stubborn():
         while True:
-            try:
+            with contextlib.suppress(BaseException):
                 time.sleep(60)
-            except BaseException:
-                pass
 
     started = time.monotonic()
     with pytest.raises(GraphError, match="stubborn took more than 0.3 s"):
