@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..errors import RlpruneError
 from ..utils.arrays import Ints
 from ..utils.torch_internals import TorchDispatchMode, tree_leaves
 from .channel_sets import CONSTANT, ChannelSets
@@ -231,11 +232,12 @@ class Step:
             self.flexible()
         elif any(self.flow.known(t) for t in self.given):
             rule = self.flow.rules.get(self.name)
-            if rule is not None:
-                rule(self)
-            elif torch.Tag.pointwise in getattr(self.operation, "tags", ()):
-                self.pointwise()
-            else:
+            pointwise = torch.Tag.pointwise in getattr(self.operation, "tags", ())
+            try:
+                (rule or (Step.pointwise if pointwise else Step.unknown))(self)
+            except RlpruneError:
+                raise
+            except Exception:  # a use of the operation that its rule has not met
                 self.unknown()
 
     # Kinds of operations

@@ -213,6 +213,8 @@ def _together(
     What they share in the other dimensions stays equal, so that a channel goes from all of them.
     """
     flow = step.flow
+    if not parts:
+        return
     found = [flow.of(part) for part in parts]
     slots = max((len(f) for f in found), default=0)
     if slots > 1:
@@ -263,12 +265,17 @@ def _split(step: Step) -> None:
 
 
 def _written(step: Step) -> None:
-    """Values written to some places of a tensor."""
-    flow, target = step.flow, step.args[0]
-    values = step.args[2] if step.name == "index_put" else step.args[1]
-    for labels in [*flow.of(target), *flow.of(values)]:
-        if labels.varies:
-            flow.fix(labels, f"{step.full} in {flow.place()} cannot be followed")
+    """Values written to some places of a tensor, whose other places keep theirs."""
+    flow, (target, indices, values) = step.flow, step.args[:3]
+    places = tuple(slice(None) if index is None else index for index in indices)
+    into, new = flow.of(target), [labels for labels in flow.of(values) if labels.varies]
+    if len(into) > 1 or len(new) > 1 or any(step.kwargs.values()) or any(step.args[3:4]):
+        step.unknown()
+        return
+    whole = into[0].of.clone() if into else torch.full(target.shape, CONSTANT)
+    whole = whole.contiguous()
+    whole[places] = new[0].of if new else CONSTANT
+    flow.put(step.out, [settled(flow.sets, whole)])
 
 
 def _pixel_shuffle(step: Step) -> None:
