@@ -69,7 +69,13 @@ class ModelConfig(Section):
     arguments: dict[str, Any] = setting(dict, "Keyword arguments of the model's constructor.")
     weights: str | None = setting(None, "Name of published weights (torchvision, timm); null for none.")
     checkpoint: str | None = setting(
-        None, "A safetensors (or weights-only .pt) file of weights to start from."
+        None,
+        "A file of weights to start from: safetensors, or what torch.save wrote of a training, without code.",
+    )
+    checkpoint_key: str | None = setting(
+        None,
+        "Where the weights stand in the checkpoint, as a dotted path such as `state_dict_ema`; null finds them, and "
+        "`.` is the top of the file.",
     )
     train: TrainConfig = setting(TrainConfig, "Dense training.")
     seed: int = setting(0, "Seed of the initial weights and of the dense training.", low=0)

@@ -55,6 +55,8 @@ class VisionBuilder(WorkloadBuilder):
             arguments=settings.arguments,
             weights=None if checkpoint else settings.weights,
             checkpoint=checkpoint or settings.checkpoint,
+            checkpoint_key=settings.checkpoint_key,
+            trained=checkpoint is None and settings.train.epochs > 0,
             seed=settings.seed,
         )
         check_finite(model, settings.name)
