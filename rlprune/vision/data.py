@@ -8,9 +8,11 @@ not change what the other two hold.
 from __future__ import annotations
 
 import gzip
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from ..errors import ConfigError, DataError, near_miss
 from ..utils.cache import cache_folder
 from ..utils.registry import Named, named_errors
 from ..workloads.base import SPLITS
+from .image_folder import DataWarning as DataWarning
 from .image_folder import FolderSource, read_folder
 from .image_source import Augment as Augment
 from .image_source import ImageSource as ImageSource
@@ -78,7 +81,28 @@ def load_data(name: str, request: Request | None = None) -> VisionData:
         raise DataError(f"data.root {str(request.root)!r}: no such folder")
     with named_errors("data_set", name):
         found = DATA_SETS.source(name)(request)
-    return _split(found if isinstance(found, Source) else completed(name, found, request), request)
+    source = found if isinstance(found, Source) else completed(name, found, request)
+    if not isinstance(source.train, FolderSource):
+        for field in ("resize", "skip_corrupt"):
+            if getattr(request, field):
+                raise ConfigError(f"data.{field}: only for folders of images, so {name!r} does not use it")
+    _warn_of_single_images(source)
+    return _split(source, request)
+
+
+def _warn_of_single_images(source: Source) -> None:
+    counts = torch.bincount(source.train.labels, minlength=len(source.classes)).tolist()
+    single = [name for name, count in zip(source.classes, counts, strict=False) if count == 1]
+    if single:
+        more = f" and {len(single) - 5} more" if len(single) > 5 else ""
+        names = ", ".join(map(repr, single[:5])) + more
+        what = (
+            f"the classes {names} have one image each"
+            if len(single) > 1
+            else f"the class {names} has one image"
+        )
+        message = f"{source.name}: {what}: it is in one split only, so it is learned or measured, never both"
+        warnings.warn(message, DataWarning, stacklevel=3)
 
 
 def _split(source: Source, request: Request) -> VisionData:
@@ -119,7 +143,10 @@ def _split(source: Source, request: Request) -> VisionData:
 
 def _take(part: Split | FolderSource, index: Tensor) -> Split:
     if isinstance(part, FolderSource):
-        return Split(part.decode(index), part.labels[index])
+        images, labels = part.decode(index)
+        if not len(images):
+            raise DataError(f"{part.root}: all {len(index)} images of a split cannot be decoded")
+        return Split(images, labels)
     return Split(part.images[index], part.labels[index])
 
 
@@ -257,8 +284,15 @@ def _folder_source(name: str, root: Path, request: Request, augment: Augment | N
     cache = cache_folder() / "data"
     official = next((root / n for n in ("test", "val") if (root / n).is_dir()), None)
     has_train = (root / "train").is_dir()
-    train = read_folder(root / "train" if has_train else root, request.image_size, cache)
-    test = read_folder(official, request.image_size, cache) if has_train and official else None
+    read = partial(
+        read_folder,
+        image_size=request.image_size,
+        cache=cache,
+        shorter=request.resize,
+        skip=request.skip_corrupt,
+    )
+    train = read(root / "train" if has_train else root)
+    test = read(official) if has_train and official else None
     if test is not None and test.classes != train.classes:
         odd = sorted(set(test.classes) ^ set(train.classes))
         raise DataError(f"{name}: {root}: {odd[0]!r} is a class of only one of train and {official}")
