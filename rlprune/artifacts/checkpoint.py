@@ -145,6 +145,10 @@ def _choose(
     if not fitting:
         raise _misses(found, prefixes[0] if prefixes else "", checkpoint, source)
     chosen = [found.under(p) for p in fitting]
+    # Names as short as those of a bare nn.Sequential stand in many places; the right place has the shapes, too.
+    shaped = [i for i, names in enumerate(chosen) if _shapes_fit(names, own, checkpoint.tensors)]
+    if shaped:
+        fitting, chosen = [fitting[i] for i in shaped], [chosen[i] for i in shaped]
     different = [0] + [
         i for i in range(1, len(chosen)) if not _same(chosen[0], chosen[i], checkpoint.tensors)
     ]
@@ -159,6 +163,10 @@ def _choose(
             )
         different = exact
     return fitting[different[0]], chosen[different[0]]
+
+
+def _shapes_fit(names: Mapping[str, str], own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
+    return all(tensors[stored].shape == own[name].shape for name, stored in names.items())
 
 
 def _same(one: Mapping[str, str], other: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool:

@@ -389,6 +389,14 @@ def test_equal_sets_are_no_choice() -> None:
     assert equal(model, 1)
 
 
+def test_of_several_places_the_one_with_the_shapes_is_taken() -> None:
+    file = nn.ModuleDict({"neck": nn.Sequential(nn.Linear(3, 2)), "head": nn.Sequential(nn.Linear(4, 2))})
+    own = nn.Sequential(nn.Linear(4, 2))
+    with pytest.warns(CheckpointWarning, match=r"'neck\.0\.weight'"):
+        put_weights(own, file.state_dict(), "file")
+    assert torch.equal(own[0].weight, file["head"][0].weight)
+
+
 def test_a_wrong_key_has_a_near_miss(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     torch.save({"state_dict": state(), "state_dict_ema": state(seed=2), "model": {"epoch": 3}}, path)

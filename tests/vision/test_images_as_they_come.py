@@ -21,6 +21,7 @@ from rlprune.config.config import Config
 from rlprune.errors import ConfigError, DataError
 from rlprune.experiments.build import build_workload
 from rlprune.experiments.usage import check_usage
+from rlprune.plugins import fingerprint_of_settings
 from rlprune.vision.data import DataWarning, Request, VisionData, load_data
 from rlprune.vision.image_files import open_image
 from rlprune.vision.transforms import named_transform, transformed
@@ -382,6 +383,17 @@ def test_a_killed_training_with_a_transform_goes_on_to_the_same_bits(
     resumed = built(*options)
     for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("mine")
+def test_results_are_kept_under_the_code_of_a_transform() -> None:
+    config = settings("data.transform=my_transforms:evaluation")
+    before = fingerprint_of_settings(config)
+    assert fingerprint_of_settings(config) == before
+    with Path("my_transforms.py").open("a") as file:
+        file.write("evaluation = None\n")
+    (label,) = (key for key in before if key.startswith("data.transform"))
+    assert fingerprint_of_settings(config)[label] != before[label]
 
 
 @pytest.mark.usefixtures("mine")
