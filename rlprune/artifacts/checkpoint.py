@@ -126,9 +126,11 @@ def put_weights(
     anew += [name for name in found.missing(prefix) if name in _head_names(model)]
     _refuse_or_report_extras(found, prefix, chosen, checkpoint, source)
     if anew:
-        layers = ", ".join(repr(layer) for layer in dict.fromkeys(n.rpartition(".")[0] for n in anew))
+        layers = list(dict.fromkeys(name.rpartition(".")[0] for name in anew))
+        start = "start" if len(layers) > 1 else "starts"
         _warn(
-            f"{source}: {layers} starts anew: the file is for other classes or channels; only training changes that"
+            f"{source}: {', '.join(map(repr, layers))} {start} anew: the file is for other classes or channels; only "
+            "training changes that"
         )
     model.load_state_dict({name: t for name, t in tensors.items() if name not in anew}, strict=False)
 
@@ -237,21 +239,21 @@ def _misfits(
 ) -> list[str]:
     """Own names whose stored shape is that of other classes or channels; ArtifactError for any other misfit."""
     odd = [name for name, tensor in tensors.items() if tensor.shape != own[name].shape]
-    anew = _of_heads(model, odd, own, tensors) | _of_stem(model, odd, own, tensors)
-    for name in odd:
-        if name in anew and head:
-            continue
-        theirs, ours = tuple(tensors[name].shape), tuple(own[name].shape)
-        why = ""
-        if set(odd) <= anew and theirs[:1] != ours[:1]:
-            why = (
-                f"; the layer has {theirs[0]} outputs there and {ours[0]} here: it starts anew where training follows, "
-                "with model.checkpoint and model.train.epochs above 0"
-            )
-        raise ArtifactError(
-            f"{source} does not fit the model: {name!r} has shape {theirs}, the model needs {ours}{why}"
+    ends = _of_heads(model, odd, own, tensors) | _of_stem(model, odd, own, tensors)
+    explained = set(odd) <= ends
+    if not odd or (head and explained):
+        return odd
+    name = odd[0]
+    theirs, ours = tuple(tensors[name].shape), tuple(own[name].shape)
+    why = ""
+    if explained and theirs[:1] != ours[:1]:
+        why = (
+            f"; the layer has {theirs[0]} outputs there and {ours[0]} here: it starts anew where training follows, "
+            "with model.checkpoint and model.train.epochs above 0"
         )
-    return odd
+    raise ArtifactError(
+        f"{source} does not fit the model: {name!r} has shape {theirs}, the model needs {ours}{why}"
+    )
 
 
 def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -262,18 +264,18 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def _of_heads(
     model: nn.Module, odd: Iterable[str], own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> set[str]:
-    """Misfits that differ in the number of outputs alone, all in the same way.
+    """Misfits that differ in the number of outputs alone.
 
     What reads a layer's outputs would misfit with it, so where all misfits are of this kind the layers are heads.
     """
     layers = {name for name, _ in _layers(model)}
-    found, changes = set(), set()
-    for name in odd:
-        theirs, ours = tensors[name].shape, own[name].shape
-        if name.rpartition(".")[0] in layers and theirs[1:] == ours[1:] and len(theirs) == len(ours):
-            found.add(name)
-            changes.add((theirs[0], ours[0]))
-    return found if len(changes) == 1 else set()
+    return {
+        name
+        for name in odd
+        if name.rpartition(".")[0] in layers
+        and tensors[name].ndim == own[name].ndim
+        and tensors[name].shape[1:] == own[name].shape[1:]
+    }
 
 
 def _of_stem(

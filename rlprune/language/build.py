@@ -95,6 +95,10 @@ def _language_workload(
     texts = read_text(config.data.name, request)  # first: a missing file is said before weights are read
     source = str(checkpoint or settings.checkpoint or "")
     folder = bool(source) and (Path(source).is_dir() or source.endswith(".gguf"))
+    if folder and settings.checkpoint_key is not None:
+        raise ConfigError(
+            "model.checkpoint_key: a folder or a GGUF file has one set of weights; leave it out"
+        )
     name = f"{PREFIX}{source}" if folder else settings.name
     causal = load_causal(
         name, dtype=settings.dtype, arguments=None if folder else settings.arguments, seed=settings.seed

@@ -7,10 +7,12 @@ import collections
 import contextlib
 import copy
 import datetime
+import functools
 import io
 import json
 import pickle
 import sys
+import tempfile
 import types
 import warnings
 import zipfile
@@ -22,7 +24,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from rlprune.artifacts.checkpoint import CheckpointWarning, load_checkpoint, put_weights
@@ -456,9 +458,17 @@ def test_other_classes_start_anew_where_training_follows() -> None:
     narrow = net(1)
     narrow.features = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3))
     with pytest.raises(
-        ArtifactError, match=r"'features\.1\.weight' has shape \(3,\), the model needs \(4,\)$"
+        ArtifactError, match=r"'features\.0\.weight' has shape .* the model needs \(4, 3, 3, 3\)$"
     ):
         put_weights(net(7), narrow.state_dict(), "file", head=True)
+
+
+def test_several_heads_start_anew_together() -> None:
+    given, own = (nn.ModuleDict({"boxes": nn.Conv2d(4, 4, 1), "classes": nn.Conv2d(4, 6 * k, 1),
+                                 "coarse": nn.Conv2d(4, 2 * k, 1)}) for k in (9, 5))  # fmt: skip
+    with pytest.warns(CheckpointWarning, match="'classes', 'coarse' start anew"):
+        put_weights(own, given.state_dict(), "file", head=True)
+    assert torch.equal(own["boxes"].weight, given["boxes"].weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -558,6 +568,30 @@ def test_other_files_are_said_to_be_what_they_are(
         put_weights(net(7), load_checkpoint(path), f"checkpoint {str(path)!r}")
     assert "\n" not in str(caught.value) and path.name in str(caught.value)
     assert not Path("evil-was-here").exists()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(("zip", "old", "safetensors")), st.data())
+def test_damaged_files_raise_our_error_only(form: str, data: st.DataObject) -> None:
+    content = bytearray(_written(form))
+    for _ in range(data.draw(st.integers(1, 8))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(content)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "file.pt")
+        path.write_bytes(content if data.draw(st.booleans()) else content[:cut])
+        with contextlib.suppress(ArtifactError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            put_weights(net(7), load_checkpoint(path), "file")
+
+
+@functools.cache
+def _written(form: str) -> bytes:
+    buffer = io.BytesIO()
+    if form == "safetensors":
+        return save(state())
+    torch.save({"net": state(), **notes()}, buffer, _use_new_zipfile_serialization=form == "zip")
+    return buffer.getvalue()
 
 
 def test_an_index_names_files_beside_it_only(tmp_path: Path) -> None:

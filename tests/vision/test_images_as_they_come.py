@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import os
 import struct
 import sys
+import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -13,6 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
@@ -124,6 +130,31 @@ def test_a_scale_that_nobody_knows_is_said(values: np.ndarray, tmp_path: Path) -
     Image.fromarray(values).save(tmp_path / "a.tiff")
     with pytest.raises(DataError, match=r"a\.tiff: cannot be decoded \(it holds .*save it as 8 bits"):
         open_image(tmp_path / "a.tiff")
+
+
+@functools.cache
+def written(kind: str) -> bytes:
+    rough = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    rough.save(buffer, kind)
+    return buffer.getvalue()
+
+
+@settings_of_hypothesis(max_examples=80, deadline=None)
+@given(st.sampled_from(("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM")), st.data())
+def test_damaged_images_raise_our_error_only(kind: str, data: st.DataObject) -> None:
+    content = bytearray(written(kind))
+    for _ in range(data.draw(st.integers(1, 6))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(content))) if data.draw(st.booleans()) else len(content)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+        path = Path(folder, f"a.{kind.lower()}")
+        path.write_bytes(content[:cut])
+        try:
+            assert pixels(path).shape[2] == 3
+        except DataError as error:
+            assert str(error).startswith(f"{path}: cannot be decoded (") and "\n" not in str(error)
 
 
 # Folders

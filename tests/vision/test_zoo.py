@@ -253,7 +253,7 @@ def test_head_and_stem_may_differ_only_where_allowed() -> None:
     with pytest.raises(ArtifactError, match=r"conv1\.weight"):
         put_weights(model, other.state_dict(), "other")
     before = model.linear.weight.clone()
-    with pytest.warns(CheckpointWarning, match="'conv1', 'linear' starts anew"):
+    with pytest.warns(CheckpointWarning, match="'conv1', 'linear' start anew"):
         put_weights(model, other.state_dict(), "other", head=True)
     assert torch.equal(model.linear.weight, before)
     assert torch.equal(model.layer1[0].conv1.weight, other.layer1[0].conv1.weight)
