@@ -25,7 +25,7 @@ from ..utils.cache import cache_folder
 from ..utils.registry import Named, named_errors
 from ..workloads.base import SPLITS
 from .image_folder import DataWarning as DataWarning
-from .image_folder import FolderSource, read_folder
+from .image_folder import FolderSource, listed, read_folder
 from .image_source import Augment as Augment
 from .image_source import ImageSource as ImageSource
 from .image_source import Request as Request
@@ -94,8 +94,7 @@ def _warn_of_single_images(source: Source) -> None:
     counts = torch.bincount(source.train.labels, minlength=len(source.classes)).tolist()
     single = [name for name, count in zip(source.classes, counts, strict=False) if count == 1]
     if single:
-        more = f" and {len(single) - 5} more" if len(single) > 5 else ""
-        names = ", ".join(map(repr, single[:5])) + more
+        names = listed([repr(name) for name in single])
         what = (
             f"the classes {names} have one image each"
             if len(single) > 1
@@ -134,20 +133,21 @@ def _split(source: Source, request: Request) -> VisionData:
         chosen[split] = available[:size]  # in drawn order: the first images of a split are of all classes
         if not official:
             pool = pool[size:]
-    splits = {
-        s: _take(source.test if s == "test" and source.test is not None else source.train, chosen[s])
-        for s in SPLITS
-    }
+    splits, broken = {}, set[str]()
+    for name in SPLITS:
+        part = source.test if name == "test" and source.test is not None else source.train
+        if isinstance(part, FolderSource):
+            images, labels, lost = part.decode(chosen[name])
+            broken |= {str(part.root / file) for file in lost}
+            if not len(images):
+                raise DataError(f"data.{name}: none of {len(chosen[name])} images can be decoded")
+            splits[name] = Split(images, labels)
+        else:
+            splits[name] = Split(part.images[chosen[name]], part.labels[chosen[name]])
+    if broken:
+        left_out = f"{len(broken)} images cannot be decoded and are left out: {listed(sorted(broken))}"
+        warnings.warn(f"{source.name}: {left_out}", DataWarning, stacklevel=3)
     return VisionData(source.name, splits, source.classes, source.mean, source.std, source.augment)
-
-
-def _take(part: Split | FolderSource, index: Tensor) -> Split:
-    if isinstance(part, FolderSource):
-        images, labels = part.decode(index)
-        if not len(images):
-            raise DataError(f"{part.root}: all {len(index)} images of a split cannot be decoded")
-        return Split(images, labels)
-    return Split(part.images[index], part.labels[index])
 
 
 def _digits(request: Request) -> Source:

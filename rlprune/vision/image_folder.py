@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,14 @@ class DataWarning(UserWarning):
     """The data can be used, but not all of it, or not for all that it is for."""
 
 
+class Decoded(NamedTuple):
+    """Images (n, 3, size, size) uint8, labels (n,), and the names of the files that cannot be decoded."""
+
+    images: Tensor
+    labels: Tensor
+    broken: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class FolderSource:
     """The files of an image folder in sorted order, their labels (N,), and how to decode them.
@@ -47,25 +55,28 @@ class FolderSource:
     shorter: int | None = None
     skip: bool = False
 
-    def decode(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (n, 3, size, size) uint8 of the files at ``index``, and their labels (n,).
+    def decode(self, index: Tensor) -> Decoded:
+        """The files at ``index`` (n,) that can be decoded.
 
-        Raises DataError naming all files that cannot be decoded; with ``skip`` they are left out, with a DataWarning.
+        Raises DataError naming all that cannot; with ``skip`` they are left out.
         """
         image_bytes = 3 * self.size * self.size
         if len(self.files) * image_bytes <= _WHOLE_BYTES:
             images, whole = self._cached(range(len(self.files)))
             place = torch.full((len(self.files),), -1)
             place[whole] = torch.arange(len(images))
-            kept = place[index] >= 0
-            return images[place[index][kept]], self.labels[index[kept]]
-        if len(index) * image_bytes > _MOST_BYTES:
+            images = images[place[index][place[index] >= 0]]
+            whole = whole[index]
+        elif len(index) * image_bytes > _MOST_BYTES:
             raise DataError(
                 f"{self.root}: {len(index)} images of {self.size}x{self.size} do not fit into memory; "
                 f"set data.train below {_MOST_BYTES // image_bytes}, or a smaller data.image_size"
             )
-        images, whole = self._cached(index.tolist())
-        return images, self.labels[index[whole]]
+        else:
+            images, whole = self._cached(index.tolist())
+        return Decoded(
+            images, self.labels[index[whole]], tuple(self.files[i] for i in index[~whole].tolist())
+        )
 
     def _cached(self, index: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Images of the files that can be decoded, and which of ``index`` they are (a mask)."""
@@ -85,10 +96,9 @@ class FolderSource:
             images, whole = self._decoded(index)
             with contextlib.suppress(ArtifactError):  # without a cache it works too, only slower
                 write_tensors_atomic(path, {"images": images, "whole": whole})
-        if not bool(whole.all()):
-            self._report(
-                [self.files[i] for i, good in zip(index, whole.tolist(), strict=True) if not good], len(index)
-            )
+        if not self.skip and not bool(whole.all()):
+            broken = [self.files[i] for i, good in zip(index, whole.tolist(), strict=True) if not good]
+            raise self._damaged(broken, len(index))
         return images, whole
 
     def _decoded(self, index: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -102,20 +112,16 @@ class FolderSource:
         none = np.zeros((0, 3, self.size, self.size), np.uint8)
         return torch.from_numpy(np.stack(images) if images else none), torch.tensor(whole)
 
-    def _report(self, broken: list[str], count: int) -> None:
-        """DataError for files that cannot be decoded, or a DataWarning where they are left out."""
-        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
-        names = ", ".join(broken[:5]) + more
-        head = f"{self.root}: {len(broken)} of {count} images cannot be decoded"
-        if self.skip:
-            warnings.warn(f"{head} and are left out: {names}", DataWarning, stacklevel=3)
-            return
+    def _damaged(self, broken: list[str], count: int) -> DataError:
         reason = ""
         try:
             open_image(self.root / broken[0])
         except UndecodableImage as error:
             reason = str(error).partition(": cannot be decoded")[2]
-        raise DataError(f"{head}: {names}{reason}; set data.skip_corrupt=true to leave them out")
+        return DataError(
+            f"{self.root}: {len(broken)} of {count} images cannot be decoded: {listed(broken)}{reason}; "
+            "set data.skip_corrupt=true to leave them out"
+        )
 
     def _image(self, file: str) -> np.ndarray:
         """One image, (3, size, size) uint8: its shorter side scaled, the centre cut out."""
@@ -133,6 +139,12 @@ class FolderSource:
             image = image.resize((width, height), 2)  # 2 is PIL's bilinear, which antialiases
             image = image.crop((left, top, left + self.size, top + self.size))
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def read_folder(

@@ -207,7 +207,7 @@ def test_all_damaged_files_are_named_at_once_or_left_out(root: Path) -> None:
         assert (
             all(name in line for name in broken[:5]) and "data.skip_corrupt=true" in line and "\n" not in line
         )
-    with pytest.warns(DataWarning, match="6 of 29 images cannot be decoded and are left out"):
+    with pytest.warns(DataWarning, match="6 images cannot be decoded and are left out: .* and 1 more"):
         data = load_data("image_folder", Request(root=root, image_size=8, skip_corrupt=True))
     assert count(data) == 23
     for split in SPLITS:  # images and labels still belong together
@@ -237,14 +237,14 @@ def test_a_folder_without_one_whole_image(root: Path) -> None:
     with pytest.raises(DataError, match="none of 18 images can be decoded"):
         load_data("image_folder", Request(root=root, skip_corrupt=True))
     skip = Request(root=root, image_size=8, skip_corrupt=True)
-    with pytest.warns(DataWarning), pytest.raises(DataError, match="of a split cannot be decoded"):
+    with pytest.raises(DataError, match=r"data\.train: none of 13 images can be decoded"):
         load_data("image_folder", skip)
 
 
 def test_the_first_file_may_be_damaged_where_sizes_are_kept(root: Path) -> None:
     fill(root)
     (root / "cat" / "000.png").write_bytes(b"no")
-    with pytest.warns(DataWarning, match=r"1 of 24 .*cat/000\.png"):
+    with pytest.warns(DataWarning, match=r"1 images cannot .*cat/000\.png"):
         data = load_data("image_folder", Request(root=root, skip_corrupt=True))
     assert data.shape == (3, 8, 8) and count(data) == 23
 
