@@ -24,6 +24,7 @@ from ..errors import ConfigError, DataError, near_miss
 from ..utils.cache import cache_folder
 from ..utils.registry import Named, named_errors
 from ..workloads.base import SPLITS
+from .image_files import UndecodableImage, open_image
 from .image_folder import DataWarning as DataWarning
 from .image_folder import FolderSource, listed, read_folder
 from .image_source import Augment as Augment
@@ -133,21 +134,36 @@ def _split(source: Source, request: Request) -> VisionData:
         chosen[split] = available[:size]  # in drawn order: the first images of a split are of all classes
         if not official:
             pool = pool[size:]
-    splits, broken = {}, set[str]()
+    splits, broken = {}, set[Path]()
     for name in SPLITS:
         part = source.test if name == "test" and source.test is not None else source.train
         if isinstance(part, FolderSource):
             images, labels, lost = part.decode(chosen[name])
-            broken |= {str(part.root / file) for file in lost}
-            if not len(images):
-                raise DataError(f"data.{name}: none of {len(chosen[name])} images can be decoded")
+            broken.update(lost)
             splits[name] = Split(images, labels)
         else:
             splits[name] = Split(part.images[chosen[name]], part.labels[chosen[name]])
     if broken:
-        left_out = f"{len(broken)} images cannot be decoded and are left out: {listed(sorted(broken))}"
-        warnings.warn(f"{source.name}: {left_out}", DataWarning, stacklevel=3)
+        _refuse_or_report(source.name, sorted(broken), request.skip_corrupt)
+    empty = next((name for name in SPLITS if not len(splits[name].labels)), None)
+    if empty is not None:
+        raise DataError(f"data.{empty}: none of {len(chosen[empty])} images can be decoded")
     return VisionData(source.name, splits, source.classes, source.mean, source.std, source.augment)
+
+
+def _refuse_or_report(name: str, broken: list[Path], skip: bool) -> None:
+    """DataError for images that cannot be decoded, or a DataWarning where they are left out."""
+    head = f"{name}: {len(broken)} image{'s' * (len(broken) > 1)} cannot be decoded"
+    names = listed([str(path) for path in broken])
+    if skip:
+        warnings.warn(f"{head}, left out: {names}", DataWarning, stacklevel=4)
+        return
+    reason = ""
+    try:
+        open_image(broken[0])
+    except UndecodableImage as error:
+        reason = str(error).partition(": cannot be decoded")[2]
+    raise DataError(f"{head}: {names}{reason}; set data.skip_corrupt=true to leave them out")
 
 
 def _digits(request: Request) -> Source:
@@ -289,7 +305,6 @@ def _folder_source(name: str, root: Path, request: Request, augment: Augment | N
         image_size=request.image_size,
         cache=cache,
         shorter=request.resize,
-        skip=request.skip_corrupt,
     )
     train = read(root / "train" if has_train else root)
     test = read(official) if has_train and official else None

@@ -30,11 +30,11 @@ class DataWarning(UserWarning):
 
 
 class Decoded(NamedTuple):
-    """Images (n, 3, size, size) uint8, labels (n,), and the names of the files that cannot be decoded."""
+    """Images (n, 3, size, size) uint8, labels (n,), and the files that were met and cannot be decoded."""
 
     images: Tensor
     labels: Tensor
-    broken: tuple[str, ...]
+    broken: list[Path]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class FolderSource:
     """The files of an image folder in sorted order, their labels (N,), and how to decode them.
 
     ``shorter`` is what the shorter side is scaled to before the centre of ``size`` is cut out (None for ``size``);
-    without ``resize`` every image has to have the size. ``skip`` leaves files out that cannot be decoded.
+    without ``resize`` every image has to have the size.
     """
 
     root: Path
@@ -53,16 +53,14 @@ class FolderSource:
     resize: bool
     cache: Path
     shorter: int | None = None
-    skip: bool = False
 
     def decode(self, index: Tensor) -> Decoded:
-        """The files at ``index`` (n,) that can be decoded.
-
-        Raises DataError naming all that cannot; with ``skip`` they are left out.
-        """
+        """The files at ``index`` (n,), without those that cannot be decoded."""
         image_bytes = 3 * self.size * self.size
         if len(self.files) * image_bytes <= _WHOLE_BYTES:
-            images, whole = self._cached(range(len(self.files)))
+            every = range(len(self.files))
+            images, whole = self._cached(every)
+            broken = self._broken(every, whole)
             place = torch.full((len(self.files),), -1)
             place[whole] = torch.arange(len(images))
             images = images[place[index][place[index] >= 0]]
@@ -74,9 +72,11 @@ class FolderSource:
             )
         else:
             images, whole = self._cached(index.tolist())
-        return Decoded(
-            images, self.labels[index[whole]], tuple(self.files[i] for i in index[~whole].tolist())
-        )
+            broken = self._broken(index.tolist(), whole)
+        return Decoded(images, self.labels[index[whole]], broken)
+
+    def _broken(self, index: Sequence[int], whole: Tensor) -> list[Path]:
+        return [self.root / self.files[i] for i, good in zip(index, whole.tolist(), strict=True) if not good]
 
     def _cached(self, index: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Images of the files that can be decoded, and which of ``index`` they are (a mask)."""
@@ -92,13 +92,12 @@ class FolderSource:
         try:
             kept = read_tensors(path)
             images, whole = kept["images"], kept["whole"]
+            if any(is_whole(path) for path in self._broken(index, whole)):  # it could not be read then
+                raise KeyError(path)
         except (ArtifactError, KeyError):  # none, or a broken one that is replaced
             images, whole = self._decoded(index)
             with contextlib.suppress(ArtifactError):  # without a cache it works too, only slower
                 write_tensors_atomic(path, {"images": images, "whole": whole})
-        if not self.skip and not bool(whole.all()):
-            broken = [self.files[i] for i, good in zip(index, whole.tolist(), strict=True) if not good]
-            raise self._damaged(broken, len(index))
         return images, whole
 
     def _decoded(self, index: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -111,17 +110,6 @@ class FolderSource:
                 whole.append(False)
         none = np.zeros((0, 3, self.size, self.size), np.uint8)
         return torch.from_numpy(np.stack(images) if images else none), torch.tensor(whole)
-
-    def _damaged(self, broken: list[str], count: int) -> DataError:
-        reason = ""
-        try:
-            open_image(self.root / broken[0])
-        except UndecodableImage as error:
-            reason = str(error).partition(": cannot be decoded")[2]
-        return DataError(
-            f"{self.root}: {len(broken)} of {count} images cannot be decoded: {listed(broken)}{reason}; "
-            "set data.skip_corrupt=true to leave them out"
-        )
 
     def _image(self, file: str) -> np.ndarray:
         """One image, (3, size, size) uint8: its shorter side scaled, the centre cut out."""
@@ -141,6 +129,15 @@ class FolderSource:
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
+def is_whole(path: Path) -> bool:
+    """Whether an image can be decoded."""
+    try:
+        open_image(path)
+    except UndecodableImage:
+        return False
+    return True
+
+
 def listed(names: Sequence[str]) -> str:
     """The first names, and how many more."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -148,7 +145,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def read_folder(
-    root: Path, image_size: int | None, cache: Path, *, shorter: int | None = None, skip: bool = False
+    root: Path, image_size: int | None, cache: Path, *, shorter: int | None = None
 ) -> FolderSource:
     """List ``root``/<class>/**; the decoding waits until the splits are known.
 
@@ -182,7 +179,6 @@ def read_folder(
         image_size is not None,
         cache,
         shorter,
-        skip,
     )
 
 

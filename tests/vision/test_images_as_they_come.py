@@ -29,7 +29,7 @@ from rlprune.experiments.build import build_workload
 from rlprune.experiments.usage import check_usage
 from rlprune.plugins import fingerprint_of_settings
 from rlprune.vision.data import DataWarning, Request, VisionData, load_data
-from rlprune.vision.image_files import open_image
+from rlprune.vision.image_files import UndecodableImage, open_image
 from rlprune.vision.transforms import named_transform, transformed
 from rlprune.vision.workload import VisionWorkload
 from rlprune.workloads import SPLITS
@@ -201,13 +201,13 @@ def test_all_damaged_files_are_named_at_once_or_left_out(root: Path) -> None:
     broken = damage(root)
     request = Request(root=root, image_size=8)
     for _ in range(2):  # the second time from the cache
-        with pytest.raises(DataError, match=r"6 of 29 images cannot be decoded: .* and 1 more \(") as caught:
+        with pytest.raises(DataError, match=r"6 images cannot be decoded: .* and 1 more \(") as caught:
             load_data("image_folder", request)
         line = str(caught.value)
         assert (
             all(name in line for name in broken[:5]) and "data.skip_corrupt=true" in line and "\n" not in line
         )
-    with pytest.warns(DataWarning, match="6 images cannot be decoded and are left out: .* and 1 more"):
+    with pytest.warns(DataWarning, match="6 images cannot be decoded, left out: .* and 1 more"):
         data = load_data("image_folder", Request(root=root, image_size=8, skip_corrupt=True))
     assert count(data) == 23
     for split in SPLITS:  # images and labels still belong together
@@ -237,14 +237,43 @@ def test_a_folder_without_one_whole_image(root: Path) -> None:
     with pytest.raises(DataError, match="none of 18 images can be decoded"):
         load_data("image_folder", Request(root=root, skip_corrupt=True))
     skip = Request(root=root, image_size=8, skip_corrupt=True)
-    with pytest.raises(DataError, match=r"data\.train: none of 13 images can be decoded"):
+    with (
+        pytest.warns(DataWarning, match="18 images"),
+        pytest.raises(DataError, match=r"data\.train: none of 13 images can be decoded"),
+    ):
         load_data("image_folder", skip)
+
+
+def test_damage_in_the_official_test_part_is_named_with_the_rest(root: Path) -> None:
+    fill(root / "train")
+    fill(root / "test", count=3)
+    for part in ("train", "test"):
+        (root / part / "dog" / "001.png").write_bytes(b"no")
+    with pytest.raises(DataError, match=r"2 images .*test/dog/001\.png, .*train/dog/001\.png"):
+        load_data("image_folder", Request(root=root))
+
+
+def test_what_could_not_be_read_for_a_while_is_read_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(root)
+
+    def locked(path: Path) -> Image.Image:
+        if path.name == "001.png":
+            raise UndecodableImage(f"{path}: cannot be decoded (Permission denied)")
+        return open_image(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rlprune.vision.image_folder.open_image", locked)
+        with pytest.warns(DataWarning, match="2 images cannot be decoded, left out"):
+            assert count(load_data("image_folder", Request(root=root, skip_corrupt=True))) == 22
+    assert count(load_data("image_folder", Request(root=root))) == 24
 
 
 def test_the_first_file_may_be_damaged_where_sizes_are_kept(root: Path) -> None:
     fill(root)
     (root / "cat" / "000.png").write_bytes(b"no")
-    with pytest.warns(DataWarning, match=r"1 images cannot .*cat/000\.png"):
+    with pytest.warns(DataWarning, match=r"1 image cannot be decoded, left out: .*cat/000\.png"):
         data = load_data("image_folder", Request(root=root, skip_corrupt=True))
     assert data.shape == (3, 8, 8) and count(data) == 23
 
