@@ -10,17 +10,23 @@ from typing import TYPE_CHECKING
 from ..utils.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .image_folder import DataWarning
+    from .workload import VisionWorkload
     from .zoo import base_of, build_model
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "DataWarning": "image_folder",
+        "VisionWorkload": "workload",
         "base_of": "zoo",
         "build_model": "zoo",
     },
 )
 
 __all__ = [
+    "DataWarning",
+    "VisionWorkload",
     "base_of",
     "build_model",
 ]
