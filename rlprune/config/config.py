@@ -199,6 +199,11 @@ class PruneConfig(Section):
     hidden: bool = setting(
         False, "Language models: whether the hidden size is a group too (no exact cut: norms cross it)."
     )
+    inexact: bool = setting(
+        False,
+        "Models of images: whether channels that a norm or a softmax runs over are cut too (no exact cut: what is "
+        "kept changes).",
+    )
 
 
 @section

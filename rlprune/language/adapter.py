@@ -92,7 +92,14 @@ class LanguageAdapter(ModelAdapter):
         **dict.fromkeys(
             (
                 *("model.train.label_smoothing", "data.image_size", "data.augment", "data.resize"),
-                *("data.skip_corrupt", "data.mean", "data.std", "data.transform", "data.train_transform"),
+                *(
+                    "data.skip_corrupt",
+                    "data.mean",
+                    "data.std",
+                    "data.transform",
+                    "data.train_transform",
+                    "prune.inexact",
+                ),
             ),
             ("{model} is a language model", "only image models have a use for it"),
         ),

@@ -101,7 +101,7 @@ class DropRule:
 class PruningSpace:
     """The ordered groups of one model with everything that cutting and costing need; made by ``rlprune.trace``.
 
-    ``input_shape`` is that of the example input, where this was a single tensor. ``wing`` names the adapter that
+    ``inexact`` names the groups whose cut is not exact (`Group.exact`), with the reason. ``input_shape`` is that of the example input, where this was a single tensor. ``wing`` names the adapter that
     traced it (``ModelAdapter.wing``).
     """
 
@@ -116,6 +116,7 @@ class PruningSpace:
     input_shape: tuple[int, ...] | None = None
     drops: tuple[DropRule, ...] = ()
     wing: str = "vision"
+    inexact: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def widths(self) -> Ints:

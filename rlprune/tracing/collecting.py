@@ -143,7 +143,7 @@ class _Collector:
     def _units(self, module: nn.Module, entry: TensorDim) -> Ints:
         """The channels behind the rows of several gates, or of queries, keys and values."""
         gates = 1
-        if isinstance(module, nn.RNNBase):
+        if isinstance(module, nn.RNNBase) and "weight_hr" not in entry.tensor:
             gates = _GATES.get(module.mode.partition("_")[0], 1)
         elif isinstance(module, HeadAttention) and entry.tensor.endswith("in_proj_weight"):
             gates = 3

@@ -61,8 +61,9 @@ class Layout:
         input_shape: tuple[int, ...] | None,
     ) -> PruningSpace:
         cuts, rules = self._cuts()
+        groups = [rounded(self._group(units), round_to, minimum) for units in self.class_groups]
         return PruningSpace(
-            groups=tuple(rounded(self._group(units), round_to, minimum) for units in self.class_groups),
+            groups=tuple(groups),
             protected=self._protected(),
             fingerprint=fingerprint,
             cuts=tuple(cuts),
@@ -71,6 +72,11 @@ class Layout:
             axes=tuple(self.axes),
             unused=unused,
             input_shape=input_shape,
+            inexact={
+                group.name: self.graph.crossed[units[0]]
+                for group, units in zip(groups, self.class_groups, strict=True)
+                if not group.exact
+            },
         )
 
     # Which channels may be cut, and together with which
@@ -179,6 +185,7 @@ class Layout:
             depth=position / max(1, len(self._roots_in_order()) - 1),
             kernel=int(root.kernel_size[0]) if isinstance(root, CONVOLUTION) else 1,
             stride=int(root.stride[0]) if isinstance(root, CONVOLUTION) else 1,
+            exact=numbers[0] not in self.graph.crossed,
         )
 
     def _roots_in_order(self) -> list[Side]:

@@ -244,6 +244,19 @@ def _together(
     flow.note_sizes(step.out, results)
 
 
+def _picked(step: Step) -> None:
+    """Places picked by their numbers, which would be those of other channels in a cut model."""
+    source = step.args[0]
+    if step.name in ("index", "_unsafe_index"):
+        dims = {d for d, index in enumerate(step.args[1]) if index is not None}
+    else:
+        dims = {step.args[1] % source.ndim}
+    for labels in step.flow.of(source):
+        if labels.varies & dims:
+            step.flow.fix(labels, f"{step.full} in {step.flow.place()} picks them by their numbers")
+    step.moved()
+
+
 def _split(step: Step) -> None:
     """Pieces of one size stay of one size: a unit is a channel of each. Pieces by a list of sizes go their own ways."""
     step.moved()
@@ -371,108 +384,33 @@ def _group_norm(step: Step) -> None:
     step.flow.put(out, step.merged([o for o in operands if o is not None]))
 
 
-_MOVES = (
-    *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select"),
-    *("unbind", "squeeze", "unsqueeze", "flip", "roll"),
-    *(
-        "repeat",
-        "unfold",
-        "diagonal",
-        "index_select",
-        "gather",
-        "index",
-        "_unsafe_index",
-        "pixel_shuffle",
-        "alias",
-    ),
-    *(
-        "pixel_unshuffle",
-        "channel_shuffle",
-        "native_channel_shuffle",
-        "rot90",
-        "movedim",
-        "narrow",
-        "detach",
-        "tril",
-    ),
-    *("triu", "_reshape_alias_copy", "unsafe_view", "adjoint", "swapaxes", "view_copy", "squeeze_copy"),
-)
-_SAME = (
-    "clone",
-    "_to_copy",
-    "contiguous",
-    "lift_fresh",
-    "lift_fresh_copy",
-    "native_dropout",
-    "_pin_memory",
-    "to",
-)
-_REDUCTIONS = (
-    *(
-        "mean",
-        "sum",
-        "amax",
-        "amin",
-        "max",
-        "min",
-        "var",
-        "std",
-        "var_mean",
-        "std_mean",
-        "prod",
-        "any",
-        "all",
-        "norm",
-    ),
-    *("linalg_vector_norm", "logsumexp", "argmax", "argmin", "nansum", "nanmean", "median", "count_nonzero"),
-)
-_SPATIAL = (
-    *("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
-    *("adaptive_avg_pool1d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool2d"),
-    *("adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d", "max_pool2d", "max_pool1d"),
-    *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact2d"),
-    *("upsample_bilinear2d", "_upsample_bilinear2d_aa", "upsample_bicubic2d", "_upsample_bicubic2d_aa"),
-    *("upsample_linear1d", "upsample_trilinear3d", "grid_sampler_2d", "grid_sampler_3d", "mkldnn_max_pool2d"),
-    *("reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d"),
-    *("replication_pad3d", "fractional_max_pool2d", "lp_pool2d", "mkldnn_adaptive_avg_pool2d"),
-)
+_MOVES = """
+    view _unsafe_view unsafe_view view_copy t transpose permute adjoint swapaxes movedim expand slice select narrow unbind
+    squeeze unsqueeze squeeze_copy flip roll rot90 repeat unfold diagonal pixel_unshuffle channel_shuffle
+    native_channel_shuffle tril triu alias detach
+""".split()
+_SAME = "clone _to_copy contiguous lift_fresh lift_fresh_copy native_dropout _pin_memory to".split()
+_REDUCTIONS = """
+    mean sum amax amin max min var std var_mean std_mean prod any all norm linalg_vector_norm logsumexp argmax argmin
+    nansum nanmean median count_nonzero
+""".split()
+_SPATIAL = """
+    max_pool1d max_pool2d max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d avg_pool1d avg_pool2d
+    avg_pool3d adaptive_avg_pool1d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool2d adaptive_avg_pool3d
+    mkldnn_adaptive_avg_pool2d adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d upsample_nearest1d
+    upsample_nearest2d upsample_nearest3d _upsample_nearest_exact2d upsample_bilinear2d _upsample_bilinear2d_aa
+    upsample_bicubic2d _upsample_bicubic2d_aa upsample_linear1d upsample_trilinear3d grid_sampler_2d grid_sampler_3d
+    reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
+""".split()
 # Element by element, where torch does not say so.
-_POINTWISE = (
-    *(
-        "masked_fill",
-        "copy",
-        "where",
-        "_prelu_kernel",
-        "lerp",
-        "addcmul",
-        "addcdiv",
-        "hardswish",
-        "hardsigmoid",
-    ),
-    *(
-        "hardtanh",
-        "elu",
-        "leaky_relu",
-        "silu",
-        "mish",
-        "relu",
-        "relu6",
-        "gelu",
-        "softplus",
-        "softshrink",
-        "hardshrink",
-    ),
-    *(
-        "log_sigmoid_forward",
-        "threshold",
-        "celu",
-        "selu",
-        "rrelu",
-        "rrelu_with_noise_functional",
-        "clamp",
-        "square",
-    ),
-)
+_POINTWISE = """
+    masked_fill copy where _prelu_kernel lerp addcmul addcdiv hardswish hardsigmoid hardtanh elu leaky_relu silu mish relu
+    relu6 gelu softplus softshrink hardshrink log_sigmoid_forward threshold celu selu rrelu clamp square
+""".split()
+_BATCH_NORMS = """
+    native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training batch_norm cudnn_batch_norm
+    miopen_batch_norm _batch_norm_no_update _batch_norm_with_update
+""".split()
 RULES: dict[str, Callable[[Step], None]] = {
     **dict.fromkeys(_MOVES, Step.moved),
     **dict.fromkeys(("split", "unsafe_split", "split_with_sizes", "unsafe_split_with_sizes"), _split),
@@ -486,22 +424,11 @@ RULES: dict[str, Callable[[Step], None]] = {
     ),
     **dict.fromkeys(("_local_scalar_dense", "equal", "is_nonzero"), _read),
     **dict.fromkeys(_POINTWISE, Step.pointwise),
+    **dict.fromkeys(("index", "_unsafe_index", "index_select", "gather"), _picked),
     **dict.fromkeys(("im2col", "col2im"), _in_double),
     **dict.fromkeys(("index_put", "_index_put_impl"), _written),
     **dict.fromkeys(("roi_align", "ps_roi_align", "roi_pool"), _regions),
-    **dict.fromkeys(
-        (
-            "native_batch_norm",
-            "_native_batch_norm_legit",
-            "_native_batch_norm_legit_no_training",
-            "batch_norm",
-            "cudnn_batch_norm",
-            "miopen_batch_norm",
-            "_batch_norm_no_update",
-            "_batch_norm_with_update",
-        ),
-        _batch_norm,
-    ),
+    **dict.fromkeys(_BATCH_NORMS, _batch_norm),
     "native_layer_norm": _layer_norm,
     "_fused_rms_norm": _layer_norm,
     "native_group_norm": _group_norm,

@@ -59,6 +59,7 @@ class TraceOptions:
             minimum=settings.minimum,
             drop=settings.drop,
             hidden=settings.hidden,
+            inexact=settings.inexact,
         )
 
 
