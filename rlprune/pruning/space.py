@@ -101,8 +101,8 @@ class DropRule:
 class PruningSpace:
     """The ordered groups of one model with everything that cutting and costing need; made by ``rlprune.trace``.
 
-    ``inexact`` names the groups whose cut is not exact (`Group.exact`), with the reason. ``input_shape`` is that of the example input, where this was a single tensor. ``wing`` names the adapter that
-    traced it (``ModelAdapter.wing``).
+    ``inexact`` names the groups whose cut is not exact (`Group.exact`), with the reason. ``input_shape`` is that of the
+    example input, where this was a single tensor. ``wing`` names the adapter that traced it (``ModelAdapter.wing``).
     """
 
     groups: tuple[Group, ...]
