@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
+import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +22,7 @@ from ..errors import ArtifactError, RlpruneError, one_line
 
 LOCK_NAME = ".rlprune.lock"
 MAX_JSON_BYTES = 256 * 2**20
+_DIGITS = 100  # of a whole number: more would not fit a float
 
 
 @contextlib.contextmanager
@@ -39,6 +42,7 @@ def replacing_file(path: str | Path) -> Iterator[IO[bytes]]:
     The path holds the old or the new content at every moment, a power cut included.
     """
     target = Path(path)
+    refuse_special(target)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
@@ -63,7 +67,7 @@ def write_bytes_atomic(path: str | Path, data: bytes) -> None:
 
 def write_text_atomic(path: str | Path, text: str) -> None:
     """`write_bytes_atomic` for text, in UTF-8."""
-    write_bytes_atomic(path, text.encode("utf-8"))
+    write_bytes_atomic(path, text.encode("utf-8", errors="replace"))
 
 
 def write_json_atomic(path: str | Path, value: object) -> None:
@@ -87,15 +91,82 @@ def read_json(path: str | Path) -> Any:
     """The value in a JSON file; ArtifactError when it is missing, truncated or not JSON."""
     source = Path(path)
     try:
-        if source.stat().st_size > MAX_JSON_BYTES:
-            raise ArtifactError(f"{source}: too large for a JSON file of rlprune")
-        return json.loads(source.read_bytes().decode("utf-8"), parse_constant=_no_constant)
+        return parse_json(read_bytes(source), constant=_no_constant)
+    except ValueError as error:
+        raise ArtifactError(f"{source}: truncated or not JSON ({one_line(error)})") from error
+
+
+def parse_json(text: bytes, constant: Callable[[str], object] | None = None) -> Any:
+    """The value of a JSON text; ValueError for whatever is wrong with it, deep nesting and endless numbers included.
+
+    Args:
+        constant: gives the value of NaN, Infinity and -Infinity; the floats by default.
+    """
+    try:
+        return json.loads(
+            text.decode("utf-8"), parse_constant=constant, parse_float=_finite, parse_int=_whole
+        )
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_bytes(path: str | Path, most: int = MAX_JSON_BYTES) -> bytes:
+    """The content of a file; ArtifactError where there is none, it is no plain file, or it is over ``most`` bytes.
+
+    A pipe or a device is not opened: reading one may never end.
+    """
+    source = Path(path)
+    try:
+        facts = source.stat()
+        if not stat.S_ISREG(facts.st_mode):
+            raise ArtifactError(f"{source}: is a {_kind(facts.st_mode)}, where a file is to be read")
+        if facts.st_size > most:
+            raise ArtifactError(f"{source}: too large ({facts.st_size:,} bytes; at most {most:,} are read)")
+        return source.read_bytes()
     except FileNotFoundError as error:
         raise ArtifactError(f"{source}: no such file") from error
     except OSError as error:
         raise ArtifactError(f"{source}: cannot be read ({error.strerror or error})") from error
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{source}: truncated or not JSON ({one_line(error)})") from error
+
+
+def refuse_special(path: Path) -> None:
+    """ArtifactError where something that is no plain file stands where one is to be written.
+
+    What is written through a symbolic link lands wherever the link leads.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except (OSError, ValueError):
+        return  # nothing is there; or writing says what is wrong
+    if not stat.S_ISREG(mode):
+        raise ArtifactError(
+            f"{path}: is a {_kind(mode)}, where a file is to be written; remove it or choose another place"
+        )
+
+
+def refuse_links(folder: Path) -> None:
+    """ArtifactError where a symbolic link in a folder of ours leads out of it, or a file there is no plain one."""
+    root = folder.resolve()
+    for place, folders, names in os.walk(folder):
+        for path in (Path(place) / name for name in sorted([*folders, *names])):
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode) and root not in path.resolve().parents:
+                raise ArtifactError(
+                    f"{path}: is a symbolic link that leads out of {folder}; remove it or choose another --out"
+                )
+            if not (stat.S_ISLNK(mode) or stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise ArtifactError(f"{path}: is a {_kind(mode)}; remove it or choose another --out")
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFLNK: "symbolic link",
+        stat.S_IFDIR: "folder",
+        stat.S_IFIFO: "pipe",
+        stat.S_IFSOCK: "socket",
+        stat.S_IFREG: "file",
+    }
+    return kinds.get(stat.S_IFMT(mode), "device")
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -113,7 +184,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Add a line of text to a file and wait until it is on the disk."""
+    """Add a line of text to a file and wait until it is on the disk; ArtifactError where it is no plain file."""
+    refuse_special(path)
     with path.open("a", encoding="utf-8") as file:
         file.write(text + "\n")
         file.flush()
@@ -122,6 +194,7 @@ def append_line(path: Path, text: str) -> None:
 
 def whole_lines(path: Path) -> list[bytes]:
     """The lines of a file that `append_line` wrote; a last one that a kill has torn is cut off the file."""
+    refuse_special(path)
     raw = path.read_bytes() if path.exists() else b""
     whole = raw[: raw.rfind(b"\n") + 1]
     if len(whole) < len(raw):
@@ -174,6 +247,7 @@ def lock_run(folder: str | Path, worth: str = "ledger.jsonl") -> Iterator[Path]:
     made = not target.exists()
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
+        refuse_links(target)
         new = not (target / LOCK_NAME).exists()
         handle = os.open(target / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -200,6 +274,7 @@ def lock_run(folder: str | Path, worth: str = "ledger.jsonl") -> Iterator[Path]:
 def exclusive(path: str | Path, poll_seconds: float = 0.2) -> Iterator[None]:
     """Hold a lock file, made if it is missing, while the block runs; waits for whoever holds it."""
     target = Path(path)
+    refuse_special(target)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(target, os.O_RDWR | os.O_CREAT, 0o644)
@@ -298,3 +373,16 @@ def _umask() -> int:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not allowed")
+
+
+def _whole(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise ValueError(f"{text[:20]}... is too large a number")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return number
