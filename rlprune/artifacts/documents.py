@@ -158,7 +158,9 @@ def _check_sizes(document: Mapping[str, Any], path: Path) -> None:
             )
     for name, values in document["attributes"].items():
         if not isinstance(values, dict):
-            raise ArtifactError(f"{path}: attributes.{name}: must be a table of sizes, got {show_value(values)}")
+            raise ArtifactError(
+                f"{path}: attributes.{name}: must be a table of sizes, got {show_value(values)}"
+            )
         for attribute, value in values.items():
             if not is_whole(value):
                 raise ArtifactError(

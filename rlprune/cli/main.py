@@ -12,9 +12,10 @@ import os
 import re
 import signal
 import sys
+import sysconfig
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,8 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(args, "plugins", None) or installed():
                 from .. import plugins
 
-                plugins.load(getattr(args, "plugins", ()))
-            args.action(args)
+                with _own_exits():
+                    plugins.load(getattr(args, "plugins", ()))
+            with _own_exits():
+                args.action(args)
             sys.stdout.flush()
         return OK
     except BrokenPipeError:
@@ -159,6 +162,30 @@ def _show_warnings(debug: bool) -> None:
             print(f"rlprune: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
     warnings.showwarning = show
+
+
+@contextlib.contextmanager
+def _own_exits() -> Iterator[None]:
+    """A model, loss or plugin of the user's that ends the program, or raises what is no error, is named instead."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        told = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else type(error).__name__
+        raise UsageError(
+            f"{_raised_in(error)} ended the program ({told}) instead of raising an error"
+        ) from error
+
+
+def _raised_in(error: BaseException) -> str:
+    """Where the user's code was when something was raised: the last frame of it that is of no library's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    package = str(Path(__file__).parent.parent)
+    libraries = (package, *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
+    own = [frame for frame in frames if not frame.filename.startswith((*libraries, "<"))]
+    frame = own[-1] if own else frames[-1]
+    return f"{frame.filename}, line {frame.lineno}, in {frame.name}: it"
 
 
 class _terminated_as_interrupted:

@@ -10,7 +10,8 @@ from typing import NotRequired, Protocol, TypedDict, cast
 
 from ..errors import ArtifactError, one_line
 from ..pruning.history import History, PlanLike, as_history, as_widths
-from ..utils.files import append_line, parse_json, whole_lines
+from ..utils.files import append_line, whole_lines
+from ..utils.reading import parse_json
 from ..utils.values import is_number, is_whole, show_value
 from .candidate import Candidate
 

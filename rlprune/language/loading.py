@@ -149,7 +149,10 @@ def _place(name: str) -> tuple[str, str | None]:
 
 def _refuse_pruned(name: str, path: Path) -> None:
     """Refuse a folder of ours; stock classes would stumble over its unequal layers with a riddle."""
-    fields = read_json(path)
+    try:
+        fields = read_json(path)
+    except ArtifactError as error:
+        raise ArtifactError(f"model.name {name!r}: its config cannot be read ({error})") from error
     if not isinstance(fields, dict):
         raise ArtifactError(f"model.name {name!r}: its config.json must be a table, got {show_value(fields)}")
     if fields.get("per_layer_config"):

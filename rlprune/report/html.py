@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError, described
 from ..utils.dotted import flat
-from ..utils.files import read_bytes, read_json, write_text_atomic
+from ..utils.files import write_text_atomic
+from ..utils.reading import read_bytes, read_json
 from ..utils.values import is_finite
 from . import comparison, plots
 from .comparison import SCORE_UNITS

@@ -9,7 +9,7 @@ from typing import Any, Required, TypedDict, TypeVar, cast
 
 from ..errors import ArtifactError, one_line
 from ..evaluation.ledger import charged_scores
-from ..utils.files import parse_json, read_bytes, read_json
+from ..utils.reading import parse_json, read_bytes, read_json
 from ..utils.values import is_finite
 
 RESULTS_VERSION = 1

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
-from .files import refuse_special
+from .reading import refuse_special
 
 logger = logging.getLogger("rlprune")
 
