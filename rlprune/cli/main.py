@@ -12,15 +12,15 @@ import os
 import re
 import signal
 import sys
-import sysconfig
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import RlpruneError, RunError, near_miss
+from ..utils.exits import own_exits_named
 from ..utils.registry import installed
 from .commands import COMMANDS
 from .options import add_common
@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(args, "plugins", None) or installed():
                 from .. import plugins
 
-                with _own_exits():
+                with own_exits_named():
                     plugins.load(getattr(args, "plugins", ()))
-            with _own_exits():
+            with own_exits_named():
                 args.action(args)
             sys.stdout.flush()
         return OK
@@ -162,30 +162,6 @@ def _show_warnings(debug: bool) -> None:
             print(f"rlprune: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
     warnings.showwarning = show
-
-
-@contextlib.contextmanager
-def _own_exits() -> Iterator[None]:
-    """A model, loss or plugin of the user's that ends the program, or raises what is no error, is named instead."""
-    try:
-        yield
-    except (Exception, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        told = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else type(error).__name__
-        raise UsageError(
-            f"{_raised_in(error)} ended the program ({told}) instead of raising an error"
-        ) from error
-
-
-def _raised_in(error: BaseException) -> str:
-    """Where the user's code was when something was raised: the last frame of it that is of no library's."""
-    frames = traceback.extract_tb(error.__traceback__)
-    package = str(Path(__file__).parent.parent)
-    libraries = (package, *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
-    own = [frame for frame in frames if not frame.filename.startswith((*libraries, "<"))]
-    frame = own[-1] if own else frames[-1]
-    return f"{frame.filename}, line {frame.lineno}, in {frame.name}: it"
 
 
 class _terminated_as_interrupted:

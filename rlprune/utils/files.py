@@ -17,6 +17,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ..errors import ArtifactError, RlpruneError, one_line
+from .exits import is_exit
 from .reading import read_json as read_json  # one place to read and write JSON from
 from .reading import refuse_links, refuse_special
 
@@ -155,8 +156,8 @@ def lock_run(folder: str | Path, worth: str = "ledger.jsonl") -> Iterator[Path]:
     """Hold the folder of a run, made if it is missing; a second run into it is refused with ArtifactError.
 
     The lock is the operating system's, so a killed run leaves none. A folder with other people's files
-    in it is refused as well. A new run that stops with an error of ours (a wrong setting, say) before it
-    has a file ``worth`` leaves nothing behind.
+    in it is refused as well. A new run that stops with an error of ours (a wrong setting, say), or that code of the
+    user's ends, before it has a file ``worth`` leaves nothing behind.
     """
     target = Path(folder)
     _refuse_foreign(target, LOCK_NAME)
@@ -178,8 +179,8 @@ def lock_run(folder: str | Path, worth: str = "ledger.jsonl") -> Iterator[Path]:
                 os.ftruncate(handle, 0)
                 os.write(handle, str(os.getpid()).encode())
             yield target
-        except RlpruneError:
-            if new and not (target / worth).exists():
+        except BaseException as error:
+            if (isinstance(error, RlpruneError) or is_exit(error)) and new and not (target / worth).exists():
                 _empty_folder(target, remove=made)
             raise
     finally:
