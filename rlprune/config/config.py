@@ -401,7 +401,7 @@ def _find_config(path_or_name: str | Path) -> Path:
         raise ConfigError("config: a file name cannot hold a zero byte")
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder, not a config file")
-    if not path.is_file():
+    if not path.exists():
         hint = near_miss(path.stem, shipped) or f"; shipped ones: {', '.join(shipped)}"
         raise ConfigError(f"config {show(text)}: no such file and no shipped config of that name{hint}")
     return path

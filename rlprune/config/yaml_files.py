@@ -87,7 +87,9 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(
             f"{where}{place}: not valid YAML: {one_line(error.problem or 'unreadable')}"
         ) from error
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+    except RecursionError as error:
+        raise ConfigError(f"{where}: not valid YAML: nested too deeply") from error
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         raise ConfigError(f"{where}: not valid YAML: {one_line(str(error))}") from error
 
 

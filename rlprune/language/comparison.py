@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from ..artifacts.documents import PlanDocument
 from ..artifacts.pruned_model import example_of
-from ..errors import ArtifactError, described
+from ..errors import ArtifactError
 from ..pruning.space import fingerprint
 from ..utils.timing import measure
 from ..workloads.base import Workload
 from . import describe, zeroshot
 from .files import pretrained
+from .files.tokenizers import why_unreadable
 
 
 def read_tasks(tasks: Sequence[Path]) -> None:
@@ -119,8 +120,8 @@ def _tokenizer_of(directory: Path, plan: PlanDocument) -> Any:
         )
     except Exception as error:  # whatever the libraries raise for broken files
         raise ArtifactError(
-            f"{directory}: holds no tokenizer that can be read without running code of the folder "
-            f"({described(error)}); give CONFIG to take the dense model's"
+            f"{directory}: holds no tokenizer that can be read ({why_unreadable(directory, error)}); "
+            "give CONFIG to take the dense model's"
         ) from error
 
 

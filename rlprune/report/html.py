@@ -52,7 +52,9 @@ def build(run_dir: str | Path) -> Path:
         page = render(results, folder)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # What a benchmark wrote is drawn as it stands; an edited file may hold anything.
-        raise ArtifactError(f"{folder / 'results.json'}: damaged: {described(error)}") from error
+        raise ArtifactError(
+            f"{folder / 'results.json'}: damaged: a figure is missing or of another kind ({described(error)})"
+        ) from error
     write_text_atomic(target, page)
     return target
 

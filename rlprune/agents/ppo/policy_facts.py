@@ -8,6 +8,7 @@ from ...config.names import COST_METRICS
 from ...envs.observation import FEATURE_VERSIONS
 from ...envs.task import ACTION_SCALE
 from ...errors import ArtifactError
+from ...rules import RULES
 from ...utils.values import are_texts, is_finite, is_whole, show_value
 
 FORMAT = "rlprune-policy"
@@ -52,7 +53,10 @@ def _are_budgets(value: object) -> bool:
 _FACTS: dict[str, tuple[Callable[[object], bool], str]] = {
     "hidden": (lambda v: is_whole(v, 65536) and v > 0, "a whole number from 1 to 65536"),
     "reach": (lambda v: is_finite(v) and 0 < v <= 10, "a number above 0 and up to 10"),
-    "base_rule": (lambda v: isinstance(v, str), "the name of a rule"),
+    "base_rule": (
+        lambda v: isinstance(v, str) and RULES.knows(v),
+        "the name of a rule (`rlprune list rules`)",
+    ),
     "metric": (_is_metric, "a cost metric (`rlprune list metrics`)"),
     "stages": (lambda v: is_whole(v, 1000) and v > 0, "a whole number from 1 to 1000"),
     "sensitivity": (_are_ratios, "a list of two ratios, or an empty one"),

@@ -27,7 +27,7 @@ from ...utils.files import read_json, write_json_atomic
 from ...utils.values import show_value
 from ...workloads.adapter import TokenizerSource
 from .. import families
-from .tokenizers import has_tokenizer, write_tokenizer
+from .tokenizers import has_tokenizer, why_unreadable, write_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -217,7 +217,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
             path, config=config, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # damaged files raise whatever their parser raises
-        raise ArtifactError(f"{path}: the tokenizer cannot be read: {described(error)}") from error
+        raise ArtifactError(f"{path}: the tokenizer cannot be read: {why_unreadable(path, error)}") from error
 
 
 def published_name(model_type: str, name: str) -> str:
