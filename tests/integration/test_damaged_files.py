@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 
 import rlprune
 from helpers.damage import damaged, damaged_lines
@@ -150,6 +150,7 @@ def test_damaged_files_are_read_or_refused(name: str, whole: Path, monkeypatch: 
         database=None,
         derandomize=not EXAMPLES,
         suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate] if EXAMPLES else list(Phase),
     )
     @given(content=make(path.read_bytes()))
     def check(content: bytes) -> None:
