@@ -20,6 +20,8 @@ from rlprune.config.config import load_config
 from rlprune.evaluation.ledger import EvaluationLog
 from rlprune.language.loading import help_tokenizer
 
+RESULTS = Path(__file__).parent.parent.parent / "docs" / "results"
+
 
 def _net() -> torch.nn.Module:
     from rlprune.vision.zoo import build_model
@@ -63,6 +65,7 @@ def write_whole(folder: Path) -> Path:
     write_run(folder / "run", groups=4, seeds=1, evaluations=6)
     _write_ledger(folder / "run" / "ledger.jsonl")
     (folder / "run" / "config.yaml").write_text(json.dumps(load_config("digits").to_dict()))
+    _write_benchmark(folder / "benchmark")
     shutil.copy(folder / "pruned" / "plan.json", folder / "run" / "pruned" / "plan.json")
     sizes = np.array([1, 2, 4])
     layer = LayerTable("conv", sizes, sizes, np.arange(9.0).reshape(3, 3), 16.0)
@@ -75,6 +78,16 @@ def write_whole(folder: Path) -> Path:
     entry = {"instruction": instruction("why?", ("a", "b")), "answer": "answer1"}
     (folder / "questions.json").write_text(json.dumps([entry] * 2))
     return folder
+
+
+def _write_benchmark(folder: Path) -> None:
+    """Four methods and two seeds of the results that the documents show."""
+    results = json.loads((RESULTS / "digits.json").read_text(encoding="utf-8"))
+    methods = ("dense", "uniform", "random", "ppo")
+    results["rows"] = [r for r in results["rows"] if r["method"] in methods and r["seed"] < 2]
+    results["summary"] = [e for e in results["summary"] if e["method"] in methods]
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(results))
 
 
 def _write_ledger(path: Path) -> None:
