@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import ArtifactError
 from ..utils.checkpoints import StateFile
 
 
@@ -23,4 +24,7 @@ class StateDir:
     def load(self) -> dict[str, Any] | None:
         """The last saved state, or None where there is none; ArtifactError for one that is damaged."""
         kept = self._kept.load()
-        return None if kept is None else dict(kept["state"])
+        state = None if kept is None else kept.get("state")
+        if kept is not None and not isinstance(state, dict):
+            raise ArtifactError(f"{self.file}: damaged: holds no state; delete it")
+        return state

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, TypeGuard, cast
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, near_miss
 from ..utils.files import read_json
+from ..utils.values import are_whole, is_finite, is_whole, show_value
 
 PLAN_FILE = "plan.json"
 VERSION = 1
+# Numbers of an input: beyond what any sample holds, and far below what fills a machine's memory.
+_MOST = 2**31
+_DIMENSIONS = 16
 
 
 class GroupEntry(TypedDict):
@@ -73,6 +78,9 @@ def read_plan(directory: str | Path) -> PlanDocument:
         )
     for group, width in zip(document["groups"], document["widths"], strict=True):
         _check_group(group, width, path)
+    _check_names(document["groups"], path)
+    _check_facts(document, path)
+    _check_sizes(document, path)
     return cast(PlanDocument, document)
 
 
@@ -82,8 +90,10 @@ def read_document(path: Path, kind: str, newest: int) -> dict[str, Any]:
     if not isinstance(document, dict) or document.get("format") != kind:
         raise ArtifactError(f"{path}: not a file of a {kind}")
     version = document.get("version")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ArtifactError(f"{path}: version: must be a whole number of 1 and more, got {version!r}")
+    if not is_count(version) or version < 1:
+        raise ArtifactError(
+            f"{path}: version: must be a whole number of 1 and more, got {show_value(version)}"
+        )
     if version > newest:
         raise ArtifactError(
             f"{path}: format version {version} is newer than this rlprune reads (up to {newest}); update rlprune"
@@ -97,6 +107,65 @@ def check_fields(document: Mapping[str, object], fields: Mapping[str, type], pat
         if not isinstance(document.get(field), kind):
             state = "is missing" if field not in document else f"is not a {kind.__name__}"
             raise ArtifactError(f"{path}: damaged: the field {field!r} {state}")
+
+
+def _check_names(groups: list[dict[str, Any]], path: Path) -> None:
+    names = [group["name"] for group in groups]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ArtifactError(f"{path}: damaged: two groups are called {twice!r}")
+
+
+def _check_facts(document: Mapping[str, Any], path: Path) -> None:
+    """Costs, budget, libraries and the input's shape."""
+    for field in ("cost", "dense_cost"):
+        for metric, value in document[field].items():
+            if not is_finite(value) or value < 0:
+                raise ArtifactError(
+                    f"{path}: damaged: {field}.{metric}: must be a finite number of 0 and more, got {show_value(value)}"
+                )
+    for field, kinds in (("base.source", str), ("origin", dict)):
+        owner, _, last = field.rpartition(".")
+        value = (document[owner] if owner else document).get(last)
+        if value is not None and not isinstance(value, kinds):
+            raise ArtifactError(f"{path}: damaged: {field}: cannot be {show_value(value)}")
+    metric = document["budget"].get("metric", "macs")
+    if not isinstance(metric, str):
+        raise ArtifactError(f"{path}: damaged: budget.metric: must be a text, got {show_value(metric)}")
+    _check_input(document.get("input"), path)
+
+
+def _check_input(shape: object, path: Path) -> None:
+    if shape is not None and (not are_whole(shape) or not shape or math.prod(shape) > _MOST):
+        raise ArtifactError(
+            f"{path}: damaged: input: must be a shape of at most {_MOST:,} numbers, got {show_value(shape)}"
+        )
+
+
+def _check_sizes(document: Mapping[str, Any], path: Path) -> None:
+    """The shapes of the tensors, the roots of the groups among them, and the sizes that modules are given."""
+    for name, shape in document["tensors"].items():
+        if not are_whole(shape):
+            raise ArtifactError(f"{path}: damaged: tensors.{name}: must be a shape, got {show_value(shape)}")
+    names = {group["name"] for group in document["groups"]}
+    for name, root in document["roots"].items():
+        if name not in names:
+            raise ArtifactError(f"{path}: damaged: roots: there is no group {name!r}{near_miss(name, names)}")
+        good = isinstance(root, dict) and isinstance(root.get("tensor"), str)
+        if not good or not is_whole(root.get("dim"), _DIMENSIONS) or not is_whole(root.get("per_unit")):
+            raise ArtifactError(
+                f"{path}: damaged: roots.{name}: must name a tensor, a dim and a per_unit, got {show_value(root)}"
+            )
+    for name, values in document["attributes"].items():
+        if not isinstance(values, dict):
+            raise ArtifactError(
+                f"{path}: attributes.{name}: must be a table of sizes, got {show_value(values)}"
+            )
+        for attribute, value in values.items():
+            if not is_whole(value):
+                raise ArtifactError(
+                    f"{path}: attributes: {name}.{attribute} = {show_value(value)} is not a size that may be set"
+                )
 
 
 def _check_group(group: object, width: object, path: Path) -> None:
@@ -115,4 +184,4 @@ def _check_group(group: object, width: object, path: Path) -> None:
 
 def is_count(value: object) -> TypeGuard[int]:
     """Whether a value of a JSON file is a whole number of 0 and more."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return is_whole(value)

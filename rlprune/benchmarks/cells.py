@@ -119,9 +119,9 @@ def finished(folder: Path, config: Config, cell: Cell, callback: Callback) -> di
     for path in dict.fromkeys([named, *sorted(folder.glob(f"{cell.method}-{cell.seed}-*.json"))]):
         try:
             kept = read_json(path)
-            if _same(kept["determinants"], wanted):
+            if _same(kept["determinants"], wanted) and isinstance(kept["row"], dict):
                 return {name: kept[name] for name in ("row", "ledger", "seconds")}
-        except (ArtifactError, KeyError, TypeError):
+        except (ArtifactError, AttributeError, KeyError, TypeError):
             if path == named and path.exists():
                 callback.note(f"{path}: damaged, so this cell is computed again")
     return None

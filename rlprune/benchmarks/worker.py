@@ -41,17 +41,20 @@ def main() -> int:
 
     from ..config.config import Config
     from ..plugins import load
+    from ..utils.exits import own_exits_named
     from ..utils.progress import Callback
     from .cells import Cell, PreparedExperiments, compute, reason
 
     load(order["plugins"])
     experiments = PreparedExperiments(Config.from_dict(order["config"]))
-    experiments.of(0)
+    with own_exits_named():
+        experiments.of(0)
     _answer(answers, {"ready": True})
     while True:
         cell = Cell(**json.loads(work.get()))
         try:
-            compute(experiments, cell, Path(order["cells"]), Callback(), _reporter(answers))
+            with own_exits_named():
+                compute(experiments, cell, Path(order["cells"]), Callback(), _reporter(answers))
         except Exception as error:
             traceback.print_exc()
             _answer(answers, {"failed": reason(error)})

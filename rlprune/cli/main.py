@@ -20,11 +20,14 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import RlpruneError, RunError, near_miss
+from ..utils.exits import own_exits_named
 from ..utils.registry import installed
 from .commands import COMMANDS
 from .options import add_common
 
 OK, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+LONGEST = 1000
+"""Letters of an error's line: what a file says in thousands of them is not repeated."""
 # A disk without room or without permission is the user's to mend, like a wrong path.
 _USERS_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -50,8 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(args, "plugins", None) or installed():
                 from .. import plugins
 
-                plugins.load(getattr(args, "plugins", ()))
-            args.action(args)
+                with own_exits_named():
+                    plugins.load(getattr(args, "plugins", ()))
+            with own_exits_named():
+                args.action(args)
             sys.stdout.flush()
         return OK
     except BrokenPipeError:
@@ -181,5 +186,6 @@ class _terminated_as_interrupted:
 def _stop(code: int, text: str, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(" ".join(text.split()), file=sys.stderr)
+    line = " ".join(text.split())
+    print(line if len(line) <= LONGEST else f"{line[:LONGEST]}...", file=sys.stderr)
     return code

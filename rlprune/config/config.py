@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 from ..errors import ConfigError, near_miss
+from ..utils.values import LARGEST
 from .names import COST_METRICS, RECOVERY_STEPS, SCORE_KINDS, recovery_order
 from .schema import (
     Section,
@@ -35,6 +36,8 @@ from .yaml_files import dump_yaml, read_yaml
 DTYPES = ("auto", "float32", "bfloat16")
 RENAMED = {"score.images": "score.samples", "recovery.images": "recovery.samples"}
 """Old names of settings, which work for one more version."""
+NAME_BYTES = 100
+"""Length of a run's name: its folders are called so, with something added."""
 _BUDGET_TEXT = re.compile(r"\s*(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*(%|ms|[kKmMgGtT]?)\s*")
 
 
@@ -78,7 +81,7 @@ class ModelConfig(Section):
         "`.` is the top of the file.",
     )
     train: TrainConfig = setting(TrainConfig, "Dense training.")
-    seed: int = setting(0, "Seed of the initial weights and of the dense training.", low=0)
+    seed: int = setting(0, "Seed of the initial weights and of the dense training.", low=0, high=LARGEST)
 
 
 @section
@@ -96,7 +99,7 @@ class DataConfig(Section):
     column: str = setting(
         "text", "Text: the field of a .jsonl line or of a hub data set that holds the text."
     )
-    sequence_length: int = setting(128, "Text: tokens in a sequence.", low=8)
+    sequence_length: int = setting(128, "Text: tokens in a sequence.", low=8, high=10_000_000)
     test_length: int | None = setting(
         None, "Text: tokens in a sequence of the test split; null for data.sequence_length.", low=8
     )
@@ -105,7 +108,7 @@ class DataConfig(Section):
     )
     download: bool = setting(False, "Whether a missing data set may be fetched from the internet.")
     image_size: int | None = setting(
-        None, "Side in pixels that images are scaled to; null keeps theirs.", low=1
+        None, "Side in pixels that images are scaled to; null keeps theirs.", low=1, high=16_384
     )
     resize: int | None = setting(
         None,
@@ -137,7 +140,7 @@ class DataConfig(Section):
     calibration: int | None = setting(None, "Images for importance and recovery; null for a default.", low=1)
     validation: int | None = setting(None, "Images that score candidates; null for a default.", low=1)
     test: int | None = setting(None, "Images of the test split, read once at the end; null for all.", low=1)
-    seed: int = setting(0, "Seed of the splits.", low=0)
+    seed: int = setting(0, "Seed of the splits.", low=0, high=LARGEST)
     batch_size: int = setting(256, "Images in a batch of an evaluation.", low=1)
     augment: bool = setting(True, "Whether training uses the data set's usual augmentation.")
 
@@ -295,7 +298,7 @@ class FinishConfig(Section):
     steps: int = setting(
         0, "Language models: optimizer steps of the final fine-tune; 0 leaves it out.", low=0
     )
-    rank: int = setting(8, "Rank of the low-rank adapters.", low=1)
+    rank: int = setting(8, "Rank of the low-rank adapters.", low=1, high=65_536)
     alpha: float = setting(16.0, "Scale of the low-rank adapters is alpha / rank.", above=0)
     dropout: float = setting(0.05, "Dropout before the low-rank adapters.", low=0, high=0.9)
     lr: float | None = setting(
@@ -335,11 +338,16 @@ class Config(Section):
     score: ScoreConfig = setting(ScoreConfig, "The score.")
     search: SearchConfig = setting(SearchConfig, "The search.")
     finish: FinishConfig = setting(FinishConfig, "The finish.")
-    seed: int = setting(0, "Seed of the search and of the final fine-tune.", low=0)
+    seed: int = setting(0, "Seed of the search and of the final fine-tune.", low=0, high=LARGEST)
     device: str = setting("auto", "`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`.")
     threads: int | None = setting(None, "CPU threads of torch; null leaves torch's own choice.", low=1)
 
     def __post_init__(self) -> None:
+        if not _is_name(self.name):
+            raise ConfigError(
+                f"name: must be the name of a folder, without / and \\ and of at most {NAME_BYTES} bytes, "
+                f"got {show(self.name)}"
+            )
         if self.workload is None:
             for path, value in (("model.name", self.model.name), ("data.name", self.data.name)):
                 if not value:
@@ -370,6 +378,14 @@ class Config(Section):
         return _overridden(type(self).from_dict(values), [*self.overridden, *overrides])
 
 
+def _is_name(name: str) -> bool:
+    """Whether a run's folder may be called so: what names another place, or nothing at all, may not be."""
+    plain = (
+        bool(name.strip()) and name not in (".", "..") and name.isprintable() and not set(name) & set("/\\")
+    )
+    return plain and len(name.encode()) <= NAME_BYTES
+
+
 def settings_reference() -> Iterator[Setting]:
     """Every setting with its type, default and documentation, in the order of the YAML file."""
     return _reference(Config)
@@ -395,7 +411,7 @@ def load_config(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Conf
     values = with_new_names(read_yaml(path), RENAMED)
     for text in overrides:
         apply_override(Config, values, with_new_name(text, RENAMED))
-    values.setdefault("name", path.stem)
+    values.setdefault("name", path.stem if _is_name(path.stem) else "run")
     return _overridden(Config.from_dict(values), overrides)
 
 
@@ -420,7 +436,7 @@ def _find_config(path_or_name: str | Path) -> Path:
         raise ConfigError("config: a file name cannot hold a zero byte")
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder, not a config file")
-    if not path.is_file():
+    if not path.exists():
         hint = near_miss(path.stem, shipped) or f"; shipped ones: {', '.join(shipped)}"
         raise ConfigError(f"config {show(text)}: no such file and no shipped config of that name{hint}")
     return path

@@ -31,9 +31,14 @@ from pydantic_core import CoreSchema, PydanticCustomError
 
 from ..errors import ConfigError, near_miss
 from ..utils.registry import Registry
+from ..utils.values import show_value
 from .yaml_files import one_line, parse_yaml
 
 SectionType = TypeVar("SectionType", bound="Section")
+
+
+MOST = 10**9
+"""The largest whole number of a setting that has no limit of its own: more is a slip, and no machine's to do."""
 
 
 def setting(
@@ -180,7 +185,7 @@ def plain(section: Section) -> dict[str, Any]:
 
 def show(value: object) -> str:
     """A short one-line picture of any value, for error messages."""
-    text = repr(value)
+    text = repr(value) if isinstance(value, (str, int, float)) else show_value(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -238,8 +243,13 @@ def _checked(hint: object, meta: Mapping[str, Any], path: str) -> Any:
     if hint is str and meta["choices"]:
         return Literal[tuple(meta["choices"])]
     if hint in (int, float):
-        return Annotated[hint, Strict(), Field(**meta["limits"], allow_inf_nan=False)]
-    return Annotated[hint, Strict()] if hint in (str, bool) else hint
+        limits = dict(meta["limits"])
+        if hint is int and limits["le"] is None:
+            limits["le"] = MOST
+        return Annotated[hint, Strict(), Field(**limits, allow_inf_nan=False)]
+    if hint is str:
+        return Annotated[hint, Strict(), AfterValidator(_plain_text)]
+    return Annotated[hint, Strict()] if hint is bool else hint
 
 
 @dataclass(frozen=True)
@@ -278,11 +288,24 @@ def _scalars(value: object, path: str, depth: int = 0) -> Any:
         return {str(key): _scalars(item, f"{path}.{key}", depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_scalars(item, path, depth + 1) for item in value]
+    if isinstance(value, str) and not _writable(value):
+        raise ConfigError(f"{path}: holds a zero byte or half of a character, got {show(value)}")
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float) and math.isfinite(value):
         return value
     raise ConfigError(f"{path}: must be text, a finite number, true, false or null, got {show(value)}")
+
+
+def _plain_text(text: str) -> str:
+    """Text that a file, its name or a terminal can hold."""
+    if not _writable(text):
+        raise PydanticCustomError("unwritable", "not text")
+    return text
+
+
+def _writable(text: str) -> bool:
+    return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 _LIMITS = {"greater_than_equal": "at least", "less_than_equal": "at most", "greater_than": "above"}
@@ -321,5 +344,8 @@ def _translated(root: type[Section], error: ValidationError) -> ConfigError:
         return ConfigError(f"{path}: must be a finite number, got {value}")
     if kind in _LIMITS:
         (limit,) = first["ctx"].values()
-        return ConfigError(f"{path}: must be {_LIMITS[kind]} {limit:g}, got {value}")
+        allowed = f"{limit:g}" if isinstance(limit, float) else str(limit)
+        return ConfigError(f"{path}: must be {_LIMITS[kind]} {allowed}, got {show(value)}")
+    if kind == "unwritable":
+        return ConfigError(f"{path}: holds a zero byte or half of a character, got {show(value)}")
     return ConfigError(f"{path}: expected {_type_name(hint)}, got {show(value)}")

@@ -19,8 +19,10 @@ class PPOConfig(Section):
     prefix: ClassVar[str] = "search.ppo."
 
     learning_rate: float = setting(3e-3, "Learning rate of Adam.", above=0, high=1)
-    n_steps: int = setting(16, "Mode direct: steps of one environment between two updates.", low=2)
-    batch_size: int = setting(16, "Transitions in a minibatch.", low=2)
+    n_steps: int = setting(
+        16, "Mode direct: steps of one environment between two updates.", low=2, high=100_000
+    )
+    batch_size: int = setting(16, "Transitions in a minibatch.", low=2, high=1_000_000)
     n_epochs: int = setting(8, "Passes over a rollout.", low=1)
     gamma: float = setting(
         1.0, "Discount; 1, because the stages' rewards add up to the final score.", above=0, high=1
@@ -36,7 +38,7 @@ class PPOConfig(Section):
         low=-5,
         high=1,
     )
-    hidden: int = setting(64, "Units of the policy's hidden layers.", low=4)
+    hidden: int = setting(64, "Units of the policy's hidden layers.", low=4, high=4_096)
     group_bias: bool = setting(
         True, "Whether each group gets a bias of its own; it is left out of the saved policy."
     )
@@ -52,7 +54,9 @@ class PPOConfig(Section):
         "Surrogate mode: steps on the surrogate for each `search.batch` evaluations; 0 leaves the policy untrained.",
         low=0,
     )
-    surrogate_envs: int = setting(64, "Surrogate mode: surrogate environments stepped together.", low=1)
+    surrogate_envs: int = setting(
+        64, "Surrogate mode: surrogate environments stepped together.", low=1, high=65_536
+    )
 
 
 @section
@@ -81,8 +85,8 @@ class AMCConfig(Section):
     )
     actor_learning_rate: float = setting(1e-4, "Learning rate of the actor.", above=0, high=1)
     critic_learning_rate: float = setting(1e-3, "Learning rate of the critic.", above=0, high=1)
-    batch_size: int = setting(64, "Transitions in a minibatch.", low=2)
-    buffer_episodes: int = setting(100, "Episodes that the replay buffer holds.", low=1)
+    batch_size: int = setting(64, "Transitions in a minibatch.", low=2, high=1_000_000)
+    buffer_episodes: int = setting(100, "Episodes that the replay buffer holds.", low=1, high=1_000_000)
     tau: float = setting(0.01, "Share of the networks that the target networks take over.", above=0, high=1)
     gamma: float = setting(1.0, "Discount.", above=0, high=1)
     baseline: float = setting(
@@ -91,7 +95,7 @@ class AMCConfig(Section):
         low=0,
         high=1,
     )
-    hidden: int = setting(300, "Units of the two hidden layers of actor and critic.", low=4)
+    hidden: int = setting(300, "Units of the two hidden layers of actor and critic.", low=4, high=4_096)
 
 
 @section
@@ -102,7 +106,7 @@ class SequentialPPOConfig(Section):
 
     learning_rate: float = setting(1e-3, "Learning rate of Adam.", above=0, high=1)
     episodes: int = setting(8, "Episodes (one evaluation each) between two updates.", low=1)
-    batch_size: int = setting(32, "Transitions in a minibatch.", low=2)
+    batch_size: int = setting(32, "Transitions in a minibatch.", low=2, high=1_000_000)
     n_epochs: int = setting(10, "Passes over a rollout.", low=1)
     gamma: float = setting(1.0, "Discount; 1, because only the last step pays.", above=0, high=1)
     gae_lambda: float = setting(0.95, "Lambda of the generalised advantage estimate.", low=0, high=1)
@@ -111,7 +115,7 @@ class SequentialPPOConfig(Section):
     log_std_init: float = setting(
         -0.5, "Logarithm of the initial standard deviation of an action.", low=-5, high=1
     )
-    hidden: int = setting(64, "Units of the two hidden layers of actor and critic.", low=4)
+    hidden: int = setting(64, "Units of the two hidden layers of actor and critic.", low=4, high=4_096)
 
 
 @section
@@ -120,7 +124,7 @@ class StagedPPOConfig(Section):
 
     prefix: ClassVar[str] = "search.ppo_stages."
 
-    stages: int = setting(2, "Stages of an episode; each of them is an evaluation.", low=2)
+    stages: int = setting(2, "Stages of an episode; each of them is an evaluation.", low=2, high=1_000)
 
 
 @section
@@ -147,7 +151,10 @@ class CMAESConfig(Section):
     prefix: ClassVar[str] = "search.cma_es."
 
     population: int | None = setting(
-        None, "Plans of a generation; null for 4 + 3 ln(groups), rounded down.", low=3
+        None,
+        "Plans of a generation; null for 4 + 3 ln(groups), rounded down.",
+        low=3,
+        high=100_000,
     )
     bound: float = setting(
         0.5, "Largest action of a group, in the units of the environment's box.", above=0, high=1
@@ -161,11 +168,15 @@ class TPEConfig(Section):
 
     prefix: ClassVar[str] = "search.tpe."
 
-    startup: int = setting(10, "Plans, the starts included, before the estimator is asked.", low=1)
+    startup: int = setting(
+        10, "Plans, the starts included, before the estimator is asked.", low=1, high=1_000_000
+    )
     bound: float = setting(
         0.5, "Largest action of a group, in the units of the environment's box.", above=0, high=1
     )
-    candidates: int = setting(24, "Samples among which the best expected improvement is picked.", low=1)
+    candidates: int = setting(
+        24, "Samples among which the best expected improvement is picked.", low=1, high=1_000_000
+    )
 
 
 @section
@@ -174,7 +185,9 @@ class GPConfig(Section):
 
     prefix: ClassVar[str] = "search.gp."
 
-    startup: int = setting(10, "Plans, the starts included, before the process is asked.", low=1)
+    startup: int = setting(
+        10, "Plans, the starts included, before the process is asked.", low=1, high=1_000_000
+    )
     bound: float = setting(
         0.5, "Largest action of a group, in the units of the environment's box.", above=0, high=1
     )
@@ -192,7 +205,10 @@ class EvoPressConfig(Section):
     prefix: ClassVar[str] = "search.evopress."
 
     offspring: int = setting(
-        8, "Offspring of a generation; 32 in the paper, which has thousands of evaluations.", low=1
+        8,
+        "Offspring of a generation; 32 in the paper, which has thousands of evaluations.",
+        low=1,
+        high=100_000,
     )
     level: float = setting(
         0.06,
@@ -200,7 +216,9 @@ class EvoPressConfig(Section):
         above=0,
         high=10,
     )
-    swaps: int = setting(3, "Most swaps in an offspring; the lower of two draws from 1 to this.", low=1)
+    swaps: int = setting(
+        3, "Most swaps in an offspring; the lower of two draws from 1 to this.", low=1, high=10_000
+    )
 
 
 @section
@@ -209,8 +227,8 @@ class RLPrunerConfig(Section):
 
     prefix: ClassVar[str] = "search.rl_pruner."
 
-    stages: int = setting(3, "Equal steps of cost from the dense model to the budget.", low=1)
-    samples: int = setting(10, "Samples of a round.", low=1)
+    stages: int = setting(3, "Equal steps of cost from the dense model to the budget.", low=1, high=1_000)
+    samples: int = setting(10, "Samples of a round.", low=1, high=100_000)
     noise: float = setting(0.04, "Standard deviation of the noise on the probabilities.", above=0, high=1)
     step: float = setting(0.1, "How far the probabilities go towards a round's best sample.", above=0, high=1)
     epsilon: float = setting(0.4, "Chance, at first, that a stage ends with any of its best.", low=0, high=1)
@@ -227,7 +245,7 @@ class BypassConfig(Section):
 
     prefix: ClassVar[str] = "search.bypass."
 
-    masks: int = setting(2, "Masks sampled for a step.", low=2)
+    masks: int = setting(2, "Masks sampled for a step.", low=2, high=10_000)
     lr: float = setting(0.05, "Learning rate of Adam; it falls to zero by a cosine.", above=0, high=1)
     start: str = setting(
         "rule",
@@ -248,8 +266,10 @@ class SearchConfig(Section):
         "`direct`: every PPO step is a real evaluation; `surrogate`: most steps are taken on a fitted model.",
         choices=("surrogate", "direct"),
     )
-    evaluations: int = setting(300, "Distinct plans that the agent may have scored.", low=1)
-    stages: int = setting(1, "Prune and recover in this many stages an episode (incremental pruning).", low=1)
+    evaluations: int = setting(300, "Distinct plans that the agent may have scored.", low=1, high=1_000_000)
+    stages: int = setting(
+        1, "Prune and recover in this many stages an episode (incremental pruning).", low=1, high=1_000
+    )
     base_rule: str = setting(
         "auto",
         "Rule that action 0 stands for; `auto` takes the best-scoring rule, and for image models uniform where the "

@@ -10,21 +10,22 @@ from typing import Any
 
 import yaml
 
-from ..errors import ConfigError
+from ..errors import ArtifactError, ConfigError
+from ..utils.reading import read_bytes
 
 MAX_CONFIG_BYTES = 1_000_000
+MAX_NODES = 500_000
+_OPEN = -1  # a node whose parts are being counted
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds; raises ConfigError in one line for anything else."""
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ConfigError(f"{path}: too large for a config file (over {MAX_CONFIG_BYTES:,} bytes)")
-        text = path.read_bytes().decode("utf-8")
+        text = read_bytes(path, MAX_CONFIG_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file, so not a YAML config") from error
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ArtifactError as error:
+        raise ConfigError(str(error)) from error
     values = parse_yaml(text, str(path))
     if values is None:
         raise ConfigError(f"{path}: the file is empty; it needs at least model.name and data.name")
@@ -73,15 +74,41 @@ def dump_yaml(values: Mapping[str, object]) -> str:
 def parse_yaml(text: str, where: str) -> Any:
     """The value that a text holds; ``where`` opens the ConfigError for a text that is no YAML."""
     try:
-        return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _expanded(node, {}) > MAX_NODES:
+            raise ConfigError(f"{where}: its aliases stand for over {MAX_NODES:,} values")
+        return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(
             f"{where}{place}: not valid YAML: {one_line(error.problem or 'unreadable')}"
         ) from error
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+    except RecursionError as error:
+        raise ConfigError(f"{where}: not valid YAML: nested too deeply") from error
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         raise ConfigError(f"{where}: not valid YAML: {one_line(str(error))}") from error
+
+
+def _expanded(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Values that a node stands for once every alias is written out; ValueError where one holds itself."""
+    size = sizes.setdefault(id(node), 0)
+    if size or not isinstance(node, yaml.CollectionNode):
+        return max(size, 1)
+    sizes[id(node)] = _OPEN
+    parts = (
+        node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+    )
+    size = 1
+    for part in parts:
+        size += _expanded(part, sizes)
+        if sizes[id(part)] == _OPEN:
+            raise ValueError("an alias stands for what holds it")
+    sizes[id(node)] = size
+    return size
 
 
 def one_line(text: str) -> str:

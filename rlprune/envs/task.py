@@ -222,15 +222,23 @@ class Task:
     def stage_widths(
         self, action: ArrayLike, budget: BudgetLike, stage: int, stages: int, before: Ints
     ) -> Ints:
-        """Widths (G,) after stage 1..stages; nothing that an earlier stage cut comes back.
+        """Widths (G,) after stage 1..stages; nothing that an earlier stage cut comes back."""
+        return self.project_stage(deviate(self.base(budget), action), budget, stage, stages, before)
 
-        Stage t projects to ``dense - (t / T) (dense - budget)`` and shares out what is left by then.
+    def project_stage(
+        self, distribution: Floats, budget: BudgetLike, stage: int, stages: int, before: Ints
+    ) -> Ints:
+        """Widths, (G,) or (N, G) as the distribution, of stage 1..stages.
+
+        Stage t projects to ``dense - (t / T) (dense - budget)`` and shares out what is left by then. Where a step is
+        so large that the stages before went below that, nothing is cut.
         """
         dense = self.space.dense_cost(self.metric)
         target = dense - stage / stages * (dense - self.space.target(budget, self.metric))
-        limits = Limits(before, self.space.minimums, self.space.steps)
+        target = min(target, self.space.cost(before, self.metric))
+        limits = Limits(before, np.minimum(self.space.minimums, before), self.space.steps)
         cost = formula(self.space.costs, self.metric)
-        return project(deviate(self.base(budget), action), target, cost, limits, metric=self.metric)
+        return project(distribution, target, cost, limits, metric=self.metric)
 
     def observe(self, budget: BudgetLike, widths: Ints | None = None) -> Floats32:
         """Feature table (G, F) at a budget, with what is kept now (nothing cut by default)."""

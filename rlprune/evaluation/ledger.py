@@ -6,11 +6,13 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NotRequired, Protocol, TypedDict
+from typing import NotRequired, Protocol, TypedDict, cast
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, one_line
 from ..pruning.history import History, PlanLike, as_history, as_widths
 from ..utils.files import append_line, whole_lines
+from ..utils.reading import parse_json
+from ..utils.values import is_number, is_whole, show_value
 from .candidate import Candidate
 
 
@@ -64,13 +66,49 @@ class EvaluationLog:
         # Of a line that was torn by a kill the candidate is scored again.
         for number, line in enumerate(whole_lines(path), start=1):
             try:
-                row = json.loads(line)
-                candidate_of(row)
+                row = _checked(parse_json(line))
                 if row["index"] != len(self.rows):
                     raise ValueError("index out of order")
-            except (ValueError, KeyError, TypeError) as error:
-                raise ArtifactError(f"{path}: line {number} is damaged ({error})") from None
+            except ValueError as error:
+                raise ArtifactError(f"{path}: line {number} is damaged ({one_line(error)})") from None
             self.rows.append(row)
+
+
+_NUMBERS = ("cost", "score", "loss", "metric", "error", "seconds")
+
+
+def _checked(row: object) -> LogRow:
+    """A row of a file whose fields have their types; ValueError names the first that has not."""
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    fields = {
+        "method": _is_text,
+        "task": _is_text,
+        "seed": is_whole,
+        "index": is_whole,
+        "widths": _are_widths,
+    }
+    fields |= dict.fromkeys(_NUMBERS, is_number)
+    for field, fits in fields.items():
+        if field not in row:
+            raise ValueError(f"{field} is missing")
+        if not fits(row[field]):
+            raise ValueError(f"{field} cannot be {show_value(row[field])}")
+    if not is_whole(row.get("samples", 0)):
+        raise ValueError(f"samples cannot be {show_value(row['samples'])}")
+    return cast(LogRow, row)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _are_widths(value: object) -> bool:
+    """Widths of a plan, or of each of its stages."""
+    if not isinstance(value, list) or not value:
+        return False
+    stages = value if isinstance(value[0], list) else [value]
+    return all(isinstance(stage, list) and stage and all(map(is_whole, stage)) for stage in stages)
 
 
 def candidate_of(row: LogRow) -> Candidate:

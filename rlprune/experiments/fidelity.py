@@ -25,7 +25,7 @@ from torch import nn
 
 from ..config.config import Config, RecoveryConfig
 from ..envs.task import Task
-from ..errors import ConfigError
+from ..errors import BudgetError, ConfigError
 from ..evaluation.evaluator import Evaluator
 from ..report import plots
 from ..report.comparison import SCORE_UNITS
@@ -47,6 +47,7 @@ from .build import expected_adapter
 from .fidelity_table import Point, markdown, summarise
 from .prepare import Experiment, prepare_experiment
 
+_FEWEST = 4  # plans that a rank correlation says anything about
 _WORST = 1e9  # a diverged model is the worst there is, not a hole in the table
 
 
@@ -71,10 +72,11 @@ def run(config: Config, candidates: int, out: str | Path, steps: int | None = No
     difference to the best tier, and the cost, per tier; which tier is recommended; and rho for fewer samples.
 
     Raises:
+        BudgetError: the space has fewer than 4 different plans at this budget.
         ConfigError: fewer than 4 candidates, too few validation samples, or a config without a final fine-tune.
     """
-    if candidates < 4:
-        raise ConfigError(f"--candidates: must be at least 4, got {candidates}")
+    if candidates < _FEWEST:
+        raise ConfigError(f"--candidates: must be at least {_FEWEST}, got {candidates}")
     expected = expected_adapter(config)
     if expected is not None:  # before anything is trained
         _length(config, expected)
@@ -85,7 +87,7 @@ def run(config: Config, candidates: int, out: str | Path, steps: int | None = No
         study = _Study(experiment, folder, callback)
         rows = tiers(config, experiment.workload.adapter.ladder, steps)
         points = study.points(rows, candidates)
-        content = {"version": 2, "hardware": hardware(), "length": length, "candidates": candidates}
+        content = {"version": 2, "hardware": hardware(), "length": length, "candidates": len(points)}
         content |= study.facts() | summarise(points, own_tier(config).name, study.samples)
         write_json_atomic(folder / "fidelity.json", content | {"points": points})
         text = markdown(content)
@@ -134,11 +136,18 @@ class _Study:
         config = self.config
         task = Task(self.experiment.evaluator, config.budget.target, config.budget.metric)
         drawn = random_plans(task, config.budget.target, candidates, np.random.default_rng(config.seed))
-        plans = [[int(width) for width in plan] for plan in drawn]
+        # A plan that was drawn twice says nothing twice.
+        plans = [list(plan) for plan in dict.fromkeys(tuple(int(w) for w in plan) for plan in drawn)]
+        if len(plans) < _FEWEST:
+            raise BudgetError(
+                f"budget.target: {config.budget.target} leaves {len(plans)} different plan"
+                f"{'s' if len(plans) > 1 else ''} to compare, and fidelity needs {_FEWEST}; "
+                "choose another budget or a smaller prune.round_to"
+            )
         scores = {tier.name: self._scores(tier, plans) for tier in rows}
         found = []
         for i, plan in enumerate(plans):
-            final = self._final(plan, f"fine-tune {i + 1}/{candidates}")
+            final = self._final(plan, f"fine-tune {i + 1}/{len(plans)}")
             found.append({"widths": plan, "scores": {n: s[i] for n, s in scores.items()}, **final})
         self.callback.close()
         return found

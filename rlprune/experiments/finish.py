@@ -190,10 +190,10 @@ class _Kept:
             return None
         try:
             kept = read_json(self._facts)
-            if kept["mark"] != mark:
+            if kept["mark"] != mark or not isinstance(kept["facts"], dict):
                 return None
             model.load_state_dict(read_tensors(self._weights))
-        except (ArtifactError, KeyError, RuntimeError):
+        except (ArtifactError, KeyError, RuntimeError, TypeError):
             return None  # a private file of this run that is not whole: the fine-tune is done again
         forget(self.training)
         facts: dict[str, Any] = kept["facts"]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ArtifactError, ConfigError
 from ..evaluation.importance import compute
 from ..evaluation.recovery import Recovery
 from ..pruning.history import History, Widths, final_widths
@@ -27,6 +27,7 @@ from ..utils.arrays import Ints
 from ..utils.checkpoints import forget, require_same
 from ..utils.files import read_json, read_tensors, write_json_atomic, write_tensors_atomic
 from ..utils.progress import Callback
+from ..utils.values import are_whole
 from ..workloads.adapter import TuneJob
 from .prepare import Experiment, find_rule
 
@@ -193,7 +194,7 @@ class _Rounds:
         if self._folder is not None and (self._folder / "rounds.json").is_file():
             content = read_json(self._folder / "rounds.json")
             require_same(self._folder, content, {"key": self._key})
-            self._done, self._last = content["rounds"], content
+            self._done, self._last = _rounds(content, self._folder), content
         self._experiment = experiment
 
     def load(self, stage: int, now: _Now) -> dict[str, Any] | None:
@@ -220,6 +221,18 @@ class _Rounds:
         write_json_atomic(self._folder / "rounds.json", {"key": self._key, "rounds": self._done})
         (self._folder / f"round-{stage - 1}.safetensors").unlink(missing_ok=True)
         forget(self._folder / f"round-{stage}.state")
+
+
+def _rounds(content: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """The finished rounds of a state: the facts of each, and the units that its groups kept."""
+    rounds = content.get("rounds")
+    for done in rounds if isinstance(rounds, list) else [None]:
+        kept = done.get("kept") if isinstance(done, dict) else None
+        if not isinstance(kept, list) or not all(map(are_whole, kept)):
+            raise ArtifactError(
+                f"{folder / 'rounds.json'}: damaged: a round without its kept units; delete it"
+            )
+    return list(rounds or ())
 
 
 def _put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ from ..utils.timing import measure
 from ..workloads.base import Workload
 from . import describe, zeroshot
 from .files import pretrained
+from .files.tokenizers import why_unreadable
 
 
 def read_tasks(tasks: Sequence[Path]) -> None:
@@ -114,10 +115,13 @@ def _tokenizer_of(directory: Path, plan: PlanDocument) -> Any:
     # Stock classes refuse layers of unequal sizes, and a tokenizer needs none: the dense config will do.
     config = pretrained.build_config(plan["base"]["config"])
     try:
-        return AutoTokenizer.from_pretrained(str(directory), config=config, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            str(directory), config=config, trust_remote_code=False, local_files_only=True
+        )
     except Exception as error:  # whatever the libraries raise for broken files
         raise ArtifactError(
-            f"{directory}: holds no tokenizer that can be read; give CONFIG to take the dense model's"
+            f"{directory}: holds no tokenizer that can be read ({why_unreadable(directory, error)}); "
+            "give CONFIG to take the dense model's"
         ) from error
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from ..errors import ArtifactError, ConfigError, DataError, GraphError, near_miss
+from ..utils.files import read_json
+from ..utils.values import are_texts, show_value
 from .families import UnsupportedModel, family_of, tensor_of
 from .text import help_texts
 
@@ -97,7 +98,7 @@ def load_causal(
         if arguments:
             raise ConfigError(f"model.arguments: only {TINY!r} takes any, not {name!r}")
         place, file = _place(name)
-        options: Mapping[str, object] = {"trust_remote_code": False} | ({"gguf_file": file} if file else {})
+        options: Mapping[str, object] = {"gguf_file": file} if file else {}
         config = _config(name, place, options)
         model = _weights(name, place, options, torch_dtype)
         _refuse_unsupported(name, model)
@@ -113,7 +114,7 @@ def read_config(name: str) -> PreTrainedConfig:
     """The config of a model named ``hf:...``, without its weights; refuses what `load_causal` refuses by it."""
     with _quiet():
         place, file = _place(name)
-        return _config(name, place, {"trust_remote_code": False} | ({"gguf_file": file} if file else {}))
+        return _config(name, place, {"gguf_file": file} if file else {})
 
 
 def _place(name: str) -> tuple[str, str | None]:
@@ -149,10 +150,12 @@ def _place(name: str) -> tuple[str, str | None]:
 def _refuse_pruned(name: str, path: Path) -> None:
     """Refuse a folder of ours; stock classes would stumble over its unequal layers with a riddle."""
     try:
-        uneven = bool(json.loads(path.read_text(encoding="utf-8")).get("per_layer_config"))
-    except (OSError, ValueError, AttributeError):
-        return  # transformers says what is wrong with it
-    if uneven:
+        fields = read_json(path)
+    except ArtifactError as error:
+        raise ArtifactError(f"model.name {name!r}: its config cannot be read ({error})") from error
+    if not isinstance(fields, dict):
+        raise ArtifactError(f"model.name {name!r}: its config.json must be a table, got {show_value(fields)}")
+    if fields.get("per_layer_config"):
         raise GraphError(f"model.name {name!r}: is a pruned model already; give the dense one")
 
 
@@ -160,8 +163,12 @@ def _config(name: str, place: str, options: Mapping[str, object]) -> PreTrainedC
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
-    config = _read(lambda: AutoConfig.from_pretrained(place, **options), name, "config", options)
-    kind, classes = config.model_type, list(getattr(config, "architectures", None) or [])
+    config = _read(
+        lambda: AutoConfig.from_pretrained(place, trust_remote_code=False, **options), name, "config", options
+    )
+    kind, classes = config.model_type, getattr(config, "architectures", None) or []
+    if not are_texts(classes):
+        raise ArtifactError(f"model.name {name!r}: its config's architectures must be a list of names")
     if config.to_dict().get("per_layer_config"):  # the attribute of that name is there for every config
         raise GraphError(f"model.name {name!r}: is a pruned model already; give the dense one")
     if kind not in CAUSAL or (classes and not any(c.endswith(_CAUSAL_NAMES) for c in classes)):
@@ -187,7 +194,7 @@ def _closer(config: object) -> UnsupportedModel | None:
         return None
     try:
         with torch.device("meta"):
-            family_of(AutoModelForCausalLM.from_config(config))
+            family_of(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     except UnsupportedModel as error:
         return error
     except Exception:  # any kind of model, any kind of failure: the config's own refusal stands
@@ -199,7 +206,9 @@ def _weights(name: str, place: str, options: Mapping[str, object], dtype: torch.
     from transformers import AutoModelForCausalLM
 
     def load() -> Any:
-        return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, output_loading_info=True, **options)
+        return AutoModelForCausalLM.from_pretrained(
+            place, trust_remote_code=False, dtype=dtype, output_loading_info=True, **options
+        )
 
     model, report = _read(load, name, "weights", options)
     missing = sorted(report.get("missing_keys", ()))
@@ -213,7 +222,12 @@ def _weights(name: str, place: str, options: Mapping[str, object], dtype: torch.
 def _tokenizer(name: str, place: str, options: Mapping[str, object]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    return _read(lambda: AutoTokenizer.from_pretrained(place, **options), name, "tokenizer", options)
+    return _read(
+        lambda: AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options),
+        name,
+        "tokenizer",
+        options,
+    )
 
 
 def _read(read: Callable[[], Found], name: str, what: str, options: Mapping[str, object]) -> Found:

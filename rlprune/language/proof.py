@@ -134,4 +134,4 @@ def skeleton(config: PreTrainedConfig) -> nn.Module:
         setattr(small, name, None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_config(small, trust_remote_code=False, dtype=torch.float32).eval()

@@ -144,8 +144,10 @@ def _calibration(data: Mapping[str, Any], tables: Sequence[LayerTable]) -> Calib
 
 def _check(table: LatencyTable) -> None:
     for t in table.tables:
-        ascending = all((np.diff(sizes) > 0).all() and len(sizes) for sizes in (t.outs, t.ins))
-        if t.milliseconds.shape != (len(t.outs), len(t.ins)) or not ascending:
+        ascending = all(
+            sizes.ndim == 1 and len(sizes) and (np.diff(sizes) > 0).all() for sizes in (t.outs, t.ins)
+        )
+        if not ascending or t.milliseconds.shape != (len(t.outs), len(t.ins)):
             raise ArtifactError(f"latency table: {t.kind}: the grid does not fit its values")
         ms = t.milliseconds
         falls = any((np.diff(ms, axis=a) < 0).any() for a in (0, 1))

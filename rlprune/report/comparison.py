@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from ..utils.values import is_whole
 from . import plots
 from .results import Results
 
@@ -49,6 +50,9 @@ SCORE_UNITS = {
     "loss": "score (−validation loss, nats)",
     "accuracy": "score (validation accuracy)",
 }
+_EVALUATIONS = (
+    10_000_000  # more were never spent; a curve of as many points as a file says could fill the memory
+)
 REFERENCES = ("uniform", "best rule", "random")
 
 
@@ -175,9 +179,14 @@ def curves(results: Results) -> dict[str, list[list[float]]]:
     found: dict[str, list[list[float]]] = {}
     for row in results["rows"]:
         if row["kind"] not in ("dense", "rule") and row.get("improvements"):
-            best = [math.nan] * int(row["evaluations"])
+            count = row["evaluations"]
+            if not is_whole(count, _EVALUATIONS) or not all(
+                is_whole(f, count) and f for f, _ in row["improvements"]
+            ):
+                raise ValueError(f"{row['method']}: its improvements do not fit its evaluations")
+            best = [math.nan] * count
             for first, score in row["improvements"]:
-                best[int(first) - 1 :] = [score] * (len(best) - int(first) + 1)
+                best[first - 1 :] = [score] * (count - first + 1)
             found.setdefault(row["method"], []).append(best)
     return found
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ArtifactError, described
 from ..utils.dotted import flat
 from ..utils.files import write_text_atomic
+from ..utils.reading import read_bytes, read_json
+from ..utils.values import is_finite
 from . import comparison, plots
 from .comparison import SCORE_UNITS
 from .results import (
@@ -24,7 +26,6 @@ from .results import (
     best,
     best_rule,
     budget_points,
-    is_finite,
     kind_of,
     learned,
     learning_curves,
@@ -47,7 +48,14 @@ def build(run_dir: str | Path) -> Path:
     folder = Path(run_dir)
     results = read_results(folder)
     target = folder / "report.html"
-    write_text_atomic(target, render(results, folder))
+    try:
+        page = render(results, folder)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # What a benchmark wrote is drawn as it stands; an edited file may hold anything.
+        raise ArtifactError(
+            f"{folder / 'results.json'}: damaged: a figure is missing or of another kind ({described(error)})"
+        ) from error
+    write_text_atomic(target, page)
     return target
 
 
@@ -56,7 +64,7 @@ def render(results: Results, folder: Path) -> str:
     workload = as_mapping(results.get("workload"))
     title = f"rlprune: {workload.get('name', folder.name)}"
     config_path = folder / "config.yaml"
-    config = config_path.read_text(encoding="utf-8", errors="replace") if config_path.is_file() else ""
+    config = read_bytes(config_path).decode(errors="replace") if config_path.is_file() else ""
     views = comparison.per_budget(results)
     parts = [f"<h1>{_text(title)}</h1>"]
     for view in views:
@@ -237,8 +245,8 @@ def _table(results: Results) -> str:
 def _facts(results: Results, folder: Path) -> str:
     sections = [(name, as_mapping(results.get(name))) for name in ("workload", "budget", "hardware")]
     try:
-        plan = json.loads((folder / "pruned" / "plan.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        plan = read_json(folder / "pruned" / "plan.json")
+    except ArtifactError:
         plan = {}
     wanted = ("version", "fingerprint", "costs", "libraries", "versions", "inexact")
     sections.append(("pruned model", {key: plan[key] for key in wanted if key in as_mapping(plan)}))

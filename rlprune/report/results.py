@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Required, TypedDict, TypeGuard, TypeVar, cast
+from typing import Any, Required, TypedDict, TypeVar, cast
 
 from ..errors import ArtifactError, one_line
 from ..evaluation.ledger import charged_scores
+from ..utils.reading import parse_json, read_bytes, read_json
+from ..utils.values import is_finite, show_value
 
 RESULTS_VERSION = 1
 Row = TypeVar("Row", bound=Mapping[str, Any])
@@ -49,9 +50,9 @@ def read_results(folder: Path) -> Results:
     """RUN/results.json; ArtifactError where it is missing, damaged or newer than this version reads."""
     path = folder / "results.json"
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: not found; a report needs a run that reached its results") from None
+        if not path.exists():
+            raise ArtifactError(f"{path}: not found; a report needs a run that reached its results")
+        results = parse_json(read_bytes(path))
     except NotADirectoryError:
         raise ArtifactError(f"{folder}: not a run folder") from None
     except (OSError, ValueError) as error:
@@ -64,6 +65,9 @@ def read_results(folder: Path) -> Results:
     rows = results.get("rows")
     if not as_list(rows) or not all(isinstance(row, dict) and "method" in row for row in as_list(rows)):
         raise ArtifactError(f"{path}: rows: need a list of objects with a method")
+    for field in ("budgets", "summary"):
+        if not all(isinstance(entry, dict) for entry in as_list(results.get(field, []))):
+            raise ArtifactError(f"{path}: {field}: need a list of objects, got {show_value(results[field])}")
     return cast(Results, results)
 
 
@@ -71,12 +75,12 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
     """Rows of a ledger; a torn last line (a killed run) is left out, as is a missing file."""
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+        lines = read_bytes(path).splitlines()
+    except ArtifactError:
         return []
     for line in lines:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
         if isinstance(row, dict):
@@ -87,8 +91,8 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
 def budget_points(path: Path) -> list[dict[str, Any]]:
     """Rows of budgets.json that can be drawn; none where the file is missing or damaged."""
     try:
-        points = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        points = read_json(path)
+    except ArtifactError:
         return []
     return [
         p for p in as_list(points) if isinstance(p, dict) and is_finite(p.get("budget")) and "method" in p
@@ -153,8 +157,3 @@ def as_mapping(value: object) -> Mapping[str, Any]:
 def as_list(value: object) -> list[Any]:
     """The value where it is a list, else an empty one."""
     return value if isinstance(value, list) else []
-
-
-def is_finite(value: object) -> TypeGuard[float]:
-    """Whether a value is a number that can be drawn and compared."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -59,6 +59,8 @@ class StateFile:
 
 def require_same(place: str | Path, kept: Mapping[str, object], wanted: Mapping[str, object]) -> None:
     """Refuse, with ArtifactError, what ``kept`` says was left by a run with other values than ``wanted``."""
+    if not isinstance(kept, Mapping):
+        raise ArtifactError(f"{place}: damaged: no record of the run that left it; delete it")
     differing = [name for name, value in wanted.items() if name not in kept or kept[name] != value]
     if differing:
         # A hash says nothing to a person.

@@ -10,16 +10,18 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import safetensors
 import safetensors.torch
 from torch import Tensor
 
 from ..errors import ArtifactError, RlpruneError, one_line
+from .exits import is_exit
+from .reading import read_json as read_json  # one place to read and write JSON from
+from .reading import refuse_links, refuse_special
 
 LOCK_NAME = ".rlprune.lock"
-MAX_JSON_BYTES = 256 * 2**20
 
 
 @contextlib.contextmanager
@@ -39,6 +41,7 @@ def replacing_file(path: str | Path) -> Iterator[IO[bytes]]:
     The path holds the old or the new content at every moment, a power cut included.
     """
     target = Path(path)
+    refuse_special(target)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
@@ -63,7 +66,7 @@ def write_bytes_atomic(path: str | Path, data: bytes) -> None:
 
 def write_text_atomic(path: str | Path, text: str) -> None:
     """`write_bytes_atomic` for text, in UTF-8."""
-    write_bytes_atomic(path, text.encode("utf-8"))
+    write_bytes_atomic(path, text.encode("utf-8", errors="replace"))
 
 
 def write_json_atomic(path: str | Path, value: object) -> None:
@@ -83,21 +86,6 @@ def write_tensors_atomic(
     write_bytes_atomic(path, safetensors.torch.save(copies, metadata))
 
 
-def read_json(path: str | Path) -> Any:
-    """The value in a JSON file; ArtifactError when it is missing, truncated or not JSON."""
-    source = Path(path)
-    try:
-        if source.stat().st_size > MAX_JSON_BYTES:
-            raise ArtifactError(f"{source}: too large for a JSON file of rlprune")
-        return json.loads(source.read_bytes().decode("utf-8"), parse_constant=_no_constant)
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{source}: no such file") from error
-    except OSError as error:
-        raise ArtifactError(f"{source}: cannot be read ({error.strerror or error})") from error
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{source}: truncated or not JSON ({one_line(error)})") from error
-
-
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU; ArtifactError when it is missing, truncated or foreign."""
     source = Path(path)
@@ -113,7 +101,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Add a line of text to a file and wait until it is on the disk."""
+    """Add a line of text to a file and wait until it is on the disk; ArtifactError where it is no plain file."""
+    refuse_special(path)
     with path.open("a", encoding="utf-8") as file:
         file.write(text + "\n")
         file.flush()
@@ -122,6 +111,7 @@ def append_line(path: Path, text: str) -> None:
 
 def whole_lines(path: Path) -> list[bytes]:
     """The lines of a file that `append_line` wrote; a last one that a kill has torn is cut off the file."""
+    refuse_special(path)
     raw = path.read_bytes() if path.exists() else b""
     whole = raw[: raw.rfind(b"\n") + 1]
     if len(whole) < len(raw):
@@ -166,14 +156,15 @@ def lock_run(folder: str | Path, worth: str = "ledger.jsonl") -> Iterator[Path]:
     """Hold the folder of a run, made if it is missing; a second run into it is refused with ArtifactError.
 
     The lock is the operating system's, so a killed run leaves none. A folder with other people's files
-    in it is refused as well. A new run that stops with an error of ours (a wrong setting, say) before it
-    has a file ``worth`` leaves nothing behind.
+    in it is refused as well. A new run that stops with an error of ours (a wrong setting, say), or that code of the
+    user's ends, before it has a file ``worth`` leaves nothing behind.
     """
     target = Path(folder)
     _refuse_foreign(target, LOCK_NAME)
     made = not target.exists()
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
+        refuse_links(target)
         new = not (target / LOCK_NAME).exists()
         handle = os.open(target / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -188,8 +179,8 @@ def lock_run(folder: str | Path, worth: str = "ledger.jsonl") -> Iterator[Path]:
                 os.ftruncate(handle, 0)
                 os.write(handle, str(os.getpid()).encode())
             yield target
-        except RlpruneError:
-            if new and not (target / worth).exists():
+        except BaseException as error:
+            if (isinstance(error, RlpruneError) or is_exit(error)) and new and not (target / worth).exists():
                 _empty_folder(target, remove=made)
             raise
     finally:
@@ -200,6 +191,7 @@ def lock_run(folder: str | Path, worth: str = "ledger.jsonl") -> Iterator[Path]:
 def exclusive(path: str | Path, poll_seconds: float = 0.2) -> Iterator[None]:
     """Hold a lock file, made if it is missing, while the block runs; waits for whoever holds it."""
     target = Path(path)
+    refuse_special(target)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(target, os.O_RDWR | os.O_CREAT, 0o644)
@@ -294,7 +286,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not allowed")

@@ -10,6 +10,8 @@ from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
+from .reading import refuse_special
+
 logger = logging.getLogger("rlprune")
 
 
@@ -125,6 +127,7 @@ class Console(Callback):
 
 def log_to(path: Path) -> logging.Handler:
     """Send rlprune's log to a file as well, appending; the caller removes the handler."""
+    refuse_special(path)
     handler = logging.FileHandler(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)

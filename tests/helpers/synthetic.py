@@ -28,10 +28,15 @@ class FakeCandidate:
     metric: float
     seconds: float = 0.01
     samples: int = 0
+    error: float = 0.0
 
 
 def make_space(
-    groups: int = 6, width: int = 16, seed: int = 0, kinds: Sequence[str] = ("conv", "residual")
+    groups: int = 6,
+    width: int = 16,
+    seed: int = 0,
+    kinds: Sequence[str] = ("conv", "residual"),
+    step: int = 1,
 ) -> PruningSpace:
     """A chain of convolutions: the cost of a layer is the product of its two widths and its resolution.
 
@@ -52,8 +57,8 @@ def make_space(
             kind=drawn[g],
             width=widths[g],
             unit=1,
-            minimum=1,
-            step=1,
+            minimum=min(step, widths[g]),
+            step=step,
             members=(),
             depth=g / max(1, groups - 1),
             kernel=3,
@@ -82,6 +87,10 @@ class FakeEvaluator:
         self.flat = flat
         self.calls = 0
         self.memo: dict[Any, FakeCandidate] = {}
+        self.rungs: tuple[int, ...] = ()
+
+    def remember(self, history: Any, candidate: Any) -> None:
+        """Rows of a ledger: nothing here is worth keeping."""
 
     @property
     def dense(self) -> FakeCandidate:

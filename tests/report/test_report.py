@@ -9,13 +9,14 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from helpers.run_fixture import write_run
 from rlprune.errors import ArtifactError
+from rlprune.report import comparison, plots
 from rlprune.report import html as report
-from rlprune.report import plots
 from rlprune.report.results import best_rule, learned, learning_curves, read_ledger
 
 PNG = b"\x89PNG"
@@ -179,3 +180,10 @@ def test_the_same_numbers_give_the_same_bytes_and_colours_stay_with_their_method
     assert (tmp_path / "a.png").read_bytes().startswith(PNG)
     assert plots.colours(["ppo"])["ppo"] == plots.colours(["random", "lamp", "ppo"])["ppo"]
     assert len(set(plots.colours([*"abcde", "ppo", "random", "uniform"]).values())) == 8
+
+
+@pytest.mark.parametrize(("evaluations", "first"), [(10**12, 1), (5, -(10**12)), (5, 9), (2.5, 1), ("5", 1)])
+def test_a_curve_that_would_fill_the_memory_is_refused(evaluations: Any, first: int) -> None:
+    row = {"method": "ppo", "kind": "agent", "evaluations": evaluations, "improvements": [[first, 0.5]]}
+    with pytest.raises(ValueError, match=r"^ppo: its improvements do not fit its evaluations$"):
+        comparison.curves({"version": 1, "rows": [row]})

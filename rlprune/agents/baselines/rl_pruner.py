@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ...envs.task import Task
-from ...pruning.budget import Limits, project
-from ...pruning.cost import formula
 from ...pruning.history import as_history, final_widths
+from ...surrogates.proposals import fresh
 from ...utils.arrays import Floats, Ints
 from ..base import TrialRecorder
 from .gradient_free import PATIENCE, GradientFree, spend_rest
@@ -106,7 +105,8 @@ class RLPruner(GradientFree):
             count = min(settings.samples, end - spent)
             samples = _noisy(probabilities, settings.noise, count, generator)
             plans = stage_plans(task, samples, before, stage, settings.stages)
-            recorder.evaluate_batch(plans)
+            # Scored plans are not asked for again: in a small space their repeats would use up the account's calls.
+            recorder.evaluate_batch(fresh(plans, recorder.scores))
             for plan, sample in zip(plans, samples, strict=True):
                 key = as_history(plan)
                 if key in recorder.scores:  # not dropped by successive halving
@@ -136,12 +136,9 @@ def _initial(task: Task, recorder: TrialRecorder, start: str) -> Floats:
 
 def stage_plans(task: Task, probabilities: Floats, before: Ints, stage: int, stages: int) -> Ints:
     """Widths (N, G) after a stage whose removed units are shared out by probabilities (N, G)."""
-    dense = task.space.dense_cost(task.metric)
-    target = dense - stage / stages * (dense - task.space.target(task.highest_budget, task.metric))
-    limits = Limits(before, np.minimum(task.space.minimums, before), task.space.steps)
     # The projection takes shares of what is there; the probabilities count units.
     shares = probabilities / np.maximum(before, 1)
-    return project(shares, target, formula(task.space.costs, task.metric), limits, metric=task.metric)
+    return task.project_stage(shares, task.highest_budget, stage, stages, before)
 
 
 def _noisy(probabilities: Floats, noise: float, count: int, generator: np.random.Generator) -> Floats:

@@ -91,7 +91,8 @@ def direct_search(search: Search) -> SearchResult:
         if saved is None:
             search.score_starts()
         else:
-            rollout = _restore(search, ppo, cast("_State", saved))
+            with search.restoring():
+                rollout = _restore(search, ppo, cast("_State", saved))
         ppo.learn(_ENDLESS, callback=RolloutStart(search, rollout), reset_num_timesteps=False)
     except BudgetExhausted:
         pass

@@ -20,18 +20,16 @@ from torch import Tensor, nn
 
 from ...artifacts.policy import read_policy_files
 from ...artifacts.policy import save_policy as write_policy
-from ...envs.observation import FEATURE_VERSIONS
 from ...envs.task import ACTION_SCALE, Source, Task, deviate, make_task
 from ...errors import ArtifactError
 from ...pruning.budget import BudgetLike
 from ...pruning.plan import Plan
 from ..sb3_internals import CustomPolicy
+from .policy_facts import FORMAT, FORMAT_VERSION, check_facts
 from .transfer import PlanMemory, can_build, planned
 
 # The exploration noise stays within these bounds, so that neither a collapse nor a blow-up is final.
 _LOG_STD = (-3.0, 0.5)
-FORMAT = "rlprune-policy"
-FORMAT_VERSION = 1
 _EXPERIENCE = "experience."
 
 
@@ -232,42 +230,28 @@ class PortablePolicy:
         self.plan_memory = plan_memory
 
     @classmethod
-    def from_state(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, object]) -> PortablePolicy:
+    def from_state(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> PortablePolicy:
         """Check a loaded file and build the policy; ArtifactError names what does not fit."""
-        if meta.get("format") != FORMAT:
-            raise ArtifactError(f"policy: format {meta.get('format')!r} is not {FORMAT!r}")
-        if meta.get("format_version") != FORMAT_VERSION:
-            raise ArtifactError(
-                f"policy: format_version {meta.get('format_version')!r}; this program reads {FORMAT_VERSION}"
-            )
-        features = _features_of(meta)
-        if meta.get("action_scale") != ACTION_SCALE:
-            raise ArtifactError(f"policy: action_scale {meta.get('action_scale')!r} must be {ACTION_SCALE}")
-        hidden = meta.get("hidden")
-        if not isinstance(hidden, int) or isinstance(hidden, bool) or not 1 <= hidden <= 65536:
-            raise ArtifactError(f"policy: hidden {hidden!r} must be a whole number of units")
-        reach = meta.get("reach", 1.0)
-        if not isinstance(reach, float | int) or isinstance(reach, bool) or not 0 < reach <= 10:
-            raise ArtifactError(f"policy: reach {reach!r} must be a number above 0 and up to 10")
-        if not isinstance(meta.get("base_rule"), str):
-            raise ArtifactError("policy: base_rule is missing")
+        features = check_facts(meta)
+        hidden = int(meta["hidden"])
         plan_memory = None
         if "experience" in meta:
             known = {n.removeprefix(_EXPERIENCE): t for n, t in tensors.items() if n.startswith(_EXPERIENCE)}
             plan_memory = PlanMemory.from_state(known, meta["experience"])
             tensors = {n: t for n, t in tensors.items() if not n.startswith(_EXPERIENCE)}
-        network = GroupNetwork(len(features), hidden)
-        expected = network.state_dict()
+        with torch.device("meta"):  # a width that the tensors do not have takes no memory
+            expected = GroupNetwork(len(features), hidden).state_dict()
         if set(tensors) != set(expected):
             odd = sorted(set(tensors) ^ set(expected))[0]
             raise ArtifactError(f"policy: tensor {odd!r} is {'missing' if odd in expected else 'unknown'}")
-        for name, tensor in tensors.items():
+        for name, tensor in sorted(tensors.items()):
             if tensor.shape != expected[name].shape:
                 raise ArtifactError(
                     f"policy: tensor {name!r} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
                 )
-            if not torch.isfinite(tensor).all():
-                raise ArtifactError(f"policy: tensor {name!r} holds NaN or infinity")
+            if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+                raise ArtifactError(f"policy: tensor {name!r} holds NaN, infinity or no numbers")
+        network = GroupNetwork(len(features), hidden)
         network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
         return cls(network, meta, plan_memory)
 
@@ -366,17 +350,6 @@ class PortablePolicy:
                 PolicyTransferWarning,
                 stacklevel=3,
             )
-
-
-def _features_of(meta: Mapping[str, object]) -> tuple[str, ...]:
-    """Names of the columns that a saved policy saw; ArtifactError where this program cannot show them."""
-    version = meta.get("feature_version")
-    if not isinstance(version, int) or version not in FEATURE_VERSIONS:
-        known = ", ".join(map(str, FEATURE_VERSIONS))
-        raise ArtifactError(f"policy: saw features of version {version!r}; this program shows {known}")
-    if meta.get("features") != list(FEATURE_VERSIONS[version]):
-        raise ArtifactError(f"policy: its features are not those of version {version}; train it again")
-    return FEATURE_VERSIONS[version]
 
 
 def load_policy(directory: str | Path) -> PortablePolicy:

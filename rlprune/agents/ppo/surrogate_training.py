@@ -180,7 +180,8 @@ def surrogate_search(search: Search) -> SearchResult:
         if saved is None:
             search.score_starts()
         else:
-            batch = trainer.restore(cast("_State", saved))
+            with search.restoring():
+                batch = trainer.restore(cast("_State", saved))
         while any(recorder.account.left > 0 for recorder in search.recorders):
             trainer.save(batch)
             before = sum(recorder.account.spent for recorder in search.recorders)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from ...config.search import SearchConfig
 from ...envs.distribution import DistributionEnv
 from ...envs.task import Task
+from ...errors import ArtifactError, described
 from ...utils.checkpoints import require_same
 from ..base import SearchRequest, SearchResult, TrialRecorder
 from ..callbacks import SearchLogger
@@ -62,12 +64,24 @@ class Search:
         saved = None if state is None else state.load()
         if state is None or saved is None:
             return None
+        calls, identity = saved.get("calls"), saved.get("identity")
+        if not isinstance(identity, dict) or not isinstance(calls, list) or len(calls) != len(self.recorders):
+            raise ArtifactError(f"{state.file}: damaged: not the state of this search; delete it")
         # States from before there was another version of the features say none.
-        require_same(state.file, {"feature_version": 1} | saved["identity"], self.identity(mode))
-        for recorder, calls in zip(self.recorders, saved["calls"], strict=True):
-            recorder.repeat(calls)
+        require_same(state.file, {"feature_version": 1} | identity, self.identity(mode))
+        for recorder, own in zip(self.recorders, calls, strict=True):
+            recorder.repeat(own)
         self.watcher.resumed()
         return saved
+
+    @contextlib.contextmanager
+    def restoring(self) -> Iterator[None]:
+        """While a saved state is put back: ArtifactError where it does not fit."""
+        try:
+            yield
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            place = self.request.state.file if self.request.state is not None else "state"
+            raise ArtifactError(f"{place}: damaged ({described(error)}); delete it") from error
 
     def save(self, mode: str, contents: Mapping[str, object]) -> None:
         state = self.request.state

@@ -24,9 +24,10 @@ from ...artifacts.safetensors import Entry, TensorFiles, entry_of
 from ...errors import ArtifactError, described, near_miss
 from ...pruning.space import fingerprint
 from ...utils.files import read_json, write_json_atomic
+from ...utils.values import show_value
 from ...workloads.adapter import TokenizerSource
 from .. import families
-from .tokenizers import has_tokenizer, write_tokenizer
+from .tokenizers import has_tokenizer, why_unreadable, write_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -216,7 +217,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
             path, config=config, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # damaged files raise whatever their parser raises
-        raise ArtifactError(f"{path}: the tokenizer cannot be read: {described(error)}") from error
+        raise ArtifactError(f"{path}: the tokenizer cannot be read: {why_unreadable(path, error)}") from error
 
 
 def published_name(model_type: str, name: str) -> str:
@@ -242,12 +243,24 @@ def load_folder(folder: Path, document: PlanDocument) -> PreTrainedModel:
         state[name] = tensor
     with quiet_loading():
         model = _class_of(config).from_pretrained(None, config=config, state_dict=state)
-    generation = folder / GENERATION
-    if generation.is_file():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_dict(read_json(generation))
+    put_generation(model, folder)
     return model
+
+
+def put_generation(model: PreTrainedModel, folder: Path) -> None:
+    """Give a model the generation settings of a folder, where it has some; ArtifactError where they are none."""
+    path = folder / GENERATION
+    if not path.exists():
+        return
+    from transformers import GenerationConfig
+
+    fields = read_json(path)
+    if not isinstance(fields, dict):
+        raise ArtifactError(f"{path}: must be a table of settings, got {show_value(fields)}")
+    try:
+        model.generation_config = GenerationConfig.from_dict(fields)
+    except Exception as error:  # its validators raise errors of many kinds
+        raise ArtifactError(f"{path}: generation settings refused: {described(error)}") from error
 
 
 @contextlib.contextmanager

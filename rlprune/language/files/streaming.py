@@ -24,7 +24,6 @@ from ...pruning.space import PruningSpace, fingerprint
 from ...pruning.surgery import axis_indices, prune
 from ...tracing.trace import TraceOptions
 from ...utils.arrays import Ints
-from ...utils.files import read_json
 from ..space import language_space
 from . import pretrained
 from .folder import write_language_model
@@ -109,10 +108,7 @@ def dense_skeleton(folder: str | Path, files: TensorFiles | None = None) -> Any:
     entries = (files if files is not None else TensorFiles(path)).entries
     stored = next((e.dtype for e in entries.values() if e.dtype.is_floating_point), torch.float32)
     model.to(getattr(config, "dtype", None) or stored)
-    if (path / pretrained.GENERATION).is_file():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_dict(read_json(path / pretrained.GENERATION))
+    pretrained.put_generation(model, path)
     return model
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from ...errors import ArtifactError, described
+from ...utils.files import read_json
+from ...utils.values import show_value
 from ...workloads.adapter import TokenizerSource
 
 TOKENIZER_FILES = (
@@ -16,6 +19,20 @@ TOKENIZER_FILES = (
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a file of a tokenizer."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def why_unreadable(folder: Path, error: BaseException) -> str:
+    """Why a folder's tokenizer could not be read: what is wrong with its settings, or what the libraries said."""
+    path = folder / "tokenizer_config.json"
+    try:
+        settings = read_json(path) if path.exists() else {}
+    except ArtifactError as damage:
+        return str(damage)
+    if not isinstance(settings, dict):
+        return f"{path}: must be a table of settings, got {show_value(settings)}"
+    if settings.get("auto_map"):
+        return f"{path}: auto_map: the tokenizer is code that comes with it, which is never run"
+    return described(error)
 
 
 def write_tokenizer(folder: Path, tokenizer: TokenizerSource | None) -> None:

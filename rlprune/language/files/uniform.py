@@ -273,7 +273,7 @@ def _check(slim: PreTrainedModel, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     with pretrained.quiet_loading():
-        plain = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        plain = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     _same(slim, plain, "the plain model")
 
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ...config.config import FinishConfig
-from ...errors import ConfigError
+from ...errors import ArtifactError, ConfigError
 from ...recovery.finetune import Progress
 from ...utils.checkpoints import require_same, settings_key
 from ...utils.files import read_json, write_json_atomic
+from ...utils.values import is_finite
 from ..transformers_internals import TrainedOnly, lend_block_classes, use_one_gpu
 from .loss import WARMUP, TokenLoss
 
@@ -181,7 +182,16 @@ class _Watch:
     ) -> None:
         folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
         if (folder / MARK).is_file():
-            self._tail = list(read_json(folder / MARK)["tail"])
+            self._tail = _tail_of(folder / MARK)
+
+
+def _tail_of(mark: Path) -> list[float]:
+    """The last losses before a checkpoint; ArtifactError where its mark is damaged."""
+    kept = read_json(mark)
+    tail = kept.get("tail") if isinstance(kept, dict) else None
+    if not isinstance(tail, list) or not all(map(is_finite, tail)):
+        raise ArtifactError(f"{mark}: damaged: the field 'tail' is not a list of numbers; delete the folder")
+    return tail
 
 
 def _arguments(work: Work, device: torch.device, length: int, out: Path, saving: bool, unused: bool) -> Any:
