@@ -20,6 +20,7 @@ NARROW = 0.5
 """A space whose lowest budget is above this is narrow: half of the costs cannot be cut."""
 OUTSIDE = "matrix products outside of layers"
 _OUTSIDE_REASON = "they follow no layer's width"
+_UNREACHED = "no group reaches it"
 _NUMBER = re.compile(r"\d+")
 
 
@@ -54,13 +55,18 @@ def cost_terms(
     for name, parameter in model.named_parameters():
         axes = by_tensor.get(name, {})
         rest = math.prod(n for dim, n in enumerate(parameter.shape) if dim not in axes)
-        layer, each = name.rpartition(".")[0], reuse.get(name, 0.0)
+        layer, each = layer_of(name), reuse.get(name, 0.0)
         terms.append(Term(layer, "params", float(rest), tuple(axes.values())))
         if each:
             terms.append(Term(layer, "macs", rest * each, tuple(axes.values())))
         known += parameter.numel() * each
     terms.append(Term(OUTSIDE, "macs", total_macs - known, ()))
     return tuple(terms)
+
+
+def layer_of(parameter: str) -> str:
+    """The layer that a parameter belongs to, by its name; one of the model itself stands for itself."""
+    return parameter.rpartition(".")[0] or parameter
 
 
 def formulas(terms: Sequence[Term], sizes: Sequence[AxisSize], groups: int) -> dict[str, CostFormula]:
@@ -72,16 +78,24 @@ def formulas(terms: Sequence[Term], sizes: Sequence[AxisSize], groups: int) -> d
 
 
 def protected_shares(space: PruningSpace, metric: str) -> tuple[ProtectedShare, ...]:
-    """Protected layers by the share of the dense cost that they keep at the smallest widths, largest first."""
+    """Protected layers by the share of the dense cost that they keep at the smallest widths, largest first.
+
+    Among them are those that no group reaches: embeddings, norms over a width that stays.
+    """
     sizes = [float(size.constant + size.slope @ space.minimums) for size in space.axis_sizes()]
     kept: dict[str, float] = defaultdict(float)
+    reached: set[str] = set()
     for term in space.terms:
+        if term.axes:
+            reached.add(term.layer)
         if term.metric == metric:
             kept[term.layer] += term.coefficient * math.prod(sizes[axis] for axis in term.axes)
     dense = space.dense_cost(metric)
     found = []
     for name, cost in kept.items():
         reason = _OUTSIDE_REASON if name == OUTSIDE else _reason(name, space.protected)
+        if reason is None and name not in reached:
+            reason = _UNREACHED
         if reason is not None and cost > 0:
             found.append(ProtectedShare(name, cost / dense, reason))
     return tuple(sorted(found, key=lambda part: -part.share))
