@@ -6,7 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -40,28 +40,35 @@ class ProtectedShare:
 def cost_terms(
     model: nn.Module, cuts: Sequence[Cut], reuse: Mapping[str, float], total_macs: float
 ) -> tuple[Term, ...]:
-    """The costs of a model as a sum over its parameters, for `Term`s that belong to layers.
+    """The costs of a model as a sum over its parameters.
 
     Args:
         cuts: the dimensions of tensors that follow an axis.
         reuse: by the name of a parameter, how often one sample uses each of its elements in a product.
         total_macs: of one sample; what the parameters do not explain belongs to no layer and no width.
     """
+    terms: list[Term] = []
+    known = 0.0
+    for name, term in parameter_terms(model, cuts).items():
+        each = reuse.get(name, 0.0)
+        terms.append(term)
+        if each:
+            terms.append(replace(term, metric="macs", coefficient=term.coefficient * each))
+        known += model.get_parameter(name).numel() * each
+    return (*terms, Term(OUTSIDE, "macs", total_macs - known, ()))
+
+
+def parameter_terms(model: nn.Module, cuts: Sequence[Cut]) -> dict[str, Term]:
+    """The number of elements of each parameter, by its name, as a term of the metric `params`."""
     by_tensor: dict[str, dict[int, int]] = defaultdict(dict)
     for cut in cuts:
         by_tensor[cut.tensor][cut.dim] = cut.axis
-    terms: list[Term] = []
-    known = 0.0
+    terms = {}
     for name, parameter in model.named_parameters():
         axes = by_tensor.get(name, {})
         rest = math.prod(n for dim, n in enumerate(parameter.shape) if dim not in axes)
-        layer, each = layer_of(name), reuse.get(name, 0.0)
-        terms.append(Term(layer, "params", float(rest), tuple(axes.values())))
-        if each:
-            terms.append(Term(layer, "macs", rest * each, tuple(axes.values())))
-        known += parameter.numel() * each
-    terms.append(Term(OUTSIDE, "macs", total_macs - known, ()))
-    return tuple(terms)
+        terms[name] = Term(layer_of(name), "params", float(rest), tuple(axes.values()))
+    return terms
 
 
 def layer_of(parameter: str) -> str:
