@@ -300,3 +300,17 @@ def test_a_vision_transformer_takes_the_size_of_the_images(
     assert main(["inspect", "vit.yaml"]) == 0
     assert "vit.layers.0.mlp.fc1" in capsys.readouterr().out
     assert hf_models.own_weights("hf:vit") is None
+
+
+def test_a_cached_hub_id_counts_as_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+
+    def cached(repo_id: str, filename: str) -> str | None:
+        return str(tmp_path / filename) if repo_id == "someone/vit" else None
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
+    assert builder_of("hf:someone/vit").wing == "vision"
+    assert builder_of("hf:someone/else").wing == "language"
+    assert hf_models.own_weights("hf:someone/vit") == "someone/vit"
+    (tmp_path / "config.json").write_text("[]")
+    assert builder_of("hf:someone/vit").wing == "language"
