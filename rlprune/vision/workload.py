@@ -124,7 +124,7 @@ class VisionWorkload(TrainedWorkload):
         options = settings.train
 
         def loss(outputs: object, targets: Tensor) -> Tensor:
-            logits: Tensor = getattr(outputs, "logits", outputs)
+            logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs.logits  # type: ignore[attr-defined]
             return F.cross_entropy(logits, targets, label_smoothing=options.label_smoothing)
 
         run = functools.partial(
