@@ -118,6 +118,18 @@ def test_published_detectors_are_built_as_torchvision_builds_them_for_their_weig
     assert identified(ours) == base_of(name, 91, weights="DEFAULT")
 
 
+def test_a_timm_transformer_of_another_image_size_is_known_again() -> None:
+    pytest.importorskip("timm")
+    arguments = {"img_size": 32, "depth": 1, "embed_dim": 192}
+    usual = build_model("timm:vit_tiny_patch16_224", 3)
+    small = build_model("timm:vit_tiny_patch16_224", 3, arguments={"img_size": 32})
+    for model, own in ((usual, {}), (small, {"img_size": [32, 32]})):
+        found = identified(model)
+        assert found is not None
+        assert found["arguments"] == {"num_classes": 3, "in_chans": 3} | own
+    assert identified(build_model("timm:vit_tiny_patch16_224", 3, arguments=arguments)) is None
+
+
 def test_quantised_models_are_refused_with_the_float_one() -> None:
     with pytest.raises(ConfigError, match="quantised models cannot be pruned; use 'resnet18'"):
         build_model("quantized_resnet18")
