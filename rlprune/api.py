@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import nn
 
 from .artifacts.documents import read_plan
 from .artifacts.safetensors import MAX_SHARD_SIZE
+from .pruning.cost_terms import NarrowSpaceWarning, narrow_lines
 from .pruning.plan import Plan
 from .pruning.space import PruningSpace
 from .tracing.trace import TraceOptions
@@ -48,6 +50,10 @@ def trace(
         inexact: other models: channels that a norm or a softmax runs over are groups too, as they are in
             Torch-Pruning; their cut changes what is kept, and `space.inexact` says why.
 
+    Warns:
+        NarrowSpaceWarning: more than half of a metric stays at the smallest widths; the text names the protected
+            layers that keep most of it, and why.
+
     Raises:
         GraphError: the model's forward fails, nothing can be pruned, or a limit is reached; the layer
             and the reason are named.
@@ -55,7 +61,10 @@ def trace(
     options = TraceOptions(
         ignore, round_to, minimum, verify, max_seconds, max_memory_gb, drop, hidden, inexact
     )
-    return adapter_of(model).trace(model, example_inputs, options)
+    space = adapter_of(model).trace(model, example_inputs, options)
+    for line in narrow_lines(space):
+        warnings.warn(line, NarrowSpaceWarning, stacklevel=2)
+    return space
 
 
 def save(

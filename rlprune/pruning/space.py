@@ -17,7 +17,8 @@ from ..errors import BudgetError
 from ..utils.arrays import Floats, Ints
 from .attributes import set_size
 from .budget import BudgetLike, Limits, parse_budget, project
-from .cost import AxisSize, Cost, amount, formula
+from .cost import AxisSize, Cost, Term, amount, formula
+from .cost_terms import ProtectedShare, protected_shares
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class PruningSpace:
 
     ``inexact`` names the groups whose cut is not exact (`Group.exact`), with the reason. ``input_shape`` is that of the
     example input, where this was a single tensor. ``wing`` names the adapter that traced it (``ModelAdapter.wing``).
+    ``terms`` are the parts of the costs by layer, where tracing knows them.
     """
 
     groups: tuple[Group, ...]
@@ -117,6 +119,7 @@ class PruningSpace:
     drops: tuple[DropRule, ...] = ()
     wing: str = "vision"
     inexact: Mapping[str, str] = field(default_factory=dict)
+    terms: tuple[Term, ...] = field(default=(), repr=False)
 
     @cached_property
     def widths(self) -> Ints:
@@ -161,6 +164,15 @@ class PruningSpace:
         """Lowest and highest absolute cost that widths of this space can have."""
         return self.cost(self.minimums, metric), self.dense_cost(metric)
 
+    def lowest(self, metric: str = "macs") -> float:
+        """Lowest feasible budget as a ratio of the dense cost."""
+        low, dense = self.feasible(metric)
+        return low / dense
+
+    def protected_shares(self, metric: str = "macs") -> tuple[ProtectedShare, ...]:
+        """Protected layers by the share of the dense cost that they keep at the smallest widths, largest first."""
+        return protected_shares(self, metric)
+
     def target(self, budget: BudgetLike, metric: str = "macs") -> float:
         """Absolute cost that a budget (0.5, "50%", "150M") allows; BudgetError where it is not feasible."""
         dense = self.dense_cost(metric)
@@ -168,9 +180,11 @@ class PruningSpace:
         lowest = self.feasible(metric)[0]
         if not lowest <= target <= dense:
             side = "below the feasible minimum" if target < lowest else "above the dense model"
+            kept = self.protected_shares(metric)[:1] if target < lowest else ()
+            why = "".join(f"; {part.name} alone keeps {part.share:.1%}: {part.reason}" for part in kept)
             raise BudgetError(
                 f"budget: {budget!r} ({amount(target, metric)}) is {side}; "
-                f"feasible: {lowest:.6g} to {amount(dense, metric)} (ratio {lowest / dense:.4f} to 1)"
+                f"feasible: {lowest:.6g} to {amount(dense, metric)} (ratio {lowest / dense:.4f} to 1){why}"
             )
         return target
 

@@ -11,7 +11,7 @@ from ..pruning.heads import HeadAttention
 from ..utils.arrays import Ints
 from ..utils.torch_internals import CONVOLUTION
 from .flow import ChannelFlow
-from .graph import MIXERS, ChannelGraph, Side, TensorDim, Term, is_depthwise
+from .graph import MIXERS, ChannelGraph, Product, Side, TensorDim, is_depthwise
 from .sizes import found_sizes, unnamed_splits
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
@@ -59,7 +59,9 @@ class _Collector:
             crossed=crossed,
             heads=frozenset(int(n) for labels in flow.heads for n in self.of(labels)),
             count=int(self.numbers.max()) + 1,
-            terms=tuple(Term(t.coefficient, tuple(self.of(d) for d in t.dims)) for t in flow.terms),
+            products=tuple(
+                Product(p.layer, p.coefficient, tuple(self.of(d) for d in p.dims)) for p in flow.products
+            ),
             sizes=found_sizes(self.model, flow, self.of, stays),
         )
 

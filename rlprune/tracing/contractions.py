@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..utils.arrays import Ints
 from .flow import Operand, Step
-from .graph import Term
 from .labels import Labels, first_along, settled, vector
 
 
@@ -60,14 +59,14 @@ def _product(step: Step, a: Tensor, b: Tensor, of_a: str, of_b: str, added: Sequ
     for origin, vary in ((left, of_a), (right, of_b)):
         if origin.summed is not None and origin.summed.origin is not None:
             flow.inputs.setdefault(origin.summed.origin[0], origin.summed.along(vary.index("k")))
-    if flow.counts:
-        sizes = {**dict(zip(of_a, a.shape, strict=True)), **dict(zip(of_b, b.shape, strict=True))}
-        rows = _varied(step, found, letters)
-        for side in (left, right):
-            if side.summed is not None:
-                rows.setdefault("k", _row(side.summed))
-        rest = math.prod(n for letter, n in sizes.items() if letter not in rows)
-        flow.terms.append(Term(rest / flow.batch, tuple(rows.values())))
+    sizes = {**dict(zip(of_a, a.shape, strict=True)), **dict(zip(of_b, b.shape, strict=True))}
+    rows = _varied(step, found, letters)
+    for side in (left, right):
+        if side.summed is not None:
+            rows.setdefault("k", _row(side.summed))
+    rest = math.prod(n for letter, n in sizes.items() if letter not in rows)
+    weights = (labels.origin for tensor in (a, b) for labels in flow.of(tensor) if labels.origin)
+    flow.multiply(next(weights, None), rest / flow.batch, list(rows.values()))
     if added:
         found = step.merged([Operand(found, tuple(out.shape)), *(step.operand(t, out.shape) for t in added)])
     flow.put(out, found)
@@ -174,12 +173,13 @@ def _convolution(
     read = _channels(step, x)
     gives = _weight(step, weight, outs, "pass" if depthwise else "out")
     takes = _weight(step, weight, ins, "pass" if depthwise else "in")
-    if counts and flow.counts:
-        rows = [row for row in (gives, takes) if row is not None]
+    origin = next((labels.origin for labels in flow.of(weight) if labels.origin), None)
+    if counts:
         known = {outs: gives, ins: takes}
         rest = math.prod(n for d, n in enumerate(weight.shape) if known.get(d) is None)
-        flow.terms.append(Term(float(math.prod((x if transposed else out).shape[2:]) * rest), tuple(rows)))
-    name = next((labels.origin[0] for labels in flow.of(weight) if labels.origin), None)
+        places = math.prod((x if transposed else out).shape[2:])
+        flow.multiply(origin, float(places * rest), [row for row in (gives, takes) if row is not None])
+    name = None if origin is None else origin[0]
     if name is not None and read is not None:
         flow.inputs.setdefault(name, read)
     if depthwise:

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import RlpruneError
+from ..pruning.cost_terms import OUTSIDE, layer_of
 from ..utils.arrays import Ints
 from ..utils.torch_internals import TorchDispatchMode, tree_leaves
 from .channel_sets import CONSTANT, ChannelSets
-from .graph import Term
+from .graph import Product
 from .labels import Labels, Origin, first_along, narrowed, settled, vector
 from .process import Limits
 
@@ -45,7 +46,7 @@ class ChannelFlow(TorchDispatchMode):
         order: parameters in the order of their first use.
         fixed: (labels, reason) of channels that have to stay.
         crossed: (labels, reason) of channels that a norm or softmax runs over: no cut of them is exact.
-        terms: what costs multiply-accumulates.
+        products: what costs multiply-accumulates.
         inputs, outputs: for each weight, the labels (C,) of the channels that its layer reads and gives.
         entered, left: for each module, the labels (C,) of its first input and of its output, where these have one
             dimension of channels.
@@ -73,7 +74,7 @@ class ChannelFlow(TorchDispatchMode):
         self.order: dict[str, int] = {}
         self.fixed: list[tuple[Ints, str]] = []
         self.crossed: list[tuple[Ints, str]] = []
-        self.terms: list[Term] = []
+        self.products: list[Product] = []
         self.inputs: dict[str, Ints] = {}
         self.outputs: dict[str, Ints] = {}
         self.entered: dict[str, Ints] = {}
@@ -170,6 +171,12 @@ class ChannelFlow(TorchDispatchMode):
             roles = self.uses[labels.origin].roles
             if role not in roles:
                 roles.append(role)
+
+    def multiply(self, origin: Origin | None, coefficient: float, dims: Sequence[Ints]) -> None:
+        """Note the multiply-accumulates of one sample, by the layer of a weight or by the module that runs."""
+        if self.counts:
+            layer = layer_of(origin[0]) if origin is not None else self.stack[-1][0] or OUTSIDE
+            self.products.append(Product(layer, coefficient, tuple(dims)))
 
     def note_channels(self, where: dict[str, Ints], name: str, value: object) -> None:
         """Remember a module's input or output; `settle_channels` says which channels these are."""

@@ -63,9 +63,10 @@ class Side:
 
 
 @dataclass(frozen=True, eq=False)
-class Term:
-    """Multiply-accumulates of one operation: a number times the sizes of dimensions whose channels may be cut."""
+class Product:
+    """Multiply-accumulates of one operation of a layer: a number times the sizes of dimensions with channels."""
 
+    layer: str
     coefficient: float
     dims: tuple[Ints, ...]
 
@@ -75,7 +76,7 @@ class ChannelGraph:
     """All sides of all traced layers, why some sets of channels may not be cut, and what depends on their number.
 
     ``crossed`` are the classes that a norm or a softmax runs over, with the reason; ``heads`` those of attention
-    heads; ``terms`` the multiply-accumulates of one sample, with class numbers along their dimensions.
+    heads; ``products`` the multiply-accumulates of one sample, with class numbers along their dimensions.
     """
 
     sides: tuple[Side, ...]
@@ -83,7 +84,7 @@ class ChannelGraph:
     crossed: dict[int, str]
     heads: frozenset[int]
     count: int
-    terms: tuple[Term, ...]
+    products: tuple[Product, ...]
     sizes: tuple[Size, ...]
 
 

@@ -10,18 +10,10 @@ import numpy as np
 from torch import nn
 
 from ..pruning.attributes import set_size
-from ..pruning.cost import CostFormula, FormulaBuilder
+from ..pruning.cost import Term
+from ..pruning.cost_terms import OUTSIDE, formulas, parameter_terms
 from ..pruning.heads import set_heads
-from ..pruning.space import (
-    AttributeRule,
-    Axis,
-    Cut,
-    Group,
-    Member,
-    PruningSpace,
-    axis_sizes,
-    rounded,
-)
+from ..pruning.space import AttributeRule, Axis, Cut, Group, Member, PruningSpace, axis_sizes, rounded
 from ..utils.torch_internals import CONVOLUTION
 from .graph import ChannelGraph, Side, Size
 
@@ -62,13 +54,16 @@ class Layout:
     ) -> PruningSpace:
         cuts, rules = self._cuts()
         groups = [rounded(self._group(units), round_to, minimum) for units in self.class_groups]
+        terms = self._terms(cuts)
+        widths = [len(units) for units in self.class_groups]
         return PruningSpace(
             groups=tuple(groups),
             protected=self._protected(),
             fingerprint=fingerprint,
             cuts=tuple(cuts),
             attribute_rules=tuple(rules),
-            costs=self._costs(cuts),
+            costs=formulas(terms, axis_sizes(self.axes, widths), len(widths)),
+            terms=terms,
             axes=tuple(self.axes),
             unused=unused,
             input_shape=input_shape,
@@ -129,8 +124,8 @@ class Layout:
             for entry in side.tensors:
                 if entry.classes is not side.classes:
                     yield entry.classes
-        for term in self.graph.terms:
-            yield from term.dims
+        for product in self.graph.products:
+            yield from product.dims
 
     def _members(self, number: int) -> list[tuple[int, int]]:
         return [
@@ -238,30 +233,16 @@ class Layout:
                 rules.append(AttributeRule(size.module, size.path, axis, 1, assign))
         return list(cuts.values()), rules
 
-    def _costs(self, cuts: Sequence[Cut]) -> dict[str, CostFormula]:
-        groups = [len(g) for g in self.class_groups]
-        by_tensor: dict[str, list[Cut]] = defaultdict(list)
-        for cut in cuts:
-            by_tensor[cut.tensor].append(cut)
-        terms = []
+    def _terms(self, cuts: Sequence[Cut]) -> tuple[Term, ...]:
+        terms = list(parameter_terms(self.model, cuts).values())
         known = 0.0
-        for term in self.graph.terms:
-            axes = [self._axis(classes) for classes in term.dims]
-            kept = [axis for axis in axes if axis is not None]
-            rest = math.prod(len(d) for d, axis in zip(term.dims, axes, strict=True) if axis is None)
-            terms.append((term.coefficient * rest, kept))
-            known += term.coefficient * math.prod(map(len, term.dims))
-        sizes = axis_sizes(self.axes, groups)
-        macs, params = FormulaBuilder(len(groups)), FormulaBuilder(len(groups))
-        for name, parameter in self.model.named_parameters():
-            cut_dims = by_tensor.get(name, [])
-            rest = math.prod(n for d, n in enumerate(parameter.shape) if d not in {c.dim for c in cut_dims})
-            params.add(rest, *(sizes[c.axis] for c in cut_dims))
-        for coefficient, kept in terms:
+        for product in self.graph.products:
+            axes = [self._axis(classes) for classes in product.dims]
+            kept = tuple(axis for axis in axes if axis is not None)
+            rest = math.prod(len(d) for d, axis in zip(product.dims, axes, strict=True) if axis is None)
             if len(kept) > 2:  # the proof protects what does not follow
-                macs.add(coefficient * math.prod(len(self.axes[a].slots) for a in kept))
-            else:
-                macs.add(coefficient, *(sizes[a] for a in kept))
+                rest, kept = rest * math.prod(len(self.axes[axis].slots) for axis in kept), ()
+            terms.append(Term(product.layer, "macs", product.coefficient * rest, kept))
+            known += product.coefficient * math.prod(map(len, product.dims))
         # What the counter finds beside the operations that were followed does not depend on the widths.
-        macs.add(self.total_macs - known)
-        return {"macs": macs.build(), "params": params.build()}
+        return (*terms, Term(OUTSIDE, "macs", self.total_macs - known, ()))

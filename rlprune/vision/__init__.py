@@ -12,7 +12,7 @@ from ..utils.lazy import lazy_names
 if TYPE_CHECKING:
     from .image_folder import DataWarning
     from .workload import VisionWorkload
-    from .zoo import base_of, build_model
+    from .zoo import base_of, build_model, example_for, task_of
 
 __getattr__, __dir__ = lazy_names(
     __name__,
@@ -21,6 +21,8 @@ __getattr__, __dir__ = lazy_names(
         "VisionWorkload": "workload",
         "base_of": "zoo",
         "build_model": "zoo",
+        "example_for": "zoo",
+        "task_of": "zoo",
     },
 )
 
@@ -29,4 +31,6 @@ __all__ = [
     "VisionWorkload",
     "base_of",
     "build_model",
+    "example_for",
+    "task_of",
 ]

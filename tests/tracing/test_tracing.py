@@ -101,7 +101,7 @@ def test_channels_picked_by_their_numbers_are_protected():
 
 
 def test_what_the_labels_miss_is_protected_by_the_proof():
-    """Bounds written into the code would cut a slimmer model at another channel: the check finds it, the rest is cut."""
+    """Bounds written into the code cut a slimmer model at another channel: the check finds it, the rest is cut."""
 
     class Turned(Residual):
         def forward(self, x):
