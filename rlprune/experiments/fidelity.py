@@ -42,6 +42,7 @@ from ..utils.files import (
 from ..utils.machine import hardware, library_versions
 from ..utils.progress import Callback, Console
 from ..workloads.adapter import ModelAdapter, RecoveryLadder, TuneJob
+from ..workloads.base import Workload
 from ..workloads.judge import Judge
 from .build import expected_adapter
 from .fidelity_table import Point, markdown, summarise
@@ -115,6 +116,7 @@ class _Study:
     def __init__(self, experiment: Experiment, folder: Path, callback: Callback) -> None:
         self.experiment, self.config = experiment, experiment.config
         self.folder, self.callback = folder, callback
+        check_halves(experiment.workload, self.config.score.kind)
         self.cells = _Cells(folder / "cells.jsonl")
         self.half = experiment.workload.size("validation") // 2
         if self.half < 2:
@@ -237,6 +239,16 @@ class _Study:
         config = self.config
         whole = [kind, config.workload, config.model, config.data, config.prune, library_versions(), *parts]
         return settings_key(whole, dataclasses.asdict)
+
+
+def check_halves(workload: Workload, kind: str) -> None:
+    """ConfigError where the halves of the validation split have no score or metric of their own."""
+    who = workload.whole_score(kind) or ("metric_fn" if workload.metric_fn is not None else None)
+    if who is not None:
+        raise ConfigError(
+            f"fidelity: compares scores and losses on halves of the validation split, and {who} of the workload "
+            "judges it as a whole"
+        )
 
 
 class _Cells:

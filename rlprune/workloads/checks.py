@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import ArtifactError, GraphError, described
+from ..utils.pytrees import call, shapes
 from .base import Workload
 
 
@@ -22,9 +23,9 @@ def run_forward(workload: Workload, name: str) -> Any:
     """What the dense model returns for the example inputs; GraphError where its forward raises."""
     try:
         with torch.no_grad():
-            return workload.model(workload.example_inputs)
+            return call(workload.model, workload.example_inputs)
     except Exception as error:
         raise GraphError(
             f"model {name!r}: its forward raises on an input of shape "
-            f"{tuple(workload.example_inputs.shape)}: {described(error)}"
+            f"{shapes(workload.example_inputs)}: {described(error)}"
         ) from error
