@@ -126,7 +126,6 @@ def _expansion(
     weight, as soon as it is there, and freed. Squares are taken sample by sample, so ``second`` reads
     the data one sample at a time. Gradients, modes and requires_grad flags are left as they were.
     """
-    loss, forward = objective
     parameters = dict(model.named_parameters())
     cut = {c.tensor for c in space.cuts if c.tensor in parameters and parameters[c.tensor].ndim > 1}
     terms = {n: torch.zeros_like(p, dtype=_accumulator(p)) for n, p in parameters.items() if n in cut}
@@ -159,7 +158,7 @@ def _expansion(
                 size = sample_count(x, y)
                 count += size
                 with torch.enable_grad():
-                    loss(forward(model, x, y), y).backward()
+                    _loss(objective, model, x, y).backward()
     finally:
         for handle in handles:
             handle.remove()
@@ -173,6 +172,11 @@ def _expansion(
     for total in terms.values():
         total /= count
     return terms
+
+
+def _loss(objective: tuple[Loss, Forward], model: nn.Module, inputs: Any, targets: Any) -> Tensor:
+    loss, forward = objective
+    return loss(forward(model, inputs, targets), targets)
 
 
 def _singles(*batch: Any) -> Iterator[tuple[Any, ...]]:

@@ -10,9 +10,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection import FCOS, SSD, RetinaNet
+from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_iou
 
 from ..errors import DataError

@@ -136,7 +136,7 @@ class Workload(abc.ABC):
             self._sizes = {}
         if split not in self._sizes:
             with self.test_opened():
-                self._sizes[split] = sum(self.count(*batch) for batch in self.batches(split))
+                self._sizes[split] = sum(self.samples_in(*batch) for batch in self.batches(split))
         return self._sizes[split]
 
     def train_batches(self, generator: torch.Generator, batch_size: int | None = None) -> Iterator[Batch]:
@@ -171,7 +171,7 @@ class Workload(abc.ABC):
                 self._task_type = self._stated()
         return self._task_type
 
-    def count(self, inputs: Inputs, targets: Targets) -> int:
+    def samples_in(self, inputs: Inputs, targets: Targets) -> int:
         """Samples in a batch."""
         return self._stated().count(inputs, targets)
 
@@ -361,7 +361,7 @@ def evaluate_outputs(workload: Workload, model: nn.Module, split: str, limit: in
     meter, task = workload.new_meter(), workload.task_type
     with torch.no_grad(), evaluating(model):
         for inputs, targets in workload.batches(split, limit):
-            outputs, count = task.forward(model, inputs), workload.count(inputs, targets)
+            outputs, count = task.forward(model, inputs), workload.samples_in(inputs, targets)
             losses.append(workload.batch_loss(model, inputs, targets, outputs))
             if meter is not None:
                 workload.feed(meter, outputs, targets, count)
@@ -403,7 +403,7 @@ def _guarded(batches: Callable[..., Iterator[Batch]]) -> Callable[..., Iterator[
                 "the test split is closed during a search; read it inside 'with workload.test_opened():'"
             )
         found = batches(self, split, limit)
-        return found if limit is None else _first(found, limit, self.count)
+        return found if limit is None else _first(found, limit, self.samples_in)
 
     return guard
 
@@ -437,7 +437,7 @@ def check_workload(workload: object) -> Workload:
     batch_size(workload.example_inputs, f"workload {workload.name!r}: example_inputs")
     for split in SPLITS[:3]:
         first = next(iter(workload.batches(split, 1)), None)
-        if first is None or workload.count(*first) == 0:
+        if first is None or workload.samples_in(*first) == 0:
             raise DataError(f"workload {workload.name!r}: the split {split!r} is empty")
     _check_task(workload)
     quality = workload.evaluate(workload.model, "validation", 1)

@@ -140,7 +140,7 @@ class TaskJudge(Judge):
         """What of each batch lies between two samples: its number, the part, inputs, targets, samples."""
         seen = 0
         for i, (inputs, targets) in enumerate(self._workload.batches("validation", self._limit)):
-            size = self._workload.count(inputs, targets)
+            size = self._workload.samples_in(inputs, targets)
             first = max(start - seen, 0)
             last = size if stop is None else min(stop - seen, size)
             seen += size

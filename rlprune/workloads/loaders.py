@@ -133,7 +133,7 @@ class LoaderWorkload(Workload):
             inputs = self._arguments(inputs)
             if next(tensors(inputs), None) is None:
                 raise DataError(f"loaders[{split!r}]: the inputs hold no tensor, got {_kind(batch)}")
-            count = self.count(inputs, targets)
+            count = self.samples_in(inputs, targets)
             if most is not None and seen + count > most:
                 some = slice(most - seen)
                 inputs, targets = take(inputs, some), take(targets, some)

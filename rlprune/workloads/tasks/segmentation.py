@@ -120,7 +120,8 @@ class Segmentation(TaskType):
     name="sequence",
 )
 class SequenceLabels(Segmentation):
-    """`Segmentation` with the classes on the last axis, as in recurrent models; the metric is the share of right steps."""
+    """Like `Segmentation`, with the classes on the last axis, as in recurrent models; the metric is the share of steps
+    that are right."""
 
     metric_name = "step accuracy"
     axis: ClassVar[int] = -1
