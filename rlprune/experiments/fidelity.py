@@ -28,7 +28,7 @@ from ..envs.task import Task
 from ..errors import ConfigError
 from ..evaluation.evaluator import Evaluator
 from ..report import plots
-from ..report.comparison import SCORE_UNITS
+from ..report.comparison import IN_NATS, score_unit
 from ..surrogates.proposals import random_plans
 from ..utils.checkpoints import forget, settings_key
 from ..utils.files import (
@@ -151,6 +151,7 @@ class _Study:
         return {
             "name": workload.name,
             "score": config.score.kind,
+            "task": workload.task_type.name,
             "budget": config.budget.target,
             "metric": config.budget.metric,
             "unit": workload.adapter.score_unit,
@@ -301,8 +302,8 @@ def _figure(config: Config, points: Sequence[Point], content: Mapping[str, Any])
         [float(np.mean(point["scores"][own]["values"][samples])) for point in points],
         [float(np.mean(point["loss"])) for point in points],
         (
-            f"{SCORE_UNITS.get(config.score.kind, 'score')} after {own}",
-            "validation loss after the fine-tune (nats)",
+            f"{score_unit(config.score.kind, content['task'])} after {own}",
+            f"validation loss after the fine-tune{' (nats)' if content['task'] in IN_NATS else ''}",
         ),
         f"Spearman {row['spearman']:.2f}, 95% interval {row['low']:.2f} to {row['high']:.2f}",
     )

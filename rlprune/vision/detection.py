@@ -113,7 +113,10 @@ class Detection(TaskType):
 
     def meter(self) -> Meter:
         chosen = TorchMetric("mAP")
-        return TorchMeter(make(chosen, {}), self.for_metric, chosen.picked, chosen.name)
+        # That only the first 100 boxes of an image count is what mAP means.
+        found = make(chosen, {})
+        found.warn_on_many_detections = False
+        return TorchMeter(found, self.for_metric, chosen.picked, chosen.name)
 
     def for_metric(self, read: Read, targets: Targets) -> tuple[object, object]:
         host = torch.device("cpu")
