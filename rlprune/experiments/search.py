@@ -46,8 +46,8 @@ def search(
     Args:
         model: a dense, trained model, with its ``example_inputs`` and ``loaders``; or a Workload, which brings its own;
             or several Workloads, of which the first is pruned and all train the policy.
-        example_inputs: one sample, such as ``torch.zeros(1, 3, 224, 224)``; a tuple of arguments or a dict of them where
-            there are several.
+        example_inputs: one sample, such as ``torch.zeros(1, 3, 224, 224)``; a tuple of arguments or a dict of them
+            where there are several.
         loaders: {"train", "calibration", "validation", "test"} -> DataLoader, list or function that gives batches
             (inputs, targets); see :class:`rlprune.workloads.loaders.LoaderWorkload`.
         task: what the model's outputs mean (``rlprune list tasks``); by default classification, or next tokens.

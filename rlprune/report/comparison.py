@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from . import plots
-from .results import Results
+from .results import Results, as_mapping
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

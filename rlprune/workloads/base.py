@@ -109,7 +109,7 @@ class Workload(abc.ABC):
     _adapter: ModelAdapter | None = None
     _test_open: bool = False
     _sizes: dict[str, int] | None = None
-    _task_type: TaskType | None = None
+    _guess: TaskType | None = None
     _torch_metric: object | None = None
 
     def __init_subclass__(cls, **kwargs: object) -> None:
@@ -164,12 +164,11 @@ class Workload(abc.ABC):
     @property
     def task_type(self) -> TaskType:
         """The task: the stated one, or the adapter's; with a loss of the workload's own, what its data can mean."""
-        if self._task_type is None:
-            if self.task is None and self.has_own_loss and self.adapter.guesses_task:
-                self._task_type = self._guessed()
-            else:
-                self._task_type = self._stated()
-        return self._task_type
+        if self.task is not None or not (self.has_own_loss and self.adapter.guesses_task):
+            return self._stated()
+        if self._guess is None:
+            self._guess = self._guessed()
+        return self._guess
 
     def samples_in(self, inputs: Inputs, targets: Targets) -> int:
         """Samples in a batch."""
@@ -267,7 +266,6 @@ class Workload(abc.ABC):
         meter.update(task.plain(outputs) if own else task.read(outputs, self.output), targets, count)
 
     def _stated(self) -> TaskType:
-        # Not kept: the task of a workload may be set after it was made.
         return find_task(self.adapter.task if self.task is None else self.task)
 
     def _guessed(self) -> TaskType:

@@ -1,4 +1,4 @@
-"""The contract of a task, over a user's own workload of each: what a score is, what is imitated, what may be a batch."""
+"""The contract of a task, over a user's own workload of each: scores, training, what may be a batch."""
 
 from __future__ import annotations
 
