@@ -166,9 +166,11 @@ class TorchMeter:
         self._metric, self._prepare, self._key, self._name = copy.deepcopy(metric), prepare, key, name
         # Such metrics cannot be merged, so what they have seen is kept and gathered at the end.
         self._later: list[tuple[object, object]] | None = [] if metric.full_state_update else None
+        self._empty = True
 
     def update(self, read: Read, targets: Targets, count: int) -> None:
         prepared = self._prepare(read, targets)
+        self._empty = False
         if self._later is None:
             self._gather([prepared])
         else:
@@ -177,8 +179,11 @@ class TorchMeter:
     def add(self, other: TorchMeter) -> None:
         if self._later is not None and other._later is not None:
             self._later += other._later
+        elif self._empty:  # torchmetrics warns where nothing but others' states was gathered
+            self._metric = copy.deepcopy(other._metric)
         else:
             self._metric.merge_state(other._metric)
+        self._empty = False
 
     def _gather(self, batches: Iterable[tuple[object, object]]) -> None:
         try:

@@ -265,12 +265,8 @@ class TestEqualScores:
                 evaluator.evaluate([width, 8])
 
     def test_a_softmax_over_one_output_is_named(self) -> None:
-        from rlprune.workloads.tasks import Classification
-
-        workload = made("multilabel")
-        workload.model.head = nn.Linear(8, 1)
-        workload.task, workload.loss = Classification(), lambda outputs, targets: outputs.square().mean()
-        evaluator = Evaluator(workload, importance="l2")
+        torch.manual_seed(0)
+        evaluator = Evaluator(OwnLoss(Head(1), EXAMPLE, labelled(floats), task="classification"))
         with pytest.raises(DataError, match="scored 0.0000.*task 'classification'.*softmax over 1 output"):
             for width in range(1, 8):
                 evaluator.evaluate([width, 8])
