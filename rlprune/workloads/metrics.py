@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
@@ -166,11 +167,9 @@ class TorchMeter:
         self._metric, self._prepare, self._key, self._name = copy.deepcopy(metric), prepare, key, name
         # Such metrics cannot be merged, so what they have seen is kept and gathered at the end.
         self._later: list[tuple[object, object]] | None = [] if metric.full_state_update else None
-        self._empty = True
 
     def update(self, read: Read, targets: Targets, count: int) -> None:
         prepared = self._prepare(read, targets)
-        self._empty = False
         if self._later is None:
             self._gather([prepared])
         else:
@@ -179,11 +178,8 @@ class TorchMeter:
     def add(self, other: TorchMeter) -> None:
         if self._later is not None and other._later is not None:
             self._later += other._later
-        elif self._empty:  # torchmetrics warns where nothing but others' states was gathered
-            self._metric = copy.deepcopy(other._metric)
         else:
             self._metric.merge_state(other._metric)
-        self._empty = False
 
     def _gather(self, batches: Iterable[tuple[object, object]]) -> None:
         try:
@@ -196,7 +192,10 @@ class TorchMeter:
         if self._later is not None:
             self._metric.reset()
             self._gather(self._later)
-        found = self._metric.compute()
+        with warnings.catch_warnings():
+            # Said of a metric that has only taken in what others gathered.
+            warnings.filterwarnings("ignore", "The ``compute`` method of metric")
+            found = self._metric.compute()
         if isinstance(found, Mapping):
             if self._key is None or self._key not in found:
                 raise DataError(
