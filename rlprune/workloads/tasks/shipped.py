@@ -1,8 +1,12 @@
-"""Imports all task types that come with rlprune; the wings have some of their own."""
+"""Imports all task types that come with rlprune: every file of this package, and those of the wings."""
+
+import pkgutil
+from importlib import import_module
+from pathlib import Path
 
 from ..adapter import adapters
-from . import classification, embedding, multilabel, own, regression, segmentation
 
-__all__ = ["classification", "embedding", "multilabel", "own", "regression", "segmentation"]
-
+for _file in pkgutil.iter_modules([str(Path(__file__).parent)]):
+    if _file.name != "shipped":
+        import_module(f"..{_file.name}", __name__)
 adapters()
