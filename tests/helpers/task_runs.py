@@ -125,7 +125,7 @@ def regression() -> Made:
 @run_of
 def segmentation() -> Made:
     model = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3)
-    workload = Made(model, torch.zeros(1, 3, 32, 32), _maps, task="segmentation", size=16, batch=16)
+    workload = Made(model, torch.zeros(1, 3, 32, 32), _maps, task="segmentation", size=8, batch=8)
     return trained(workload, 8)
 
 
