@@ -14,6 +14,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 from helpers.tasks import Data, Head, Made, Trunk, TwoInputs, boxes
+from rlprune.evaluation.recovery import recalibrate
 from rlprune.recovery.finetune import Schedule, fit
 
 
@@ -27,6 +28,8 @@ def trained(workload: Made, steps: int = 60, lr: float = 0.02) -> Made:
             Schedule(steps, lr),
             forward=workload.outputs_for_loss,
         )
+        # So few steps leave the statistics far behind the weights.
+        recalibrate(workload.model, workload.batches("train"))
     return workload
 
 
