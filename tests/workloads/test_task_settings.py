@@ -18,7 +18,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 import rlprune
 from helpers.registries import forgotten
 from helpers.tasks import EXAMPLE, Head, Made, Maps, classification, labelled, made
-from rlprune.config.config import FinishConfig, ScoreConfig
+from rlprune.config.config import FinishConfig, RecoveryConfig, ScoreConfig
 from rlprune.errors import ConfigError, DataError
 from rlprune.evaluation.evaluator import Evaluator
 from rlprune.workloads.adapter import TuneJob
@@ -137,6 +137,40 @@ class OwnLoss(Made):
         return torch.tensor(float(len(targets)))
 
 
+class Distances(Made):
+    """Outputs that no task knows: complex numbers."""
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        return (outputs["z"].abs() - targets).square().mean()
+
+    def metric(self, outputs: Any, targets: Any) -> Tensor:
+        return -(outputs["z"].abs() - targets).abs().sum()
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = Head(2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"z": torch.view_as_complex(self.head(x))}
+
+
+def own() -> Made:
+    """A workload of task `own` whose score is how little the distances have changed."""
+    torch.manual_seed(0)
+    workload = Distances(Complex(), EXAMPLE, labelled(lambda x, g: x.abs().mean((1, 2, 3))), task="own")
+    x = workload.parts["validation"][0]
+    with torch.no_grad():
+        dense = workload.model(x)["z"].abs()
+
+    def score(model: nn.Module) -> float:
+        return -float((model(x)["z"].abs() - dense).abs().mean())
+
+    workload.score_fn = score
+    return workload
+
+
 class TestOwnLoss:
     def test_what_the_data_can_only_mean_is_found(self) -> None:
         torch.manual_seed(0)
@@ -195,6 +229,23 @@ class TestWholeSplit:
         workload = made("regression", metric_fn=metric)
         assert workload.evaluate(workload.model, "train").metric == 0.25
         assert workload.judge()(workload.model).metric == 0.25 and asked == ["train", "validation"]
+
+    def test_a_task_of_ones_own_takes_what_it_is_given(self) -> None:
+        workload = check_workload(own())
+        evaluator = Evaluator(workload, recovery=RecoveryConfig(steps=("none",)))
+        less = evaluator.evaluate(np.maximum(evaluator.space.widths // 2, 1))
+        assert less.score < evaluator.dense.score == 0 and np.isfinite(less.loss)
+        model = evaluator.build(less.widths)
+        before = workload.evaluate(model, "train").loss
+        tuned = workload.fine_tune(model, FinishConfig(epochs=8, lr=0.01), TuneJob(0))
+        assert "without distillation, which task 'own' has none of" in tuned.note
+        assert workload.evaluate(model, "train").loss < before
+        with pytest.raises(ConfigError, match="recovery.distill: the task 'own'"):
+            Evaluator(own(), recovery=RecoveryConfig(steps=("finetune",), finetune_steps=1, distill=True))
+        unscored = own()
+        unscored.score_fn = None
+        with pytest.raises(DataError, match=r"task 'own'.*score_fn\(model\), or set score.kind=loss"):
+            Evaluator(unscored)
 
     def test_a_task_of_ones_own_needs_only_functions(self) -> None:
         workload = made("classification", task="own", score_fn=lambda model: float(model.head.weight.sum()))
