@@ -8,6 +8,7 @@ from ..config.config import ScoreConfig
 from ..errors import ConfigError, DataError
 from ..utils.modes import evaluating
 from ..workloads.base import Workload
+from ..workloads.metrics import TorchMeter
 
 ENOUGH = 6
 """Plans that do not have the same score by chance."""
@@ -23,6 +24,12 @@ def check_whole(workload: Workload, settings: ScoreConfig) -> None:
     who = workload.whole_score(settings.kind)
     if who is None:
         return
+    meter = workload.new_meter() if settings.kind == "accuracy" else None
+    if isinstance(meter, TorchMeter) and meter.lower_is_better:
+        raise ConfigError(
+            f"score.kind: 'accuracy' takes the metric as the score, and of {workload.metric_name} less is better; use "
+            "kl, loss, or a score_fn"
+        )
     for name, given in (("rungs", settings.rungs), ("samples", settings.samples)):
         if given and (name == "rungs" or workload.score_fn is not None):
             raise ConfigError(

@@ -85,6 +85,10 @@ class Detection(TaskType):
         return outputs.answer if isinstance(outputs, Detected) else outputs
 
     def read(self, outputs: Outputs, choice: Choice | None = None) -> Read:
+        if choice is not None:
+            raise DataError(
+                f"output={choice!r}: the task 'detection' reads all that a detector returns; leave it out"
+            )
         return outputs
 
     def misfit(self, read: Read, targets: Targets, own_loss: bool = False) -> str | None:

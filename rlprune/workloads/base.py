@@ -259,7 +259,7 @@ class Workload(abc.ABC):
             return self._torch_meter()
         return SumMeter(self.metric) if self.has_own_metric else self.task_type.meter()
 
-    def feed(self, meter: Meter, outputs: Outputs, targets: Targets, count: int) -> None:
+    def feed_meter(self, meter: Meter, outputs: Outputs, targets: Targets, count: int) -> None:
         """Let a meter of `new_meter` take in what the task's `forward` gave for a batch of ``count`` samples."""
         own = self.has_own_metric and self.split_metric is None
         task = self.task_type
@@ -362,7 +362,7 @@ def evaluate_outputs(workload: Workload, model: nn.Module, split: str, limit: in
             outputs, count = task.forward(model, inputs), workload.samples_in(inputs, targets)
             losses.append(workload.batch_loss(model, inputs, targets, outputs))
             if meter is not None:
-                workload.feed(meter, outputs, targets, count)
+                workload.feed_meter(meter, outputs, targets, count)
             counts.append(count)
         count = sum(counts)
         if count == 0:
@@ -444,10 +444,24 @@ def check_workload(workload: object) -> Workload:
     return workload
 
 
+_LOOKED_AT = 32
+"""Samples by which outputs and targets are known."""
+
+
 def _check_task(workload: Workload) -> None:
     """Refuse outputs and targets that are not the task's: its softmax over one number would be the same for all."""
+    given = {
+        "metric_fn": workload.metric_fn is not None,
+        "split_metric": workload.split_metric is not None,
+        "metric": workload.has_own_metric,
+    }
+    metrics = [name for name, there in given.items() if there]
+    if len(metrics) > 1:
+        raise DataError(
+            f"workload {workload.name!r}: {' and '.join(metrics)} are given; one can be the metric, leave the others out"
+        )
     task = workload.task_type
-    inputs, targets = next(iter(workload.batches("validation", None)))
+    inputs, targets = next(iter(workload.batches("validation", _LOOKED_AT)))
     with torch.no_grad(), evaluating(workload.model):
         try:
             outputs = task.forward(workload.model, inputs)

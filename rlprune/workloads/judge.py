@@ -128,11 +128,11 @@ class TaskJudge(Judge):
         if meter is None:
             return math.nan
         if not isinstance(meter, SumMeter):
-            self._workload.feed(meter, outputs, targets, size)
+            self._workload.feed_meter(meter, outputs, targets, size)
             return math.nan
         one = self.new_meter()
         assert isinstance(one, SumMeter)
-        self._workload.feed(one, outputs, targets, size)
+        self._workload.feed_meter(one, outputs, targets, size)
         meter.add(one)
         return one.value()
 

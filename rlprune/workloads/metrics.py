@@ -168,6 +168,11 @@ class TorchMeter:
         # Such metrics cannot be merged, so what they have seen is kept and gathered at the end.
         self._later: list[tuple[object, object]] | None = [] if metric.full_state_update else None
 
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether torchmetrics says so of the metric."""
+        return getattr(self._metric, "higher_is_better", None) is False
+
     def update(self, read: Read, targets: Targets, count: int) -> None:
         prepared = self._prepare(read, targets)
         if self._later is None:

@@ -299,6 +299,26 @@ class TestTorchmetrics:
             workload.evaluate(workload.model, "validation")
         assert "\n" not in str(raised.value)
 
+    def test_a_metric_of_which_less_is_better_is_no_score(self) -> None:
+        workload = made("regression", split_metric="torchmetrics:MeanAbsoluteError")
+        with pytest.raises(ConfigError, match="score.kind: 'accuracy'.*of MeanAbsoluteError less is better"):
+            Evaluator(workload, score=ScoreConfig(kind="accuracy"))
+        best = made("multilabel", split_metric="AUROC")
+        with pytest.raises(ConfigError, match="score.rungs: the metric judges"):
+            Evaluator(best, score=ScoreConfig(kind="accuracy", rungs=(4,)))
+        assert (
+            Evaluator(best, score=ScoreConfig(kind="accuracy")).dense.score == best.judge()(best.model).metric
+        )
+
+    def test_two_metrics_are_one_too_many(self) -> None:
+        workload = made(
+            "regression", split_metric="torchmetrics:MeanAbsoluteError", metric_fn=lambda m, s: 1.0
+        )
+        with pytest.raises(DataError, match="metric_fn and split_metric are given"):
+            check_workload(workload)
+        with pytest.raises(DataError, match="output='boxes'.*leave it out"):
+            check_workload(made("detection", output="boxes"))
+
     def test_a_missing_package_is_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "torchmetrics", None)
         workload = made("classification", split_metric="F1")
