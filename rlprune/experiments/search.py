@@ -13,7 +13,8 @@ from ..config.config import Config
 from ..errors import ConfigError, DataError
 from ..utils.progress import Callback
 from ..utils.pytrees import Inputs
-from ..workloads.base import Workload, check_workload
+from ..workloads.base import Workload
+from ..workloads.checks import check_workload
 from ..workloads.loaders import Loader, LoaderWorkload
 from ..workloads.tasks import TaskType
 from .prepare import Experiment, config_of, prepare_experiment

@@ -11,7 +11,8 @@ from ..utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .adapter import ModelAdapter, Tuned, TuneJob
-    from .base import SPLITS, Batch, Quality, Workload, check_workload
+    from .base import SPLITS, Batch, Quality, Workload
+    from .checks import check_workload
     from .judge import Judge, Judgement
     from .loaders import LoaderWorkload
     from .metrics import TorchMetric
@@ -32,7 +33,7 @@ __getattr__, __dir__ = lazy_names(
         "TuneJob": "adapter",
         "Tuned": "adapter",
         "Workload": "base",
-        "check_workload": "base",
+        "check_workload": "checks",
         "task_type": "tasks",
     },
 )

@@ -22,7 +22,7 @@ from rlprune.config.config import FinishConfig, RecoveryConfig, ScoreConfig
 from rlprune.errors import ConfigError, DataError
 from rlprune.evaluation.evaluator import Evaluator
 from rlprune.workloads.adapter import TuneJob
-from rlprune.workloads.base import check_workload
+from rlprune.workloads.checks import check_workload
 from rlprune.workloads.loaders import LoaderWorkload
 from rlprune.workloads.tasks import find_output, find_task
 
@@ -306,9 +306,8 @@ class TestTorchmetrics:
         best = made("multilabel", split_metric="AUROC")
         with pytest.raises(ConfigError, match="score.rungs: the metric judges"):
             Evaluator(best, score=ScoreConfig(kind="accuracy", rungs=(4,)))
-        assert (
-            Evaluator(best, score=ScoreConfig(kind="accuracy")).dense.score == best.judge()(best.model).metric
-        )
+        dense = Evaluator(best, score=ScoreConfig(kind="accuracy")).dense
+        assert dense.score == dense.metric > 0
 
     def test_two_metrics_are_one_too_many(self) -> None:
         workload = made(

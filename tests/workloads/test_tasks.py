@@ -17,7 +17,7 @@ from rlprune.evaluation.evaluator import Evaluator
 from rlprune.importance import taylor, taylor_param_second
 from rlprune.utils.timing import measure
 from rlprune.workloads.adapter import TuneJob
-from rlprune.workloads.base import check_workload
+from rlprune.workloads.checks import check_workload
 
 KINDS = [*TASKS]
 
