@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from .rules import Context, rule
     from .utils.progress import Callback
     from .vision.data import ImageSource, data_set
-    from .workloads import LoaderWorkload, Workload
+    from .workloads import LoaderWorkload, TaskType, TorchMetric, Workload, task_type
     from .workloads.score_kinds import score_kind
 
 __version__ = "0.1.0"
@@ -73,6 +73,8 @@ _NAMES = {
     "PruningResult": "experiments.result",
     "PruningSpace": "pruning.space",
     "RecoveryContext": "recovery.steps",
+    "TaskType": "workloads",
+    "TorchMetric": "workloads",
     "Workload": "workloads",
     "agent": "agents",
     "apply": "experiments.apply",
@@ -93,6 +95,7 @@ _NAMES = {
     "save": "api",
     "search": "experiments.search",
     "score_kind": "workloads.score_kinds",
+    "task_type": "workloads",
     "text_data": "language.text",
     "trace": "api",
     "train": "experiments.train",
@@ -140,6 +143,8 @@ __all__ = [
     "PruningSpace",
     "RecoveryContext",
     "RlpruneError",
+    "TaskType",
+    "TorchMetric",
     "Workload",
     "__version__",
     "agent",
@@ -177,6 +182,7 @@ __all__ = [
     "score_kind",
     "search",
     "surrogates",
+    "task_type",
     "text_data",
     "trace",
     "tracing",

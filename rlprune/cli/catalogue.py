@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ..importance.importance import Importance
 
 KINDS = (
-    "models", "rules", "agents", "importances", "recoveries", "costs", "scores", "formats", "data", "configs",
-    "settings",
+    "models", "rules", "agents", "importances", "recoveries", "costs", "scores", "tasks", "formats", "data",
+    "configs", "settings",
 )  # fmt: skip
 
 
@@ -43,6 +43,7 @@ def _registry(kind: str) -> Registry[Any]:
     from ..agents import AGENTS
     from ..experiments.export import FORMATS
     from ..rules import RULES
+    from ..workloads.tasks import TASK_TYPES
 
     every: dict[str, Registry[Any]] = {
         "rules": RULES,
@@ -51,6 +52,7 @@ def _registry(kind: str) -> Registry[Any]:
         "recoveries": RECOVERY_STEPS,
         "costs": COST_METRICS,
         "scores": SCORE_KINDS,
+        "tasks": TASK_TYPES,
         "formats": FORMATS,
     }
     found = every[kind]

@@ -258,7 +258,8 @@ class ScoreConfig(Section):
 
     kind: str = setting(
         "kl",
-        "`kl`: -KL(dense || pruned); `loss`: -validation loss; `accuracy`: the workload's metric.",
+        "`kl`: minus the divergence from the dense model, -KL(dense || pruned) of classes (see `rlprune list tasks`); "
+        "`loss`: -validation loss; `accuracy`: the workload's metric.",
         choices=SCORE_KINDS,
     )
     samples: int | None = setting(
@@ -311,7 +312,9 @@ class FinishConfig(Section):
     batch_size: int = setting(128, "Images (or sequences, over all processes) in a batch.", low=1)
     weight_decay: float = setting(5e-4, "L2 penalty on every weight.", low=0, high=1)
     momentum: float = setting(0.9, "Nesterov momentum of SGD.", low=0, high=0.999)
-    distill: bool = setting(True, "Whether the dense model's outputs are learned beside the labels.")
+    distill: bool = setting(
+        True, "Whether the dense model's outputs are learned beside the labels, where the task has a way."
+    )
     temperature: float = setting(2.0, "Temperature of the distillation.", above=0, high=100)
     mixed_precision: bool = setting(True, "Whether a GPU computes in mixed precision; a CPU never does.")
     rules: bool = setting(True, "Whether every rule gets the same fine-tune and a row in the table.")

@@ -59,9 +59,12 @@ SCORE_KINDS = Registry(
     entries=(
         (name, Named(name, summary))
         for name, summary in (
-            ("kl", "-KL(dense || pruned)"),
+            (
+                "kl",
+                "minus the divergence from the dense model, as the task has it: -KL(dense || pruned) of classes",
+            ),
             ("loss", "-validation loss"),
-            ("accuracy", "the workload's metric (classifiers)"),
+            ("accuracy", "the workload's metric (not for language models)"),
         )
     ),
 )

@@ -28,9 +28,11 @@ from ..pruning.surgery import prune
 from ..rules.context import Context
 from ..tracing.trace import TraceOptions
 from ..utils.arrays import Floats, Ints
+from ..utils.modes import evaluating
 from ..workloads.base import Workload
 from ..workloads.judge import Judge, Judgement
 from .candidate import Candidate
+from .checks import ENOUGH, check_whole, equal_scores
 from .logit_cache import LogitCache
 from .recovery import Recovery
 
@@ -50,6 +52,19 @@ class _Stage:
     importance: Scores
     recovery: Recovery
     shared: dict[str, Tensor] = field(default_factory=dict)
+
+
+class _Rows(nn.Module):
+    """A model that returns its rows of logits."""
+
+    def __init__(self, model: nn.Module, workload: Workload) -> None:
+        super().__init__()
+        self._model, self._workload = model, workload
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        found = self._workload.logit_rows(self._model, inputs)
+        assert found is not None
+        return found
 
 
 class Evaluator:
@@ -83,6 +98,7 @@ class Evaluator:
         self.metric = metric
         self.score_settings = score or ScoreConfig()
         self.seed = seed
+        check_whole(workload, self.score_settings)
         self._recovery_settings = recovery or RecoveryConfig()
         self._importance_name = importance if isinstance(importance, str) else None
         self._dtype = self.adapter.scoring_dtype(workload, self.score_settings.dtype)
@@ -163,7 +179,18 @@ class Evaluator:
         key = as_history(history)
         if key not in self._memo:
             self._memo[key] = self._candidate(key, full=False)
+            self.refuse_equal_scores(ENOUGH)
         return self._memo[key]
+
+    def refuse_equal_scores(self, least: int) -> None:
+        """DataError with the reason where ``least`` different pruned plans, or more, all have the same score: a search
+        among them would find nothing."""
+        dense = as_history(self.space.widths)
+        scores = {history: c.score for history, c in self._memo.items() if history != dense}
+        if len(scores) >= least and len({*scores.values()}) == 1:
+            raise equal_scores(
+                self.workload, self.score_settings.kind, next(iter(scores.values())), len(scores)
+            )
 
     def evaluate_partial(self, widths: PlanLike, samples: int) -> Candidate:
         """Score widths (G,), or a history of stages, on the first ``samples`` validation samples only.
@@ -282,9 +309,24 @@ class Evaluator:
         if not self.adapter.unlabelled_builds:
             return None
         if target not in self._logit_probes:
-            batches = [x for split, n in UNLABELLED.items() for x, _ in self.workload.batches(split, n)]
-            self._logit_probes[target] = make(self.space, self.build, torch.cat(batches))
-        return cast("Probes", self._logit_probes[target])
+            images = self._unlabelled()
+            self._logit_probes[target] = None if images is None else make(self.space, self._rows_of, images)
+        return cast("Probes | None", self._logit_probes[target])
+
+    def _unlabelled(self) -> Tensor | None:
+        """Inputs of the calibration and the train split in one tensor; None where they are no tensors of one shape, or
+        the outputs no rows of logits."""
+        every = [x for split, n in UNLABELLED.items() for x, _ in self.workload.batches(split, n)]
+        inputs = [x for x in every if isinstance(x, Tensor)]
+        if len(inputs) < len(every) or len({x.shape[1:] for x in inputs}) > 1:
+            return None
+        with torch.no_grad(), evaluating(self.workload.model):
+            rows = self.workload.logit_rows(self.workload.model, inputs[0][:1])
+        return None if rows is None else torch.cat(inputs)
+
+    def _rows_of(self, widths: PlanLike) -> nn.Module:
+        """The model of some widths as a function of inputs that gives its rows of logits."""
+        return _Rows(self.build(widths), self.workload)
 
     def logit_cache(self) -> LogitCache | None:
         """The logits of what is scored from the first call on; None where a search cannot do with them.

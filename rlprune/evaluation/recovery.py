@@ -5,19 +5,21 @@ Steps of others (`rlprune.recovery_step`) stand between them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch import Tensor, nn
+from torch import nn
 
 from ..config.config import RecoveryConfig
 from ..importance.calibration_cache import CalibrationCache
+from ..importance.unit_scores import Batches
 from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
 from ..recovery.steps import RecoveryContext, further_steps, prepared
 from ..utils.modes import evaluating
+from ..utils.pytrees import call
 from ..utils.torch_internals import BATCH_NORM
 from ..workloads.base import Workload
 
@@ -78,7 +80,7 @@ class Recovery:
         return getattr(self._closed_form, "nbytes", 0)
 
 
-def recalibrate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+def recalibrate(model: nn.Module, batches: Batches) -> None:
     """Recompute all batch-norm statistics as the average over ``batches``, in place (EagleEye, arXiv 2007.02491).
 
     Everything but the batch norms stays in eval mode; modes and momenta are restored.
@@ -93,6 +95,6 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> N
             norm.momentum = None  # the plain average over all batches
             norm.train()
         for inputs, _ in batches:
-            model(inputs)
+            call(model, inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

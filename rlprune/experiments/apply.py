@@ -26,7 +26,8 @@ from ..rules import RULES, rules_for
 from ..rules.blocks import block_cosines, block_count
 from ..utils.arrays import Ints
 from ..utils.progress import Callback, Console
-from ..workloads.base import Workload, check_workload
+from ..workloads.base import Workload
+from ..workloads.checks import check_workload
 from .incremental import incremental
 from .methods import finalists, run_agent
 from .prepare import Experiment, config_of, find_rule, prepare_experiment

@@ -22,9 +22,9 @@ from ..utils.cache import cache_folder
 from ..utils.files import write_tensors_atomic
 from ..utils.named_objects import named_object
 from ..workloads.adapter import ModelAdapter
-from ..workloads.base import TrainedWorkload, Workload, check_workload
+from ..workloads.base import TrainedWorkload, Workload
 from ..workloads.builder import builder_of, builders
-from ..workloads.checks import check_finite, run_forward
+from ..workloads.checks import check_finite, check_workload, run_forward
 
 _CACHE_VERSION = 1  # part of every cache key: raise it when the training changes
 

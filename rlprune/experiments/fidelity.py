@@ -28,7 +28,7 @@ from ..envs.task import Task
 from ..errors import BudgetError, ConfigError
 from ..evaluation.evaluator import Evaluator
 from ..report import plots
-from ..report.comparison import SCORE_UNITS
+from ..report.comparison import IN_NATS, score_unit
 from ..surrogates.proposals import random_plans
 from ..utils.checkpoints import forget, settings_key
 from ..utils.files import (
@@ -42,6 +42,7 @@ from ..utils.files import (
 from ..utils.machine import hardware, library_versions
 from ..utils.progress import Callback, Console
 from ..workloads.adapter import ModelAdapter, RecoveryLadder, TuneJob
+from ..workloads.base import Workload
 from ..workloads.judge import Judge
 from .build import expected_adapter
 from .fidelity_table import Point, markdown, summarise
@@ -117,6 +118,7 @@ class _Study:
     def __init__(self, experiment: Experiment, folder: Path, callback: Callback) -> None:
         self.experiment, self.config = experiment, experiment.config
         self.folder, self.callback = folder, callback
+        check_halves(experiment.workload, self.config.score.kind)
         self.cells = _Cells(folder / "cells.jsonl")
         self.half = experiment.workload.size("validation") // 2
         if self.half < 2:
@@ -158,6 +160,7 @@ class _Study:
         return {
             "name": workload.name,
             "score": config.score.kind,
+            "task": workload.task_type.name,
             "budget": config.budget.target,
             "metric": config.budget.metric,
             "unit": workload.adapter.score_unit,
@@ -248,6 +251,16 @@ class _Study:
         return settings_key(whole, dataclasses.asdict)
 
 
+def check_halves(workload: Workload, kind: str) -> None:
+    """ConfigError where the halves of the validation split have no score or metric of their own."""
+    who = workload.whole_score(kind) or ("metric_fn" if workload.metric_fn is not None else None)
+    if who is not None:
+        raise ConfigError(
+            f"fidelity: compares scores and losses on halves of the validation split, and {who} of the workload "
+            "judges it as a whole"
+        )
+
+
 class _Cells:
     """Finished measurements by key, a JSON line each, on disk as soon as they are there."""
 
@@ -298,8 +311,8 @@ def _figure(config: Config, points: Sequence[Point], content: Mapping[str, Any])
         [float(np.mean(point["scores"][own]["values"][samples])) for point in points],
         [float(np.mean(point["loss"])) for point in points],
         (
-            f"{SCORE_UNITS.get(config.score.kind, 'score')} after {own}",
-            "validation loss after the fine-tune (nats)",
+            f"{score_unit(config.score.kind, content['task'])} after {own}",
+            f"validation loss after the fine-tune{' (nats)' if content['task'] in IN_NATS else ''}",
         ),
         f"Spearman {row['spearman']:.2f}, 95% interval {row['low']:.2f} to {row['high']:.2f}",
     )

@@ -157,7 +157,7 @@ def _row(
         }
         score, validation, validation_loss = 0.0, quality.metric, quality.loss
         kind = experiment.evaluator.score_settings.kind
-        if SCORE_KINDS.source(kind) is not None:
+        if SCORE_KINDS.source(kind) is not None or experiment.workload.score_fn is not None:
             score = float(experiment.workload.judge(kind)(experiment.workload.model).scores.mean())
         elif kind != "kl":  # KL of the dense model to itself is 0
             score = validation if kind == "accuracy" else -validation_loss

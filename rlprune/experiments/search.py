@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..config.config import Config
 from ..errors import ConfigError, DataError
 from ..utils.progress import Callback
-from ..workloads.base import Workload, check_workload
+from ..utils.pytrees import Inputs
+from ..workloads.base import Workload
+from ..workloads.checks import check_workload
 from ..workloads.loaders import Loader, LoaderWorkload
+from ..workloads.tasks import TaskType
 from .prepare import Experiment, config_of, prepare_experiment
 from .result import PruningResult
 from .train import run
@@ -22,9 +25,10 @@ from .usage import check_usage
 
 def search(
     model: nn.Module | Workload | Sequence[Workload],
-    example_inputs: Tensor | None = None,
+    example_inputs: Inputs | None = None,
     *,
     loaders: Mapping[str, Loader] | None = None,
+    task: str | TaskType | None = None,
     budget: float | int | str = 0.5,
     metric: str = "macs",
     evaluations: int = 300,
@@ -43,9 +47,11 @@ def search(
     Args:
         model: a dense, trained model, with its ``example_inputs`` and ``loaders``; or a Workload, which brings its own;
             or several Workloads, of which the first is pruned and all train the policy.
-        example_inputs: one sample, such as ``torch.zeros(1, 3, 224, 224)``.
+        example_inputs: one sample, such as ``torch.zeros(1, 3, 224, 224)``; a tuple of arguments or a dict of them
+            where there are several.
         loaders: {"train", "calibration", "validation", "test"} -> DataLoader, list or function that gives batches
             (inputs, targets); see :class:`rlprune.workloads.loaders.LoaderWorkload`.
+        task: what the model's outputs mean (``rlprune list tasks``); by default classification, or next tokens.
         budget: what may be left: a share (0.5, "50%") or an absolute cost ("150M"; "3.5ms" for latency).
         metric: the cost that the budget limits: "macs", "params", "latency", ...
         evaluations: distinct plans that the agent may have scored.
@@ -59,7 +65,7 @@ def search(
     Raises:
         ConfigError, DataError, GraphError, BudgetError: in one line what is wrong, and what is allowed.
     """
-    workloads = _workloads(model, example_inputs, loaders)
+    workloads = _workloads(model, example_inputs, loaders, task)
     if out is None and resume:
         raise ConfigError("resume: needs the folder of the run, out=...")
     config = config_of(
@@ -95,16 +101,18 @@ def _run(
 
 def _workloads(
     model: nn.Module | Workload | Sequence[Workload],
-    example_inputs: Tensor | None,
+    example_inputs: Inputs | None,
     loaders: Mapping[str, Loader] | None,
+    task: str | TaskType | None,
 ) -> list[Workload]:
     if isinstance(model, nn.Module):
         if example_inputs is None or loaders is None:
             missing = "example_inputs" if example_inputs is None else "loaders"
             raise DataError(f"{missing}: needed with a model; or give a rlprune.Workload instead of it")
-        return [check_workload(LoaderWorkload(model, example_inputs, loaders))]
-    if example_inputs is not None or loaders is not None:
-        given = "loaders" if example_inputs is None else "example_inputs"
+        return [check_workload(LoaderWorkload(model, example_inputs, loaders, task=task))]
+    own = {"example_inputs": example_inputs, "loaders": loaders, "task": task}
+    given = next((name for name, value in own.items() if value is not None), None)
+    if given is not None:
         raise DataError(f"{given}: a Workload brings its own; give a torch.nn.Module with it")
     every = list(model) if isinstance(model, (list, tuple)) else [model]
     if not every:

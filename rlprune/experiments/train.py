@@ -80,6 +80,7 @@ def run(
         best = max(rules, key=lambda r: r.best.score)
         callback.note(f"best rule: {best.method}, score {best.best.score:.4f}")
         found = [_searched(name, experiments, ledger, folder, callback) for name in _agents(config)]
+        experiment.evaluator.refuse_equal_scores(least=3)
         chosen = [choose(experiment, f, rules if f.kind == "agent" else ()) for f in found]
         finished = _finish_all(experiment, rules, chosen, state, callback)
         plan = _save_outcome(experiment, folder, found, finished)
@@ -274,6 +275,7 @@ def outcome(
             "model": config.model.name,
             "data": config.data.name,
             "metric": workload.metric_name,
+            "task": workload.task_type.name,
             "sizes": sizes,
             "fingerprint": space.fingerprint,
             **({"protocol": protocol} if protocol else {}),
@@ -284,7 +286,7 @@ def outcome(
             "dense": space.dense_cost(metric),
             **({"range": list(config.search.budget_range)} if config.search.budget_range else {}),
         },
-        "score": config.score.kind,
+        "score": "score_fn" if workload.score_fn is not None else config.score.kind,
         "hardware": hardware(),
         "groups": [{"name": g.name, "kind": g.kind, "width": g.width} for g in space.groups],
         "rows": [_finite(row) for row in rows],

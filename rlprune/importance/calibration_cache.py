@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
 from ..errors import DataError
 from ..pruning.space import PruningSpace
-from .unit_scores import Floats
+from .unit_scores import Batch, Floats
 
 Measured = TypeVar("Measured")
 Curves = dict[int, Floats]
@@ -21,8 +21,10 @@ CURVES = "fisher"
 class CalibrationSource(Protocol):
     """Who gives calibration data and the loss: a workload."""
 
-    def batches(self, split: str, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]: ...
-    def loss(self, outputs: object, targets: Tensor) -> Tensor: ...
+    def batches(self, split: str, limit: int | None = None) -> Iterator[Batch]: ...
+    def loss(self, outputs: Any, targets: Any) -> Tensor: ...
+    def loss_of(self, outputs: Any, targets: Any) -> Tensor: ...
+    def outputs_for_loss(self, model: nn.Module, inputs: Any, targets: Any) -> Any: ...
 
 
 class CalibrationCache:
@@ -61,7 +63,7 @@ class CalibrationCache:
             raise DataError("calibration: needs a workload, which gives the data; give Context(workload=...)")
         return self._source
 
-    def batches(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, limit: int | None = None) -> Iterator[Batch]:
         """Batches (inputs, targets) of the calibration split: the first ``limit`` samples, None for all."""
         return self.source.batches("calibration", limit)
 

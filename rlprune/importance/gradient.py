@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,19 +11,22 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 from ..pruning.space import Cut, PruningSpace
-from .unit_scores import Batches, Loss, Scores, per_unit
+from ..utils.pytrees import sample_count, take
+from .unit_scores import Batches, Forward, Loss, Scores, per_unit, plain_forward
 
 
 def taylor(
     model: nn.Module,
     space: PruningSpace,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Batches,
     loss: Loss,
+    forward: Forward = plain_forward,
 ) -> Scores:
     """First-order Taylor score sum |w * dL/dw| of each unit (Molchanov et al. 2019, arXiv 1906.10771).
 
     The gradient is summed over all samples of ``batches`` of (inputs, targets) in eval mode, so scores are those of
-    the mean loss times the number of samples, in the same order. The absolute value is taken per weight after
+    the mean loss times the number of samples, in the same order; ``forward`` gives the outputs that ``loss`` reads, by
+    default the model's. The absolute value is taken per weight after
     summing, as RL-Pruner does (arXiv 2411.06463). Gradients, modes and requires_grad flags of the model are left as
     they were.
     """
@@ -37,11 +41,11 @@ def taylor(
             parameter.requires_grad_(name in wanted)
         for inputs, targets in batches:
             with torch.enable_grad():
-                value = loss(model(inputs), targets)
+                value = loss(forward(model, inputs, targets), targets)
                 gradients = torch.autograd.grad(value, [parameters[n] for n in sums], allow_unused=True)
             for total, gradient in zip(sums.values(), gradients, strict=True):
                 if gradient is not None:
-                    total += gradient * len(targets)
+                    total += gradient * sample_count(inputs, targets)
     finally:
         for name, parameter in parameters.items():
             parameter.requires_grad_(trainable[name])
@@ -51,31 +55,41 @@ def taylor(
         return per_unit(model, space, lambda c, t: (sums[c.tensor] * t).abs() if c.tensor in sums else None)
 
 
-def taylor_vector(model: nn.Module, space: PruningSpace, batches: Batches, loss: Loss) -> Scores:
+def taylor_vector(
+    model: nn.Module, space: PruningSpace, batches: Batches, loss: Loss, forward: Forward = plain_forward
+) -> Scores:
     """LLM-Pruner's vector-wise Taylor score: sum over a unit's rows and columns of |sum w g| (arXiv 2305.11627).
 
     g is the gradient of the mean loss over ``batches``. As in the authors' code, a slice is one row or
     column of one weight matrix, biases are left out, and a unit's slices are summed.
     """
-    return _per_slice(model, space, _expansion(model, space, batches, loss, 1.0, 0.0))
+    return _per_slice(model, space, _expansion(model, space, batches, (loss, forward), 1.0, 0.0))
 
 
-def taylor_param_first(model: nn.Module, space: PruningSpace, batches: Batches, loss: Loss) -> Scores:
+def taylor_param_first(
+    model: nn.Module, space: PruningSpace, batches: Batches, loss: Loss, forward: Forward = plain_forward
+) -> Scores:
     """LLM-Pruner's element-wise first-order score sum |w g| (Ma et al. 2023, arXiv 2305.11627, equation 5)."""
-    return _per_weight(model, space, _expansion(model, space, batches, loss, 1.0, 0.0))
+    return _per_weight(model, space, _expansion(model, space, batches, (loss, forward), 1.0, 0.0))
 
 
-def taylor_param_second(model: nn.Module, space: PruningSpace, batches: Batches, loss: Loss) -> Scores:
+def taylor_param_second(
+    model: nn.Module, space: PruningSpace, batches: Batches, loss: Loss, forward: Forward = plain_forward
+) -> Scores:
     """LLM-Pruner's second-order score sum |w^2 acc|, acc = sum_j g_j^2 / N over N samples (arXiv 2305.11627)."""
-    return _per_weight(model, space, _expansion(model, space, batches, loss, 0.0, 1.0))
+    return _per_weight(model, space, _expansion(model, space, batches, (loss, forward), 0.0, 1.0))
 
 
-def taylor_param_mix(model: nn.Module, space: PruningSpace, batches: Batches, loss: Loss) -> Scores:
+def taylor_param_mix(
+    model: nn.Module, space: PruningSpace, batches: Batches, loss: Loss, forward: Forward = plain_forward
+) -> Scores:
     """LLM-Pruner's mixed score sum |w g - w^2 acc / 2|, acc = sum_j g_j^2 / N (arXiv 2305.11627)."""
-    return _per_weight(model, space, _expansion(model, space, batches, loss, 1.0, -0.5))
+    return _per_weight(model, space, _expansion(model, space, batches, (loss, forward), 1.0, -0.5))
 
 
-def saap(model: nn.Module, space: PruningSpace, batches: Batches, loss: Loss) -> Scores:
+def saap(
+    model: nn.Module, space: PruningSpace, batches: Batches, loss: Loss, forward: Forward = plain_forward
+) -> Scores:
     """SAAP's adaptive fusion of vector-wise and element-wise importance (arXiv 2412.15127).
 
     The vector-wise part is |sum (g w - w' H w / 2)| of a whole unit, the element-wise part the sum of
@@ -84,7 +98,7 @@ def saap(model: nn.Module, space: PruningSpace, batches: Batches, loss: Loss) ->
     log(s1 s2) over s1 and s2 gives s^2 = mean(I), so the score is I_v / mean(I_v) + I_e / mean(I_e), with
     means over all units of a kind (attention, feed-forward), whose sizes differ too much for one scale.
     """
-    terms = _expansion(model, space, batches, loss, 1.0, -0.5)
+    terms = _expansion(model, space, batches, (loss, forward), 1.0, -0.5)
     element = _per_weight(model, space, terms)
     vector = [np.abs(s) for s in per_unit(model, space, lambda c, t: terms.get(c.tensor))]
     kinds = np.array([g.kind for g in space.groups])
@@ -99,7 +113,12 @@ def saap(model: nn.Module, space: PruningSpace, batches: Batches, loss: Loss) ->
 
 
 def _expansion(
-    model: nn.Module, space: PruningSpace, batches: Batches, loss: Loss, first: float, second: float
+    model: nn.Module,
+    space: PruningSpace,
+    batches: Batches,
+    objective: tuple[Loss, Forward],
+    first: float,
+    second: float,
 ) -> dict[str, Tensor]:
     """``first * w g + second * w^2 acc`` of each cut weight matrix, in the matrix's shape.
 
@@ -135,12 +154,11 @@ def _expansion(
             parameter.grad = None
         handles = [parameters[n].register_post_accumulate_grad_hook(note(t)) for n, t in terms.items()]
         for inputs, targets in batches:
-            parts = zip(inputs.split(1), targets.split(1)) if second else [(inputs, targets)]
-            for x, y in parts:
-                size = len(y)
+            for x, y in _singles(inputs, targets) if second else [(inputs, targets)]:
+                size = sample_count(x, y)
                 count += size
                 with torch.enable_grad():
-                    loss(model(x), y).backward()
+                    _loss(objective, model, x, y).backward()
     finally:
         for handle in handles:
             handle.remove()
@@ -154,6 +172,17 @@ def _expansion(
     for total in terms.values():
         total /= count
     return terms
+
+
+def _loss(objective: tuple[Loss, Forward], model: nn.Module, inputs: Any, targets: Any) -> Tensor:
+    loss, forward = objective
+    return loss(forward(model, inputs, targets), targets)
+
+
+def _singles(*batch: Any) -> Iterator[tuple[Any, ...]]:
+    """The samples of (inputs, targets), one at a time."""
+    for i in range(sample_count(*batch)):
+        yield tuple(take(part, slice(i, i + 1)) for part in batch)
 
 
 def _accumulator(parameter: Tensor) -> torch.dtype:

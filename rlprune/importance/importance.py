@@ -20,7 +20,7 @@ from ..utils.registry import Registry
 from ..utils.torch_internals import BATCH_NORM
 from .calibration_cache import CalibrationCache
 from .gradient import saap, taylor, taylor_param_first, taylor_param_mix, taylor_param_second, taylor_vector
-from .unit_scores import Batches, Loss, Scores, per_unit
+from .unit_scores import Batches, Forward, Loss, Scores, per_unit
 
 
 def magnitude(model: nn.Module, space: PruningSpace, p: int = 2) -> Scores:
@@ -63,7 +63,7 @@ def random(model: nn.Module, space: PruningSpace, seed: int = 0) -> Scores:
 
 
 Function = Callable[[CalibrationCache], Scores]
-Gradient = Callable[[nn.Module, PruningSpace, Batches, Loss], Scores]
+Gradient = Callable[[nn.Module, PruningSpace, Batches, Loss, Forward], Scores]
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _of_weights(function: Callable[[nn.Module, PruningSpace], Scores]) -> None:
 
 def _of_gradients(function: Gradient) -> None:
     register(first_sentence(function), name=function.__name__)(
-        lambda c: function(c.model, c.space, c.batches(c.limit), c.source.loss)
+        lambda c: function(c.model, c.space, c.batches(c.limit), c.source.loss_of, c.source.outputs_for_loss)
     )
 
 

@@ -10,10 +10,20 @@ from torch import Tensor, nn
 
 from ..pruning.space import Cut, PruningSpace
 from ..utils.arrays import Floats
+from ..utils.pytrees import Inputs, call
 
 Scores = list[Floats]
-Batches = Iterable[tuple[Tensor, Tensor]]
-Loss = Callable[[Any, Tensor], Tensor]
+Batch = tuple[Any, Any]
+"""(inputs, targets), both nests (see `rlprune.utils.pytrees`)."""
+Batches = Iterable[Batch]
+Forward = Callable[[nn.Module, Any, Any], Any]
+"""``forward(model, inputs, targets)``: the outputs that a loss reads."""
+Loss = Callable[[Any, Any], Tensor]
+
+
+def plain_forward(model: nn.Module, inputs: Inputs, targets: object) -> Any:
+    """Call a model on its inputs."""
+    return call(model, inputs)
 
 
 def per_unit(

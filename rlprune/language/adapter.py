@@ -35,7 +35,7 @@ from ..workloads.adapter import (
 )
 from ..workloads.base import Quality, Workload, evaluate_outputs
 from ..workloads.judge import Judge
-from ..workloads.score_kinds import class_judge, registered
+from ..workloads.score_kinds import registered, task_judge
 from . import describe
 from .calibration.cache import LanguageCalibration, language_calibration
 from .calibration.compensation import BiasCompensation
@@ -56,8 +56,9 @@ from .judge import (
     check_kind,
     token_quality,
 )
-from .logits import ChunkedLogs, logits_of, next_token_loss
+from .logits import ChunkedLogs
 from .space import is_language_model, language_space
+from .task import NextToken
 from .tuning.finetune import tune
 from .tuning.loss import train_language
 
@@ -69,7 +70,7 @@ class LanguageAdapter(ModelAdapter):
 
     wing = "language"
     models = "language models"
-    metric_name = "perplexity"
+    task = NextToken.name
     sample_noun = "sequences"
     score_unit = "tokens"
     # One sequence at a time, the whole of it at once: a batch of 64 takes a CPU minutes. Twenty copies of a model's
@@ -166,20 +167,9 @@ class LanguageAdapter(ModelAdapter):
     def release_memory(self) -> None:
         return_freed_memory()
 
-    def logits(self, outputs: object) -> Tensor:
-        return logits_of(outputs)
-
-    def loss(self, outputs: object, targets: Tensor) -> Tensor:
-        """Mean next-token cross-entropy in nats; ``outputs`` is a transformers output or logits (B, L, V)."""
-        return next_token_loss(outputs, targets)
-
-    def metric(self, outputs: object, targets: Tensor) -> Tensor:
-        """Perplexity of the batch times its sequences; use ``evaluate`` for the perplexity of a split."""
-        return self.loss(outputs, targets).exp() * len(targets)
-
     def judge(self, workload: Workload, kind: str, limit: int | None, top_k: int) -> Judge:
         if workload.has_own_task:
-            return class_judge(workload, kind, limit)
+            return task_judge(workload, kind, limit)
         check_kind(kind)
         sequences, logs = StoredSequences.read(workload, "validation", limit), ChunkedLogs()
         answers = DenseAnswers(workload.model, sequences, logs, top_k) if kind == "kl" else None

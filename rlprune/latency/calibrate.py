@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
 from ..pruning.surgery import prune
 from ..utils.arrays import Floats, Ints
+from ..utils.pytrees import Inputs, batch_size, device_of
 from ..utils.timing import measure, quiet_clock
 from .cost import table_cost
 from .table import Calibration, LatencyTable
@@ -33,7 +34,7 @@ class WholeModels:
         unknowns: of the fit; there are at least twice as many models.
     """
 
-    def __init__(self, space: PruningSpace, model: nn.Module, inputs: Tensor, unknowns: int) -> None:
+    def __init__(self, space: PruningSpace, model: nn.Module, inputs: Inputs, unknowns: int) -> None:
         count = _MODELS if space.dense_cost("params") < _LARGE else _MODELS_OF_A_LARGE_ONE
         count = max(count, 2 * unknowns)
         self.widths = _random_widths(space, count)
@@ -44,7 +45,7 @@ class WholeModels:
 
     def time(self) -> None:
         """One of the moments."""
-        batch, clock = len(self._inputs), quiet_clock(self._inputs.device)
+        batch, clock = batch_size(self._inputs), quiet_clock(device_of(self._inputs))
         times = measure(
             self._models, self._inputs, (batch,), _MODEL_REPEATS, _MODEL_SECONDS, 2, clock, settle=1,
             statistic=min,

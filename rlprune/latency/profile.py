@@ -30,7 +30,9 @@ from ..utils.cache import cache_folder
 from ..utils.checkpoints import settings_key
 from ..utils.files import exclusive, write_json_atomic
 from ..utils.machine import processor
-from ..utils.timing import batched, in_turns, quiet_clock, timed
+from ..utils.pytrees import Inputs, call, device_of, map_tensors, repeat
+from ..utils.pytrees import batch_size as samples
+from ..utils.timing import in_turns, quiet_clock, timed
 from ..utils.torch_internals import BATCH_OR_INSTANCE_NORM, CONVOLUTION
 from .calibrate import PARTS, WholeModels, calibrated, image_sizes
 from .cost import SpaceSizes, table_cost
@@ -63,7 +65,7 @@ class _Layer:
 def with_latency(
     space: PruningSpace,
     model: nn.Module,
-    example_inputs: Tensor,
+    example_inputs: Inputs,
     batch_size: int = 1,
     *,
     table: LatencyTable | None = None,
@@ -73,17 +75,16 @@ def with_latency(
 
     Args:
         model: the dense model that ``space`` was traced from; it runs where its parameters are.
-        example_inputs: one sample, (1, ...), on the model's device.
+        example_inputs: one sample, (1, ...) or a nest of inputs, on the model's device.
         batch_size: samples in a forward pass.
 
     Raises:
         ArtifactError: the table is another model's.
-        BudgetError: the batch size is unusable, or the example is not a single tensor.
+        BudgetError: the batch size is unusable.
+        DataError: the example holds no tensor with a batch.
     """
     if batch_size < 1:
         raise BudgetError(f"budget.batch_size: must be at least 1, got {batch_size}")
-    if not isinstance(example_inputs, Tensor):
-        raise BudgetError("budget.metric: latency needs a model whose input is a single tensor")
     if table is None:
         table = measured(space, model, example_inputs, batch_size, progress)
     return replace(space, costs={**space.costs, "latency": table_cost(table, space)})
@@ -104,21 +105,20 @@ def read_table(path: str | Path) -> LatencyTable:
 def measured(
     space: PruningSpace,
     model: nn.Module,
-    example_inputs: Tensor,
+    example_inputs: Inputs,
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> LatencyTable:
     """The table of this model on this machine: the cached one, or a new one; see :func:`with_latency`."""
-    inputs = batched(example_inputs, batch_size)
+    inputs = repeat(example_inputs, batch_size)
     layers, sizes = _called_layers(model, inputs), SpaceSizes(space)
     planned = [_planned(layer, calls, model, sizes) for layer, calls in layers.items()]
-    where = machine(inputs.device)
+    where = machine(device_of(inputs))
     facts = [
         VERSION,
         _METHOD,
         space.fingerprint,
-        list(inputs.shape),
-        str(inputs.dtype),
+        *_described(inputs),
         where,
         [p.key for p in planned],
     ]
@@ -136,6 +136,13 @@ def measured(
     return table
 
 
+def _described(inputs: Inputs) -> list[object]:
+    """Shapes and formats of a model's inputs, part of what a table is kept under."""
+    if isinstance(inputs, Tensor):
+        return [list(inputs.shape), str(inputs.dtype)]
+    return [repr(map_tensors(lambda tensor: (tuple(tensor.shape), str(tensor.dtype)), inputs))]
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """What a latency depends on beside the model."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
@@ -151,7 +158,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 # Which layers, on which grid
 
 
-def _called_layers(model: nn.Module, inputs: Tensor) -> dict[_Layer, int]:
+def _called_layers(model: nn.Module, inputs: Inputs) -> dict[_Layer, int]:
     """The leaf modules with tensors of their own that a forward pass calls on one tensor, and how often."""
     found: dict[_Layer, int] = {}
 
@@ -168,7 +175,7 @@ def _called_layers(model: nn.Module, inputs: Tensor) -> dict[_Layer, int]:
     training = model.training
     try:
         with torch.inference_mode():
-            model.eval()(inputs)
+            call(model.eval(), inputs)
     finally:
         model.train(training)
         for handle in handles:
@@ -243,7 +250,7 @@ def _grid(axis: AxisSize | None, space: PruningSpace, dense: int) -> Ints:
 def _measure_all(
     space: PruningSpace,
     model: nn.Module,
-    inputs: Tensor,
+    inputs: Inputs,
     planned: Sequence[_Planned],
     where: Mapping[str, object],
     progress: Progress | None,
@@ -256,14 +263,14 @@ def _measure_all(
     for _ in range(_MOMENTS):
         whole.time()
         for key, plan in distinct.items():
-            shortest[key] = np.minimum(shortest[key], _layer_times(plan, model, sizes, inputs.device))
+            shortest[key] = np.minimum(shortest[key], _layer_times(plan, model, sizes, device_of(inputs)))
             done += 1
             if progress is not None:
                 progress("latency table", done, total, {})
     tables = tuple(_layer_table(plan, model, shortest[key]) for key, plan in distinct.items())
     numbers = {key: number for number, key in enumerate(distinct)}
     uses = tuple(LayerUse(p.layer.module, numbers[p.key], p.calls) for p in planned)
-    raw = LatencyTable(space.fingerprint, len(inputs), where, tables, uses)
+    raw = LatencyTable(space.fingerprint, samples(inputs), where, tables, uses)
     found = calibrated(raw, space, whole.widths, whole.milliseconds)
     if progress is not None:
         progress("latency table", total, total, {})

@@ -21,34 +21,52 @@ from torch import Tensor, nn
 
 from ..errors import RlpruneError
 from ..utils.checkpoints import StateFile, settings_key
+from ..utils.pytrees import Inputs, call, map_tensors
 
-Batches = Callable[[torch.Generator], Iterable[tuple[Tensor, ...]]]
-"""Gives one epoch: (inputs, targets), or (inputs, targets, teacher's logits) where these are cached."""
-Loss = Callable[[Any, Tensor], Tensor]
+Outputs = Any
+Targets = Any
+Item = tuple[Any, ...]
+"""(inputs, targets), or (inputs, targets, teacher's outputs) where these are cached; all of them nests."""
+Batches = Callable[[torch.Generator], Iterable[Item]]
+"""Gives one epoch."""
+Loss = Callable[[Outputs, Targets], Tensor]
+Forward = Callable[..., Outputs]
+"""``forward(model, inputs, targets, teacher's outputs or None)``: what the loss reads of a model."""
 Progress = Callable[[str, int, int, dict[str, float]], None]
 """Called as progress(phase, done, total, values) a few times a second."""
 
 _LOOK_SECONDS = 0.25
 
 
+def softmax_distillation(outputs: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """T^2 * KL(teacher || student), mean over all but the last dimension; shapes (..., classes)."""
+    t = temperature
+    student = F.log_softmax(outputs.float() / t, dim=-1).flatten(0, -2)
+    teacher = F.log_softmax(logits.float() / t, dim=-1).flatten(0, -2)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * t * t
+
+
+def plain_forward(model: nn.Module, inputs: Inputs, targets: Targets, like: Outputs = None) -> Outputs:
+    """Call a model on its inputs alone."""
+    return call(model, inputs)
+
+
 @dataclass(frozen=True)
 class DistillTargets:
     """Learn a teacher's outputs beside the labels.
 
-    The loss is (1 - soft) * hard loss + soft * T^2 * KL(teacher || student) at temperature T. Without a
-    ``teacher`` every batch has to carry the teacher's logits as a third tensor.
+    The loss is (1 - soft) * hard loss + soft * ``divergence(outputs, teacher's, T)`` at temperature T, by default
+    T^2 * KL(teacher || student). Without a ``teacher`` every batch has to carry the teacher's outputs as a third part.
     """
 
     teacher: nn.Module | None = None
     temperature: float = 2.0
     soft: float = 0.75
+    divergence: Callable[[Outputs, Outputs, float], Tensor] = softmax_distillation
 
-    def loss(self, outputs: Tensor, logits: Tensor) -> Tensor:
-        """T^2 * KL(teacher || student), mean over all but the last dimension; shapes (..., classes)."""
-        t = self.temperature
-        student = F.log_softmax(outputs.float() / t, dim=-1).flatten(0, -2)
-        teacher = F.log_softmax(logits.float() / t, dim=-1).flatten(0, -2)
-        return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * t * t
+    def loss(self, outputs: Outputs, teacher: Outputs) -> Tensor:
+        """The loss of imitating the teacher's outputs, a scalar."""
+        return self.divergence(outputs, teacher, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -135,6 +153,7 @@ def fit(
     schedule: Schedule,
     *,
     distill: DistillTargets | None = None,
+    forward: Forward = plain_forward,
     generator: torch.Generator | None = None,
     watch: Watch | None = None,
 ) -> FitResult:
@@ -143,6 +162,7 @@ def fit(
     Args:
         batches: ``batches(generator)`` gives one epoch; it is called again until the steps are done.
         loss: ``loss(outputs, targets)``, a scalar mean.
+        forward: how a model is called for its loss, see ``Forward``.
         generator: CPU generator of every draw, dropout included (seed 0 without one). It is advanced.
         watch: who is told of the progress, and where the private state lies.
 
@@ -160,9 +180,8 @@ def fit(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        loop = _Loop(
-            model, batches, loss, schedule, distill, _autocast(device, schedule.mixed_precision), generator
-        )
+        autocast = _autocast(device, schedule.mixed_precision)
+        loop = _Loop(model, batches, loss, forward, schedule, distill, autocast, generator)
         with torch.enable_grad():
             mean = loop.run(state, watch.progress, watch.phase)
     model.eval()
@@ -177,12 +196,13 @@ class _Loop:
         model: nn.Module,
         batches: Batches,
         loss: Loss,
+        forward: Forward,
         schedule: Schedule,
         distill: DistillTargets | None,
         autocast: Callable[[], torch.autocast],
         generator: torch.Generator,
     ) -> None:
-        self.model, self.batches, self.hard_loss = model, batches, loss
+        self.model, self.batches, self.hard_loss, self.forward = model, batches, loss, forward
         self.schedule, self.distill, self.autocast = schedule, distill, autocast
         self.generator = generator
         self.optimizer = _optimizer(model, schedule)
@@ -218,7 +238,7 @@ class _Loop:
                 state.save(self._content())
         return self.mean
 
-    def _stream(self) -> Iterator[tuple[Tensor, ...]]:
+    def _stream(self) -> Iterator[Item]:
         """The batches that are left, epoch after epoch; a resumed epoch skips what it had done."""
         skip = self.epoch_batches
         while self.step < self.schedule.steps:
@@ -239,32 +259,31 @@ class _Loop:
             self.epoch_batches = 0
             self.sum.zero_()
 
-    def _one(self, batch: tuple[Tensor, ...]) -> None:
+    def _one(self, batch: Item) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.rate(self.step)
         inputs, targets = batch[0], batch[1]
         self.optimizer.zero_grad(set_to_none=True)
+        teacher = self._teacher(batch) if self.distill is not None and self.distill.soft > 0 else None
         with self.autocast():
-            outputs = self.model(inputs)
-        loss = self.hard_loss(outputs.float(), targets)
+            outputs = self.forward(self.model, inputs, targets, teacher)
+        loss = self.hard_loss(map_tensors(_whole_precision, outputs), targets)
         if self.distill is not None and self.distill.soft > 0:
-            soft = self.distill.loss(outputs, self._logits(batch))
+            soft = self.distill.loss(outputs, teacher)
             loss = (1 - self.distill.soft) * loss + self.distill.soft * soft
         loss.backward()
         self.optimizer.step()
         self.sum += loss.detach()
         self.step += 1
 
-    def _logits(self, batch: tuple[Tensor, ...]) -> Tensor:
+    def _teacher(self, batch: Item) -> Outputs:
         assert self.distill is not None
         if self.distill.teacher is None:
             if len(batch) < 3:
-                raise RlpruneError(
-                    "distillation without a teacher needs its logits as a batch's third tensor"
-                )
+                raise RlpruneError("distillation without a teacher needs its outputs as a batch's third part")
             return batch[2]
         with torch.no_grad(), self.autocast():
-            return self.distill.teacher(batch[0])
+            return self.forward(self.distill.teacher, batch[0], batch[1], None)
 
     def _content(self) -> _Content:
         content: _Content = {
@@ -292,6 +311,11 @@ class _Loop:
         torch.set_rng_state(content["torch_random"])
         if "cuda_random" in content and self.device.type == "cuda":
             torch.cuda.set_rng_state(content["cuda_random"], self.device)
+
+
+def _whole_precision(tensor: Tensor) -> Tensor:
+    """Losses are taken of float32 at least."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def _optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.SGD:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import EllipsisType
 
@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..importance.unit_scores import Batches
 from ..pruning.plan import Plan
 from ..pruning.space import Cut, PruningSpace
 from ..pruning.surgery import axis_indices
 from ..tracing.graph import MIXERS
 from ..utils.arrays import Ints
 from ..utils.modes import evaluating
+from ..utils.pytrees import call
 from ..utils.torch_internals import CONVOLUTION
 
 # A Gram matrix wider than this (VGG's first linear layer has 25,088 inputs) costs more than it mends.
@@ -45,9 +47,7 @@ class Reconstruction:
     the regression goes through the origin.
     """
 
-    def __init__(
-        self, model: nn.Module, space: PruningSpace, batches: Iterable[tuple[Tensor, Tensor]], ridge: float
-    ) -> None:
+    def __init__(self, model: nn.Module, space: PruningSpace, batches: Batches, ridge: float) -> None:
         self._ridge = ridge
         self._space = space
         self._dense = dict(model.named_parameters())
@@ -119,9 +119,7 @@ def _regress(product: Tensor, k: Tensor, r: Tensor, ridge: float) -> Tensor:
     return torch.cholesky_solve(kr, factor)
 
 
-def _collect(
-    model: nn.Module, layers: dict[str, nn.Module], batches: Iterable[tuple[Tensor, Tensor]]
-) -> dict[str, Gram]:
+def _collect(model: nn.Module, layers: dict[str, nn.Module], batches: Batches) -> dict[str, Gram]:
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     rows: dict[str, int] = {}
 
@@ -140,7 +138,7 @@ def _collect(
     try:
         with torch.no_grad(), evaluating(model):
             for inputs, _ in batches:
-                model(inputs)
+                call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -11,13 +11,14 @@ from ..utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from . import comparison, plots
-    from .html import SCORE_UNITS, markdown_table
+    from .comparison import SCORE_UNITS
+    from .html import markdown_table
     from .results import read_results
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "SCORE_UNITS": "html",
+        "SCORE_UNITS": "comparison",
         "markdown_table": "html",
         "read_results": "results",
     },

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..utils.values import is_whole
 from . import plots
-from .results import Results
+from .results import Results, as_mapping
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,10 +49,25 @@ SCORE_UNITS = {
     "kl": "score (−KL to the dense model, nats)",
     "loss": "score (−validation loss, nats)",
     "accuracy": "score (validation accuracy)",
+    "score_fn": "score (the workload's own)",
 }
-_EVALUATIONS = (
-    10_000_000  # more were never spent; a curve of as many points as a file says could fill the memory
-)
+_EVALUATIONS = 10_000_000
+"""More were never spent; a curve of as many points as a file says could fill the memory."""
+IN_NATS = (None, "classification", "multilabel", "segmentation", "sequence", "language")
+"""Tasks whose divergences and losses are in nats; results of older versions name none."""
+_NO_UNITS = {
+    "kl": "score (−divergence from the dense model)",
+    "loss": "score (−validation loss)",
+    "accuracy": "score (the validation metric)",
+}
+
+
+def score_unit(kind: object, task: object = None) -> str:
+    """What a score of a kind is, for the axis of a plot; ``task`` is the workload's."""
+    units = SCORE_UNITS if task in IN_NATS else SCORE_UNITS | _NO_UNITS
+    return units.get(str(kind), "score")
+
+
 REFERENCES = ("uniform", "best rule", "random")
 
 
@@ -150,7 +165,7 @@ def figures(results: Results) -> list[tuple[str, Figure, str]]:
     """(file name, picture, text) of a benchmark's results of one budget; empty for those of a run."""
     if not results.get("summary"):
         return []
-    unit = SCORE_UNITS.get(str(results.get("score")), "score")
+    unit = score_unit(results.get("score"), as_mapping(results.get("workload")).get("task"))
     losses = {"test loss": "test_loss", "test loss, fine-tuned": "test_loss_finetuned"}
     panels = {label: rows for label, field in losses.items() if (rows := chart(results, field))}
     found = []

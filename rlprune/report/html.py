@@ -18,7 +18,7 @@ from ..utils.files import write_text_atomic
 from ..utils.reading import read_bytes, read_json
 from ..utils.values import is_finite
 from . import comparison, plots
-from .comparison import SCORE_UNITS
+from .comparison import score_unit
 from .results import (
     Results,
     as_list,
@@ -127,8 +127,8 @@ def _references(results: Results) -> dict[str, float]:
 
 
 def _score_unit(results: Results) -> str:
-    kind = results.get("score") or as_mapping(results.get("workload")).get("score", "kl")
-    return SCORE_UNITS.get(str(kind), "score")
+    workload = as_mapping(results.get("workload"))
+    return score_unit(results.get("score") or workload.get("score", "kl"), workload.get("task"))
 
 
 def _headline(results: Results) -> str:

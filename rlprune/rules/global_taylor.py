@@ -24,6 +24,10 @@ def global_taylor(context: Context) -> Floats:
 
     def scores() -> importance.Scores:
         batches = workload.batches("calibration")
-        return normalised(importance.taylor(context.model, context.space, batches, workload.loss))
+        return normalised(
+            importance.taylor(
+                context.model, context.space, batches, workload.loss_of, workload.outputs_for_loss
+            )
+        )
 
     return threshold_distribution(context, context.cached("global_taylor", scores))

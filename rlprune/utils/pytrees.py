@@ -54,6 +54,12 @@ def tensors(value: object) -> Iterator[Tensor]:
                 yield from tensors(getattr(leaf, field.name))
 
 
+def device_of(value: Any) -> torch.device:
+    """The device of a nest's first tensor."""
+    first = next(tensors(value), None)
+    return torch.device("cpu") if first is None else first.device
+
+
 def to_device(value: Any, device: torch.device) -> Any:
     """The nest with its tensors on a device."""
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
@@ -73,6 +79,12 @@ def batch_size(value: Any, what: str = "example_inputs") -> int:
     if found is None:
         raise DataError(f"{what}: holds no tensor with a batch dimension")
     return found
+
+
+def sample_count(inputs: Inputs, targets: Any) -> int:
+    """Samples in a batch of data: by the targets, or by the inputs where those have no batch."""
+    found = _batch(targets)
+    return batch_size(inputs, "a batch") if found is None else found
 
 
 def _batch(value: object) -> int | None:
@@ -99,16 +111,36 @@ def _take(value: Any, part: slice, count: int | None) -> Any:
         return value[part] if value.ndim and value.shape[0] == count else value
     if isinstance(value, list) and len(value) == count:
         return value[part]
+    return _rebuilt(value, lambda item: _take(item, part, count))
+
+
+def _rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A mapping, tuple or dataclass with its parts changed; anything else as it is."""
     if isinstance(value, Mapping):
-        changed = {key: _take(item, part, count) for key, item in value.items()}
+        changed = {key: change(item) for key, item in value.items()}
         return changed if type(value) is dict else type(value)(**changed)
     if isinstance(value, tuple):
-        items = [_take(item, part, count) for item in value]
+        items = [change(item) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if _is_dataclass(value):
-        fields = {f.name: _take(getattr(value, f.name), part, count) for f in dataclasses.fields(value)}
+        fields = {f.name: change(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
     return value
+
+
+def repeat(value: Any, size: int) -> Any:
+    """The first sample of a batch, ``size`` times, in new tensors; what has no batch stays."""
+    return _repeat(value, size, _batch(value))
+
+
+def _repeat(value: Any, size: int, count: int | None) -> Any:
+    if isinstance(value, Tensor):
+        if not value.ndim or value.shape[0] != count:
+            return value
+        return value[:1].expand(size, *value.shape[1:]).contiguous()
+    if isinstance(value, list) and len(value) == count:
+        return value[:1] * size
+    return _rebuilt(value, lambda item: _repeat(item, size, count))
 
 
 def shapes(value: Any) -> Any:

@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import DataError
 from .memory import settle_heap
+from .pytrees import Inputs, batch_size, device_of, repeat
+from .pytrees import call as run
 
 DEFAULT_BATCH_SIZES = (1, 64)
 Clock = Callable[[], float]
@@ -18,7 +20,7 @@ Clock = Callable[[], float]
 
 def measure(
     models: Mapping[str, nn.Module],
-    example_inputs: Tensor,
+    example_inputs: Inputs,
     batch_sizes: Sequence[int] = DEFAULT_BATCH_SIZES,
     repeats: int = 30,
     budget_seconds: float = 20.0,
@@ -35,7 +37,8 @@ def measure(
 
     Args:
         models: name -> model; each is put into eval mode while measured and set back afterwards.
-        example_inputs: one sample, (1, ...), on the models' device; repeated along the batch.
+        example_inputs: one sample, (1, ...) or a nest of inputs (see `rlprune.utils.pytrees`), on the models' device;
+            repeated along the batch.
         batch_sizes: positive batch sizes.
         repeats: rounds to measure, at most.
         budget_seconds: time limit in seconds for each batch size, warm-up not counted.
@@ -53,15 +56,15 @@ def measure(
     """
     if repeats < 1 or any(size < 1 for size in batch_sizes):
         raise DataError(f"latency: repeats {repeats}, batch sizes {tuple(batch_sizes)}: must be at least 1")
-    if example_inputs.ndim < 1 or example_inputs.shape[0] < 1:
-        raise DataError("latency: example_inputs needs a leading batch dimension with at least one sample")
+    if batch_size(example_inputs, "latency: example_inputs") < 1:
+        raise DataError("latency: example_inputs: needs at least one sample")
     training = {name: model.training for name, model in models.items()}
     for model in models.values():
         model.eval()
     try:
         result: dict[str, dict[int, float]] = {name: {} for name in models}
         for size in batch_sizes:
-            inputs = batched(example_inputs, int(size))
+            inputs = repeat(example_inputs, int(size))
             calls = {name: timed(model, inputs) for name, model in models.items()}
             for name, seconds in in_turns(calls, repeats, budget_seconds, warmup, clock, settle).items():
                 result[name][int(size)] = 1e3 * statistic(seconds)
@@ -108,19 +111,14 @@ def quiet_clock(device: torch.device) -> Clock:
     return time.thread_time if alone else time.perf_counter
 
 
-def batched(example_inputs: Tensor, size: int) -> Tensor:
-    """The first sample of an example, ``size`` times."""
-    sample = example_inputs[:1]
-    return sample.expand(size, *sample.shape[1:]).contiguous()
-
-
-def timed(model: nn.Module, inputs: Tensor) -> Callable[[], None]:
+def timed(model: nn.Module, inputs: Inputs) -> Callable[[], None]:
     """A forward pass as a function to be timed."""
+    device = device_of(inputs)
 
     def call() -> None:
         with torch.inference_mode():
-            model(inputs)
-        if inputs.is_cuda:  # kernels are queued; the clock has to wait for them
-            torch.cuda.synchronize(inputs.device)
+            run(model, inputs)
+        if device.type == "cuda":  # kernels are queued; the clock has to wait for them
+            torch.cuda.synchronize(device)
 
     return call

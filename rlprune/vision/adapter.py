@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ..artifacts.documents import PlanDocument
 from ..artifacts.pruned_model import example_of, load_pruned, save_pruned
@@ -19,7 +18,7 @@ from ..importance.unit_scores import Scores
 from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
 from ..pruning.surgery import attributes
-from ..recovery.finetune import DistillTargets, Schedule, Watch, fit
+from ..recovery.finetune import Item, Schedule, Watch, fit
 from ..recovery.reconstruct import Reconstruction
 from ..tracing.trace import ExampleInputs, TraceOptions, count_macs, trace_channels
 from ..utils.modes import evaluating
@@ -35,7 +34,8 @@ from ..workloads.adapter import (
 )
 from ..workloads.base import Quality, Workload, evaluate_outputs
 from ..workloads.judge import Judge
-from ..workloads.score_kinds import class_judge
+from ..workloads.score_kinds import task_judge
+from .detection import Detection
 from .identify import identify
 from .zoo import rebuild
 
@@ -51,7 +51,9 @@ class VisionAdapter(ModelAdapter):
 
     wing = "vision"
     models = "models of images"
-    metric_name = "accuracy"
+    task = "classification"
+    tasks = ("classification", Detection.name)
+    guesses_task = True
     sample_noun = "images"
     score_unit = "images"
     latency = LatencySettings(DEFAULT_BATCH_SIZES, warmup=3, every_seed=True, share=False)
@@ -113,16 +115,8 @@ class VisionAdapter(ModelAdapter):
     ) -> Callable[[nn.Module], None]:
         return _Lesson(workload, calibration.model, settings)
 
-    def loss(self, outputs: object, targets: Tensor) -> Tensor:
-        """Cross-entropy of class scores (N, classes)."""
-        return F.cross_entropy(self.logits(outputs), targets)
-
-    def metric(self, outputs: object, targets: Tensor) -> Tensor:
-        """The number of right classes."""
-        return (self.logits(outputs).argmax(1) == targets).sum().float()
-
     def judge(self, workload: Workload, kind: str, limit: int | None, top_k: int) -> Judge:
-        return class_judge(workload, kind, limit)
+        return task_judge(workload, kind, limit)
 
     def evaluate(self, workload: Workload, model: nn.Module, split: str, limit: int | None) -> Quality:
         return evaluate_outputs(workload, model, split, limit)
@@ -137,10 +131,11 @@ class VisionAdapter(ModelAdapter):
         steps = job.steps
         if steps is None:
             steps = settings.epochs * workload.train_steps(settings.batch_size)
+        distill = workload.distill_targets(workload.model, settings.temperature) if settings.distill else None
         result = fit(
             model,
             lambda generator: workload.train_batches(generator, settings.batch_size),
-            workload.loss,
+            workload.loss_of,
             Schedule(
                 steps,
                 SGD_LR if settings.lr is None else settings.lr,
@@ -148,11 +143,16 @@ class VisionAdapter(ModelAdapter):
                 settings.weight_decay,
                 mixed_precision=settings.mixed_precision,
             ),
-            distill=DistillTargets(workload.model, settings.temperature) if settings.distill else None,
+            distill=distill,
+            forward=workload.outputs_for_loss,
             generator=torch.Generator().manual_seed(job.seed),
             watch=Watch(job.progress, job.phase, job.state),
         )
-        return Tuned(model, f"{result.steps} steps of SGD, loss {result.loss:.4f}")
+        left_out = settings.distill and distill is None
+        note = (
+            f"; without distillation, which task {workload.task_type.name!r} has none of" if left_out else ""
+        )
+        return Tuned(model, f"{result.steps} steps of SGD, loss {result.loss:.4f}{note}")
 
     def save(
         self,
@@ -236,30 +236,37 @@ class _Lesson:
 
     def __init__(self, workload: Workload, model: nn.Module, settings: RecoveryConfig) -> None:
         self._workload, self._model, self._settings = workload, model, settings
-        self._batches: list[tuple[Tensor, ...]] | None = None
+        self._batches: list[Item] | None = None
+        self._distill = workload.distill_targets(None) if settings.distill else None
+        if "finetune" in settings.steps and settings.distill and self._distill is None:
+            raise ConfigError(
+                f"recovery.distill: the task {workload.task_type.name!r} has no distillation loss"
+            )
 
     def __call__(self, slim: nn.Module) -> None:
         settings = self._settings
         if self._batches is None:
-            self._batches = self._with_logits(settings.finetune_steps)
+            self._batches = self._with_outputs(settings.finetune_steps)
         lesson = self._batches
         fit(
             slim,
             lambda generator: lesson,
-            self._workload.loss,
+            self._workload.loss_of,
             Schedule(
                 settings.finetune_steps, _LESSON_LR if settings.finetune_lr is None else settings.finetune_lr
             ),
-            distill=DistillTargets() if settings.distill else None,
+            distill=self._distill,
+            forward=self._workload.outputs_for_loss,
             watch=Watch(phase="recovery"),
         )
 
-    def _with_logits(self, steps: int) -> list[tuple[Tensor, ...]]:
+    def _with_outputs(self, steps: int) -> list[Item]:
         """The first train batches of a fixed shuffle with the dense model's outputs on them."""
         generator = torch.Generator().manual_seed(0)
         batches = itertools.islice(self._workload.train_batches(generator, _LESSON_BATCH), steps)
+        outputs = self._workload.outputs_for_loss
         with torch.no_grad(), evaluating(self._model):
-            return [(inputs, targets, self._model(inputs)) for inputs, targets in batches]
+            return [(inputs, targets, outputs(self._model, inputs, targets)) for inputs, targets in batches]
 
 
 def _same_groups(document: PlanDocument, space: PruningSpace) -> None:

@@ -11,9 +11,12 @@ from ..utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .adapter import ModelAdapter, Tuned, TuneJob
-    from .base import SPLITS, Batch, Quality, Workload, check_workload
+    from .base import SPLITS, Batch, Quality, Workload
+    from .checks import check_workload
     from .judge import Judge, Judgement
     from .loaders import LoaderWorkload
+    from .metrics import TorchMetric
+    from .tasks import TaskType, task_type
 
 __getattr__, __dir__ = lazy_names(
     __name__,
@@ -25,10 +28,13 @@ __getattr__, __dir__ = lazy_names(
         "ModelAdapter": "adapter",
         "Quality": "base",
         "SPLITS": "base",
+        "TaskType": "tasks",
+        "TorchMetric": "metrics",
         "TuneJob": "adapter",
         "Tuned": "adapter",
         "Workload": "base",
-        "check_workload": "base",
+        "check_workload": "checks",
+        "task_type": "tasks",
     },
 )
 
@@ -40,8 +46,11 @@ __all__ = [
     "LoaderWorkload",
     "ModelAdapter",
     "Quality",
+    "TaskType",
+    "TorchMetric",
     "TuneJob",
     "Tuned",
     "Workload",
     "check_workload",
+    "task_type",
 ]

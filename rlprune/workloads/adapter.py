@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..artifacts.documents import PlanDocument
 from ..config.config import FinishConfig, RecoveryConfig
@@ -109,8 +109,10 @@ class ModelAdapter(abc.ABC):
     """Name of the package; spaces, rules, importances and export formats carry it."""
     models: str
     """What its models are called in messages, in the plural."""
-    metric_name: str
-    """The metric of its default task, as reports name it."""
+    task: str
+    """Its default task (``rlprune list tasks``)."""
+    guesses_task: bool = False
+    """Whether a loss of the workload's own makes it likely that the outputs mean something else than by default."""
     sample_noun: str
     """What a sample of its default task is called, in the plural."""
     score_unit: str
@@ -188,19 +190,6 @@ class ModelAdapter(abc.ABC):
         """Give back what candidates of many sizes leave behind."""
 
     # -- the default task ---------------------------------------------------------------------------------------
-
-    def logits(self, outputs: object) -> Tensor:
-        """The logits in what a model returns; by default all of it."""
-        assert isinstance(outputs, Tensor)
-        return outputs
-
-    @abc.abstractmethod
-    def loss(self, outputs: object, targets: Tensor) -> Tensor:
-        """Mean loss of a batch, a scalar tensor."""
-
-    @abc.abstractmethod
-    def metric(self, outputs: object, targets: Tensor) -> Tensor:
-        """Sum of the metric over a batch, a scalar tensor."""
 
     @abc.abstractmethod
     def judge(self, workload: Workload, kind: str, limit: int | None, top_k: int) -> Judge:

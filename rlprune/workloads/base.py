@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +17,24 @@ from ..artifacts.safetensors import MAX_SHARD_SIZE
 from ..config.config import FinishConfig, ModelConfig
 from ..errors import DataError, near_miss
 from ..pruning.plan import Plan
-from ..recovery.finetune import FitResult, Progress
+from ..recovery.finetune import DistillTargets, FitResult, Progress
+from ..utils.modes import evaluating
+from ..utils.pytrees import Inputs, take
 from .adapter import ModelAdapter, Tokenizer, Tuned, TuneJob, adapter_of
-from .judge import Judge
+from .judge import Judge, WholeJudge
+from .metrics import Meter, SumMeter, Targets, TorchMeter, TorchMetric, by_name, make, value_of
+from .tasks.base import Outputs, TaskType, find_task
+from .tasks.guess import guessed
+from .tasks.outputs import Choice
 
 SPLITS = ("train", "calibration", "validation", "test")
 """The four disjoint parts of the data. A search reads the first three; "test" is read once, at the end."""
 
-Batch = tuple[Tensor, Tensor]
-"""Inputs (N, ...) and targets (N, ...), both on the workload's device."""
+Batch = tuple[Inputs, Targets]
+"""Inputs and targets of some samples, on the workload's device: tensors (N, ...), or nests of them (see
+`rlprune.utils.pytrees`): a tuple of inputs is several arguments, a dict keyword arguments, a list one argument."""
+ModelScore = Callable[[nn.Module], float]
+SplitMetric = Callable[[nn.Module, str], float]
 
 
 @dataclass(frozen=True)
@@ -44,28 +52,29 @@ def check_split(split: str) -> None:
         raise DataError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}{near_miss(split, SPLITS)}")
 
 
-class _FromAdapter:
-    """A field that the model's adapter knows; a subclass or an object may set its own."""
+class _Known:
+    """A field that the workload's model or task knows; a subclass or an object may set its own."""
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
+    def __init__(self, value: Callable[[Workload], object]) -> None:
+        self._value = value
 
     def __get__(self, workload: Workload | None, owner: type) -> object:
-        return self if workload is None else getattr(workload.adapter, self._name)
+        return self if workload is None else self._value(workload)
 
 
 class Workload(abc.ABC):
-    """A model to prune, the data that judge it, and its loss and metric.
+    """A model to prune, the data that judge it, and what its outputs mean.
 
-    A subclass sets ``model`` and ``example_inputs`` and implements ``batches``; the rest has the defaults of the
-    model's adapter: classification, or next tokens where the model is a causal language model of transformers (its
-    batches are (input ids, targets), both (B, L); targets are the ids again, -100 where none is scored). To implement
-    for an own model::
+    A subclass sets ``model`` and ``example_inputs`` and implements ``batches``; the rest follows from ``task``, which
+    is that of the model's adapter unless it is stated: classification, or next tokens where the model is a causal
+    language model of transformers (its batches are (input ids, targets), both (B, L); targets are the ids again, -100
+    where none is scored). To implement for an own model::
 
         class Mine(rlprune.Workload):
+            task = "regression"             # see `rlprune list tasks`; classification without it
             def __init__(self):
                 self.model = ...            # dense, in eval mode, never modified by rlprune
-                self.example_inputs = ...   # (1, C, H, W)
+                self.example_inputs = ...   # (1, C, H, W), or a tuple of arguments, or a dict of them
             def batches(self, split, limit=None):
                 yield inputs, targets       # fixed order, no augmentation, on self.device; limit may be ignored
 
@@ -74,10 +83,21 @@ class Workload(abc.ABC):
     """
 
     model: nn.Module
-    example_inputs: Tensor
-    metric_name: str = cast(str, _FromAdapter())
+    example_inputs: Inputs
+    task: str | TaskType | type[TaskType] | None = None
+    """What the outputs mean: a name (``rlprune list tasks``) or a TaskType; None for the adapter's default."""
+    output: Choice | None = None
+    """Which of several outputs the task reads: a name, or a number in a tuple."""
+    score_fn: ModelScore | None = None
+    """``score_fn(model)``: a number for a whole model, higher is better, instead of ``score.kind``."""
+    metric_fn: SplitMetric | None = None
+    """``metric_fn(model, split)``: the metric over a whole split, instead of ``metric``."""
+    split_metric: str | TorchMetric | object | None = None
+    """A metric of torchmetrics over a whole split: a name ("mIoU", "mAP", "AUROC", "F1", "torchmetrics:CLASS"), a
+    `TorchMetric` with arguments, or an object of torchmetrics."""
+    metric_name: str = cast(str, _Known(lambda workload: workload._metric_label()))
     """Name of the metric, as reports have it."""
-    sample_noun: str = cast(str, _FromAdapter())
+    sample_noun: str = cast(str, _Known(lambda workload: workload.adapter.sample_noun))
     """What a sample is called, in the plural."""
     name: str = ""
     tokenizer: Tokenizer | None = None
@@ -88,6 +108,8 @@ class Workload(abc.ABC):
     _adapter: ModelAdapter | None = None
     _test_open: bool = False
     _sizes: dict[str, int] | None = None
+    _guess: TaskType | None = None
+    _torch_metric: object | None = None
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -113,7 +135,7 @@ class Workload(abc.ABC):
             self._sizes = {}
         if split not in self._sizes:
             with self.test_opened():
-                self._sizes[split] = sum(len(targets) for _, targets in self.batches(split))
+                self._sizes[split] = sum(self.samples_in(*batch) for batch in self.batches(split))
         return self._sizes[split]
 
     def train_batches(self, generator: torch.Generator, batch_size: int | None = None) -> Iterator[Batch]:
@@ -136,25 +158,149 @@ class Workload(abc.ABC):
             self._adapter = adapter_of(self.model)
         return self._adapter
 
-    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
-        """Mean loss of a batch, a scalar tensor; by default the adapter's: cross-entropy of classes or next tokens."""
-        return self.adapter.loss(outputs, targets)
+    # -- what the outputs mean --------------------------------------------------------------------------------------
 
-    def metric(self, outputs: Any, targets: Tensor) -> Tensor:
-        """Sum of the metric over a batch, a scalar tensor; by default the adapter's: the number of right classes."""
-        return self.adapter.metric(outputs, targets)
+    @property
+    def task_type(self) -> TaskType:
+        """The task: the stated one, or the adapter's; with a loss of the workload's own, what its data can mean."""
+        if self.task is not None or not (self.has_own_loss and self.adapter.guesses_task):
+            return self._stated()
+        if self._guess is None:
+            self._guess = self._guessed()
+        return self._guess
+
+    def samples_in(self, inputs: Inputs, targets: Targets) -> int:
+        """Samples in a batch."""
+        return self._stated().count(inputs, targets)
+
+    def loss(self, outputs: Outputs, targets: Targets) -> Tensor:
+        """Mean loss of a batch, a scalar tensor; by default the task's."""
+        task = self._stated()
+        return task.loss(task.read(outputs, self.output), targets)
+
+    def metric(self, outputs: Outputs, targets: Targets) -> Tensor:
+        """Sum of the metric over a batch, a scalar tensor; by default the task's, which may be more than a sum over
+        a whole split."""
+        task = self.task_type
+        return task.metric(task.read(outputs, self.output), targets)
+
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether the loss is the workload's own instead of the task's."""
+        return type(self).loss is not Workload.loss
+
+    @property
+    def has_own_metric(self) -> bool:
+        """Whether the metric of a batch is the workload's own instead of the task's."""
+        return type(self).metric is not Workload.metric
 
     @property
     def has_own_task(self) -> bool:
-        """Whether the loss or the metric is the workload's own instead of the adapter's."""
-        kind = type(self)
-        return kind.loss is not Workload.loss or kind.metric is not Workload.metric
+        """Whether anything of the task is another than the adapter's default."""
+        others = self.metric_fn is not None or self.split_metric is not None
+        stated = self.task is not None and self._stated().name != self.adapter.task
+        return stated or others or self.has_own_loss or self.has_own_metric
+
+    def batch_loss(
+        self, model: nn.Module, inputs: Inputs, targets: Targets, outputs: Outputs | None = None
+    ) -> Tensor:
+        """The mean loss of a batch from its inputs on; ``outputs`` are those of the task's `forward`, where known."""
+        if outputs is None or self.task_type.own_pass:
+            outputs = self.outputs_for_loss(model, inputs, targets)
+        return self.loss(self.task_type.plain(outputs), targets)
+
+    def outputs_for_loss(
+        self, model: nn.Module, inputs: Inputs, targets: Targets, like: Outputs | None = None
+    ) -> Outputs:
+        """What a loss, or a distillation (``like`` are the teacher's), reads of a model in the mode that it is in."""
+        return self.task_type.forward_for_loss(model, inputs, targets, like)
+
+    def loss_of(self, outputs: Outputs, targets: Targets) -> Tensor:
+        """The loss of what `outputs_for_loss` gave."""
+        return self.loss(self.task_type.plain(outputs), targets)
+
+    def distillation(self, outputs: Outputs, teacher: Outputs, temperature: float) -> Tensor:
+        """The loss of imitating a teacher's outputs, both as `outputs_for_loss` gives them; a scalar tensor."""
+        task = self.task_type
+        return task.distillation(
+            task.read(outputs, self.output), task.read(teacher, self.output), temperature
+        )
+
+    def distill_targets(self, teacher: nn.Module | None, temperature: float = 2.0) -> DistillTargets | None:
+        """Settings of a distillation; None where the task has none."""
+        if not self.task_type.compares:
+            return None
+        return DistillTargets(teacher, temperature, divergence=self.distillation)
+
+    def logit_rows(self, model: nn.Module, inputs: Inputs) -> Tensor | None:
+        """Rows of logits (N * R, C) of a model in eval mode, by which searches compare plans; None where the task has
+        none."""
+        task = self.task_type
+        return task.rows(task.read(task.forward(model, inputs), self.output))
+
+    def whole_score(self, kind: str) -> str | None:
+        """What judges a model by a split as a whole, so that a part of it has no score; None where samples have one."""
+        if self.score_fn is not None:
+            return "score_fn"
+        if kind == "accuracy" and not isinstance(self.new_meter(), SumMeter):
+            return "the metric"
+        return None
+
+    def whole_metric(self, model: nn.Module, split: str) -> float | None:
+        """What ``metric_fn`` says of a model on a split; None without one."""
+        return None if self.metric_fn is None else value_of("metric_fn", self.metric_fn, model, split)
+
+    def new_meter(self) -> Meter | None:
+        """What gathers the metric over a split; None where ``metric_fn`` measures it."""
+        if self.metric_fn is not None:
+            return None
+        if self.split_metric is not None:
+            return self._torch_meter()
+        return SumMeter(self.metric) if self.has_own_metric else self.task_type.meter()
+
+    def feed_meter(self, meter: Meter, outputs: Outputs, targets: Targets, count: int) -> None:
+        """Let a meter of `new_meter` take in what the task's `forward` gave for a batch of ``count`` samples."""
+        own = self.has_own_metric and self.split_metric is None
+        task = self.task_type
+        meter.update(task.plain(outputs) if own else task.read(outputs, self.output), targets, count)
+
+    def _stated(self) -> TaskType:
+        return find_task(self.adapter.task if self.task is None else self.task)
+
+    def _guessed(self) -> TaskType:
+        first = next(iter(self.batches("validation", 1)), None)
+        if first is None:
+            raise DataError(f"workload {self.name!r}: the split 'validation' is empty")
+        with torch.no_grad(), evaluating(self.model):
+            return guessed(self._stated().forward(self.model, first[0]), first[1], self.output)
+
+    def _metric_label(self) -> str:
+        named = by_name(self.split_metric)
+        if named is not None:
+            return named.label
+        if self.split_metric is not None:
+            return type(self.split_metric).__name__
+        return (self._stated() if self.has_own_metric or self.metric_fn else self.task_type).metric_name
+
+    def _torch_meter(self) -> Meter:
+        named, task = by_name(self.split_metric), self.task_type
+        if named is None:
+            return TorchMeter(self.split_metric, task.for_metric, None, type(self.split_metric).__name__)
+        if self._torch_metric is None:
+            inputs, _ = next(iter(self.batches("validation", 1)))
+            with torch.no_grad(), evaluating(self.model):
+                read = task.read(task.forward(self.model, inputs), self.output)
+            self._torch_metric = make(named, task.metric_arguments(read))
+        return TorchMeter(self._torch_metric, task.for_metric, named.picked, named.name)
 
     def judge(self, kind: str = "kl", limit: int | None = None, *, top_k: int = 256) -> Judge:
         """What scores candidates on the first ``limit`` validation samples by ``kind`` (see ScoreConfig).
 
         ``top_k`` is how many of the dense model's largest probabilities of a token are kept, where tokens are scored.
+        A ``score_fn`` takes the place of the default kind.
         """
+        if self.score_fn is not None and kind == "kl":
+            return WholeJudge(self)
         return self.adapter.judge(self, kind, limit, top_k)
 
     def fine_tune(self, model: nn.Module, settings: FinishConfig, job: TuneJob) -> Tuned:
@@ -206,28 +352,27 @@ class Workload(abc.ABC):
 
 
 def evaluate_outputs(workload: Workload, model: nn.Module, split: str, limit: int | None = None) -> Quality:
-    """Mean of the workload's own loss and metric over the first ``limit`` samples of a split."""
-    was_training = model.training
-    model.eval()
+    """Mean of the workload's own loss and its metric over the first ``limit`` samples of a split."""
     losses: list[Tensor] = []
-    metrics: list[Tensor] = []
     counts: list[int] = []
-    try:
-        with torch.no_grad():
-            for inputs, targets in workload.batches(split, limit):
-                outputs = model(inputs)
-                losses.append(workload.loss(outputs, targets))
-                metrics.append(workload.metric(outputs, targets))
-                counts.append(len(targets))
-    finally:
-        model.train(was_training)
-    count = sum(counts)
-    if count == 0:
-        raise DataError(f"workload {workload.name!r}: the split {split!r} is empty")
+    meter, task = workload.new_meter(), workload.task_type
+    with torch.no_grad(), evaluating(model):
+        for inputs, targets in workload.batches(split, limit):
+            outputs, count = task.forward(model, inputs), workload.samples_in(inputs, targets)
+            losses.append(workload.batch_loss(model, inputs, targets, outputs))
+            if meter is not None:
+                workload.feed_meter(meter, outputs, targets, count)
+            counts.append(count)
+        count = sum(counts)
+        if count == 0:
+            raise DataError(f"workload {workload.name!r}: the split {split!r} is empty")
+        whole = workload.whole_metric(model, split)
     weights = torch.tensor(counts, dtype=torch.float64)
     loss = torch.stack(losses).cpu().double()
-    metric = torch.stack(metrics).cpu().double()
-    return Quality(float((loss * weights).sum() / count), float(metric.sum() / count), count)
+    if whole is None:
+        assert meter is not None
+        whole = meter.value()
+    return Quality(float((loss * weights).sum() / count), whole, count)
 
 
 class TrainedWorkload(Workload):
@@ -255,38 +400,18 @@ def _guarded(batches: Callable[..., Iterator[Batch]]) -> Callable[..., Iterator[
                 "the test split is closed during a search; read it inside 'with workload.test_opened():'"
             )
         found = batches(self, split, limit)
-        return found if limit is None else _first(found, limit)
+        return found if limit is None else _first(found, limit, self.samples_in)
 
     return guard
 
 
-def _first(batches: Iterable[Batch], limit: int) -> Iterator[Batch]:
+def _first(batches: Iterable[Batch], limit: int, count: Callable[[Inputs, Targets], int]) -> Iterator[Batch]:
     """The first ``limit`` samples, whether ``batches`` keeps to the limit itself or gives all of its split."""
     left = limit
     for inputs, targets in batches:
-        count = len(targets)
-        yield (inputs, targets) if count <= left else (inputs[:left], targets[:left])
-        left -= count
+        size = count(inputs, targets)
+        some = slice(left)
+        yield (inputs, targets) if size <= left else (take(inputs, some), take(targets, some))
+        left -= size
         if left <= 0:
             return
-
-
-def check_workload(workload: object) -> Workload:
-    """Return ``workload`` when it is usable, else raise DataError naming what is missing.
-
-    Checks: it is a Workload with a model and example inputs, its forward runs, and the train,
-    calibration and validation splits are not empty.
-    """
-    if not isinstance(workload, Workload):
-        raise DataError(f"expected a rlprune.Workload, got {type(workload).__name__}")
-    for field, kind in (("model", nn.Module), ("example_inputs", Tensor)):
-        if not isinstance(getattr(workload, field, None), kind):
-            raise DataError(f"workload {workload.name!r} must set .{field} to a {kind.__name__}")
-    for split in SPLITS[:3]:
-        first = next(iter(workload.batches(split, 1)), None)
-        if first is None or len(first[1]) == 0:
-            raise DataError(f"workload {workload.name!r}: the split {split!r} is empty")
-    quality = workload.evaluate(workload.model, "validation", 1)
-    if math.isnan(quality.loss):
-        raise DataError(f"workload {workload.name!r}: the dense model's loss is not a number")
-    return workload

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DataError
 from ..utils.modes import evaluating
+from ..utils.pytrees import Inputs, take
+from .metrics import Meter, Read, SumMeter, Targets, value_of
+from .tasks.base import Outputs, Scale
 
 if TYPE_CHECKING:
     from .base import Workload
@@ -24,7 +27,7 @@ class Judgement:
 
     ``scores`` (n,) float64, one a sample (image, sequence), higher is better; ``loss`` and ``metric`` are
     means over ``count`` things (images, or tokens of a text); ``outputs`` are the model's, where the judge keeps them:
-    one row (C,) an image, or a token.
+    one row (C,) an image, or a token. ``meter`` has gathered the metric, where it is no mean.
     """
 
     scores: Tensor
@@ -32,6 +35,7 @@ class Judgement:
     metric: float
     count: int
     outputs: Any = None
+    meter: Meter | None = None
 
 
 class Judge(abc.ABC):
@@ -50,89 +54,144 @@ class Judge(abc.ABC):
         if len(parts) == 1:
             return parts[0]
         count = sum(part.count for part in parts)
+        meter = self._merged([part.meter for part in parts if part.meter is not None])
+        mean = sum(part.metric * part.count for part in parts) / count
         return Judgement(
             torch.cat([part.scores for part in parts]),
             sum(part.loss * part.count for part in parts) / count,
-            sum(part.metric * part.count for part in parts) / count,
+            mean if meter is None else meter.value(),
             count,
             None if parts[0].outputs is None else torch.cat([part.outputs for part in parts]),
+            meter,
         )
 
+    def _merged(self, meters: Sequence[Meter]) -> Meter | None:
+        if not meters:
+            return None
+        whole = self.new_meter()
+        assert whole is not None
+        for meter in meters:
+            whole.add(meter)
+        return whole
 
-class ClassJudge(Judge):
-    """Judges by whole outputs: -KL to the dense model's class probabilities, -loss, or the metric."""
+    def new_meter(self) -> Meter | None:
+        """An empty meter, where judgements have one."""
+        return None
+
+
+class TaskJudge(Judge):
+    """Judges by whole outputs: minus the task's divergence to the dense model, -loss, or the metric."""
 
     def __init__(self, workload: Workload, kind: str, limit: int | None) -> None:
         self._workload, self._kind, self._limit = workload, kind, limit
-        self._dense: list[Tensor] | None = None
+        self._task = workload.task_type
+        self._dense: list[Read] | None = None
+        self._scale: Scale = None
+        if kind == "kl" and not self._task.compares:
+            raise self._task.refusal()
 
     def __call__(self, model: nn.Module, start: int = 0, stop: int | None = None) -> Judgement:
+        workload = self._workload
         scores: list[Tensor] = []
-        answers: list[Tensor] = []
-        loss, metric, count, seen = 0.0, 0.0, 0, 0
+        rows: list[Tensor | None] = []
+        loss, count, meter = 0.0, 0, self.new_meter()
         dense = self._dense_outputs() if self._compares else []
         with torch.no_grad(), evaluating(model):
-            for i, (inputs, targets) in enumerate(self._workload.batches("validation", self._limit)):
-                first, last = max(start - seen, 0), len(targets)
-                if stop is not None:
-                    last = min(stop - seen, last)
-                seen += len(targets)
-                if first >= last:
-                    if last <= 0:
-                        break
-                    continue
+            for i, part, inputs, targets, size in self._parts(start, stop):
+                like = self._task.part(dense[i], part) if dense else None
+                outputs = self._task.forward(model, inputs, like)
+                read = self._task.read(outputs, workload.output)
+                rows.append(self._task.rows(read))
+                batch_loss = workload.batch_loss(model, inputs, targets, outputs)
+                mean = self._gather(meter, outputs, targets, size)
+                own = -batch_loss if self._kind == "loss" else torch.tensor(mean)
+                scores.append(self._scores(read, targets, like, own, size))
+                loss += float(batch_loss) * size
+                count += size
+            if not count:
+                raise DataError(f"workload {workload.name!r}: the split 'validation' is empty")
+            whole = workload.whole_metric(model, "validation")
+        metric = whole if meter is None else meter.value()
+        assert metric is not None
+        found = torch.cat(scores).double()
+        if self._kind == "accuracy" and not isinstance(meter, SumMeter):
+            found = torch.full_like(found, metric)
+        logits = [row for row in rows if row is not None]
+        answers = torch.cat(logits) if len(logits) == len(rows) else None
+        return Judgement(found, loss / count, metric, count, answers, meter)
+
+    def new_meter(self) -> Meter | None:
+        return self._workload.new_meter()
+
+    def _gather(self, meter: Meter | None, outputs: Outputs, targets: Targets, size: int) -> float:
+        """Let the meter take in a batch; returns the batch's own mean where the metric is one, else NaN."""
+        if meter is None:
+            return math.nan
+        if not isinstance(meter, SumMeter):
+            self._workload.feed_meter(meter, outputs, targets, size)
+            return math.nan
+        one = self.new_meter()
+        assert isinstance(one, SumMeter)
+        self._workload.feed_meter(one, outputs, targets, size)
+        meter.add(one)
+        return one.value()
+
+    def _parts(self, start: int, stop: int | None) -> Iterator[tuple[int, slice, Inputs, Targets, int]]:
+        """What of each batch lies between two samples: its number, the part, inputs, targets, samples."""
+        seen = 0
+        for i, (inputs, targets) in enumerate(self._workload.batches("validation", self._limit)):
+            size = self._workload.samples_in(inputs, targets)
+            first = max(start - seen, 0)
+            last = size if stop is None else min(stop - seen, size)
+            seen += size
+            if last <= 0:
+                return
+            if first < last:
                 part = slice(first, last)
-                inputs, targets = inputs[part], targets[part]
-                outputs = model(inputs)
-                logits = self._workload.adapter.logits(outputs)
-                if logits.ndim == 2:
-                    answers.append(logits.float().cpu())
-                batch_loss = self._workload.loss(outputs, targets)
-                batch_metric = self._workload.metric(outputs, targets)
-                means = batch_loss, batch_metric / len(targets)
-                scores.append(self._scores(logits, targets, dense[i][part] if dense else None, means))
-                loss += float(batch_loss) * len(targets)
-                metric += float(batch_metric)
-                count += len(targets)
-        if not count:
-            raise DataError(f"workload {self._workload.name!r}: the split 'validation' is empty")
-        return Judgement(
-            torch.cat(scores).double(),
-            loss / count,
-            metric / count,
-            count,
-            torch.cat(answers) if answers else None,
-        )
+                if last - first < size:
+                    inputs, targets = take(inputs, part), take(targets, part)
+                yield i, part, inputs, targets, last - first
 
     @property
     def _compares(self) -> bool:
         """Whether a score needs what the dense model says of the same samples."""
         return self._kind == "kl"
 
-    def _scores(
-        self, logits: Tensor, targets: Tensor, dense: Tensor | None, means: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        """A score for each sample of a batch, (B,); ``means`` are its mean loss and metric."""
+    def _scores(self, read: Read, targets: Targets, dense: Read, own: Tensor, size: int) -> Tensor:
+        """A score for each sample of a batch, (B,); ``own`` is what a batch has for each of its samples."""
         if dense is not None:
-            return -divergence(dense, logits)
-        value = -means[0] if self._kind == "loss" else means[1]
-        return value.reshape(1).expand(len(targets))
+            return -self._task.divergence(dense, read, self._scale).cpu()
+        return own.detach().cpu().reshape(1).expand(size)
 
-    def _kept(self, logits: Tensor) -> Tensor:
-        """What is kept of the dense model's logits."""
-        return F.log_softmax(logits.float(), dim=-1)
+    def _kept(self, read: Read) -> Read:
+        """What is kept of the dense model's outputs."""
+        return self._task.kept(read)
 
-    def _dense_outputs(self) -> list[Tensor]:
+    def _dense_outputs(self) -> list[Read]:
         if self._dense is None:
-            model = self._workload.model
+            workload, model = self._workload, self._workload.model
             with torch.no_grad(), evaluating(model):
-                batches: Any = self._workload.batches("validation", self._limit)
-                logits = self._workload.adapter.logits
-                self._dense = [self._kept(logits(model(x))) for x, _ in batches]
+                self._dense = [
+                    self._kept(self._task.read(self._task.forward(model, inputs), workload.output))
+                    for inputs, _ in workload.batches("validation", self._limit)
+                ]
+            self._scale = self._task.scale(self._dense)
         return self._dense
 
 
-def divergence(dense_log: Tensor, outputs: Tensor) -> Tensor:
-    """KL(dense || pruned) of each sample, (N,); further dimensions (the pixels of a map) are averaged."""
-    each = (dense_log.exp() * (dense_log - F.log_softmax(outputs.float(), dim=-1))).sum(dim=-1)
-    return each.flatten(1).mean(dim=1) if each.ndim > 1 else each
+class WholeJudge(Judge):
+    """Judges by a function of the user's, ``score_fn(model)``, which reads what it wants."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._workload = workload
+
+    def __call__(self, model: nn.Module, start: int = 0, stop: int | None = None) -> Judgement:
+        workload = self._workload
+        assert workload.score_fn is not None
+        if start or stop is not None:
+            raise DataError("score_fn: judges a model as a whole, so that there is no score of some samples")
+        with torch.no_grad(), evaluating(model):
+            found = value_of("score_fn", workload.score_fn, model)
+        quality = workload.evaluate(model, "validation")
+        scores = torch.full((quality.count,), found, dtype=torch.float64)
+        return Judgement(scores, quality.loss, quality.metric, quality.count)

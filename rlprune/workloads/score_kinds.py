@@ -12,7 +12,8 @@ from torch import Tensor
 from ..config.names import SCORE_KINDS
 from ..errors import ConfigError
 from ..utils.registry import Named, named_errors
-from .judge import ClassJudge, Judge
+from .judge import Judge, TaskJudge
+from .metrics import Read, Targets
 
 if TYPE_CHECKING:
     from .base import Workload
@@ -26,8 +27,8 @@ def score_kind(summary: str, *, wing: str | None = None, name: str | None = None
     The function takes ``(outputs, targets)`` of a batch of validation samples, or ``(outputs, targets, dense)`` with
     the dense model's outputs on them, and returns a score for each sample, (B,), higher is better. Outputs are logits
     (B, classes) and targets (B,) where images are classified; for next tokens they are log-probabilities
-    (B, L - 1, vocabulary) and the tokens that came (B, L - 1), -100 where none is scored; for a task of your own they
-    are its logits.
+    (B, L - 1, vocabulary) and the tokens that came (B, L - 1), -100 where none is scored; for other tasks they are what
+    the task reads of the model's outputs (see :class:`rlprune.workloads.tasks.TaskType`).
 
     Args:
         summary: one line for ``rlprune list scores``.
@@ -52,11 +53,11 @@ def registered(kind: str, wing: str) -> bool:
     return True
 
 
-def class_judge(workload: Workload, kind: str, limit: int | None) -> Judge:
+def task_judge(workload: Workload, kind: str, limit: int | None) -> Judge:
     """The judge by whole outputs, for one of rlprune's own scores or a registered one."""
     if registered(kind, workload.adapter.wing):
         return RegisteredJudge(workload, kind, limit)
-    return ClassJudge(workload, kind, limit)
+    return TaskJudge(workload, kind, limit)
 
 
 def takes_dense(function: Score) -> bool:
@@ -64,33 +65,32 @@ def takes_dense(function: Score) -> bool:
     return len(inspect.signature(function).parameters) > 2
 
 
-def scored(kind: str, *given: Tensor) -> Tensor:
-    """The scores (B,), float64, that a registered function gives a batch: outputs, targets, the dense outputs or not.
+def scored(kind: str, outputs: Read, targets: Targets, *dense: Read, count: int | None = None) -> Tensor:
+    """The scores (B,), float64, that a registered function gives a batch, with the dense outputs or not.
 
-    ConfigError naming the function where it gives anything else.
+    ``count`` is the number of samples, where ``targets`` are no tensor. ConfigError naming the function where it
+    gives anything else.
     """
-    count = len(given[1])
+    size = len(targets) if count is None else count
     with named_errors("score_kind", kind):
-        found = SCORE_KINDS.source(kind)(*given)
+        found = SCORE_KINDS.source(kind)(outputs, targets, *dense)
     shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-    if shape != (count,):
+    if shape != (size,):
         raise ConfigError(
-            f"score_kind {kind!r}: must return a tensor of shape ({count},), one score a sample, got {shape}"
+            f"score_kind {kind!r}: must return a tensor of shape ({size},), one score a sample, got {shape}"
         )
     return found.detach().to(torch.float64)
 
 
-class RegisteredJudge(ClassJudge):
+class RegisteredJudge(TaskJudge):
     """Judges by a registered function of the outputs; loss and metric are the workload's."""
 
     @property
     def _compares(self) -> bool:
         return takes_dense(SCORE_KINDS.source(self._kind))
 
-    def _kept(self, logits: Tensor) -> Tensor:
-        return logits
+    def _kept(self, read: Read) -> Read:
+        return read
 
-    def _scores(
-        self, logits: Tensor, targets: Tensor, dense: Tensor | None, means: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        return scored(self._kind, logits, targets, *(() if dense is None else (dense,)))
+    def _scores(self, read: Read, targets: Targets, dense: Read, own: Tensor, size: int) -> Tensor:
+        return scored(self._kind, read, targets, *(() if dense is None else (dense,)), count=size).cpu()

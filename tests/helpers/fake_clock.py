@@ -8,6 +8,7 @@ from torch import nn
 
 from rlprune.latency import calibrate as calibration
 from rlprune.latency import profile as profiling
+from rlprune.utils.pytrees import Inputs, call
 
 
 def fake_seconds(module: nn.Module) -> float:
@@ -27,13 +28,13 @@ def fake_clock(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(calibration, "measure", measure)
 
 
-def called(model: nn.Module, inputs: torch.Tensor) -> list[nn.Module]:
+def called(model: nn.Module, inputs: Inputs) -> list[nn.Module]:
     """The leaf modules with parameters that a forward pass runs, once for each call."""
     found: list[nn.Module] = []
     leaves = [m for m in model.modules() if not list(m.children()) and list(m.parameters())]
     handles = [m.register_forward_hook(lambda module, *_: found.append(module)) for m in leaves]
     with torch.no_grad():
-        model(inputs)
+        call(model, inputs)
     for handle in handles:
         handle.remove()
     return found

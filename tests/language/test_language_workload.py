@@ -18,7 +18,7 @@ from rlprune.language.text import TextData
 from rlprune.language.workload import LanguageWorkload
 from rlprune.pruning.plan import make_plan
 from rlprune.workloads import SPLITS
-from rlprune.workloads.base import check_workload
+from rlprune.workloads.checks import check_workload
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from torch import nn
 from helpers.fake_clock import called, fake_clock, fake_seconds
 from helpers.lm import tiny_lm
 from helpers.nets import NETS, build, example
+from helpers.tasks import made
 from rlprune.api import trace
 from rlprune.errors import ArtifactError, BudgetError
 from rlprune.latency import calibrate as calibration
@@ -320,3 +321,13 @@ def test_the_table_of_another_model_and_unusable_batches_are_refused(no_clock: N
         with_latency(space, model, inputs, 0)
     with pytest.raises(BudgetError, match="needs a table"):
         space.dense_cost("latency")
+
+
+@pytest.mark.parametrize("kind", ["two inputs", "named inputs", "detection"])
+def test_inputs_of_any_kind_are_timed(kind: str, no_clock: None) -> None:
+    workload = made(kind)
+    example = workload.example_inputs
+    space = with_latency(trace(workload.model, example), workload.model, example, batch_size=2)
+    table = space.costs["latency"].table
+    assert table.batch_size == 2
+    assert space.cost(np.maximum(space.widths // 2, 1), "latency") < space.dense_cost("latency")

@@ -195,7 +195,7 @@ def test_divergence_is_reported_and_stops_early() -> None:
 def test_wrong_calls() -> None:
     with pytest.raises(RlpruneError, match="no batch"):
         run(make_model(), source=lambda generator: [])
-    with pytest.raises(RlpruneError, match="third tensor"):
+    with pytest.raises(RlpruneError, match="third part"):
         run(make_model(), distill=DistillTargets())
     with pytest.raises(RlpruneError, match="at least one step"):
         run(make_model(), steps=0)

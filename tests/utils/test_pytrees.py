@@ -11,7 +11,16 @@ from torch import Tensor
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from rlprune.errors import DataError
-from rlprune.utils.pytrees import batch_size, call, map_tensors, take, tensors, to_double
+from rlprune.utils.pytrees import (
+    batch_size,
+    call,
+    map_tensors,
+    repeat,
+    sample_count,
+    take,
+    tensors,
+    to_double,
+)
 
 Pair = namedtuple("Pair", "image mask")
 
@@ -64,3 +73,18 @@ def test_a_list_is_one_argument_and_a_tuple_several():
 def test_nothing_to_count_is_named():
     with pytest.raises(DataError, match="batches: holds no tensor with a batch dimension"):
         batch_size({"a": 1}, "batches")
+
+
+def test_a_sample_is_repeated_in_every_part() -> None:
+    nest = {"x": torch.arange(6).reshape(2, 3), "size": torch.tensor(4), "more": (torch.ones(2, 1), [1, 2])}
+    found = repeat(nest, 3)
+    assert found["x"].tolist() == [[0, 1, 2]] * 3 and found["more"][0].shape == (3, 1)
+    assert found["more"][1] == [1, 1, 1] and found["size"] is nest["size"]
+    pictures = [torch.zeros(3, 4, 5)]
+    assert [p.shape for p in repeat((pictures,), 2)[0]] == [(3, 4, 5)] * 2
+
+
+def test_samples_are_counted_by_the_targets() -> None:
+    assert sample_count(torch.zeros(7, 2, 3), torch.zeros(2)) == 2
+    assert sample_count([torch.zeros(3, 4, 4)] * 5, [{"boxes": torch.zeros(0, 4)}] * 5) == 5
+    assert sample_count(torch.zeros(7, 2), None) == 7

@@ -12,7 +12,7 @@ from rlprune.vision.data import load_data
 from rlprune.vision.workload import VisionWorkload, crop_and_flip
 from rlprune.vision.zoo import build_model
 from rlprune.workloads import SPLITS, Workload
-from rlprune.workloads.base import check_workload
+from rlprune.workloads.checks import check_workload
 
 
 def digits_workload(**options: object) -> VisionWorkload:
