@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from ..errors import BudgetError
 from ..utils.arrays import Floats, Ints
 from .budget import BudgetLike, Limits, parse_budget, project
 from .cost import AxisSize, Cost, amount, formula
+from .fingerprint import fingerprint as fingerprint
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ class DropRule:
 class PruningSpace:
     """The ordered groups of one model with everything that cutting and costing need; made by ``rlprune.trace``.
 
-    ``input_shape`` is that of the example input, where this was a single tensor. ``wing`` names the adapter that
-    traced it (``ModelAdapter.wing``).
+    ``input_shape`` is that of the example input, where this was a single tensor, ``inputs`` the record of any nest of
+    them (``inputs.describe_inputs``). ``wing`` names the adapter that traced it (``ModelAdapter.wing``).
     """
 
     groups: tuple[Group, ...]
@@ -121,6 +121,7 @@ class PruningSpace:
     input_shape: tuple[int, ...] | None = None
     drops: tuple[DropRule, ...] = ()
     wing: str = "vision"
+    inputs: Any = field(default=None, repr=False)
 
     @cached_property
     def widths(self) -> Ints:
@@ -252,13 +253,3 @@ def rounded(group: Group, round_to: int, minimum: int) -> Group:
     lowest = max(1, math.ceil(minimum / group.unit))
     lowest = min(math.ceil(lowest / step) * step, group.width) if group.minimum else 0
     return replace(group, step=step, minimum=lowest)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of the architecture: names, shapes and layer types, not the values of the weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)};".encode())
-    for name, module in model.named_modules():
-        digest.update(f"{name}:{type(module).__name__};".encode())
-    return digest.hexdigest()[:32]
