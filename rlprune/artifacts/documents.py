@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, TypeGuard, cast
 
 from ..errors import ArtifactError
+from ..pruning.inputs import check_inputs
 from ..utils.files import read_json
 
 PLAN_FILE = "plan.json"
@@ -38,7 +40,8 @@ class PlanDocument(TypedDict):
     version: int
     base: dict[str, Any]
     fingerprint: str
-    input: NotRequired[list[int] | None]
+    input: NotRequired[Any]
+    """The record of the example inputs (`pruning.inputs`): of one float32 tensor its shape."""
     groups: list[GroupEntry]
     widths: list[int]
     budget: dict[str, Any]
@@ -48,6 +51,8 @@ class PlanDocument(TypedDict):
     attributes: dict[str, dict[str, int]]
     roots: dict[str, Root]
     tensors: dict[str, list[int]]
+    checksums: NotRequired[dict[str, str]]
+    """Number format and SHA-256 of each tensor (`fitting.checksum`); folders of earlier versions have none."""
     libraries: dict[str, str]
     layers: NotRequired[list[dict[str, int]]]
     """Of language models, as `pruned_hidden_size` and `added_biases`: the sizes of each block."""
@@ -73,7 +78,13 @@ def read_plan(directory: str | Path) -> PlanDocument:
         )
     for group, width in zip(document["groups"], document["widths"], strict=True):
         _check_group(group, width, path)
-    return cast(PlanDocument, document)
+    for field in ("cost", "dense_cost"):
+        _check_costs(document[field], f"{path}: {field}")
+    if document.get("input") is not None:
+        check_inputs(document["input"], str(path))
+    if not isinstance(document.get("checksums", {}), dict):
+        raise ArtifactError(f"{path}: damaged: the field 'checksums' is not a dict")
+    return cast("PlanDocument", document)
 
 
 def read_document(path: Path, kind: str, newest: int) -> dict[str, Any]:
@@ -111,6 +122,18 @@ def _check_group(group: object, width: object, path: Path) -> None:
     inside = all(is_count(unit) and unit < dense for unit in kept)
     if not inside or any(a >= b for a, b in itertools.pairwise(kept)):
         raise ArtifactError(experiment + f"kept units must be ascending numbers below {dense}")
+
+
+def _check_costs(costs: Mapping[str, object], where: str) -> None:
+    for metric, cost in costs.items():
+        if (
+            isinstance(cost, bool)
+            or not isinstance(cost, (int, float))
+            or not 0 <= cost <= sys.float_info.max
+        ):
+            raise ArtifactError(
+                f"{where}.{metric}: must be a finite number of 0 and more, got {str(cost)[:40]!r}"
+            )
 
 
 def is_count(value: object) -> TypeGuard[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from ..config.config import FinishConfig, RecoveryConfig
 from ..errors import ArtifactError, ConfigError, GraphError, near_miss
 from ..importance.calibration_cache import CalibrationCache
 from ..importance.unit_scores import Scores
+from ..pruning.inputs import describe_inputs
 from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
 from ..pruning.surgery import attributes
@@ -37,7 +39,8 @@ from ..workloads.base import Quality, Workload, evaluate_outputs
 from ..workloads.judge import Judge
 from ..workloads.score_kinds import class_judge
 from .identify import identify
-from .zoo import rebuild
+from .load_pruned import FILE, standalone
+from .rebuild import rebuild
 
 SGD_LR = 0.02
 """Peak learning rate of the final fine-tune where the settings leave it open."""
@@ -86,7 +89,8 @@ class VisionAdapter(ModelAdapter):
         for name in ("drop", "hidden"):
             if getattr(options, name):
                 raise GraphError(f"prune.{name}: only for language models; {type(model).__name__} is none")
-        return trace_channels(model, example_inputs, options)
+        space = trace_channels(model, example_inputs, options)
+        return replace(space, inputs=describe_inputs(example_inputs))
 
     def space_of_plan(
         self, workload: Workload, document: PlanDocument, options: TraceOptions
@@ -171,7 +175,8 @@ class VisionAdapter(ModelAdapter):
         if base is None:
             space = plan.space
             base = identify(slim, space.fingerprint, space.dense_cost("params"), attributes(space, plan))
-        save_pruned(slim, plan, directory, dict(base) if base is not None else {"source": "given"})
+        known = dict(base) if base is not None else {"source": "given"}
+        save_pruned(slim, plan, directory, known, {FILE: standalone(known)})
 
     def load(self, directory: Path, document: PlanDocument, base: nn.Module | None) -> nn.Module:
         return load_pruned(directory, document, base, rebuild)

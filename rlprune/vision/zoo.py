@@ -21,9 +21,9 @@ from ..artifacts.checkpoint import SUFFIXES, load_checkpoint, put_weights
 from ..errors import ArtifactError, ConfigError, DataError, described, near_miss
 from ..utils.named_objects import model_function
 from .googlenet_cifar import CifarGoogLeNet
+from .resnet_cifar import CIFAR_DEPTHS as CIFAR_DEPTHS
 from .resnet_cifar import CifarResNet
 
-CIFAR_DEPTHS = (20, 32, 44, 56, 110)
 _ZOO: dict[str, Callable[..., nn.Module]] = {
     **{f"cifar_resnet{depth}": partial(CifarResNet, depth) for depth in CIFAR_DEPTHS},
     "cifar_googlenet": CifarGoogLeNet,

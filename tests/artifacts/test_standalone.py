@@ -1,0 +1,155 @@
+"""A pruned folder is loaded where rlprune is missing, and gives what `rlprune.load` gives."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torchvision import models
+
+import rlprune
+from rlprune.utils import pytrees
+from rlprune.vision.load_pruned import standalone
+from rlprune.vision.zoo import build_model
+from tests.helpers import own_models
+
+OWN = Path(own_models.__file__)
+
+# Run with -I, from another folder: nothing of ours can be imported, and what tries to is told so.
+LOADER = """
+import importlib.util, json, sys
+from pathlib import Path
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("rlprune", "torch_pruning"):
+            raise ImportError(f"{name} is not to be imported here")
+
+sys.meta_path.insert(0, Blocker())
+
+def load_file(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+import torch
+from safetensors.torch import save_file
+torch.set_num_threads(1)
+own = load_file("own_models", sys.argv[2])
+for folder in map(Path, sys.argv[3:]):
+    job = json.loads((folder.parent / "job.json").read_text())
+    module = load_file("load_pruned", folder / "load_pruned.py")
+    model = module.load(base=getattr(own, job["own"])()) if job["own"] else module.load()
+    assert not model.training and not any(name.partition(".")[0] == "rlprune" for name in sys.modules)
+    inputs = torch.load(folder.parent / "inputs.pt", weights_only=True)
+    with torch.no_grad():
+        outputs = module.call(model, inputs)
+    found = {str(i): t.contiguous() for i, t in enumerate(module._tensors(outputs))}
+    save_file(found, folder.parent / "found.safetensors")
+print("loaded", len(sys.argv) - 3)
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A dense model, one sample, the samples that are compared, the name of the class where it is a user's own."""
+
+    name: str
+    model: Callable[[], nn.Module]
+    example: Any
+    own: str = ""
+
+
+IMAGE = torch.zeros(1, 3, 32, 32)
+CASES = [
+    Case("torchvision", lambda: models.resnet18(num_classes=5), IMAGE),
+    Case("mobilenet", lambda: models.mobilenet_v3_small(num_classes=5), IMAGE),
+    Case("timm", lambda: build_model("timm:resnet10t", 5), IMAGE),
+    Case("zoo", lambda: build_model("cifar_resnet20", 10, arguments={"width": 4}), IMAGE),
+    Case("own", own_models.Tagger, IMAGE, "Tagger"),
+    Case("two inputs", own_models.TwoInputs, (IMAGE, torch.zeros(1, 4)), "TwoInputs"),
+]
+
+
+def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    with torch.no_grad():
+        return list(pytrees.tensors(pytrees.call(model, inputs)))
+
+
+def prepare(case: Case, folder: Path) -> Path:
+    """The pruned folder of a case, with its inputs and what is to be loaded beside it."""
+    torch.manual_seed(0)
+    model = case.model().eval()
+    space = rlprune.trace(model, case.example)
+    rng = np.random.default_rng(0)
+    scores = [rng.random(group.width) for group in space.groups]
+    plan = rlprune.make_plan(
+        space, importance=scores, distribution=rng.random(len(space.groups)) + 0.05, budget=0.7
+    )
+    folder.mkdir()
+    rlprune.save(rlprune.prune(model, plan), plan, folder / "pruned")
+    inputs = pytrees.map_tensors(lambda t: torch.rand(2, *t.shape[1:]), case.example)
+    torch.save(inputs, folder / "inputs.pt")
+    (folder / "job.json").write_text(json.dumps({"own": case.own}))
+    wanted = outputs(rlprune.load(folder / "pruned", base=model if case.own else None), inputs)
+    save_file({str(i): t.contiguous() for i, t in enumerate(wanted)}, folder / "wanted.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of all cases, loaded by one process that has no rlprune."""
+    root = tmp_path_factory.mktemp("standalone")
+    made = {case.name: prepare(case, root / case.name.replace(" ", "_")) for case in CASES}
+    command = [sys.executable, "-I", "-c", LOADER, "-", str(OWN), *(str(f / "pruned") for f in made.values())]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"loaded {len(CASES)}" in done.stdout
+    return made
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+def test_the_folder_alone_gives_the_same_outputs(name: str, folders: dict[str, Path]) -> None:
+    wanted, found = (load_file(folders[name] / f"{kind}.safetensors") for kind in ("wanted", "found"))
+    assert wanted.keys() == found.keys() and wanted
+    for key, tensor in wanted.items():
+        assert torch.equal(tensor, found[key]), key
+
+
+def test_the_file_says_what_the_model_gives(folders: dict[str, Path]) -> None:
+    command = [sys.executable, str(folders["zoo"] / "pruned" / "load_pruned.py")]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "outputs for one sample: [(1, 10)]" in done.stdout
+    command[1] = str(folders["own"] / "pruned" / "load_pruned.py")
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and "pass base=model" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def names(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + str(node.module)
+
+
+@pytest.mark.parametrize("source", ["zoo", "torchvision", "timm", "given"])
+def test_the_file_asks_for_no_other_library(source: str) -> None:
+    base = {"source": source, "name": "cifar_resnet20"}
+    found = {name.partition(".")[0] for name in names(ast.parse(standalone(base)))}
+    allowed = {"torch", "safetensors", "timm", "torchvision"} & {"torch", "safetensors", source}
+    assert found - set(sys.stdlib_module_names) == allowed
