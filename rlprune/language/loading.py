@@ -6,12 +6,10 @@ refused before its weights are read.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from ..errors import ArtifactError, ConfigError, DataError, GraphError, near_miss
+from ..utils.hub import HUB_ID, local_config, quiet
 from .families import UnsupportedModel, family_of, tensor_of
 from .text import help_texts
 
@@ -79,7 +78,27 @@ def list_causal() -> list[tuple[str, str]]:
 
 def is_causal(name: str) -> bool:
     """Whether a model's name stands for a causal language model."""
-    return name == TINY or name.startswith(PREFIX)
+    return name == TINY or (name.startswith(PREFIX) and not _reads_images(name.removeprefix(PREFIX)))
+
+
+def _reads_images(place: str) -> bool:
+    """Whether a type's name, a folder or a cached hub id stands for an image classifier of transformers."""
+    content = local_config(place)
+    return _is_image_type(place if content is None else content.get("model_type"))
+
+
+def _near_type(place: str) -> str:
+    """The near miss of what may be a misspelt type of an image classifier."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as IMAGES
+
+    return "" if "/" in place else near_miss(place, IMAGES)
+
+
+def _is_image_type(kind: object) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as IMAGES
+
+    return kind in IMAGES and kind not in CAUSAL
 
 
 def load_causal(
@@ -91,7 +110,7 @@ def load_causal(
     ArtifactError (broken files, missing weights), GraphError (not a causal LM of a supported family).
     """
     torch_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    with _quiet():
+    with quiet():
         if name == TINY:
             return _tiny(dict(arguments or {}), seed, torch_dtype)
         if arguments:
@@ -111,7 +130,7 @@ def load_causal(
 
 def read_config(name: str) -> PreTrainedConfig:
     """The config of a model named ``hf:...``, without its weights; refuses what `load_causal` refuses by it."""
-    with _quiet():
+    with quiet():
         place, file = _place(name)
         return _config(name, place, {"trust_remote_code": False} | ({"gguf_file": file} if file else {}))
 
@@ -141,7 +160,7 @@ def _place(name: str) -> tuple[str, str | None]:
         return str(path), None
     if path.is_file():
         raise DataError(f"model.name {name!r}: give the folder with config.json, or a .gguf file")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text[:1] == ".":
+    if not HUB_ID.fullmatch(text) or text[:1] == ".":
         raise DataError(f"model.name {name!r}: no such folder, and not a hub id (ORGANISATION/NAME)")
     return text, None
 
@@ -166,7 +185,10 @@ def _config(name: str, place: str, options: Mapping[str, object]) -> PreTrainedC
         raise GraphError(f"model.name {name!r}: is a pruned model already; give the dense one")
     if kind not in CAUSAL or (classes and not any(c.endswith(_CAUSAL_NAMES) for c in classes)):
         what = f"{classes[0]} ({kind})" if classes else f"model type {kind!r}"
-        raise GraphError(f"model.name {name!r}: {what} is not a causal language model")
+        # A hub id counts as a language model's until its config is in the cache.
+        again = "; it classifies images and its config is cached now: run this again"
+        again = again if _is_image_type(kind) else ""
+        raise GraphError(f"model.name {name!r}: {what} is not a causal language model{again}")
     _refuse_unsupported(name, config)
     return config
 
@@ -225,7 +247,8 @@ def _read(read: Callable[[], Found], name: str, what: str, options: Mapping[str,
         if "gguf_file" in options:
             raise ArtifactError(f"model.name {name!r}: truncated or unknown GGUF file ({line})") from error
         if not Path(name.removeprefix(PREFIX)).expanduser().is_dir():
-            raise DataError(f"model.name {name!r}: its {what} cannot be fetched ({line})") from error
+            hint = _near_type(name.removeprefix(PREFIX))
+            raise DataError(f"model.name {name!r}{hint}: its {what} cannot be fetched ({line})") from error
         raise ArtifactError(f"model.name {name!r}: its {what} cannot be read ({line})") from error
 
 
@@ -302,22 +325,6 @@ def help_tokenizer(vocabulary: int) -> PreTrainedTokenizerBase:
     )
     tokenizer.train_from_iterator(help_texts().splitlines(keepends=True), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=_END, eos_token=_END)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and notes; what matters in them is raised as an error."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _line(error: BaseException) -> str:

@@ -10,17 +10,21 @@ from typing import TYPE_CHECKING
 from ..utils.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .zoo import base_of, build_model
+    from .zoo import base_of, build_model, example_for, task_of
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "base_of": "zoo",
         "build_model": "zoo",
+        "example_for": "zoo",
+        "task_of": "zoo",
     },
 )
 
 __all__ = [
     "base_of",
     "build_model",
+    "example_for",
+    "task_of",
 ]

@@ -11,17 +11,21 @@ from torch import Tensor
 from ..config.config import Config, DataConfig
 from ..errors import ConfigError
 from ..workloads.base import Workload
-from ..workloads.builder import WorkloadBuilder
+from ..workloads.builder import Inspected, WorkloadBuilder
 from ..workloads.checks import check_finite, run_forward
 from . import data as vision_data
 from . import zoo
 from .data import Request, VisionData, load_data
+from .torchvision_models import TASKS
 from .workload import VisionWorkload
-from .zoo import base_of, build_model
+from .zoo import base_of, build_model, example_for, task_of
+
+_CLASSES = 10
+"""Number of classes where no data says it and nothing depends on it."""
 
 
 class VisionBuilder(WorkloadBuilder):
-    """Named models of our zoo, torchvision and timm, or a user's function, over images."""
+    """Named models of our zoo, torchvision, timm and transformers, or a user's function, over images."""
 
     wing = "vision"
     data_noun = "images"
@@ -45,9 +49,13 @@ class VisionBuilder(WorkloadBuilder):
         base_of(model, 2)
 
     def build(self, config: Config, device: torch.device, checkpoint: str | Path | None) -> VisionWorkload:
-        data = _load(config.data.name, _request(config.data))
         settings = config.model
-        base = base_of(settings.name, len(data.classes), data.channels, settings.arguments, settings.weights)
+        _refuse_other_task(settings.name, config.data.name)
+        data = _load(config.data.name, _request(config.data))
+        side = data.shape[-1]
+        base = base_of(
+            settings.name, len(data.classes), data.channels, settings.arguments, settings.weights, side
+        )
         model = build_model(
             settings.name,
             len(data.classes),
@@ -56,6 +64,7 @@ class VisionBuilder(WorkloadBuilder):
             weights=None if checkpoint else settings.weights,
             checkpoint=checkpoint or settings.checkpoint,
             seed=settings.seed,
+            side=side,
         )
         check_finite(model, settings.name)
         workload = VisionWorkload(
@@ -69,6 +78,43 @@ class VisionBuilder(WorkloadBuilder):
         )
         _check_forward(workload, settings.name, len(data.classes))
         return workload
+
+    def inspected(self, config: Config, device: torch.device) -> Inspected:
+        """A model of another task without data, which none of the shipped data sets would fit."""
+        settings = config.model
+        task = _other_task(settings.name)
+        if task is None:
+            return super().inspected(config, device)
+        if config.budget.metric == "latency":
+            raise ConfigError(
+                f"budget.metric: latency of {settings.name!r} ({task}) needs a workload of your own "
+                "(workload: module:name)"
+            )
+        base = base_of(settings.name, _CLASSES, arguments=settings.arguments, weights=settings.weights)
+        model = build_model(
+            settings.name,
+            _CLASSES,
+            arguments=settings.arguments,
+            weights=settings.weights,
+            checkpoint=settings.checkpoint,
+            seed=settings.seed,
+        )
+        return Inspected(model, example_for(base, config.data.image_size), None)
+
+
+def _other_task(name: str) -> str | None:
+    """The task of a named model that gives something else than a class for an image."""
+    task = task_of(base_of(name, _CLASSES))
+    return None if task == "classification" else task
+
+
+def _refuse_other_task(name: str, data: str) -> None:
+    task = _other_task(name)
+    if task is not None:
+        raise ConfigError(
+            f"model.name {name!r}: gives {TASKS[task]} ({task}), but data.name {data!r} holds one class for each "
+            "image; write a Workload with this model and your data (workload: module:name, docs/write-your-own.md)"
+        )
 
 
 @functools.lru_cache(maxsize=2)
@@ -89,6 +135,7 @@ def _request(data: DataConfig) -> Request:
 
 def _check_forward(workload: Workload, name: str, classes: int) -> None:
     outputs = run_forward(workload, name)
+    outputs = getattr(outputs, "logits", outputs)
     shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
     if shape != (1, classes):
         raise ConfigError(

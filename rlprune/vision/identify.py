@@ -10,11 +10,10 @@ from torch import nn
 
 from ..errors import ArtifactError
 from ..pruning.space import fingerprint
+from . import hf_models, torchvision_models
 from .googlenet_cifar import CifarGoogLeNet
 from .resnet_cifar import CifarResNet
 from .zoo import CIFAR_DEPTHS, rebuild
-
-MOST_CANDIDATES = 5
 
 
 def identify(
@@ -53,9 +52,11 @@ def _candidates(model: nn.Module, dense_params: float) -> Iterator[dict[str, Any
         arguments = {"width": model.width, "classes": classes, "channels": channels}
         yield {"source": "zoo", "name": "cifar_googlenet", "arguments": arguments}
     elif home.startswith("torchvision.models."):
-        arguments = {"num_classes": classes, "channels": channels}
-        for name in _torchvision_names(home, dense_params):
-            yield {"source": "torchvision", "name": name, "arguments": arguments}
+        yield from torchvision_models.candidates(model, dense_params, classes, channels)
+    elif home.startswith("transformers."):
+        found = hf_models.candidate(model, channels)
+        if found is not None:
+            yield found
     elif home.startswith("timm."):
         settings = getattr(model, "pretrained_cfg", None) or {}
         known = settings.get("architecture")
@@ -64,21 +65,9 @@ def _candidates(model: nn.Module, dense_params: float) -> Iterator[dict[str, Any
             yield {"source": "timm", "name": known, "arguments": arguments}
 
 
-def _torchvision_names(home: str, dense_params: float) -> list[str]:
-    """Models of the file ``home`` with about that many parameters: the largest of a family fill no memory."""
-    from torchvision import models
-
-    def distance(name: str) -> float:
-        published = [weights.meta.get("num_params", 0) for weights in models.get_model_weights(name)]
-        return min((abs(count - dense_params) for count in published), default=0.0)
-
-    names = [n for n in models.list_models(module=models) if models.get_model_builder(n).__module__ == home]
-    return sorted(names, key=distance)[:MOST_CANDIDATES]
-
-
 def _ends(model: nn.Module) -> tuple[int, int]:
     """Outputs of the last layer and inputs of the first: neither is ever cut."""
-    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d, nn.Linear))]
     if not layers:
         return 0, 0
     first, last = layers[0].weight, layers[-1].weight
@@ -98,10 +87,13 @@ def _same_settings(model: nn.Module, twin: nn.Module, changed: Mapping[str, Mapp
     ours, theirs = dict(model.named_modules()), dict(twin.named_modules())
     if ours.keys() != theirs.keys():
         return False
-    return all(
-        _simple(ours[name], changed.get(name, {})) == _simple(theirs[name], changed.get(name, {}))
-        for name in ours
-    )
+    return all(_agree(ours[name], theirs[name], changed.get(name, {})) for name in ours)
+
+
+def _agree(module: nn.Module, twin: nn.Module, leave_out: Mapping[str, int]) -> bool:
+    ours, theirs = _simple(module, leave_out), _simple(twin, leave_out)
+    # What a forward pass fills in where the constructor left None (the scales of a RoI pooling) is no setting.
+    return ours == {k: v for k, v in theirs.items() if k in ours or v is not None or k not in vars(module)}
 
 
 def _simple(module: nn.Module, leave_out: Mapping[str, int]) -> dict[str, Any]:

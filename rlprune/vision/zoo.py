@@ -1,7 +1,8 @@
-"""Models by name: those for small images, torchvision and timm classifiers, and a user's own function.
+"""Models by name: those for small images, torchvision's, timm's and transformers', and a user's own function.
 
-Names: ``cifar_resnet20``, ``cifar_googlenet``; a bare torchvision name or ``torchvision:NAME``; ``timm:NAME``;
-``module:function`` for any function that returns a torch.nn.Module.
+Names: ``cifar_resnet20``, ``cifar_googlenet``; a bare torchvision name or ``torchvision:NAME`` (classifiers,
+segmentation, detection, video, optical flow); ``timm:NAME``; ``hf:TYPE``, ``hf:FOLDER`` and ``hf:ID`` for image
+classifiers of transformers; ``module:function`` for any function that returns a torch.nn.Module.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch import nn
 from ..artifacts.checkpoint import SUFFIXES, load_checkpoint, put_weights
 from ..errors import ArtifactError, ConfigError, DataError, described, near_miss
 from ..utils.named_objects import model_function
+from ..utils.pytrees import Inputs
+from . import hf_models, torchvision_models
 from .googlenet_cifar import CifarGoogLeNet
 from .resnet_cifar import CIFAR_DEPTHS as CIFAR_DEPTHS
 from .resnet_cifar import CifarResNet
@@ -28,14 +31,17 @@ _ZOO: dict[str, Callable[..., nn.Module]] = {
     **{f"cifar_resnet{depth}": partial(CifarResNet, depth) for depth in CIFAR_DEPTHS},
     "cifar_googlenet": CifarGoogLeNet,
 }
-# Their heads that only training uses are built away; the prefixes are those of the heads' tensors.
-_AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 # Arguments that would fetch or read files; a saved artifact must not be able to ask for that.
-_FORBIDDEN = ("weights", "weights_backbone", "progress", "checkpoint_path", "cache_dir")
+_FORBIDDEN = (
+    *("weights", "weights_backbone", "progress", "checkpoint_path", "cache_dir"),
+    *hf_models.FORBIDDEN,
+)
+_SOURCES = ("zoo", "torchvision", "timm", "hf")
+_SMALL_SIDE, _USUAL_SIDE = 32, 224
 
 
 class Base(TypedDict):
-    """How to build an architecture, plain JSON: ``source`` is "zoo", "torchvision", "timm" or "function"."""
+    """How to build an architecture, plain JSON: ``source`` is "zoo", "torchvision", "timm", "hf" or "function"."""
 
     source: str
     name: str
@@ -46,8 +52,10 @@ def list_models() -> list[tuple[str, str]]:
     """(name, one line) of every model that can be named here, timm's summed up in one line."""
     rows = [(f"cifar_resnet{d}", f"CIFAR ResNet of depth {d}; arguments: width (16)") for d in CIFAR_DEPTHS]
     rows.append(("cifar_googlenet", "GoogLeNet for small images; arguments: width (1.0, a factor)"))
-    rows += [(n, "torchvision classifier") for n in _torchvision_names()]
+    rows += [(n, f"torchvision, gives {torchvision_models.TASKS[t]}") for n, t in torchvision_models.names()]
     rows.append(("timm:NAME", f"timm classifier ({_timm_state()})"))
+    rows += [(f"hf:{kind}", "transformers image classifier, its default sizes") for kind in hf_models.types()]
+    rows.append(("hf:FOLDER", "the same from a folder with config.json, with its weights"))
     rows.append(("module:function", "your own function that returns a torch.nn.Module"))
     return rows
 
@@ -58,26 +66,34 @@ def base_of(
     channels: int = 3,
     arguments: Mapping[str, object] | None = None,
     weights: str | None = None,
+    side: int | None = None,
 ) -> Base:
     """How to build an architecture: {"source", "name", "arguments"}, plain JSON, checked.
 
-    ``source`` is "zoo", "torchvision", "timm" or "function". ``weights`` matters for the two torchvision
-    models whose published weights want the input normalised in another way (``transform_input``).
-    Raises ConfigError for an unknown name.
+    ``source`` is "zoo", "torchvision", "timm", "hf" or "function". ``weights`` matters for torchvision models whose
+    published weights belong to a variant (another normalisation of the input, batch norms with fixed statistics).
+    ``side`` is that of the images in pixels, which transformers' vision transformers are built for.
+    Raises ConfigError for an unknown name or argument, ArtifactError for an ``hf:`` folder that cannot be read.
     """
     source, bare = _resolve(name)
     given = dict(arguments or {})
     for key in given:
         if key in _FORBIDDEN or key.startswith("pretrained"):
             raise ConfigError(f"model.arguments.{key}: not allowed; use model.weights or model.checkpoint")
+    defaults: dict[str, object]
     if source == "zoo":
         defaults = {"classes": classes, "channels": channels}
     elif source == "torchvision":
-        defaults = {"num_classes": classes, "channels": channels}
-        if bare in _AUXILIARY and weights is not None and not _is_file(weights):
-            defaults["transform_input"] = True
+        defaults = torchvision_models.defaults(bare, classes, channels)
+        if weights is not None and not _is_file(weights):
+            defaults |= torchvision_models.arguments_of_weights(bare)
     elif source == "timm":
         defaults = {"num_classes": classes, "in_chans": channels}
+    elif source == "hf":
+        hf_models.check_arguments(bare, given)
+        own = hf_models.resolve(name)[1]
+        # Weights of a folder fit its own size of the images.
+        defaults = own | hf_models.defaults(bare, classes, channels, None if own else side)
     else:
         defaults = {}
     return {"source": source, "name": bare, "arguments": defaults | given}
@@ -92,22 +108,27 @@ def build_model(
     weights: str | None = None,
     checkpoint: str | Path | None = None,
     seed: int = 0,
+    side: int | None = None,
 ) -> nn.Module:
     """Build a model by name, in eval mode on the CPU.
 
     Without weights it is initialised from ``seed`` (the global random state stays as it was).
 
     Args:
-        weights: a name of torchvision or timm weights ("DEFAULT" for the newest), or a file.
-            Where the number of classes or channels differs, the head or the stem stays initialised.
+        weights: a name of torchvision or timm weights ("DEFAULT" for the newest), a folder or hub id of
+            transformers, or a file. ``hf:FOLDER`` brings its own. Where the number of classes or channels
+            differs, the head or the stem stays initialised.
+        side: of the images in pixels; see `base_of`.
         checkpoint: a .safetensors or torch file; every tensor has to fit.
 
     Raises ConfigError (unknown name or arguments), ArtifactError (file), DataError (no download).
     """
-    base = base_of(name, classes, channels, arguments, weights)
+    base = base_of(name, classes, channels, arguments, weights, side)
     if weights is not None and checkpoint is not None:
         raise ConfigError("model.weights and model.checkpoint: give one of the two")
     model = _construct(base, seed, trusted=True)
+    if weights is None and checkpoint is None and base["source"] == "hf":
+        weights = hf_models.own_weights(name)
     if weights is not None and _is_file(weights):
         weights, checkpoint = None, weights
     if checkpoint is not None:
@@ -120,11 +141,11 @@ def build_model(
 def rebuild(base: Mapping[str, object]) -> nn.Module:
     """Build the architecture that a saved ``base`` describes, with random weights, in eval mode.
 
-    Only zoo, torchvision and timm models are built: a file never names code to run. For everything
-    else ArtifactError says to pass the base model.
+    Only zoo, torchvision, timm and transformers models are built, the last by their type: a file never names code to
+    run or weights to fetch. For everything else ArtifactError says to pass the base model.
     """
     source = base.get("source")
-    if source not in ("zoo", "torchvision", "timm"):
+    if source not in _SOURCES:
         raise ArtifactError(
             f"the base model has source {source!r}, which is not rebuilt from a file: pass base=model"
         )
@@ -134,23 +155,53 @@ def rebuild(base: Mapping[str, object]) -> nn.Module:
     if any(k in _FORBIDDEN or k.startswith("pretrained") for k in arguments):
         raise ArtifactError("the base model's description asks for a download or a file, which is refused")
     try:
-        known = _resolve(f"{source}:{name}" if source != "zoo" else name)
-        if known[0] != source:
+        if source == "hf":
+            hf_models.check_type(name, f"hf:{name}")
+        elif _resolve(f"{source}:{name}" if source != "zoo" else name)[0] != source:
             raise ConfigError(f"{name!r} is not a model of {source}")
-        checked = Base(source=known[0], name=name, arguments=dict(arguments))
+        checked = Base(source=str(source), name=name, arguments=dict(arguments))
         return _construct(checked, 0, trusted=False).eval()
     except ConfigError as error:
         raise ArtifactError(f"the base model cannot be rebuilt: {error}") from error
 
 
+def task_of(base: Mapping[str, object]) -> str:
+    """What a model gives: "classification", or another of torchvision's `TASKS`."""
+    if base.get("source") == "torchvision":
+        return torchvision_models.task_of(str(base["name"]))
+    return "classification"
+
+
+def example_for(base: Mapping[str, object], side: int | None = None) -> Inputs:
+    """One random sample, as the model that ``base`` describes is called with it.
+
+    A tensor (1, C, H, W) for images, (1, C, frames, H, W) for videos, a list of one image (C, H, W) for detectors,
+    a tuple of two images for optical flow. ``side`` is that of the image in pixels; by default what the model is
+    made for.
+    """
+    source, name = str(base["source"]), str(base["name"])
+    given = base.get("arguments")
+    arguments: Mapping[str, object] = given if isinstance(given, Mapping) else {}
+    if source == "torchvision":
+        return torchvision_models.example(name, arguments, side)
+    if source == "hf":
+        return hf_models.example(name, arguments, side)
+    channels = arguments.get("in_chans" if source == "timm" else "channels", 3)
+    usual = _timm_side(name, arguments) if source == "timm" else _SMALL_SIDE
+    return torch.rand(1, channels if isinstance(channels, int) else 3, *[side or usual] * 2)
+
+
+def _timm_side(name: str, arguments: Mapping[str, object]) -> int:
+    import timm
+
+    given = arguments.get("img_size")
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    size = config.input_size[-1] if config is not None else _USUAL_SIDE
+    return given if isinstance(given, int) else int(size)
+
+
 def _is_file(weights: str) -> bool:
     return Path(weights).suffix in SUFFIXES or Path(weights).is_file()
-
-
-def _torchvision_names() -> list[str]:
-    from torchvision import models
-
-    return models.list_models(module=models)
 
 
 def _timm_state() -> str:
@@ -166,13 +217,11 @@ def _resolve(name: str) -> tuple[str, str]:
     if not colon:
         bare, source = name, "torchvision"
     if source == "torchvision":
-        allowed = _torchvision_names()
-        if bare in allowed:
-            return source, bare
-        hint = near_miss(bare, [*_ZOO, *allowed])
-        raise ConfigError(f"model.name {name!r}: no such model{hint}; see 'rlprune list models'")
+        return source, torchvision_models.check_name(name, bare, tuple(_ZOO))
     if source == "timm":
         return source, _timm_name(name, bare)
+    if source == "hf":
+        return source, hf_models.resolve(name)[0]
     if not source or not bare:
         raise ConfigError(f"model.name {name!r}: expected a model name or 'module:function'")
     return "function", name
@@ -195,8 +244,9 @@ def _construct(base: Base, seed: int, *, trusted: bool) -> nn.Module:
     source, name, arguments = base["source"], base["name"], dict(base["arguments"])
     builders: dict[str, Callable[..., nn.Module]] = {
         "zoo": lambda **a: _ZOO[name](**a),
-        "torchvision": lambda **a: _torchvision(name, trusted, **a),
+        "torchvision": lambda **a: torchvision_models.build(name, trusted, **a),
         "timm": lambda **a: _timm(name, **a),
+        "hf": lambda **a: hf_models.build(name, **a),
     }
     if trusted:
         builders["function"] = lambda **a: model_function(name, "model.name")(**a)
@@ -216,37 +266,6 @@ def _construct(base: Base, seed: int, *, trusted: bool) -> nn.Module:
     return model
 
 
-def _torchvision(name: str, initialise: bool, channels: int = 3, **arguments: object) -> nn.Module:
-    from torchvision import models
-
-    if name in _AUXILIARY:
-        arguments = {"aux_logits": False, "init_weights": initialise} | arguments
-    model = models.get_model(name, weights=None, **arguments)
-    if channels != 3:
-        _set_channels(model, channels)
-    return model
-
-
-def _set_channels(model: nn.Module, channels: int) -> None:
-    """Replace the first convolution by one that takes ``channels`` input channels."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            stem = nn.Conv2d(
-                channels,
-                module.out_channels,
-                module.kernel_size,  # type: ignore[arg-type]
-                module.stride,  # type: ignore[arg-type]
-                module.padding,  # type: ignore[arg-type]
-                module.dilation,  # type: ignore[arg-type]
-                bias=module.bias is not None,
-                padding_mode=module.padding_mode,
-            )
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, stem)
-            return
-    raise ConfigError(f"the model has no convolution to give {channels} input channels to")
-
-
 def _timm(name: str, **arguments: Any) -> nn.Module:
     import timm
 
@@ -254,18 +273,18 @@ def _timm(name: str, **arguments: Any) -> nn.Module:
 
 
 def _published_weights(model: nn.Module, base: Base, weights: str) -> None:
-    """Put named torchvision or timm weights into ``model``; they are downloaded where not cached."""
+    """Put named weights of torchvision, timm or transformers into ``model``; they are downloaded where not cached."""
     source, name = base["source"], base["name"]
     try:
         if source == "torchvision":
-            tensors = _torchvision_weights(name, weights)
-            if name in _AUXILIARY:
-                tensors = {k: v for k, v in tensors.items() if not k.startswith(_AUXILIARY[name])}
+            tensors = torchvision_models.weights_of(name, weights)
         elif source == "timm":
             import timm
 
             full = name if weights == "DEFAULT" else f"{name}.{weights}"
             tensors = timm.create_model(full, pretrained=True).state_dict()
+        elif source == "hf":
+            tensors = hf_models.weights(weights)
         else:
             raise ConfigError(
                 f"model.weights {weights!r}: no published weights for {name!r}; use model.checkpoint"
@@ -277,16 +296,3 @@ def _published_weights(model: nn.Module, base: Base, weights: str) -> None:
     except RuntimeError as error:
         raise ConfigError(f"model.weights {weights!r} of {name!r}: {described(error)}") from error
     put_weights(model, tensors, f"model.weights {weights!r}", head=True)
-
-
-def _torchvision_weights(name: str, weights: str) -> dict[str, Any]:
-    from torchvision import models
-
-    known = models.get_model_weights(name)
-    bare = weights.rpartition(".")[2]
-    if bare not in known.__members__:
-        allowed = ", ".join(known.__members__)
-        raise ConfigError(
-            f"model.weights {weights!r}: {name!r} has {allowed}{near_miss(bare, known.__members__)}"
-        )
-    return known[bare].get_state_dict(progress=False, check_hash=True)
