@@ -127,8 +127,8 @@ def load_pruned(
     check_tensors(tensors, document["tensors"], where)
     check_roots({name: tensor.shape for name, tensor in tensors.items()}, document, where)
     refuse_nan(tensors, where)
-    for name, tensor in tensors.items() if "checksums" in document else ():
-        check_checksum(name, tensor, document["checksums"], where)
+    for name in sorted(tensors) if "checksums" in document else ():
+        check_checksum(name, tensors[name], document["checksums"], where)
     if base is None:
         check_base(_skeleton(document["base"], rebuild), document, folder)
     model = rebuild(document["base"]) if base is None else copy.deepcopy(base)

@@ -12,8 +12,8 @@ from ..errors import ArtifactError
 from ..pruning.space import fingerprint
 from . import hf_models, torchvision_models
 from .googlenet_cifar import CifarGoogLeNet
-from .resnet_cifar import CifarResNet
-from .zoo import CIFAR_DEPTHS, rebuild
+from .rebuild import rebuild
+from .resnet_cifar import CIFAR_DEPTHS, CifarResNet
 
 
 def identify(

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import ArtifactError, ConfigError, described
 
-FORBIDDEN = ("weights", "weights_backbone", "progress", "checkpoint_path", "cache_dir")
+FETCHING = ("weights", "weights_backbone", "progress", "checkpoint_path", "cache_dir")
 """Arguments that would fetch or read files."""
 
 Rebuild = Callable[[Mapping[str, object]], nn.Module]
@@ -33,7 +33,11 @@ def builder(base: Mapping[str, object]) -> Rebuild:
     source, name = base.get("source"), str(base.get("name"))
     if source == "zoo":
         return rebuild_cifar_googlenet if name == "cifar_googlenet" else rebuild_cifar_resnet
-    builders: dict[object, Rebuild] = {"torchvision": rebuild_torchvision, "timm": rebuild_timm}
+    builders: dict[object, Rebuild] = {
+        "torchvision": rebuild_torchvision,
+        "timm": rebuild_timm,
+        "hf": rebuild_hf,
+    }
     return builders.get(source, rebuild_given)
 
 
@@ -69,22 +73,31 @@ def rebuild_cifar_googlenet(base: Mapping[str, object]) -> nn.Module:
 
 def rebuild_torchvision(base: Mapping[str, object]) -> nn.Module:
     """A model of torchvision."""
-    from .zoo import _torchvision, _torchvision_names
+    from .torchvision_models import build, check_name
 
     def make(name: str, **arguments: object) -> nn.Module:
-        if name not in _torchvision_names():
-            raise ConfigError(f"{name!r} is not a model of torchvision")
-        return _torchvision(name, False, **arguments)  # type: ignore[arg-type]
+        return build(check_name(name, name), False, **arguments)  # type: ignore[arg-type]
 
     return _constructed(base, make)
 
 
 def rebuild_timm(base: Mapping[str, object]) -> nn.Module:
     """A model of timm."""
-    from .zoo import _timm, _timm_name
+    from .timm_models import build, check_name
 
     def make(name: str, **arguments: object) -> nn.Module:
-        return _timm(_timm_name(f"timm:{name}", name), **arguments)
+        return build(check_name(f"timm:{name}", name), **arguments)
+
+    return _constructed(base, make)
+
+
+def rebuild_hf(base: Mapping[str, object]) -> nn.Module:
+    """An image classifier of transformers, by its type."""
+    from .hf_models import build, check_type
+
+    def make(name: str, **arguments: object) -> nn.Module:
+        check_type(name, f"hf:{name}")
+        return build(name, **arguments)
 
     return _constructed(base, make)
 
@@ -94,7 +107,7 @@ def _constructed(base: Mapping[str, object], make: Callable[..., nn.Module]) -> 
     name, arguments = base.get("name"), base.get("arguments", {})
     if not isinstance(name, str) or not isinstance(arguments, Mapping):
         raise ArtifactError("the base model's description is malformed: it needs a name and arguments")
-    if any(key in FORBIDDEN or str(key).startswith("pretrained") for key in arguments):
+    if any(key in FETCHING or str(key).startswith("pretrained") for key in arguments):
         raise ArtifactError("the base model's description asks for a download or a file, which is refused")
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):

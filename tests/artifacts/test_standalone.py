@@ -74,10 +74,15 @@ class Case:
 
 
 IMAGE = torch.zeros(1, 3, 32, 32)
+VIT = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24, "image_size": 32,
+    "patch_size": 8,
+}  # fmt: skip
 CASES = [
     Case("torchvision", lambda: models.resnet18(num_classes=5), IMAGE),
     Case("mobilenet", lambda: models.mobilenet_v3_small(num_classes=5), IMAGE),
     Case("timm", lambda: build_model("timm:resnet10t", 5), IMAGE),
+    Case("hf", lambda: build_model("hf:vit", 5, arguments=VIT), IMAGE),
     Case("zoo", lambda: build_model("cifar_resnet20", 10, arguments={"width": 4}), IMAGE),
     Case("own", own_models.Tagger, IMAGE, "Tagger"),
     Case("two inputs", own_models.TwoInputs, (IMAGE, torch.zeros(1, 4)), "TwoInputs"),
@@ -96,8 +101,9 @@ def prepare(case: Case, folder: Path) -> Path:
     space = rlprune.trace(model, case.example)
     rng = np.random.default_rng(0)
     scores = [rng.random(group.width) for group in space.groups]
+    budget = (1 + space.feasible()[0] / space.dense_cost()) / 2
     plan = rlprune.make_plan(
-        space, importance=scores, distribution=rng.random(len(space.groups)) + 0.05, budget=0.7
+        space, importance=scores, distribution=rng.random(len(space.groups)) + 0.05, budget=budget
     )
     folder.mkdir()
     rlprune.save(rlprune.prune(model, plan), plan, folder / "pruned")
@@ -147,9 +153,9 @@ def names(tree: ast.AST) -> Iterator[str]:
             yield "." * node.level + str(node.module)
 
 
-@pytest.mark.parametrize("source", ["zoo", "torchvision", "timm", "given"])
+@pytest.mark.parametrize("source", ["zoo", "torchvision", "timm", "hf", "given"])
 def test_the_file_asks_for_no_other_library(source: str) -> None:
     base = {"source": source, "name": "cifar_resnet20"}
     found = {name.partition(".")[0] for name in names(ast.parse(standalone(base)))}
-    allowed = {"torch", "safetensors", "timm", "torchvision"} & {"torch", "safetensors", source}
+    allowed = {"torch", "safetensors", {"hf": "transformers"}.get(source, source)} - {"zoo", "given"}
     assert found - set(sys.stdlib_module_names) == allowed
