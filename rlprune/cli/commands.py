@@ -248,20 +248,22 @@ def _add_export(commands: Subparsers) -> None:
         "other formats, checked against the PyTorch outputs",
         "rlprune export runs/demo/pruned --to onnx --out model.onnx",
     )
-    parser.add_argument("directory", metavar="DIR", type=Path, help="folder of a pruned model")
+    parser.add_argument("directory", metavar="DIR", type=Path, help="folder of a pruned model, or of a run")
+    add_config(parser, required=False)
     parser.add_argument(
         "--to", metavar="FORMAT", required=True, help="onnx or torch-export; hf for a language model"
     )
     parser.add_argument("--out", metavar="PATH", type=Path, help="file to write (in DIR by default)")
-    add_plugin(parser)
+    parser.add_argument("--force", action="store_true", help="replace a file that rlprune did not export")
     parser.set_defaults(action=_export)
 
 
 def _export(args: argparse.Namespace) -> None:
     existing_folder(args.directory, "DIR")
+    config = read_config(args) if args.config is not None else None
     from ..experiments import export
 
-    written = export.export(args.directory, args.to, args.out)
+    written = export.export(args.directory, args.to, args.out, config=config, force=args.force)
     print(f"written: {written.path}" + (f" ({written.needs})" if written.needs else ""))
 
 

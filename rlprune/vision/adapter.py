@@ -40,7 +40,7 @@ from ..workloads.judge import Judge
 from ..workloads.score_kinds import class_judge
 from .identify import identify
 from .load_pruned import FILE, standalone
-from .rebuild import rebuild
+from .rebuild import builder, rebuild, rebuild_given
 
 SGD_LR = 0.02
 """Peak learning rate of the final fine-tune where the settings leave it open."""
@@ -180,6 +180,9 @@ class VisionAdapter(ModelAdapter):
 
     def load(self, directory: Path, document: PlanDocument, base: nn.Module | None) -> nn.Module:
         return load_pruned(directory, document, base, rebuild)
+
+    def rebuilds(self, document: PlanDocument) -> bool:
+        return builder(document["base"]) is not rebuild_given
 
     def group_lines(self, space: PruningSpace) -> list[str]:
         units = {metric: space.unit_costs(space.widths, metric) for metric in space.costs}

@@ -245,6 +245,10 @@ class ModelAdapter(abc.ABC):
     def load(self, directory: Path, document: PlanDocument, base: nn.Module | None) -> nn.Module:
         """The pruned model in a folder whose plan.json is ``document``; see `rlprune.load`."""
 
+    def rebuilds(self, document: PlanDocument) -> bool:
+        """Whether `load` needs no dense model to be passed in."""
+        return True
+
     # -- words ------------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
