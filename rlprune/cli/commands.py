@@ -6,6 +6,7 @@ The code that works is imported when a command runs, so that `--help` and wrong 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ..config.config import Config, json_schema
-from ..errors import ConfigError
+from ..errors import ConfigError, RlpruneError
 from .catalogue import KINDS, rows
 from .options import (
     Subparsers,
     add_config,
+    add_force,
     add_out,
     add_plugin,
     add_seed,
@@ -254,7 +256,7 @@ def _add_export(commands: Subparsers) -> None:
         "--to", metavar="FORMAT", required=True, help="onnx or torch-export; hf for a language model"
     )
     parser.add_argument("--out", metavar="PATH", type=Path, help="file to write (in DIR by default)")
-    parser.add_argument("--force", action="store_true", help="replace a file that rlprune did not export")
+    add_force(parser)
     parser.set_defaults(action=_export)
 
 
@@ -307,6 +309,7 @@ def _add_schema(commands: Subparsers) -> None:
         "rlprune schema --out rlprune.schema.json",
     )
     parser.add_argument("--out", metavar="FILE", type=Path, help="file to write (printed by default)")
+    add_force(parser)
     add_plugin(parser)
     parser.set_defaults(action=_schema)
 
@@ -315,11 +318,18 @@ def _schema(args: argparse.Namespace) -> None:
     if args.out is None:
         print(json.dumps(json_schema(), indent=1))
         return
-    if args.out.is_dir():
-        raise ConfigError(f"--out: {args.out}: is a folder; give a file")
-    from ..utils.files import write_json_atomic
+    from ..utils.files import keep_foreign, read_json, write_json_atomic
 
-    write_json_atomic(args.out, json_schema())
+    schema = json_schema()
+
+    def is_ours(path: Path) -> bool:
+        with contextlib.suppress(RlpruneError):
+            found = read_json(path)
+            return isinstance(found, dict) and found.get("title") == schema["title"]
+        return False
+
+    keep_foreign(args.out, is_ours, args.force)
+    write_json_atomic(args.out, schema)
     print(f"written: {args.out}")
 
 

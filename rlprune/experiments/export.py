@@ -19,6 +19,7 @@ from ..errors import ArtifactError, ConfigError, near_miss
 from ..language.files.uniform import export_folder
 from ..tracing.trace import count_macs
 from ..utils import pytrees
+from ..utils.files import keep_foreign
 from ..utils.pytrees import Inputs
 from ..utils.registry import Registry
 from ..workloads.adapter import ModelAdapter, adapter_of_base
@@ -121,7 +122,7 @@ def _with_workload(job: Export, config: Config | None) -> Export:
     workload = build_workload(replace(config, device="cpu"), train=False)
     return replace(
         job,
-        base=job.base if known else workload.model,
+        base=job.base if known else workload.architecture,
         example_inputs=workload.example_inputs if job.example_inputs is None else job.example_inputs,
     )
 
@@ -147,12 +148,7 @@ class Export:
         ArtifactError where something lies there that neither ``is_ours`` recognises nor `force` gives up.
         """
         target = Path(self.out) if self.out is not None else self.directory / f"model{suffix}"
-        if target.is_dir():
-            raise ArtifactError(f"{target}: is a folder, where a file is to be written")
-        if target.exists() and not self.force and not is_ours(target):
-            raise ArtifactError(
-                f"{target}: is there already and rlprune did not export it; give another --out, or --force"
-            )
+        keep_foreign(target, is_ours, self.force)
         return target
 
 

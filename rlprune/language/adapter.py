@@ -67,6 +67,7 @@ _LESSON_BATCH = 8
 class LanguageAdapter(ModelAdapter):
     """Feed-forward neurons and key-value heads by family; next tokens as the default task; AdamW."""
 
+    prunes_again = False
     wing = "language"
     models = "language models"
     metric_name = "perplexity"

@@ -221,7 +221,7 @@ class VisionAdapter(ModelAdapter):
     ) -> str:
         if workload is not None:
             dense, example = workload.model, workload.example_inputs
-            slim = self.load(directory, document, dense).to(workload.device)
+            slim = self.load(directory, document, workload.architecture).to(workload.device)
         else:
             slim = self.load(directory, document, None)
             dense, example = rebuild(document["base"]).eval(), example_of(document)

@@ -140,6 +140,9 @@ class ModelAdapter(abc.ABC):
     equal_widths: bool = False
     """Whether all blocks can be cut to one width (``rlprune prune --same-widths``)."""
 
+    prunes_again: bool = True
+    """Whether a pruned model can be pruned again, and both cuts saved as one plan."""
+
     # -- what it is ---------------------------------------------------------------------------------------------
 
     @abc.abstractmethod

@@ -169,9 +169,7 @@ def test_only_a_file_of_ours_is_replaced(to: str, suffix: str, tmp_path: Path) -
     pruned = save(prune(base, plan), plan, tmp_path / "pruned")
     target = tmp_path / f"mine{suffix}"
     target.write_text("a thesis")
-    with pytest.raises(
-        ArtifactError, match=r"mine.* is there already and rlprune did not export it.*--force"
-    ):
+    with pytest.raises(ArtifactError, match=r"mine.* is there already and rlprune did not write it.*--force"):
         export(pruned, to, target, base=base)
     assert target.read_text() == "a thesis"
     export(pruned, to, target, base=base, force=True)
