@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import nn
 
 from .artifacts.documents import read_plan
 from .artifacts.safetensors import MAX_SHARD_SIZE
+from .pruning.cost_terms import NarrowSpaceWarning, narrow_lines
 from .pruning.plan import Plan
 from .pruning.space import PruningSpace
 from .tracing.trace import TraceOptions
@@ -44,12 +46,19 @@ def trace(
         drop: language models: an attention or a feed-forward part may lose all of its units.
         hidden: language models: the residual width is a group too, without an exact cut.
 
+    Warns:
+        NarrowSpaceWarning: more than half of a metric stays at the smallest widths; the text names the protected
+            layers that keep most of it, and why.
+
     Raises:
         GraphError: the model's forward fails, nothing can be pruned, or a limit is reached; the layer
             and the reason are named.
     """
     options = TraceOptions(ignore, round_to, minimum, verify, max_seconds, max_memory_gb, drop, hidden)
-    return adapter_of(model).trace(model, example_inputs, options)
+    space = adapter_of(model).trace(model, example_inputs, options)
+    for line in narrow_lines(space):
+        warnings.warn(line, NarrowSpaceWarning, stacklevel=2)
+    return space
 
 
 def save(

@@ -1,124 +1,210 @@
 """Surgery and cost on many architectures with random weights -> docs/architectures.md.
 
-    python docs/scripts/architectures.py                     # all of them, a few minutes
-    python docs/scripts/architectures.py resnet18 vgg11_bn   # only print these
+    python docs/scripts/architectures.py                           # all of architectures.yaml, an hour or two
+    python docs/scripts/architectures.py --only 'timm:*' --jobs 2  # these, and the page from all that is known
+    python docs/scripts/architectures.py --print resnet18 hf:vit   # only look
 
-Each one runs in a process of its own with a limit on time and memory: none can hang or exhaust the machine.
-What has to hold for "works", on widths drawn at random at half of the MACs (or as close as is feasible):
-the cost formula equals what torch's own FLOP counter finds on the built model, the parameter counts agree,
-the output equals that of the masked dense model in float64, and a saved model loads to the same output.
+Each model runs in a process of its own with a limit on time and memory: none can hang or exhaust the machine. Its
+result is one line of a cache file, so that a run that was stopped goes on where it was; a line counts as long as
+the code that made it is unchanged. The page says what has to hold for "works".
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
+import hashlib
+import inspect
 import json
+import os
 import platform
+import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+import yaml
+from torch import Tensor, nn
 
 import rlprune
 from rlprune import masked
+from rlprune.pruning import NarrowSpaceWarning
 from rlprune.report import markdown_table
-from rlprune.tracing import count_macs
-from rlprune.vision import base_of, build_model
+from rlprune.tracing import UnusedModuleWarning, count_macs
+from rlprune.utils import call, tensors, to_double
+from rlprune.vision import base_of, build_model, example_for
 
 DOCS = Path(__file__).resolve().parents[1]
-LIMIT_SECONDS, TRACE_SECONDS, TRACE_GIGABYTES = 600, 60.0, 6.0
-EXACT = 1e-9
+LIST = Path(__file__).with_suffix(".yaml")
+CACHE = DOCS.parent / "runs" / "architectures.jsonl"
+# What decides a result: a line of the cache made by other code of these does not count.
+CODE = ("pruning", "tracing", "vision", "artifacts", "utils", "workloads", "api.py")
+LIMIT_SECONDS, TRACE_SECONDS, TRACE_GIGABYTES, GIGABYTES = 600, 120.0, 8.0, 10.0
+EXACT, CLASSES, NARROW = 1e-9, 10, 0.5
+SAMPLES = 2
+# No cut of these channels could be exact, whatever the tracer can follow.
+BY_NATURE = re.compile(
+    r"(in|out)put of the model|a single unit|its channels|shares a parameter|crosses|normalises"
+)
+RESULTS = ("works", "in part", "refused", "too long", "failed", "WRONG", "not run")
 
-ARCHITECTURES: dict[str, int] = {  # name -> side of the square input, in pixels
-    "resnet18": 64, "resnet50": 64, "wide_resnet50_2": 64, "resnext50_32x4d": 64, "vgg11_bn": 64,
-    "googlenet": 64, "inception_v3": 96, "densenet121": 64, "mobilenet_v2": 64, "mobilenet_v3_small": 64,
-    "mobilenet_v3_large": 64, "efficientnet_b0": 64, "efficientnet_v2_s": 64, "mnasnet1_0": 64,
-    "squeezenet1_1": 64, "regnet_y_400mf": 64, "regnet_x_400mf": 64, "shufflenet_v2_x1_0": 64, "alexnet": 64,
-    "convnext_tiny": 64, "vit_b_16": 224, "swin_t": 224, "cifar_resnet20": 32, "cifar_resnet56": 32,
-    "cifar_googlenet": 32,
-    "timm:resnetv2_50": 64, "timm:convmixer_768_32": 64, "timm:resnest26d": 64, "timm:seresnet50": 64,
-    "timm:ghostnet_100": 64, "timm:repvgg_b0": 64, "timm:dla34": 64, "timm:hrnet_w18_small": 64,
-    "timm:res2net50_26w_4s": 64, "timm:darknet53": 64, "timm:convnextv2_atto": 64, "timm:mixer_b16_224": 224,
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class Entry:
+    """A model of the list: its group there, the side of its input (None: its own), arguments of its constructor."""
+
+    group: str
+    side: int | None
+    arguments: Mapping[str, object] = field(default_factory=dict)
+
+
+def entries(document: Mapping[str, Mapping[str, Any]]) -> dict[str, Entry]:
+    """The models of the list by name."""
+    found: dict[str, Entry] = {}
+    for group, models in document.items():
+        for name, given in models.items():
+            if isinstance(given, dict):
+                found[name] = Entry(group, given["side"], given["arguments"])
+            else:
+                found[name] = Entry(group, given)
+    return found
+
+
+ARCHITECTURES = entries(yaml.safe_load(LIST.read_text(encoding="utf-8")))
 
 
 def examine(name: str) -> dict[str, Any]:
     """Trace, cut and check one architecture; GraphError passes through."""
     torch.set_num_threads(1)
-    size = ARCHITECTURES[name]
+    entry = ARCHITECTURES[name]
+    sizes: dict[str, Any] = {"arguments": dict(entry.arguments), "side": entry.side}
+    base = base_of(name, CLASSES, **sizes)
+    model = scrambled(build_model(name, CLASSES, **sizes)).double()
     torch.manual_seed(0)
-    model = scrambled(build_model(name, classes=10, channels=3)).double()
-    inputs = torch.randn(2, 3, size, size, dtype=torch.float64)
+    samples = [to_double(example_for(base, entry.side)) for _ in range(SAMPLES)]
     start = time.perf_counter()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # unused heads: said in the protected column
-        space = rlprune.trace(model, inputs[:1], max_seconds=TRACE_SECONDS, max_memory_gb=TRACE_GIGABYTES)
+        for kind in (UnusedModuleWarning, NarrowSpaceWarning):  # the table says both
+            warnings.simplefilter("ignore", kind)
+        space = rlprune.trace(model, samples[0], max_seconds=TRACE_SECONDS, max_memory_gb=TRACE_GIGABYTES)
     seconds = time.perf_counter() - start
+    lowest = {metric: space.lowest(metric) for metric in ("macs", "params")}
     rng = np.random.default_rng(0)
-    lowest, dense = space.feasible("macs")
-    ratio = max(0.5, 1.02 * lowest / dense)
-    widths = space.project(rng.random(len(space.groups)), ratio, metric="macs")
+    widths = space.project(rng.random(len(space.groups)), max(0.5, min(1.0, 1.02 * lowest["macs"])))
     # Units at random, so that a wrong index map cannot hide behind a prefix.
-    importance = [rng.random(group.width) for group in space.groups]
-    plan = rlprune.make_plan(space, importance=importance, widths=widths)
+    plan = rlprune.make_plan(space, importance=[rng.random(g.width) for g in space.groups], widths=widths)
     slim = rlprune.prune(model, plan)
     with torch.no_grad():
-        wanted, found, whole = (m(inputs) for m in (masked(model, plan), slim, model))
+        wanted, found, whole = (outputs(m, samples) for m in (masked(model, plan), slim, model))
         with tempfile.TemporaryDirectory() as folder:
-            rlprune.save(slim, plan, Path(folder) / "pruned", base=base_of(name, 10, 3))
-            loaded = rlprune.load(Path(folder) / "pruned").double()
-            reloaded = torch.equal(loaded.eval()(inputs), found)
-    counted = count_macs(slim, inputs[:1])
+            rlprune.save(slim, plan, Path(folder) / "pruned", base=base)
+            loaded = outputs(rlprune.load(Path(folder) / "pruned").double().eval(), samples)
+    counted = count_macs(slim, samples[0])
     return {
-        "input": size, "seconds": seconds, "groups": len(space.groups), "protected": len(space.protected),
-        "macs": dense, "ratio": counted / dense, "macs_equal": counted == space.cost(widths, "macs"),
+        "input": " + ".join("x".join(str(n) for n in t.shape) for t in tensors(samples[0])),
+        "seconds": seconds, "groups": len(space.groups), "protected": len(space.protected),
+        "left": left_out(space), "lowest": lowest,
+        "macs": space.dense_cost("macs"), "params": space.dense_cost("params"),
+        "ratio": counted / space.dense_cost("macs"), "macs_equal": counted == space.cost(widths, "macs"),
         "params_equal": sum(p.numel() for p in slim.parameters()) == space.cost(widths, "params"),
-        "difference": float((found - wanted).abs().max() / wanted.abs().max()),
-        "changed": float((whole - wanted).abs().max() / wanted.abs().max()), "reloaded": reloaded,
+        "difference": difference(found, wanted), "changed": difference(whole, wanted),
+        "reloaded": difference(loaded, found) == 0.0,
     }  # fmt: skip
+
+
+def outputs(model: nn.Module, samples: Iterable[Any]) -> list[Tensor]:
+    """All floating-point tensors that a model gives for some samples."""
+    return [t for sample in samples for t in tensors(call(model, sample)) if t.is_floating_point()]
+
+
+def difference(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """Largest difference of two lists of outputs, in units of the largest one; infinite where they do not match."""
+    if [t.shape for t in some] != [t.shape for t in others]:
+        return float("inf")
+    largest = max((float(t.abs().max()) for t in others if t.numel()), default=0.0)
+    apart = max(
+        (float((a - b).abs().max()) for a, b in zip(some, others, strict=True) if a.numel()), default=0.0
+    )
+    return apart / largest if largest else apart
+
+
+def left_out(space: rlprune.PruningSpace) -> list[tuple[str, float, str]]:
+    """(layer, share of the MACs, reason) of layers protected for another reason than `BY_NATURE`, largest first."""
+    shares = {part.name: part.share for part in space.protected_shares("macs")}
+    found = [(n, shares.get(n, 0.0), why) for n, why in space.protected.items() if not BY_NATURE.search(why)]
+    return sorted(found, key=lambda row: -row[1])
 
 
 def scrambled(model: nn.Module) -> nn.Module:
     """Random statistics, shifts and scales: f(0) = 0, or a branch scaled by 0, would hide a wrong cut."""
+    torch.manual_seed(0)
     for module in model.modules():
         for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and key == "running_mean":
+            if key == "running_mean":
                 tensor.normal_(0, 0.2)
-            elif isinstance(module, nn.modules.batchnorm._BatchNorm) and key == "running_var":
+            elif key == "running_var":
                 tensor.uniform_(0.7, 1.4)
-            elif tensor.is_floating_point() and tensor.ndim == 1:
+            elif isinstance(tensor, nn.Parameter) and tensor.ndim == 1:
                 with torch.no_grad():
                     tensor.normal_(0, 0.2) if key == "bias" else tensor.uniform_(0.7, 1.3)
-            elif isinstance(tensor, nn.Parameter) and tensor.abs().max() < 1e-3:
+            elif isinstance(tensor, nn.Parameter) and tensor.numel() and tensor.abs().max() < 1e-3:
                 with torch.no_grad():  # layer scales of 1e-6, heads of 0: they would hide everything
                     tensor.normal_(0, 0.1)
     return model
 
 
-def works(facts: dict[str, Any]) -> bool:
-    """Whether everything that the table claims holds for one architecture."""
-    exact = facts["difference"] <= EXACT < facts["changed"]
-    return exact and facts["macs_equal"] and facts["params_equal"] and facts["reloaded"]
+def exact(facts: Mapping[str, Any]) -> bool:
+    """Whether everything that the page claims of a cut model holds for one architecture."""
+    same = facts["difference"] <= EXACT < facts["changed"]
+    return bool(same and facts["macs_equal"] and facts["params_equal"] and facts["reloaded"])
+
+
+def result(facts: Mapping[str, Any]) -> str:
+    """One of `RESULTS`."""
+    for kind in ("refused", "failed"):
+        if kind in facts:
+            late = re.search(r"took more than|stopped after", str(facts[kind]))
+            return "too long" if late else kind
+    if "difference" not in facts:
+        return "not run"
+    if not exact(facts):
+        return "WRONG"
+    return "works" if facts["lowest"]["macs"] <= NARROW and not facts["left"] else "in part"
+
+
+# One process a model
 
 
 def in_own_process(name: str) -> dict[str, Any]:
-    """Facts of `examine`, or {"refused": line} or {"failed": line}."""
-    command = [sys.executable, __file__, "--one", name]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"stopped after {LIMIT_SECONDS} s"}
-    if done.returncode == 0:
-        return dict(json.loads(done.stdout.splitlines()[-1]))
-    lines = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
-    return {"refused" if done.returncode == 2 else "failed": lines[-1]}
+    """Facts of `examine`, or {"refused": line} or {"failed": line}; "all_seconds" and "memory_gb" of the process."""
+    command, start = [sys.executable, __file__, "--one", name], time.perf_counter()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as child:
+        try:
+            out, err = child.communicate(timeout=LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
+            return {"failed": f"stopped after {LIMIT_SECONDS} s", "all_seconds": LIMIT_SECONDS}
+    lines = [line for line in err.strip().splitlines() if line] or [f"ended with code {child.returncode}"]
+    if child.returncode == 0:
+        facts: dict[str, Any] = json.loads(out.splitlines()[-1])
+    else:
+        facts = {"refused" if child.returncode == 2 else "failed": lines[-1][:400]}
+    return facts | {"all_seconds": time.perf_counter() - start}
 
 
 def one(name: str) -> int:
@@ -126,76 +212,220 @@ def one(name: str) -> int:
     try:
         import resource
 
-        resource.setrlimit(resource.RLIMIT_DATA, (12 * 2**30, 12 * 2**30))
+        resource.setrlimit(resource.RLIMIT_DATA, (int(GIGABYTES * 2**30),) * 2)
     except (ImportError, ValueError):  # Windows, macOS: only the tracer's own limit holds
         pass
     try:
-        print(json.dumps(examine(name)))
+        facts = examine(name)
     except rlprune.GraphError as error:
         print(error, file=sys.stderr)
         return 2
+    try:
+        facts["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    except NameError:
+        facts["memory_gb"] = None
+    print(json.dumps(facts))
     return 0
 
 
-def row(name: str, facts: dict[str, Any]) -> list[str]:
+# The cache
+
+
+def code_mark() -> str:
+    """A hash of the code and of the libraries that decide a result."""
+    digest = hashlib.sha256(f"{torch.__version__} {EXACT} {SAMPLES}".encode())
+    root = Path(inspect.getfile(rlprune)).parent
+    for part in CODE:
+        files = [root / part] if part.endswith(".py") else sorted((root / part).rglob("*.py"))
+        for file in files:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def known(path: Path, mark: str | None) -> dict[str, dict[str, Any]]:
+    """The last facts of each model in the cache; only those of one mark, unless it is None. A torn line is dropped."""
+    found: dict[str, dict[str, Any]] = {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        entry = ARCHITECTURES.get(row["model"])
+        if entry is not None and row["entry"] == written(entry) and mark in (None, row["code"]):
+            found[row["model"]] = row["facts"]
+    return found
+
+
+def written(entry: Entry) -> list[Any]:
+    """What of an entry decides the result, as JSON gives it back."""
+    return [entry.side, json.loads(json.dumps(entry.arguments))]
+
+
+class Recorder:
+    """Examines models in a few processes at once and adds a line to the cache as each is done."""
+
+    def __init__(self, path: Path, mark: str, total: int) -> None:
+        self.path, self.mark, self.total = path, mark, total
+        self.done = 0
+        self.lock = threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, name: str) -> None:
+        facts = in_own_process(name)
+        line = json.dumps(
+            {"model": name, "entry": written(ARCHITECTURES[name]), "code": self.mark, "facts": facts}
+        )
+        with self.lock:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            self.done += 1
+            print(f"{self.done}/{self.total}  " + "  ".join(row(name, facts)), flush=True)
+            said = reason(name, facts)
+            if said:
+                print(said, flush=True)
+
+
+# The page
+
+
+HEADER = ["model", "input", "result", "groups", "protected", "lowest MACs", "lowest params", "M MACs", "cut to",
+          "difference", "trace and proof (s)"]  # fmt: skip
+
+
+def row(name: str, facts: Mapping[str, Any]) -> list[str]:
     """One line of the table."""
+    entry = ARCHITECTURES[name]
     if "difference" not in facts:
-        kind = "refused" if "refused" in facts else "failed"
-        return [name, str(ARCHITECTURES[name]), kind, *["–"] * 9]
-    marks = [("yes" if facts[key] else "NO") for key in ("macs_equal", "params_equal")]
+        return [name, str(entry.side or "own"), result(facts), *["–"] * 8]
     return [
-        name, str(facts["input"]), "works" if works(facts) else "WRONG", f"{facts['seconds']:.1f}",
-        str(facts["groups"]), str(facts["protected"]), f"{facts['macs'] / 1e6:.1f}",
-        f"{100 * facts['ratio']:.1f}%", *marks, f"{facts['difference']:.0e}" if facts["difference"] else "0",
-        "yes" if facts["reloaded"] else "NO",
+        name, facts["input"], result(facts), str(facts["groups"]), str(facts["protected"]),
+        f"{facts['lowest']['macs']:.3f}", f"{facts['lowest']['params']:.3f}", f"{facts['macs'] / 1e6:.1f}",
+        f"{100 * facts['ratio']:.1f}%", f"{facts['difference']:.0e}" if facts["difference"] else "0",
+        f"{facts['seconds']:.1f}",
     ]  # fmt: skip
 
 
-HEADER = ["model", "input", "result", "trace (s)", "groups", "protected", "dense (M MACs)", "cut to",
-          "formula = counter", "params equal", "largest difference", "save, load"]  # fmt: skip
+def reason(name: str, facts: Mapping[str, Any]) -> str:
+    """Why a model does not work in full, in a line; "" where it does."""
+    kind = result(facts)
+    if kind in ("works", "not run"):
+        return ""
+    if kind == "WRONG":
+        wrong = [key for key in ("macs_equal", "params_equal", "reloaded") if not facts[key]]
+        return f"- {name}: WRONG: difference {facts['difference']:.1e}, {', '.join(wrong) or 'costs agree'}"
+    if kind != "in part":
+        return f"- {name}: {kind}: {facts.get('refused', facts.get('failed'))}"
+    parts = []
+    if facts["lowest"]["macs"] > NARROW:
+        parts.append(f"at least {facts['lowest']['macs']:.1%} of the MACs stay")
+    if facts["left"]:
+        layer, share, why = facts["left"][0]
+        parts.append(
+            f"{len(facts['left'])} layers are not followed, first {layer} ({share:.1%} of the MACs): {why}"
+        )
+    return f"- {name}: in part: {'; '.join(parts)}"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", help="only these, printed and not written")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        return one(arguments.one)
-    lines, good, reasons = [], 0, []
-    for name in arguments.names or ARCHITECTURES:
-        facts = in_own_process(name)
-        good += "difference" in facts and works(facts)
-        lines.append(row(name, facts))
-        reasons += [f"- {name}: {facts[kind]}" for kind in ("refused", "failed") if kind in facts]
-        print("  ".join([*lines[-1], facts.get("refused", facts.get("failed", ""))]), flush=True)
-    if not arguments.names:
-        text = PAGE.format(
-            table=markdown_table(HEADER, lines), good=good, all=len(lines), exact=EXACT,
-            reasons="\n".join(reasons), torch=torch.__version__, python=platform.python_version(),
-        )  # fmt: skip
-        (DOCS / "architectures.md").write_text(text, encoding="utf-8")
-    return 0
+def summary(results: Mapping[str, str]) -> str:
+    """How many models end how, for all of them and for each group of the list."""
+
+    def line(label: str, names: Sequence[str]) -> str:
+        count = Counter(results[name] for name in names)
+        told = [f"{count[kind]} {kind} ({count[kind] / len(names):.0%})" for kind in RESULTS if count[kind]]
+        return f"- {label}: {len(names)} models: {', '.join(told)}"
+
+    groups: dict[str, list[str]] = {}
+    for name in results:
+        groups.setdefault(ARCHITECTURES[name].group, []).append(name)
+    return "\n".join([line("all", list(results)), *(line(label, names) for label, names in groups.items())])
+
+
+def page(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page for all models of the list; those without facts are named as not run."""
+    every = {name: found.get(name, {}) for name in ARCHITECTURES}
+    times = sorted(facts["seconds"] for facts in every.values() if "seconds" in facts)
+    middle = times[len(times) // 2] if times else 0.0
+    return PAGE.format(
+        summary=summary({name: result(facts) for name, facts in every.items()}),
+        table=markdown_table(HEADER, [row(name, facts) for name, facts in every.items()]),
+        reasons="\n".join(said for name, facts in every.items() if (said := reason(name, facts))) or "- none",
+        exact=EXACT, narrow=f"{NARROW:.0%}", limit=f"{TRACE_SECONDS:g}", samples=SAMPLES,
+        times=f"{middle:.1f} s in the middle, {times[-1] if times else 0.0:.1f} s at most",
+        torch=torch.__version__, python=platform.python_version(),
+    )  # fmt: skip
 
 
 PAGE = """# Architectures
 
-Written by `python docs/scripts/architectures.py` (torch {torch}, Python {python}, CPU, random weights,
-float64). {good} of {all} work.
+Written by `python docs/scripts/architectures.py` (torch {torch}, Python {python}, one CPU thread, random weights,
+float64) from the list `docs/scripts/architectures.yaml`.
 
-"works" means, for widths and units drawn at random at half of the MACs (or the nearest feasible cost):
-the cost formula equals half of what torch's FLOP counter finds on the built model, the parameter counts
-agree, the output equals that of the masked dense model to {exact:g} of the largest output, and the saved
-model loads to the same output. Biases and normalisation statistics are random too, so that f(0) is not 0.
-"protected" counts the layers whose outputs keep their width (the classifier is always one). The rest is
-refused in one line; nothing hangs: each model runs in a process of its own under a limit of time and memory.
+{summary}
+
+Tracing and proof take {times}; the limit is {limit} s.
+
+What is checked, on widths and units drawn at random at half of the MACs (or just above the lowest budget): the cost
+formula equals half of what torch's FLOP counter finds on the built model, the parameter counts agree, all outputs
+equal those of the masked dense model on {samples} random samples to {exact:g} of the largest output, and the saved
+folder loads, without the dense model being passed in, to the same outputs. Biases and normalisation statistics are
+random too, so that f(0) is not 0.
+
+- **works**: all of that holds, at least {narrow} of the MACs can be cut, and every layer that keeps its width does so
+  by its nature: it makes the model's output, or a norm or softmax runs over its channels, so that no cut of it is
+  exact (`prune.inexact`), or it has a single channel, or shares its weights.
+- **in part**: all of that holds, but less than {narrow} of the MACs can be cut, or some layer keeps its width for
+  another reason, such as an operation that the tracer cannot follow; the list below says which.
+- **refused**: one line says why nothing of the model can be pruned. **too long**: stopped by the limit on time.
+- **failed**, **WRONG**: a fault of ours; a WRONG cut computes something else than it should.
+
+"lowest" is the smallest budget that the minimal widths reach, as a share of the dense model. "protected" counts the
+layers whose outputs keep their width (the one that makes the output is always one).
 
 {table}
 
-Why, in the words of the error:
+## Why not in full
 
 {reasons}
 """
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", action="append", metavar="PATTERN", help="only models whose name matches")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once (each up to 10 GB)")
+    parser.add_argument("--again", action="store_true", help="also what the cache knows")
+    parser.add_argument(
+        "--page", action="store_true", help="only write the page, from all that the cache knows"
+    )
+    parser.add_argument("--cache", type=Path, default=CACHE, help=f"default: {CACHE.name} in runs/")
+    parser.add_argument(
+        "--print", nargs="+", metavar="NAME", help="examine these and print them; nothing is written"
+    )
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        return one(arguments.one)
+    if arguments.print:
+        for name in arguments.print:
+            facts = in_own_process(name)
+            print("  ".join(row(name, facts)), reason(name, facts), sep="\n")
+        return 0
+    mark = code_mark()
+    if not arguments.page:
+        chosen = [n for n in ARCHITECTURES if any(fnmatch.fnmatch(n, p) for p in arguments.only or ["*"])]
+        have = {} if arguments.again else known(arguments.cache, mark)
+        missing = [name for name in chosen if name not in have]
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            try:
+                list(pool.map(Recorder(arguments.cache, mark, len(missing)), missing))
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    found = known(arguments.cache, None if arguments.page or arguments.only else mark)
+    (DOCS / "architectures.md").write_text(page(found), encoding="utf-8")
+    return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..artifacts.documents import read_plan
 from ..config.config import Config
 from ..pruning.cost import plain_amount
+from ..pruning.cost_terms import narrow_lines
 from ..pruning.space import PruningSpace
 from ..tracing.trace import TraceOptions
 from ..utils.progress import Console
@@ -33,6 +34,7 @@ def inspect(config: Config) -> str:
     lines = [*adapter.group_lines(space), "", *adapter.protected_lines(space.protected)]
     lines += [f"unused in eval mode: {name}" for name in space.unused]
     lines += adapter.cost_lines(space, found.model)
+    lines += [f"warning: {line}" for line in narrow_lines(space)]
     if "latency" in space.costs:
         lines.append(_latency_line(space))
     return "\n".join([*lines, _budget_line(space, config)])

@@ -16,6 +16,7 @@ from ..evaluation.ledger import EvaluationLog
 from ..latency.cost import TableCost
 from ..latency.profile import TABLE_FILE
 from ..pruning.cost import plain_amount
+from ..pruning.cost_terms import narrow_lines
 from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
 from ..report import html as report
@@ -148,6 +149,8 @@ def _note_experiment(experiment: Experiment, callback: Callback) -> None:
         f"({experiment.target / dense:.1%}); dense validation {experiment.workload.metric_name} "
         f"{quality.metric:.4f}, loss {quality.loss:.4f}"
     )
+    for line in narrow_lines(space):
+        callback.note(f"warning: {line}")
 
 
 def _agents(config: Config) -> list[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..utils.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .cost_terms import NarrowSpaceWarning, ProtectedShare
     from .plan import Plan, make_plan
     from .space import Group, PruningSpace
     from .surgery import masked, prune
@@ -18,7 +19,9 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "Group": "space",
+        "NarrowSpaceWarning": "cost_terms",
         "Plan": "plan",
+        "ProtectedShare": "cost_terms",
         "PruningSpace": "space",
         "make_plan": "plan",
         "masked": "surgery",
@@ -28,7 +31,9 @@ __getattr__, __dir__ = lazy_names(
 
 __all__ = [
     "Group",
+    "NarrowSpaceWarning",
     "Plan",
+    "ProtectedShare",
     "PruningSpace",
     "make_plan",
     "masked",

@@ -45,6 +45,16 @@ class AxisSize:
 
 
 @dataclass(frozen=True)
+class Term:
+    """What a layer adds to a metric: ``coefficient`` times the sizes of at most two axes (their numbers)."""
+
+    layer: str
+    metric: str
+    coefficient: float
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class CostFormula:
     """``constant + linear @ w + w @ quadratic @ w`` for widths ``w`` of shape (G,) or (N, G).
 

@@ -15,7 +15,8 @@ from torch import nn
 from ..errors import BudgetError
 from ..utils.arrays import Floats, Ints
 from .budget import BudgetLike, Limits, parse_budget, project
-from .cost import AxisSize, Cost, amount, formula
+from .cost import AxisSize, Cost, Term, amount, formula
+from .cost_terms import ProtectedShare, protected_shares
 from .fingerprint import fingerprint as fingerprint
 
 
@@ -107,7 +108,8 @@ class PruningSpace:
     """The ordered groups of one model with everything that cutting and costing need; made by ``rlprune.trace``.
 
     ``input_shape`` is that of the example input, where this was a single tensor, ``inputs`` the record of any nest of
-    them (``inputs.describe_inputs``). ``wing`` names the adapter that traced it (``ModelAdapter.wing``).
+    them (``inputs.describe_inputs``). ``wing`` names the adapter that traced it (``ModelAdapter.wing``). ``terms`` are
+    the parts of the costs by layer, where tracing knows them.
     """
 
     groups: tuple[Group, ...]
@@ -121,6 +123,7 @@ class PruningSpace:
     input_shape: tuple[int, ...] | None = None
     drops: tuple[DropRule, ...] = ()
     wing: str = "vision"
+    terms: tuple[Term, ...] = field(default=(), repr=False)
     inputs: Any = field(default=None, repr=False)
 
     @cached_property
@@ -166,6 +169,15 @@ class PruningSpace:
         """Lowest and highest absolute cost that widths of this space can have."""
         return self.cost(self.minimums, metric), self.dense_cost(metric)
 
+    def lowest(self, metric: str = "macs") -> float:
+        """Lowest feasible budget as a ratio of the dense cost."""
+        low, dense = self.feasible(metric)
+        return low / dense
+
+    def protected_shares(self, metric: str = "macs") -> tuple[ProtectedShare, ...]:
+        """Protected layers by the share of the dense cost that they keep at the smallest widths, largest first."""
+        return protected_shares(self, metric)
+
     def target(self, budget: BudgetLike, metric: str = "macs") -> float:
         """Absolute cost that a budget (0.5, "50%", "150M") allows; BudgetError where it is not feasible."""
         dense = self.dense_cost(metric)
@@ -173,9 +185,11 @@ class PruningSpace:
         lowest = self.feasible(metric)[0]
         if not lowest <= target <= dense:
             side = "below the feasible minimum" if target < lowest else "above the dense model"
+            kept = self.protected_shares(metric)[:1] if target < lowest else ()
+            why = "".join(f"; {part.name} alone keeps {part.share:.1%}: {part.reason}" for part in kept)
             raise BudgetError(
                 f"budget: {budget!r} ({amount(target, metric)}) is {side}; "
-                f"feasible: {lowest:.6g} to {amount(dense, metric)} (ratio {lowest / dense:.4f} to 1)"
+                f"feasible: {lowest:.6g} to {amount(dense, metric)} (ratio {lowest / dense:.4f} to 1){why}"
             )
         return target
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from ..pruning.cost import CostFormula, FormulaBuilder
+from ..pruning.cost import Term
+from ..pruning.cost_terms import cost_terms, formulas
 from ..pruning.space import AttributeRule, Axis, Cut, Group, Member, PruningSpace, axis_sizes, rounded
 from ..utils.torch_internals import CONVOLUTION
 from .graph import MIXERS, ChannelGraph, Side
@@ -58,13 +58,16 @@ class Layout:
         input_shape: tuple[int, ...] | None,
     ) -> PruningSpace:
         cuts, rules = self._cuts()
+        terms = self._terms(cuts)
+        widths = [len(units) for units in self.class_groups]
         return PruningSpace(
             groups=tuple(rounded(self._group(units), round_to, minimum) for units in self.class_groups),
             protected=self._protected(),
             fingerprint=fingerprint,
             cuts=tuple(cuts),
             attribute_rules=tuple(rules),
-            costs=self._costs(cuts),
+            costs=formulas(terms, axis_sizes(self.axes, widths), len(widths)),
+            terms=terms,
             axes=tuple(self.axes),
             unused=unused,
             input_shape=input_shape,
@@ -215,25 +218,10 @@ class Layout:
                     rules.append(AttributeRule(side.name, attribute, axis, 1))
         return cuts, rules
 
-    def _costs(self, cuts: Sequence[Cut]) -> dict[str, CostFormula]:
-        groups = [len(g) for g in self.class_groups]
-        sizes = axis_sizes(self.axes, groups)
-        by_tensor: dict[str, list[Cut]] = defaultdict(list)
-        for cut in cuts:
-            by_tensor[cut.tensor].append(cut)
-        macs, params = FormulaBuilder(len(groups)), FormulaBuilder(len(groups))
+    def _terms(self, cuts: Sequence[Cut]) -> tuple[Term, ...]:
         modules = dict(self.model.named_modules())
         reuse = {f"{n}.weight": self.calls[m].reuse for n, m in modules.items() if m in self.calls}
-        known = 0.0
-        for name, parameter in self.model.named_parameters():
-            cut_dims = by_tensor.get(name, [])
-            rest = math.prod(n for d, n in enumerate(parameter.shape) if d not in {c.dim for c in cut_dims})
-            params.add(rest, *(sizes[c.axis] for c in cut_dims))
-            macs.add(rest * reuse.get(name, 0.0), *(sizes[c.axis] for c in cut_dims))
-            known += parameter.numel() * reuse.get(name, 0.0)
-        # Matrix products outside of convolution and linear layers do not depend on the widths of a CNN.
-        macs.add(self.total_macs - known)
-        return {"macs": macs.build(), "params": params.build()}
+        return cost_terms(self.model, cuts, reuse, self.total_macs)
 
 
 def _tensor_dims(side: Side) -> list[tuple[str, int, np.ndarray, bool]]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .files import read_json, write_json_atomic, write_text_atomic
     from .machine import hardware, processor
     from .progress import Callback, Console, ProgressEvent
+    from .pytrees import batch_size, call, map_tensors, tensors, to_double
     from .timing import in_turns, measure, quiet_clock
 
 __getattr__, __dir__ = lazy_names(
@@ -21,12 +22,17 @@ __getattr__, __dir__ = lazy_names(
         "Callback": "progress",
         "Console": "progress",
         "ProgressEvent": "progress",
+        "batch_size": "pytrees",
+        "call": "pytrees",
         "hardware": "machine",
         "in_turns": "timing",
+        "map_tensors": "pytrees",
         "measure": "timing",
         "processor": "machine",
         "quiet_clock": "timing",
         "read_json": "files",
+        "tensors": "pytrees",
+        "to_double": "pytrees",
         "write_json_atomic": "files",
         "write_text_atomic": "files",
     },
@@ -36,12 +42,17 @@ __all__ = [
     "Callback",
     "Console",
     "ProgressEvent",
+    "batch_size",
+    "call",
     "hardware",
     "in_turns",
+    "map_tensors",
     "measure",
     "processor",
     "quiet_clock",
     "read_json",
+    "tensors",
+    "to_double",
     "write_json_atomic",
     "write_text_atomic",
 ]

@@ -154,10 +154,9 @@ def example(name: str, arguments: Mapping[str, object], side: int | None = None)
 
 
 def _side(name: str, task: str, arguments: Mapping[str, object]) -> int:
-    """Vision transformers read one size; the rest takes the usual one."""
+    """The usual size of a task, or what a vision transformer was built for."""
     if name.startswith(("mvit", "swin3d")):
-        size = arguments.get("spatial_size", (224, 224))
-        return int(size[0]) if isinstance(size, (tuple, list)) else 224
+        return 224
     return _number(arguments, "image_size", _SIDE.get(name, _SIDES[task]))
 
 
