@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ArtifactError, near_miss
 from ..pruning.attributes import get_size, set_size
+from ..pruning.heads import set_heads
 from ..utils.torch_internals import BATCH_OR_INSTANCE_NORM, CONVOLUTION
 
 
@@ -95,7 +96,10 @@ def _set_attribute(module: nn.Module, path: str, value: object, what: str) -> No
         raise ArtifactError(f"{what} is not a size that may be set")
     if value > old:
         raise ArtifactError(f"{what} is more than the {old} of the dense model")
-    set_size(module, path, value)
+    if isinstance(module, nn.MultiheadAttention) and path == "num_heads":
+        set_heads(module, path, value)
+    else:
+        set_size(module, path, value)
 
 
 def _check_sizes(module: nn.Module, what: str) -> None:
@@ -114,6 +118,9 @@ def _check_sizes(module: nn.Module, what: str) -> None:
         wanted = {"out_features": shape[0], "in_features": shape[1]}
     elif isinstance(module, BATCH_OR_INSTANCE_NORM) and shape:
         wanted = {"num_features": shape[0]}
+    elif isinstance(module, nn.MultiheadAttention):
+        wanted = {"num_heads": module.out_proj.weight.shape[1] // module.head_dim}
+        shape = module.out_proj.weight.shape
     elif isinstance(module, nn.GroupNorm):
         wanted = {"num_channels": shape[0]} if shape else {}
         if not module.num_groups or module.num_channels % module.num_groups:

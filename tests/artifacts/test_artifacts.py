@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import os
@@ -290,6 +291,29 @@ def test_recurrent_weights_and_unsaved_buffers_are_replaced() -> None:
     with torch.no_grad():
         assert torch.equal(model(x), small(x))
     assert model.splits == small.splits and repr(model) == repr(small)
+
+
+def test_attention_with_fewer_heads_is_put_in() -> None:
+    small = nn.MultiheadAttention(8, 4, batch_first=True).eval()
+    tensors = {
+        "in_proj_weight": small.in_proj_weight.detach().view(3, 4, 2, 8)[:, [0, 2]].reshape(12, 8),
+        "in_proj_bias": small.in_proj_bias.detach().view(3, 4, 2)[:, [0, 2]].reshape(12),
+        "out_proj.weight": small.out_proj.weight.detach().view(8, 4, 2)[:, [0, 2]].reshape(8, 4),
+        "out_proj.bias": small.out_proj.bias.detach(),
+    }
+    model = nn.Sequential(copy.deepcopy(small))
+    put_tensors(model, {f"0.{name}": tensor for name, tensor in tensors.items()}, "here")
+    set_attributes(model, {"0": {"num_heads": 2}}, "here")
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        small.out_proj.weight.view(8, 4, 2)[:, [1, 3]] = 0  # the heads that are cut say nothing
+        wanted, found = small(x, x, x)[0], model[0](x, x, x)[0]
+    torch.testing.assert_close(found, wanted)
+    model = nn.Sequential(copy.deepcopy(small))
+    put_tensors(model, {f"0.{name}": tensor for name, tensor in tensors.items()}, "here")
+    assert "num_heads = 1 does not fit" in error_of(
+        lambda: set_attributes(model, {"0": {"num_heads": 1}}, "here")
+    )
 
 
 def test_truncated_files_are_refused_at_every_length(folder: Path) -> None:
