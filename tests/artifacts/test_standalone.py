@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from torchvision import models
 
 import rlprune
+from rlprune.errors import ArtifactError
+from rlprune.experiments.export import export
+from rlprune.experiments.one_file import random_inputs
 from rlprune.utils import pytrees
 from rlprune.vision.load_pruned import standalone
 from rlprune.vision.zoo import build_model
@@ -85,6 +88,10 @@ CASES = [
     Case("hf", lambda: build_model("hf:vit", 5, arguments=VIT), IMAGE),
     Case("zoo", lambda: build_model("cifar_resnet20", 10, arguments={"width": 4}), IMAGE),
     Case("own", own_models.Tagger, IMAGE, "Tagger"),
+    Case("group norm", own_models.GroupNormNet, IMAGE, "GroupNormNet"),
+    Case("recurrent", own_models.Crnn, torch.zeros(1, 1, 8, 24), "Crnn"),
+    Case("segmentation", lambda: build_model("lraspp_mobilenet_v3_large", 4), torch.zeros(1, 3, 64, 64)),
+    Case("detection", lambda: build_model("ssdlite320_mobilenet_v3_large", 4), [torch.rand(3, 64, 64)]),
     Case("two inputs", own_models.TwoInputs, (IMAGE, torch.zeros(1, 4)), "TwoInputs"),
 ]
 
@@ -107,7 +114,7 @@ def prepare(case: Case, folder: Path) -> Path:
     )
     folder.mkdir()
     rlprune.save(rlprune.prune(model, plan), plan, folder / "pruned")
-    inputs = pytrees.map_tensors(lambda t: torch.rand(2, *t.shape[1:]), case.example)
+    inputs = random_inputs(case.example, 2, torch.Generator().manual_seed(0))
     torch.save(inputs, folder / "inputs.pt")
     (folder / "job.json").write_text(json.dumps({"own": case.own}))
     wanted = outputs(rlprune.load(folder / "pruned", base=model if case.own else None), inputs)
@@ -133,6 +140,33 @@ def test_the_folder_alone_gives_the_same_outputs(name: str, folders: dict[str, P
     assert wanted.keys() == found.keys() and wanted
     for key, tensor in wanted.items():
         assert torch.equal(tensor, found[key]), key
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES if case.name not in ("mobilenet", "detection")])
+def test_onnxruntime_gives_the_same_outputs(name: str, folders: dict[str, Path]) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    case = next(case for case in CASES if case.name == name)
+    base = case.model() if case.own else None
+    written = export(folders[name] / "pruned", "onnx", base=base)
+    session = runtime.InferenceSession(written.path)
+    inputs = torch.load(folders[name] / "inputs.pt", weights_only=True)
+    given = zip(session.get_inputs(), pytrees.tensors(inputs), strict=True)
+    found = session.run(None, {entry.name: tensor.numpy() for entry, tensor in given})
+    wanted = load_file(folders[name] / "wanted.safetensors")
+    assert not written.needs and len(found) == len(wanted)  # two samples at once: the batch is free
+    for number, array in enumerate(found):
+        torch.testing.assert_close(torch.from_numpy(array), wanted[str(number)], rtol=1e-3, atol=1e-4)
+
+
+def test_a_detector_is_exported_or_one_line(
+    folders: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(ArtifactError, match="export: SSD cannot be exported") as error:
+        export(folders["detection"] / "pruned", "torch-export")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_file_says_what_the_model_gives(folders: dict[str, Path]) -> None:

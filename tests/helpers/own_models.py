@@ -112,3 +112,35 @@ class OneSample(_Body):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x)).reshape(1, 48)
+
+
+class Crnn(nn.Module):
+    """Convolutions over an image of a line, a recurrent layer over its columns, classes for each column."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1)
+        self.norm = nn.BatchNorm2d(12)
+        self.layer = nn.LSTM(12 * 4, 10, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(20, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.norm(self.body(torch.relu(self.stem(x)))))
+        y = nn.functional.max_pool2d(y, 2).permute(0, 3, 1, 2).flatten(2)
+        return self.head(self.layer(y)[0])
+
+
+class GroupNormNet(nn.Module):
+    """A residual block with group norms, and one number for a regression."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.GroupNorm(4, 16)
+        self.a, self.norm_a = nn.Conv2d(16, 24, 3, padding=1), nn.GroupNorm(6, 24)
+        self.b, self.norm_b = nn.Conv2d(24, 16, 3, padding=1), nn.GroupNorm(4, 16)
+        self.head = nn.Linear(16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        y = self.norm_b(self.b(torch.relu(self.norm_a(self.a(x)))))
+        return self.head(torch.relu(x + y).mean((2, 3))).squeeze(1)
