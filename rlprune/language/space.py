@@ -19,7 +19,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..errors import BudgetError, GraphError, near_miss
-from ..pruning.cost import CostFormula, FormulaBuilder
+from ..pruning.cost import CostFormula, FormulaBuilder, Term
+from ..pruning.cost_terms import layer_of
 from ..pruning.space import (
     AttributeRule,
     Axis,
@@ -164,6 +165,7 @@ class _LanguageLayout:
         self.cuts: list[Cut] = []
         self.rules: list[AttributeRule] = []
         self.drops: list[DropRule] = []
+        self.terms: list[Term] = []
         self.heads: dict[int, int] = {}  # block -> axis of its key-value heads (or of its whole attention)
         self._units = 0
         for block in blocks:
@@ -178,6 +180,7 @@ class _LanguageLayout:
         self.protected["lm_head"] = "output of the model"
 
     def space(self, fingerprint: str, round_to: int, minimum: int) -> PruningSpace:
+        costs = self._costs()
         return PruningSpace(
             groups=tuple(rounded(g, round_to, minimum) for g in self.groups),
             protected=self.protected,
@@ -185,7 +188,8 @@ class _LanguageLayout:
             axes=tuple(self.axes),
             cuts=tuple(self.cuts),
             attribute_rules=tuple(self.rules),
-            costs=self._costs(),
+            costs=costs,
+            terms=tuple(self.terms),
             input_shape=(1, self.length),
             drops=tuple(self.drops),
             wing="language",
@@ -301,6 +305,7 @@ class _LanguageLayout:
     # Costs
 
     def _costs(self) -> dict[str, CostFormula]:
+        """The formula of each metric; what each layer adds to MACs and parameters goes into ``terms``."""
         sizes = axis_sizes(self.axes, [g.width for g in self.groups])
         by_tensor: dict[str, list[Cut]] = defaultdict(list)
         for cut in self.cuts:
@@ -315,12 +320,16 @@ class _LanguageLayout:
             rest = math.prod(n for d, n in enumerate(parameter.shape) if d not in cut_dims)
             terms[name] = rest, [sizes[a] for a in cut_dims.values()]
             builders["params"].add(rest, *terms[name][1])
+            self.terms.append(Term(layer_of(name), "params", rest, tuple(cut_dims.values())))
             if name.startswith(stem):
                 builders["block_params"].add(rest, *terms[name][1])
-        for module in self.modules.values():
+        for path, module in self.modules.items():
             if families.is_linear(module):
-                rest, axes = terms[self.canonical[id(module.weight)]]
+                weight = self.canonical[id(module.weight)]
+                rest, axes = terms[weight]
                 builders["macs"].add(self.length * rest, *axes)
+                numbers = {c.dim: c.axis for c in by_tensor.get(weight, [])}
+                self.terms.append(Term(path, "macs", self.length * rest, tuple(numbers.values())))
         for block in self.blocks:
             # Queries times keys and scores times values, whole squares: masked entries are computed too.
             units = 1 if block.whole else max(1, block.kv_heads)
@@ -329,6 +338,8 @@ class _LanguageLayout:
             where = [sizes[self.heads[block.index]]] if block.index in self.heads else []
             times = 1 if where else units
             builders["macs"].add(scores * times, *where)
+            heads = (self.heads[block.index],) if where else ()
+            self.terms.append(Term(block.attention, "macs", scores * times, heads))
             builders["kv_cache"].add(cached * times, *where)
         return {name: builder.build() for name, builder in builders.items()}
 

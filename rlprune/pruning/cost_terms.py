@@ -6,7 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -20,6 +20,7 @@ NARROW = 0.5
 """A space whose lowest budget is above this is narrow: half of the costs cannot be cut."""
 OUTSIDE = "matrix products outside of layers"
 _OUTSIDE_REASON = "they follow no layer's width"
+_UNREACHED = "no group reaches it"
 _NUMBER = re.compile(r"\d+")
 
 
@@ -39,28 +40,40 @@ class ProtectedShare:
 def cost_terms(
     model: nn.Module, cuts: Sequence[Cut], reuse: Mapping[str, float], total_macs: float
 ) -> tuple[Term, ...]:
-    """The costs of a model as a sum over its parameters, for `Term`s that belong to layers.
+    """The costs of a model as a sum over its parameters.
 
     Args:
         cuts: the dimensions of tensors that follow an axis.
         reuse: by the name of a parameter, how often one sample uses each of its elements in a product.
         total_macs: of one sample; what the parameters do not explain belongs to no layer and no width.
     """
+    terms: list[Term] = []
+    known = 0.0
+    for name, term in parameter_terms(model, cuts).items():
+        each = reuse.get(name, 0.0)
+        terms.append(term)
+        if each:
+            terms.append(replace(term, metric="macs", coefficient=term.coefficient * each))
+        known += model.get_parameter(name).numel() * each
+    return (*terms, Term(OUTSIDE, "macs", total_macs - known, ()))
+
+
+def parameter_terms(model: nn.Module, cuts: Sequence[Cut]) -> dict[str, Term]:
+    """The number of elements of each parameter, by its name, as a term of the metric `params`."""
     by_tensor: dict[str, dict[int, int]] = defaultdict(dict)
     for cut in cuts:
         by_tensor[cut.tensor][cut.dim] = cut.axis
-    terms: list[Term] = []
-    known = 0.0
+    terms = {}
     for name, parameter in model.named_parameters():
         axes = by_tensor.get(name, {})
         rest = math.prod(n for dim, n in enumerate(parameter.shape) if dim not in axes)
-        layer, each = name.rpartition(".")[0], reuse.get(name, 0.0)
-        terms.append(Term(layer, "params", float(rest), tuple(axes.values())))
-        if each:
-            terms.append(Term(layer, "macs", rest * each, tuple(axes.values())))
-        known += parameter.numel() * each
-    terms.append(Term(OUTSIDE, "macs", total_macs - known, ()))
-    return tuple(terms)
+        terms[name] = Term(layer_of(name), "params", float(rest), tuple(axes.values()))
+    return terms
+
+
+def layer_of(parameter: str) -> str:
+    """The layer that a parameter belongs to, by its name; one of the model itself stands for itself."""
+    return parameter.rpartition(".")[0] or parameter
 
 
 def formulas(terms: Sequence[Term], sizes: Sequence[AxisSize], groups: int) -> dict[str, CostFormula]:
@@ -72,16 +85,24 @@ def formulas(terms: Sequence[Term], sizes: Sequence[AxisSize], groups: int) -> d
 
 
 def protected_shares(space: PruningSpace, metric: str) -> tuple[ProtectedShare, ...]:
-    """Protected layers by the share of the dense cost that they keep at the smallest widths, largest first."""
+    """Protected layers by the share of the dense cost that they keep at the smallest widths, largest first.
+
+    Among them are those that no group reaches: embeddings, norms over a width that stays.
+    """
     sizes = [float(size.constant + size.slope @ space.minimums) for size in space.axis_sizes()]
     kept: dict[str, float] = defaultdict(float)
+    reached: set[str] = set()
     for term in space.terms:
+        if term.axes:
+            reached.add(term.layer)
         if term.metric == metric:
             kept[term.layer] += term.coefficient * math.prod(sizes[axis] for axis in term.axes)
     dense = space.dense_cost(metric)
     found = []
     for name, cost in kept.items():
         reason = _OUTSIDE_REASON if name == OUTSIDE else _reason(name, space.protected)
+        if reason is None and name not in reached:
+            reason = _UNREACHED
         if reason is not None and cost > 0:
             found.append(ProtectedShare(name, cost / dense, reason))
     return tuple(sorted(found, key=lambda part: -part.share))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import rlprune
+from helpers.lm import tiny_lm
 from rlprune.pruning import NarrowSpaceWarning, ProtectedShare
 from rlprune.pruning.cost_terms import OUTSIDE, formulas, narrow_lines
 
@@ -91,3 +92,35 @@ def test_what_belongs_to_no_layer_is_told_as_well() -> None:
     first = space.protected_shares("macs")[0]
     assert first.name == OUTSIDE
     assert math.isclose(first.share, 2 * 20 * 20 * 4 / (2 * 20 * 20 * 4 + 2 * 20 * 4 * 6))
+
+
+class Scaled(nn.Module):
+    """A pair of layers and a parameter of the model's own, which no group reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(4))
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x + self.bias))
+
+
+def test_a_parameter_that_no_group_reaches_is_told() -> None:
+    space = rlprune.trace(Scaled(), torch.zeros(1, 4))
+    assert ProtectedShare("bias", 4 / (4 + 30 + 28), "no group reaches it") in space.protected_shares(
+        "params"
+    )
+
+
+def test_terms_of_a_language_model_add_up_and_name_what_stays() -> None:
+    model = tiny_lm(vocab_size=2048)
+    with pytest.warns(NarrowSpaceWarning, match="embed_tokens"):
+        space = rlprune.trace(model, torch.zeros(1, 8, dtype=torch.long))
+    built = formulas(space.terms, space.axis_sizes(), len(space.groups))
+    for widths in (space.widths, space.minimums):
+        assert {m: float(f(widths)) for m, f in built.items()} == {
+            m: space.cost(widths, m) for m in ("macs", "params")
+        }
+    shares = {part.name: part.share for part in space.protected_shares("params")}
+    assert shares["model.embed_tokens"] == 2048 * model.config.hidden_size / space.dense_cost("params")
