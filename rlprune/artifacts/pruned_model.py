@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError
-from ..pruning.fingerprint import fingerprint
+from ..pruning.fingerprint import fingerprint, uncompiled
 from ..pruning.inputs import inputs_from
 from ..pruning.plan import Plan
 from ..pruning.surgery import attributes, axis_indices
@@ -71,7 +71,7 @@ def save_pruned(
 
     Raises ArtifactError: tensors that do not fit the plan, NaN weights, or a folder that cannot be written.
     """
-    tensors = _saved_tensors(slim, plan)
+    tensors = _saved_tensors(uncompiled(slim), plan)
     refuse_nan(tensors, "the model")
     check_against_plan(tensors, plan)
     document = plan_document(plan, base, {name: tensor.shape for name, tensor in tensors.items()})
@@ -131,7 +131,7 @@ def load_pruned(
         check_checksum(name, tensors[name], document["checksums"], where)
     if base is None:
         check_base(_skeleton(document["base"], rebuild), document, folder)
-    model = rebuild(document["base"]) if base is None else copy.deepcopy(base)
+    model = rebuild(document["base"]) if base is None else copy.deepcopy(uncompiled(base))
     check_base(model, document, folder)
     put_tensors(model, tensors, where)
     set_attributes(model, document["attributes"], str(folder / PLAN_FILE))

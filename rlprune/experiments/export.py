@@ -98,31 +98,33 @@ def export(
         raise ConfigError(
             f"--to: unknown format {to!r}; use one of {', '.join(FORMATS)}{near_miss(to, FORMATS)}"
         )
-    folder, of_run = find_folder(Path(directory))
-    job = Export(folder, to, out, example_inputs, base, force)
-    return FORMATS[to].write(_with_workload(job, config or of_run))
+    folder = find_folder(Path(directory))
+    return FORMATS[to].write(_with_workload(Export(folder, to, out, example_inputs, base, force), config))
 
 
-def find_folder(directory: Path) -> tuple[Path, Config | None]:
-    """The folder of the pruned model, and the settings of the run that it is, or lies in."""
-    folder = directory
-    if not (directory / PLAN_FILE).is_file() and (directory / "pruned" / PLAN_FILE).is_file():
-        folder = directory / "pruned"
-    # The last part of "." and the like is only known of the resolved path.
-    settings = folder.resolve().parent / "config.yaml"
-    return folder, load_config(settings) if settings.is_file() else None
+def find_folder(directory: Path) -> Path:
+    """The folder of the pruned model: itself, or the one of a run."""
+    inside = directory / "pruned"
+    own = (directory / PLAN_FILE).is_file() or not (inside / PLAN_FILE).is_file()
+    return directory if own else inside
 
 
 def _with_workload(job: Export, config: Config | None) -> Export:
-    """The job with the dense model and the inputs of the settings' workload, where the folder alone does not do."""
+    """The job with the dense model and the inputs of the workload of ``config``, or of the run's where it takes that."""
     document = read_plan(job.directory)
-    known = job.base is not None or adapter_of_base(document["base"]).rebuilds(document)
-    if config is None or (known and (job.example_inputs is not None or document.get("input") is not None)):
-        return job
+    if config is None:
+        known = job.base is not None or adapter_of_base(document["base"]).rebuilds(document)
+        # resolve: the last part of "." and the like is not the folder's name.
+        run = job.directory.resolve().parent
+        of_a_run = (run / "config.yaml").is_file() and (run / "results.json").is_file()
+        said = job.example_inputs is not None or document.get("input") is not None
+        if (known and said) or not of_a_run:
+            return job
+        config = load_config(run / "config.yaml")
     workload = build_workload(replace(config, device="cpu"), train=False)
     return replace(
         job,
-        base=job.base if known else workload.architecture,
+        base=workload.architecture if job.base is None else job.base,
         example_inputs=workload.example_inputs if job.example_inputs is None else job.example_inputs,
     )
 

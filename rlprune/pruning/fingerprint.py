@@ -27,6 +27,11 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` has wrapped, or the model itself."""
+    return dict(model.named_children()).get(_COMPILED, model)
+
+
 def _plain(name: str) -> str:
     """The name that a tensor or a module has where nothing is compiled."""
     return ".".join(part for part in name.split(".") if part != _COMPILED)

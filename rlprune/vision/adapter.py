@@ -17,6 +17,7 @@ from ..config.config import FinishConfig, RecoveryConfig
 from ..errors import ArtifactError, ConfigError, GraphError, near_miss
 from ..importance.calibration_cache import CalibrationCache
 from ..importance.unit_scores import Scores
+from ..pruning.fingerprint import uncompiled
 from ..pruning.inputs import describe_inputs
 from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
@@ -174,7 +175,9 @@ class VisionAdapter(ModelAdapter):
             )
         if base is None:
             space = plan.space
-            base = identify(slim, space.fingerprint, space.dense_cost("params"), attributes(space, plan))
+            base = identify(
+                uncompiled(slim), space.fingerprint, space.dense_cost("params"), attributes(space, plan)
+            )
         known = dict(base) if base is not None else {"source": "given"}
         save_pruned(slim, plan, directory, known, {FILE: standalone(known)})
 

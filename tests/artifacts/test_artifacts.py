@@ -139,6 +139,22 @@ def test_an_own_model_needs_its_base_and_leaves_it_unchanged(tmp_path: Path) -> 
     assert "another architecture" in error_of(lambda: rlprune.load(tmp_path / "p", base=models.resnet18()))
 
 
+def test_compiled_models_and_traced_graphs_are_saved_and_loaded(tmp_path: Path) -> None:
+    model = Own().eval()
+    slim, plan = pruned(model, torch.zeros(1, 3, 8, 8))
+    rlprune.save(torch.compile(slim), plan, tmp_path / "p")
+    x = torch.randn(2, 3, 8, 8)
+    for base in (model, torch.compile(model)):
+        with torch.no_grad():
+            assert torch.equal(slim.eval()(x), rlprune.load(tmp_path / "p", base=base)(x))
+    graph = torch.fx.symbolic_trace(model)
+    slim, plan = pruned(graph, torch.zeros(1, 3, 8, 8))
+    rlprune.save(slim, plan, tmp_path / "g")
+    for base in (graph, copy.deepcopy(graph)):
+        with torch.no_grad():
+            assert torch.equal(slim.eval()(x), rlprune.load(tmp_path / "g", base=base)(x))
+
+
 def test_a_file_cannot_name_code(folder: Path) -> None:
     edit(
         folder / "plan.json",

@@ -85,7 +85,10 @@ def test_a_model_of_the_users_own_is_exported_with_its_workload(
     done(capsys, "prune", "own.yaml", "--rule", "uniform", "--out", "run/pruned")
     assert "pass base=model" in refused("export", "run/pruned", "--to", "torch-export")
     done(capsys, "export", "run/pruned", "own.yaml", "--to", "torch-export", "--out", "given.pt2")
+    (own / "run" / "config.yaml").write_text("name: of another program")
+    assert "pass base=model" in refused("export", "run", "--to", "torch-export")
     (own / "run" / "config.yaml").write_text((own / "own.yaml").read_text())  # as `train` leaves it
+    (own / "run" / "results.json").write_text("{}")
     done(capsys, "export", "run", "--to", "torch-export")
     done(capsys, "export", "run/pruned", "--to", "torch-export", "--out", "found.pt2")
     from own_net import Net  # type: ignore[import-not-found]
