@@ -110,7 +110,7 @@ def find_folder(directory: Path) -> Path:
 
 
 def _with_workload(job: Export, config: Config | None) -> Export:
-    """The job with the dense model and the inputs of the workload of ``config``, or of the run's where it takes that."""
+    """The job with the dense model and inputs of the workload of ``config``, or of the run's where it takes that."""
     document = read_plan(job.directory)
     if config is None:
         known = job.base is not None or adapter_of_base(document["base"]).rebuilds(document)
