@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ class _Source:
     """One file: its definitions by name, its imports of the package and of others by the name that they bind."""
 
     lines: list[str]
-    definitions: dict[str, ast.stmt] = field(default_factory=dict)
+    definitions: dict[str, list[ast.stmt]] = field(default_factory=lambda: defaultdict(list))
     inside: dict[str, tuple[Path, str]] = field(default_factory=dict)
     outside: dict[str, str] = field(default_factory=dict)
 
@@ -41,7 +42,7 @@ def bundle(
     """
     collected = _Collected(dict(instead or {}))
     for function in functions:
-        collected.add(Path(inspect.getfile(function)), function.__name__)
+        collected.add(Path(inspect.getfile(inspect.unwrap(function))), function.__name__)
     changed = [f"{name} = {value}" for name, value in (instead or {}).items()]
     parts = [head.rstrip(), "from __future__ import annotations", collected.header()]
     return (
@@ -89,7 +90,8 @@ class _Collected:
         elif name in source.definitions:
             if self._owners.setdefault(name, path) != path:
                 raise ValueError(f"{name!r} is defined in {path} and in {self._owners[name]}")
-            self._define(path, source, source.definitions[name])
+            for node in source.definitions[name]:
+                self._define(path, source, node)
 
     def _define(self, path: Path, source: _Source, node: ast.stmt) -> None:
         text, local = _text(source.lines, node), _imports(path, node)
@@ -114,21 +116,24 @@ def _source(path: Path) -> _Source:
     text = path.read_text(encoding="utf-8")
     source = _Source(text.splitlines())
     for node in ast.parse(text).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            source.definitions[node.name] = node
-        elif isinstance(node, ast.Assign):
-            source.definitions |= {
-                n.id: node for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)
-            }
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            source.definitions[node.target.id] = node
-        elif isinstance(node, ast.ImportFrom) and node.level:
+        if isinstance(node, ast.ImportFrom) and node.level:
             source.inside |= _imports(path, node)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             for alias in node.names:
                 line = ast.unparse(node).partition("import ")[0] + "import " + ast.unparse(alias)
                 source.outside[alias.asname or alias.name.partition(".")[0]] = line
+        else:
+            for name in _bound(node):
+                source.definitions[name].append(node)
     return source
+
+
+def _bound(node: ast.stmt) -> set[str]:
+    """The names that a statement defines or, as in ``NAME.field = 1``, completes."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return {node.name}
+    targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+    return {n.id for t in targets if t is not None for n in ast.walk(t) if isinstance(n, ast.Name)}
 
 
 def _imports(path: Path, node: ast.AST) -> dict[str, tuple[Path, str]]:
