@@ -98,7 +98,7 @@ class _Collected:
         if text in self._begun:  # functions may use each other
             return
         self._begun.add(text)
-        used = {n.id for n in _evaluated(node) if isinstance(n, ast.Name)}
+        used = {n.id for n in _evaluated(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
         for name in sorted(used - set(local)):
             self.add(path, name)
         for name in sorted(local):
