@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,8 +38,8 @@ def bundle(
         head, tail: what stands before and after the code: a docstring, what is run.
         instead: definitions that are written in another way, name -> the value that it gets.
 
-    Raises ValueError where the code cannot be taken out: two definitions of one name, a module of the package used
-    as an object, an import under another name.
+    Raises ValueError where the code cannot be taken out: two public definitions of one name, a module of the package
+    used as an object, an import under another name.
     """
     collected = _Collected(dict(instead or {}))
     for function in functions:
@@ -61,7 +62,7 @@ class _Collected:
         self._instead = instead
         self._imports: dict[str, str] = {}
         self._owners: dict[str, Path] = {}
-        self._begun: set[str] = set()
+        self._begun: set[tuple[Path, int]] = set()
         self._types: set[str] = set()
 
     def header(self) -> str:
@@ -77,37 +78,56 @@ class _Collected:
         ]
         return "\n".join([*plain, *others, *(["", *(f"{name} = Any" for name in types)] if types else [])])
 
-    def add(self, path: Path, name: str) -> None:
-        """Take a name that a file binds, with all that its definition uses."""
+    def add(self, path: Path, name: str) -> str:
+        """Take a name that a file binds, with all that its definition uses; returns what it is called here."""
         source = _source(path)
         if name in self._instead:
-            return
+            return name
         if name in source.inside:
-            self.add(*source.inside[name])
-        elif name in source.outside:
+            return self._from(*source.inside[name])
+        if name in source.outside:
             if self._imports.setdefault(name, source.outside[name]) != source.outside[name]:
                 raise ValueError(f"{path}: {name!r} is imported in two ways")
         elif name in source.definitions:
-            if self._owners.setdefault(name, path) != path:
-                raise ValueError(f"{name!r} is defined in {path} and in {self._owners[name]}")
+            given = self._name(path, name)
             for node in source.definitions[name]:
                 self._define(path, source, node)
+            return given
+        return name
+
+    def _from(self, path: Path, name: str) -> str:
+        """`add` for a name that another file imports from this one."""
+        source = _source(path)
+        if name not in {*source.inside, *source.outside, *source.definitions}:
+            raise ValueError(f"{path}: does not define {name!r}; a bundle cannot use modules as objects")
+        return self.add(path, name)
+
+    def _name(self, path: Path, name: str) -> str:
+        """The name itself, or one with its file's name where another file has a private one of that name."""
+        owner = self._owners.setdefault(name, path)
+        if owner == path:
+            return name
+        if not name.startswith("_"):
+            raise ValueError(f"{name!r} is defined in {path} and in {owner}")
+        return self._name(path, f"{name}_{path.stem}")
 
     def _define(self, path: Path, source: _Source, node: ast.stmt) -> None:
-        text, local = _text(source.lines, node), _imports(path, node)
-        if text in self._begun:  # functions may use each other
+        if (path, node.lineno) in self._begun:  # functions may use each other
             return
-        self._begun.add(text)
+        self._begun.add((path, node.lineno))
+        text, local = _text(source.lines, node), _imports(path, node)
+        names = {name: self._name(path, name) for name in _bound(node)}
         used = {n.id for n in _evaluated(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-        for name in sorted(used - set(local)):
-            self.add(path, name)
-        for name in sorted(local):
-            self.add(*local[name])
+        names |= {name: self.add(path, name) for name in sorted(used - set(local))}
+        names |= {name: self._from(*local[name]) for name in sorted(local)}
         for name in sorted({n.id for n in ast.walk(node) if isinstance(n, ast.Name)} - used):
             if name in source.outside:
                 self.add(path, name)
             elif name in source.inside or name in source.definitions:
                 self._types.add(name)
+        for name, given in names.items():
+            if name != given:
+                text = re.sub(rf"(?<![\w.]){name}\b", given, text)
         self.code.append(text)
 
 

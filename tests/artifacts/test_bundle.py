@@ -36,6 +36,15 @@ def cyclic(n: int) -> int:
     """Uses the other."""
     return 0 if n < 1 else other(n - 1)
 
+_LIMIT = 50
+
+def _inner(n: int) -> int:
+    """_inner adds."""
+    return n + _LIMIT
+
+def private(n: int) -> int:
+    return _inner(n)
+
 def other(n: int) -> int:
     return 1 if n < 1 else cyclic(n - 1)
 
@@ -68,6 +77,14 @@ def replaced() -> int:
 def asks() -> int:
     return replaced()
 ''',
+    "twin": '''
+from .low import cyclic, private
+_LIMIT = 5
+def _inner(n):
+    return n + _LIMIT
+def both(n):
+    return _inner(n), private(n)
+''',
     "typed": "class Shape: ...\n",
     "deep": '''
 from .low import Kind
@@ -79,6 +96,11 @@ from .low import cyclic
 from .high import top
 def other():
     return top(cyclic(1))
+''',
+    "object": '''
+from . import low
+def ask():
+    return low.cyclic(1)
 ''',
     "renames": '''
 from .low import cyclic as turning
@@ -120,9 +142,19 @@ def test_a_definition_can_be_written_in_another_way(package: str) -> None:
     assert found["asks"]() == 7
 
 
+def test_private_names_of_two_files_are_told_apart(package: str) -> None:
+    text = bundle([module(package, "twin").both], "# head")
+    exec(text, found := {"__name__": "alone"})
+    assert found["both"](1) == (6, 51)
+
+
 @pytest.mark.parametrize(
     ("name", "function", "words"),
-    [("clash", "other", "'other' is defined in"), ("renames", "use", "imports 'cyclic' as 'turning'")],
+    [
+        ("object", "ask", "does not define 'low'; a bundle cannot use modules"),
+        ("clash", "other", "'other' is defined in"),
+        ("renames", "use", "imports 'cyclic' as 'turning'"),
+    ],
 )
 def test_what_cannot_be_taken_out_is_refused(package: str, name: str, function: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
