@@ -130,9 +130,12 @@ def load_pruned(
     for name in sorted(tensors) if "checksums" in document else ():
         check_checksum(name, tensors[name], document["checksums"], where)
     if base is None:
-        check_base(_skeleton(document["base"], rebuild), document, folder)
-    model = rebuild(document["base"]) if base is None else copy.deepcopy(uncompiled(base))
-    check_base(model, document, folder)
+        _check_described(_skeleton(document["base"], rebuild), document, folder)
+        model = rebuild(document["base"])
+        _check_described(model, document, folder)
+    else:
+        check_base(base, document, folder)
+        model = copy.deepcopy(uncompiled(base))
     put_tensors(model, tensors, where)
     set_attributes(model, document["attributes"], str(folder / PLAN_FILE))
     return model.cpu().eval()
@@ -148,6 +151,13 @@ def _skeleton(
     with contextlib.suppress(ArtifactError, RuntimeError, NotImplementedError), torch.device("meta"):
         return rebuild(base)
     return None
+
+
+def _check_described(model: nn.Module | None, document: PlanDocument, folder: Path) -> None:
+    if model is not None and fingerprint(model) != document["fingerprint"]:
+        raise ArtifactError(
+            f"{folder / PLAN_FILE}: base: describes another architecture than was pruned (its fingerprint differs)"
+        )
 
 
 def check_base(model: nn.Module | None, document: PlanDocument, folder: Path) -> None:

@@ -222,7 +222,7 @@ def foreign_unit(document: dict[str, Any]) -> None:
         (lambda d: d["cost"].update(macs=True), "cost.macs: must be a finite number of 0 and more"),
         (lambda d: d["dense_cost"].update(params="5"), "dense_cost.params: must be a finite number"),
         (lambda d: d["cost"].update(macs=-1), "cost.macs: must be a finite number"),
-        (lambda d: d["base"]["arguments"].update(width=10**6), "was made from another architecture"),
+        (lambda d: d["base"]["arguments"].update(width=10**6), "base: describes another architecture"),
         (lambda d: d["checksums"].pop("conv1.weight"), "has no checksum of 'conv1.weight'"),
         (lambda d: d.update(checksums=[]), "the field 'checksums' is not a dict"),
     ],
