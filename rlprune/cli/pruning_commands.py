@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..artifacts.documents import PLAN_FILE
 from ..errors import ConfigError, near_miss
 from .catalogue import check_wing
 from .options import (
@@ -99,7 +98,11 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 def _check_checkpoint(args: argparse.Namespace) -> None:
     given = args.checkpoint
-    if given is not None and not given.is_file() and not (given / PLAN_FILE).is_file():
+    if given is None or given.is_file():
+        return
+    from ..artifacts.documents import PLAN_FILE
+
+    if not (given / PLAN_FILE).is_file():
         what = "is a folder, but of no pruned model" if given.is_dir() else "no such file"
         raise ConfigError(f"--checkpoint: {given}: {what}")
 
