@@ -52,7 +52,7 @@ CACHE = DOCS.parent / "runs" / "architectures.jsonl"
 # What decides a result: a line of the cache made by other code of these does not count.
 CODE = ("pruning", "tracing", "vision", "artifacts", "utils", "workloads", "api.py")
 LIMIT_SECONDS, TRACE_SECONDS, TRACE_GIGABYTES, GIGABYTES = 600, 120.0, 8.0, 10.0
-EXACT, CLASSES, NARROW = 1e-9, 10, 0.5
+EXACT, CLASSES, NARROW, LEFT = 1e-9, 10, 0.5, 0.05
 SAMPLES = 2
 # No cut of these channels could be exact, whatever the tracer can follow.
 BY_NATURE = re.compile(
@@ -125,8 +125,28 @@ def examine(name: str) -> dict[str, Any]:
 
 
 def outputs(model: nn.Module, samples: Iterable[Any]) -> list[Tensor]:
-    """All floating-point tensors that a model gives for some samples."""
-    return [t for sample in samples for t in tensors(call(model, sample)) if t.is_floating_point()]
+    """All floating-point tensors that a model gives for some samples; of a detector what its head gives.
+
+    Boxes of equal scores come in any order, and which of them suppresses the others says nothing of a cut. Detectors
+    of two stages are compared by the head that proposes boxes, and by the scores in the end, sorted.
+    """
+    heads: list[Tensor] = []
+    modules = dict(model.named_modules())
+    named = [name for name in ("head", "rpn.head") if name in modules][:1]
+    hooks = [
+        modules[n].register_forward_hook(lambda _, __, value: heads.extend(tensors(value))) for n in named
+    ]
+    found = []
+    for sample in samples:
+        heads.clear()
+        value = call(model, sample)
+        if isinstance(sample, list):
+            scores = [] if named == ["head"] else [boxes["scores"].sort().values for boxes in value]
+            value = (*heads, *scores)
+        found += [t for t in tensors(value) if t.is_floating_point()]
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 def difference(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
@@ -181,7 +201,8 @@ def result(facts: Mapping[str, Any]) -> str:
         return "not run"
     if not exact(facts):
         return "WRONG"
-    return "works" if facts["lowest"]["macs"] <= NARROW and not facts["left"] else "in part"
+    left = sum(share for _, share, _ in facts["left"])
+    return "works" if facts["lowest"]["macs"] <= NARROW and left <= LEFT else "in part"
 
 
 # One process a model
@@ -307,24 +328,23 @@ def row(name: str, facts: Mapping[str, Any]) -> list[str]:
 
 
 def reason(name: str, facts: Mapping[str, Any]) -> str:
-    """Why a model does not work in full, in a line; "" where it does."""
+    """What stands in the way of more, in a line; "" where nothing does."""
     kind = result(facts)
-    if kind in ("works", "not run"):
+    if kind == "not run":
         return ""
     if kind == "WRONG":
         wrong = [key for key in ("macs_equal", "params_equal", "reloaded") if not facts[key]]
         return f"- {name}: WRONG: difference {facts['difference']:.1e}, {', '.join(wrong) or 'costs agree'}"
-    if kind != "in part":
+    if kind not in ("works", "in part"):
         return f"- {name}: {kind}: {facts.get('refused', facts.get('failed'))}"
     parts = []
     if facts["lowest"]["macs"] > NARROW:
-        parts.append(f"at least {facts['lowest']['macs']:.1%} of the MACs stay")
+        parts.append(f"{facts['lowest']['macs']:.1%} of the MACs stay at the smallest widths")
     if facts["left"]:
-        layer, share, why = facts["left"][0]
-        parts.append(
-            f"{len(facts['left'])} layers are not followed, first {layer} ({share:.1%} of the MACs): {why}"
-        )
-    return f"- {name}: in part: {'; '.join(parts)}"
+        (layer, _, why), count = facts["left"][0], len(facts["left"])
+        layers = layer if count == 1 else f"{layer} and {count - 1} more"
+        parts.append(f"{layers} ({sum(row[1] for row in facts['left']):.1%} of the MACs): {why}")
+    return f"- {name}: {kind}: {'; '.join(parts)}" if parts else ""
 
 
 def summary(results: Mapping[str, str]) -> str:
@@ -350,7 +370,7 @@ def page(found: Mapping[str, Mapping[str, Any]]) -> str:
         summary=summary({name: result(facts) for name, facts in every.items()}),
         table=markdown_table(HEADER, [row(name, facts) for name, facts in every.items()]),
         reasons="\n".join(said for name, facts in every.items() if (said := reason(name, facts))) or "- none",
-        exact=EXACT, narrow=f"{NARROW:.0%}", limit=f"{TRACE_SECONDS:g}", samples=SAMPLES,
+        exact=EXACT, narrow=f"{NARROW:.0%}", left=f"{LEFT:.0%}", limit=f"{TRACE_SECONDS:g}", samples=SAMPLES,
         times=f"{middle:.1f} s in the middle, {times[-1] if times else 0.0:.1f} s at most",
         torch=torch.__version__, python=platform.python_version(),
     )  # fmt: skip
@@ -371,11 +391,11 @@ equal those of the masked dense model on {samples} random samples to {exact:g} o
 folder loads, without the dense model being passed in, to the same outputs. Biases and normalisation statistics are
 random too, so that f(0) is not 0.
 
-- **works**: all of that holds, at least {narrow} of the MACs can be cut, and every layer that keeps its width does so
-  by its nature: it makes the model's output, or a norm or softmax runs over its channels, so that no cut of it is
-  exact (`prune.inexact`), or it has a single channel, or shares its weights.
-- **in part**: all of that holds, but less than {narrow} of the MACs can be cut, or some layer keeps its width for
-  another reason, such as an operation that the tracer cannot follow; the list below says which.
+- **works**: all of that holds, at least {narrow} of the MACs can be cut, and at most {left} of them are held by layers
+  that keep their width for another reason than their nature: making the model's output, a norm or softmax that runs
+  over the channels, so that no cut of them is exact (`prune.inexact`), a single channel, shared weights.
+- **in part**: all of that holds, but fewer MACs can be cut, or layers with more of them keep their width because the
+  tracer cannot follow an operation; the list below says which.
 - **refused**: one line says why nothing of the model can be pruned. **too long**: stopped by the limit on time.
 - **failed**, **WRONG**: a fault of ours; a WRONG cut computes something else than it should.
 
@@ -384,7 +404,7 @@ layers whose outputs keep their width (the one that makes the output is always o
 
 {table}
 
-## Why not in full
+## What stays, and why
 
 {reasons}
 """

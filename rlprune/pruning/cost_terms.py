@@ -21,7 +21,7 @@ NARROW = 0.5
 OUTSIDE = "matrix products outside of layers"
 _OUTSIDE_REASON = "they follow no layer's width"
 _UNREACHED = "no group reaches it"
-_NUMBER = re.compile(r"\d+")
+_NUMBER = re.compile(r"\b\d+\b")
 
 
 class NarrowSpaceWarning(UserWarning):

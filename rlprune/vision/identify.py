@@ -63,6 +63,11 @@ def _candidates(model: nn.Module, dense_params: float) -> Iterator[dict[str, Any
         if isinstance(known, str):
             arguments = {"num_classes": classes, "in_chans": channels}
             yield {"source": "timm", "name": known, "arguments": arguments}
+            size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+            if isinstance(
+                size, tuple
+            ):  # a transformer that may be built for images of another size than usual
+                yield {"source": "timm", "name": known, "arguments": arguments | {"img_size": list(size)}}
 
 
 def _ends(model: nn.Module) -> tuple[int, int]:

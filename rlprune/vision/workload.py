@@ -123,8 +123,9 @@ class VisionWorkload(TrainedWorkload):
         """SGD on the train split; a killed training goes on from ``state``."""
         options = settings.train
 
-        def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(outputs, targets, label_smoothing=options.label_smoothing)
+        def loss(outputs: object, targets: Tensor) -> Tensor:
+            logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs.logits  # type: ignore[attr-defined]
+            return F.cross_entropy(logits, targets, label_smoothing=options.label_smoothing)
 
         run = functools.partial(
             fit,

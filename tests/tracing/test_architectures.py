@@ -18,17 +18,9 @@ FAST = (
     *("lraspp_mobilenet_v3_large", "hf:mobilenet_v2", "timm:lcnet_035"),
 )
 SLOW = (
-    *(
-        "resnet50",
-        "vgg11_bn",
-        "densenet121",
-        "inception_v3",
-        "efficientnet_b0",
-        "mnasnet1_0",
-        "cifar_googlenet",
-    ),
-    *("r3d_18", "hf:resnet", "timm:resnetv2_18", "timm:seresnet18", "timm:ghostnet_050", "timm:repvgg_a0"),
-    *("timm:dla34", "timm:hrnet_w18_small", "timm:darknet53"),
+    *("resnet50", "vgg11_bn", "densenet121", "inception_v3", "efficientnet_b0", "mnasnet1_0"),
+    *("cifar_googlenet", "r3d_18", "hf:resnet", "timm:resnetv2_18", "timm:seresnet18", "timm:ghostnet_050"),
+    *("timm:repvgg_a0", "timm:dla34", "timm:hrnet_w18_small", "timm:darknet53"),
 )
 
 

@@ -119,6 +119,18 @@ def test_published_detectors_are_built_as_torchvision_builds_them_for_their_weig
     assert identified(ours) == base_of(name, 91, weights="DEFAULT")
 
 
+def test_a_timm_transformer_of_another_image_size_is_known_again() -> None:
+    pytest.importorskip("timm")
+    arguments = {"img_size": 32, "depth": 1, "embed_dim": 192}
+    usual = build_model("timm:vit_tiny_patch16_224", 3)
+    small = build_model("timm:vit_tiny_patch16_224", 3, arguments={"img_size": 32})
+    for model, own in ((usual, {}), (small, {"img_size": [32, 32]})):
+        found = identified(model)
+        assert found is not None
+        assert found["arguments"] == {"num_classes": 3, "in_chans": 3} | own
+    assert identified(build_model("timm:vit_tiny_patch16_224", 3, arguments=arguments)) is None
+
+
 def test_quantised_models_are_refused_with_the_float_one() -> None:
     with pytest.raises(ConfigError, match="quantised models cannot be pruned; use 'resnet18'"):
         build_model("quantized_resnet18")
@@ -301,3 +313,17 @@ def test_a_vision_transformer_takes_the_size_of_the_images(
     assert main(["inspect", "vit.yaml"]) == 0
     assert "vit.layers.0.mlp.fc1" in capsys.readouterr().out
     assert hf_models.own_weights("hf:vit") is None
+
+
+def test_a_cached_hub_id_counts_as_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+
+    def cached(repo_id: str, filename: str) -> str | None:
+        return str(tmp_path / filename) if repo_id == "someone/vit" else None
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
+    assert builder_of("hf:someone/vit").wing == "vision"
+    assert builder_of("hf:someone/else").wing == "language"
+    assert hf_models.own_weights("hf:someone/vit") == "someone/vit"
+    (tmp_path / "config.json").write_text("[]")
+    assert builder_of("hf:someone/vit").wing == "language"
