@@ -29,22 +29,26 @@ def trace(
     max_memory_gb: float = 8.0,
     drop: bool = False,
     hidden: bool = False,
+    inexact: bool = False,
 ) -> PruningSpace:
     """Find what can be pruned in ``model``; the model is not changed.
 
     A transformers causal language model is read through its family, any other model by its dependency graph.
 
     Args:
-        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, with a batch
-            dimension first; costs are those of one sample of it.
+        example_inputs: a tensor, a list (one argument), a tuple of arguments or a dict of keyword arguments, with
+            a batch dimension first; the batch size of a list of tensors is its length. Costs are those of one sample.
         ignore: names or patterns (``"layer4.*"``) of layers whose outputs keep their width.
         round_to: kept channels are a multiple of this, where a group is cut at all.
         minimum: smallest number of channels kept in a group.
         verify: cut random units of all groups and compare with the masked dense model in float64; a
             group for which they differ is protected, with the reason, instead of being cut wrongly.
-        max_seconds, max_memory_gb: limits on dependency tracing.
+        max_seconds, max_memory_gb: limits on all of it, the proof as well; where it is long it runs in a process
+            of its own, which is killed then.
         drop: language models: an attention or a feed-forward part may lose all of its units.
         hidden: language models: the residual width is a group too, without an exact cut.
+        inexact: other models: channels that a norm or a softmax runs over are groups too, as they are in
+            Torch-Pruning; their cut changes what is kept, and `space.inexact` says why.
 
     Warns:
         NarrowSpaceWarning: more than half of a metric stays at the smallest widths; the text names the protected
@@ -54,7 +58,9 @@ def trace(
         GraphError: the model's forward fails, nothing can be pruned, or a limit is reached; the layer
             and the reason are named.
     """
-    options = TraceOptions(ignore, round_to, minimum, verify, max_seconds, max_memory_gb, drop, hidden)
+    options = TraceOptions(
+        ignore, round_to, minimum, verify, max_seconds, max_memory_gb, drop, hidden, inexact
+    )
     space = adapter_of(model).trace(model, example_inputs, options)
     for line in narrow_lines(space):
         warnings.warn(line, NarrowSpaceWarning, stacklevel=2)

@@ -29,6 +29,7 @@ from .importance.importance import IMPORTANCES
 from .language import families
 from .rules import RULES
 from .utils import registry
+from .utils.named_objects import named_object
 from .utils.registry import Registry, is_foreign
 from .workloads.adapter import adapters
 
@@ -116,6 +117,10 @@ def fingerprint_of_settings(config: Config) -> dict[str, str]:
         (DATA_SETS, config.data.name),
     ]
     found = {f"{kind.kind} {name}": _source_digest(kind, name) for kind, name in named}
+    for field in ("transform", "train_transform"):
+        if (given := getattr(config.data, field)) is not None:
+            function = named_object(given, f"data.{field}")
+            found[f"data.{field} {given}"] = _digest(sys.modules[given.partition(":")[0]], function)
     for own in families.OTHERS:  # a family is nothing but data
         found[f"{_FAMILY} {own}"] = hashlib.sha256(repr(families.FAMILIES[own]).encode()).hexdigest()
     return {label: digest for label, digest in found.items() if digest is not None}

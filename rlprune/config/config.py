@@ -69,7 +69,13 @@ class ModelConfig(Section):
     arguments: dict[str, Any] = setting(dict, "Keyword arguments of the model's constructor.")
     weights: str | None = setting(None, "Name of published weights (torchvision, timm); null for none.")
     checkpoint: str | None = setting(
-        None, "A safetensors (or weights-only .pt) file of weights to start from."
+        None,
+        "A file of weights to start from: safetensors, or what torch.save wrote of a training, without code.",
+    )
+    checkpoint_key: str | None = setting(
+        None,
+        "Where the weights stand in the checkpoint, as a dotted path such as `state_dict_ema`; null finds them, and "
+        "`.` is the top of the file.",
     )
     train: TrainConfig = setting(TrainConfig, "Dense training.")
     seed: int = setting(0, "Seed of the initial weights and of the dense training.", low=0)
@@ -100,6 +106,30 @@ class DataConfig(Section):
     download: bool = setting(False, "Whether a missing data set may be fetched from the internet.")
     image_size: int | None = setting(
         None, "Side in pixels that images are scaled to; null keeps theirs.", low=1
+    )
+    resize: int | None = setting(
+        None,
+        "Image folders: pixels that the shorter side is scaled to before the centre of data.image_size is cut out; "
+        "null for data.image_size.",
+        low=1,
+    )
+    skip_corrupt: bool = setting(
+        False,
+        "Image folders: whether images that cannot be decoded are left out, with a warning that counts them.",
+    )
+    mean: tuple[float, ...] = setting(
+        (), "Mean of each channel of images / 255; empty for the data set's own."
+    )
+    std: tuple[float, ...] = setting(
+        (), "Standard deviation of each channel of images / 255; empty for the data set's own.", above=0
+    )
+    transform: str | None = setting(
+        None,
+        "`module:name` of a transform (as of torchvision.transforms.v2), or of a function that returns one, for every "
+        "image, a uint8 tensor (C, H, W): what it gives as uint8 is normalised, floats are taken as they are.",
+    )
+    train_transform: str | None = setting(
+        None, "The same for images of a training, instead of data.transform and the data set's augmentation."
     )
     train: int | None = setting(
         None, "Images (or sequences) of the train split; null for all that are left.", low=1
@@ -168,6 +198,11 @@ class PruneConfig(Section):
     )
     hidden: bool = setting(
         False, "Language models: whether the hidden size is a group too (no exact cut: norms cross it)."
+    )
+    inexact: bool = setting(
+        False,
+        "Models of images: whether channels that a norm or a softmax runs over are cut too (no exact cut: what is "
+        "kept changes).",
     )
 
 

@@ -58,6 +58,7 @@ def build_workload(
     """
     if seed_override is not None:
         config = replace(config, model=replace(config.model, seed=seed_override))
+    _require_checkpoint_of_key(config, checkpoint)
     device = resolve_device(config.device)
     given = checkpoint or config.model.checkpoint
     if given is not None and (Path(given) / PLAN_FILE).is_file():
@@ -172,6 +173,14 @@ def _refuse_mixture(config: Config) -> None:
         raise ConfigError(f"data.name {name!r}: holds {theirs.data_noun}, but {model!r} {ours.wants()}")
 
 
+def _require_checkpoint_of_key(config: Config, checkpoint: str | Path | None) -> None:
+    model = config.model
+    weights = model.weights is not None and Path(model.weights).is_file()
+    if model.checkpoint_key is None or checkpoint or model.checkpoint or config.search.checkpoints or weights:
+        return
+    raise ConfigError("model.checkpoint_key: no checkpoint is read, so it is not used; give model.checkpoint")
+
+
 def _own_workload(config: Config, checkpoint: str | Path | None) -> Workload:
     """The workload that ``workload: module:name`` stands for: a class, an object, or a function that returns one."""
     assert config.workload is not None
@@ -188,7 +197,8 @@ def _own_workload(config: Config, checkpoint: str | Path | None) -> Workload:
             f"got {type(workload).__name__}"
         )
     if checkpoint is not None:
-        put_weights(workload.model, load_checkpoint(checkpoint), f"checkpoint {str(checkpoint)!r}")
+        weights = load_checkpoint(checkpoint, config.model.checkpoint_key)
+        put_weights(workload.model, weights, f"checkpoint {str(checkpoint)!r}")
     workload.model.eval()
     check_finite(workload.model, config.workload)
     run_forward(workload, config.workload)

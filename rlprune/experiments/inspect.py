@@ -32,6 +32,10 @@ def inspect(config: Config) -> str:
         assert found.workload is not None
         space = timed_space(config, found.workload, space)
     lines = [*adapter.group_lines(space), "", *adapter.protected_lines(space.protected)]
+    lines += [
+        f"not exact: {name}: {reason}; cut all the same (prune.inexact)"
+        for name, reason in space.inexact.items()
+    ]
     lines += [f"unused in eval mode: {name}" for name in space.unused]
     lines += adapter.cost_lines(space, found.model)
     lines += [f"warning: {line}" for line in narrow_lines(space)]

@@ -181,6 +181,8 @@ RULES = (
          "budget.metric is not latency", "give budget.metric=latency", ("budget.metric",)),
     Rule(("model.train.*",), lambda run: run.adapter is None or run.config.model.train.epochs > 0,
          "model.train.epochs is 0", "give it", ("model.train.epochs", "workload")),
+    Rule(("data.augment",), lambda run: run.adapter is None or run.config.data.train_transform is None,
+         "data.train_transform takes its place", "leave one of them out", ("data.train_transform",)),
     Rule(("finish.temperature",), lambda run: run.config.finish.distill, "finish.distill is false",
          "give finish.distill=true", ("finish.distill",)),
     Rule(("finish.dropout",), lambda run: run.config.finish.method == "lora",

@@ -91,7 +91,17 @@ class LanguageAdapter(ModelAdapter):
             ("{model} is a language model, trained by AdamW", "only SGD has a momentum"),
         ),
         **dict.fromkeys(
-            ("model.train.label_smoothing", "data.image_size", "data.augment"),
+            (
+                *("model.train.label_smoothing", "data.image_size", "data.augment", "data.resize"),
+                *(
+                    "data.skip_corrupt",
+                    "data.mean",
+                    "data.std",
+                    "data.transform",
+                    "data.train_transform",
+                    "prune.inexact",
+                ),
+            ),
             ("{model} is a language model", "only image models have a use for it"),
         ),
     }

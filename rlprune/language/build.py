@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from ..artifacts.checkpoint import load_checkpoint, put_weights
 from ..artifacts.documents import PlanDocument
@@ -96,12 +95,16 @@ def _language_workload(
     texts = read_text(config.data.name, request)  # first: a missing file is said before weights are read
     source = str(checkpoint or settings.checkpoint or "")
     folder = bool(source) and (Path(source).is_dir() or source.endswith(".gguf"))
+    if folder and settings.checkpoint_key is not None:
+        raise ConfigError(
+            "model.checkpoint_key: a folder or a GGUF file has one set of weights; leave it out"
+        )
     name = f"{PREFIX}{source}" if folder else settings.name
     causal = load_causal(
         name, dtype=settings.dtype, arguments=None if folder else settings.arguments, seed=settings.seed
     )
     if source and not folder:
-        put_weights(causal.model, _with_tied(causal.model, load_checkpoint(source)), f"checkpoint {source!r}")
+        put_weights(causal.model, load_checkpoint(source, settings.checkpoint_key), f"checkpoint {source!r}")
     for field, length in (("sequence_length", request.length), ("test_length", request.test_length or 0)):
         if causal.longest is not None and length > causal.longest:
             raise ConfigError(f"data.{field}: {length} is longer than the model's {causal.longest} positions")
@@ -124,14 +127,6 @@ def _language_workload(
     )
     run_forward(workload, name)
     return workload
-
-
-def _with_tied(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A file stores tied tensors once; the model names them twice."""
-    own = model.state_dict()
-    given = {own[name].data_ptr(): tensor for name, tensor in tensors.items() if name in own}
-    absent = {n: given[t.data_ptr()] for n, t in own.items() if n not in tensors and t.data_ptr() in given}
-    return tensors | absent
 
 
 def _text_request(data: DataConfig) -> TextRequest:

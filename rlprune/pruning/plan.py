@@ -42,6 +42,7 @@ class Plan:
             "cost": {metric: self.space.cost(self.widths, metric) for metric in self.space.costs},
             "dense_cost": {metric: self.space.dense_cost(metric) for metric in self.space.costs},
             "origin": dict(self.origin),
+            **({"inexact": dict(self.space.inexact)} if self.space.inexact else {}),
         }
 
     @classmethod

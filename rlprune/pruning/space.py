@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import BudgetError
 from ..utils.arrays import Floats, Ints
+from .attributes import set_size
 from .budget import BudgetLike, Limits, parse_budget, project
 from .cost import AxisSize, Cost, Term, amount, formula
 from .cost_terms import ProtectedShare, protected_shares
@@ -74,17 +75,11 @@ class Cut:
     consumer: bool
 
 
-def set_size(module: nn.Module, attribute: str, value: int) -> None:
-    """Set an integer attribute; a tuple of one number stays one."""
-    one = isinstance(getattr(module, attribute, None), tuple)
-    setattr(module, attribute, (value,) if one else value)
-
-
 @dataclass(frozen=True)
 class AttributeRule:
-    """An integer attribute of a module that follows the widths: ``factor * size of the axis``.
+    """A size that a module stores and that follows the widths: ``factor * size of the axis``.
 
-    ``assign(module, attribute, value)`` sets it.
+    ``attribute`` is a path (see `pruning.attributes`). ``assign(module, attribute, value)`` sets it.
     """
 
     module: str
@@ -107,9 +102,10 @@ class DropRule:
 class PruningSpace:
     """The ordered groups of one model with everything that cutting and costing need; made by ``rlprune.trace``.
 
-    ``input_shape`` is that of the example input, where this was a single tensor, ``inputs`` the record of any nest of
-    them (``inputs.describe_inputs``). ``wing`` names the adapter that traced it (``ModelAdapter.wing``). ``terms`` are
-    the parts of the costs by layer, where tracing knows them.
+    ``inexact`` names the groups whose cut is not exact (`Group.exact`), with the reason. ``input_shape`` is that of
+    the example input, where this was a single tensor, ``inputs`` the record of any nest of them
+    (``inputs.describe_inputs``). ``wing`` names the adapter that traced it (``ModelAdapter.wing``). ``terms`` are the
+    parts of the costs by layer, where tracing knows them.
     """
 
     groups: tuple[Group, ...]
@@ -124,6 +120,7 @@ class PruningSpace:
     drops: tuple[DropRule, ...] = ()
     wing: str = "vision"
     terms: tuple[Term, ...] = field(default=(), repr=False)
+    inexact: Mapping[str, str] = field(default_factory=dict)
     inputs: Any = field(default=None, repr=False)
 
     @cached_property

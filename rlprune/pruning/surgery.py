@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -160,15 +162,35 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     large on purpose.
     """
     twin = copy.deepcopy(model)
-    tensors = dict(twin.named_parameters())
+    _mask(twin, plan)
+    return twin
+
+
+@contextlib.contextmanager
+def masked_in_place(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """The model itself is :func:`masked` for a while; its weights are put back."""
+    before = _mask(model, plan)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, dim, gone, values in reversed(before):
+                tensor.index_copy_(dim, gone, values)
+
+
+def _mask(model: nn.Module, plan: Plan) -> list[tuple[Tensor, int, Tensor, Tensor]]:
+    """Zero the columns; returns (tensor, dimension, indices, values) of what stood there."""
+    tensors = dict(model.named_parameters())
     indices = axis_indices(plan.space, plan.kept)
+    before: list[tuple[Tensor, int, Tensor, Tensor]] = []
     with torch.no_grad():
         for cut in plan.space.cuts:
             index = indices[cut.axis]
             if not cut.consumer or index is None:
                 continue
+            tensor = tensors[cut.tensor]
             gone = np.setdiff1d(np.arange(len(plan.space.axes[cut.axis].slots)), index)
-            tensors[cut.tensor].index_fill_(
-                cut.dim, torch.from_numpy(gone).to(tensors[cut.tensor].device), 0.0
-            )
-    return twin
+            places = torch.from_numpy(gone).to(tensor.device)
+            before.append((tensor, cut.dim, places, tensor.index_select(cut.dim, places)))
+            tensor.index_fill_(cut.dim, places, 0.0)
+    return before

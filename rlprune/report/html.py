@@ -240,7 +240,7 @@ def _facts(results: Results, folder: Path) -> str:
         plan = json.loads((folder / "pruned" / "plan.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         plan = {}
-    wanted = ("version", "fingerprint", "costs", "libraries", "versions")
+    wanted = ("version", "fingerprint", "costs", "libraries", "versions", "inexact")
     sections.append(("pruned model", {key: plan[key] for key in wanted if key in as_mapping(plan)}))
     rows = [
         f"<tr><th>{_text(section)}</th><td>{_text(key)}</td><td>{_text(_words(value))}</td></tr>"

@@ -12,9 +12,10 @@ import torch_pruning as tp
 from torch import nn
 
 from ..errors import GraphError, first_line
-from ..tracing.graph import MIXERS, passive_pads, run, trainable_copy
-from ..tracing.watchdog import limited
+from ..tracing.graph import MIXERS, passive_pads, trainable_copy
+from ..tracing.process import Limits, in_child
 from ..utils.arrays import Floats, Ints
+from ..utils.pytrees import call, to_device
 from .context import Context, rule
 from .threshold import widths_distribution
 
@@ -43,10 +44,18 @@ def depgraph(context: Context) -> Floats:
         DataError: no example input is known.
     """
     target = context.space.target(context.budget, context.metric)
-    peer: _Peer = context.cached("depgraph", lambda: _Peer(context))
-    space = context.space
+    limits = Limits(
+        f"depgraph: pruning {type(context.model).__name__} with Torch-Pruning", _SECONDS, _MEMORY_GB
+    )
+    return widths_distribution(context.space, in_child(limits, lambda: _widths(context, target, limits)))
+
+
+def _widths(context: Context, target: float, limits: Limits) -> Ints:
+    """What Torch-Pruning keeps of each group at the lowest ratio that meets the target, (G,)."""
+    space, peer = context.space, _Peer(context, limits)
 
     def widths(ratio: float) -> Ints:
+        limits.check()
         return space.limits.floor(space.widths * (1.0 - peer.shares(ratio)))
 
     def meets(found: Ints) -> bool:
@@ -61,32 +70,31 @@ def depgraph(context: Context) -> Floats:
             break
         low = float(high)
     else:  # out of Torch-Pruning's reach: its furthest result, and the projection takes the rest
-        return widths_distribution(space, best)
+        return best
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         found = widths(middle)
         low, high, best = (low, middle, found) if meets(found) else (middle, high, best)
-    return widths_distribution(space, best)
+    return best
 
 
 class _Peer:
     """Torch-Pruning's pruner on a copy of the model; asked for what it would prune, it prunes nothing."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, limits: Limits) -> None:
         space = context.space
         self._group = np.repeat(np.arange(len(space.groups)), space.widths)
         self._known: dict[float, Floats] = {}
-        model = trainable_copy(context.model)
+        model = trainable_copy(context.model).cpu()
         self._slots = _slots(context, dict(model.named_modules()))
         counts = [self._group[slots[slots >= 0]] for slots in self._slots.values()]
         self._totals = np.bincount(np.concatenate(counts), minlength=len(space.groups))
         if space.input_shape is not None:
-            inputs: Any = torch.zeros(space.input_shape, device=next(model.parameters()).device)
+            inputs: Any = torch.zeros(space.input_shape)
         else:
-            inputs = context.data("depgraph").example_inputs
+            inputs = to_device(context.data("depgraph").example_inputs, torch.device("cpu"))
         ignored = [m for m in model.modules() if isinstance(m, MIXERS) and m not in self._slots]
-        what = f"depgraph: pruning {type(model).__name__} with Torch-Pruning"
-        with limited(what, _SECONDS, _MEMORY_GB), warnings.catch_warnings(), torch.enable_grad():
+        with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter(
                 "ignore"
             )  # about parameters outside of layers: trace() reports what matters
@@ -101,14 +109,14 @@ class _Peer:
                     out_channel_groups={},
                     num_heads={},
                     customized_pruners=passive_pads(model, inputs),
-                    forward_fn=run,
+                    forward_fn=call,
                 )
                 self.shares(_STRIDE)  # what it cannot prune shows at the first step
             except GraphError:
                 raise
             except Exception as error:
                 raise GraphError(
-                    f"{what} failed: it cannot follow the model ({type(error).__name__}: {first_line(error)})"
+                    f"{limits.what} failed: it cannot follow the model ({type(error).__name__}: {first_line(error)})"
                 ) from error
 
     def shares(self, ratio: float) -> Floats:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from ..utils.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .trace import TraceOptions, UnusedModuleWarning, count_macs
+    from .trace import BranchWarning, TraceOptions, UnusedModuleWarning, count_macs
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "BranchWarning": "trace",
         "TraceOptions": "trace",
         "UnusedModuleWarning": "trace",
         "count_macs": "trace",
@@ -22,6 +23,7 @@ __getattr__, __dir__ = lazy_names(
 )
 
 __all__ = [
+    "BranchWarning",
     "TraceOptions",
     "UnusedModuleWarning",
     "count_macs",

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from torch import nn
 
+from ..pruning.attributes import set_size
 from ..pruning.cost import Term
-from ..pruning.cost_terms import cost_terms, formulas
-from ..pruning.space import AttributeRule, Axis, Cut, Group, Member, PruningSpace, axis_sizes, rounded
+from ..pruning.cost_terms import OUTSIDE, formulas, layer_of, parameter_terms
+from ..pruning.heads import set_heads
+from ..pruning.space import (
+    AttributeRule,
+    Axis,
+    Cut,
+    Group,
+    Member,
+    PruningSpace,
+    axis_sizes,
+    rounded,
+)
 from ..utils.torch_internals import CONVOLUTION
-from .graph import MIXERS, ChannelGraph, Side
-from .layers import ChannelPad
-
-
-@dataclass(frozen=True)
-class Call:
-    """What the forward pass showed of a layer: its place in the order and the MACs of one weight element."""
-
-    order: int
-    reuse: float
+from .graph import ChannelGraph, Side, Size
 
 
 class Layout:
@@ -32,16 +34,18 @@ class Layout:
         self,
         model: nn.Module,
         graph: ChannelGraph,
-        calls: Mapping[nn.Module, Call],
         total_macs: float,
         fixed: Mapping[int, str],
+        sizes: Sequence[Size],
+        inexact: bool = False,
     ) -> None:
         self.model = model
-        self.calls = calls
+        self.graph = graph
         self.total_macs = total_macs
-        self.sides = sorted(graph.sides, key=self._order)
+        self.sizes = sizes
+        self.sides = sorted(graph.sides, key=lambda side: (side.order, side.name, side.role))
         self.count = graph.count
-        self.fixed = dict(graph.fixed) | dict(fixed)
+        self.fixed = dict(graph.fixed) | ({} if inexact else dict(graph.crossed)) | dict(fixed)
         self._fix_ends()
         self._fix_shared_tensors()
         self.class_groups = self._classes()
@@ -60,8 +64,9 @@ class Layout:
         cuts, rules = self._cuts()
         terms = self._terms(cuts)
         widths = [len(units) for units in self.class_groups]
+        groups = [rounded(self._group(units), round_to, minimum) for units in self.class_groups]
         return PruningSpace(
-            groups=tuple(rounded(self._group(units), round_to, minimum) for units in self.class_groups),
+            groups=tuple(groups),
             protected=self._protected(),
             fingerprint=fingerprint,
             cuts=tuple(cuts),
@@ -71,20 +76,21 @@ class Layout:
             axes=tuple(self.axes),
             unused=unused,
             input_shape=input_shape,
+            inexact={
+                group.name: self.graph.crossed[units[0]]
+                for group, units in zip(groups, self.class_groups, strict=True)
+                if not group.exact
+            },
         )
 
     # Which channels may be cut, and together with which
 
-    def _order(self, side: Side) -> tuple[int, str, str]:
-        call = self.calls.get(side.module) if isinstance(side.module, nn.Module) else None
-        return (call.order if call else len(self.calls), side.name, side.role)
-
     def _fix_ends(self) -> None:
         made, used = np.zeros(self.count, dtype=bool), np.zeros(self.count, dtype=bool)
         for side in self.sides:
-            if side.role == "out" and isinstance(side.module, MIXERS):
+            if side.role == "out" and side.mixes:
                 made[side.classes] = True
-            if side.role == "in" and isinstance(side.module, MIXERS):
+            if side.role == "in" and side.mixes:
                 used[side.classes] = True
         for number in np.nonzero(~made)[0]:
             self.fixed.setdefault(int(number), "input of the model")
@@ -95,7 +101,7 @@ class Layout:
         """One parameter held by two layers cannot follow two different cuts."""
         owners = Counter(id(p) for m in self.model.modules() for p in m.parameters(recurse=False))
         for side in self.sides:
-            held = [] if isinstance(side.module, nn.Parameter) else side.module.parameters(recurse=False)
+            held = [] if side.module is None else list(side.module.parameters(recurse=False))
             if any(owners[id(p)] > 1 for p in held):
                 for number in side.classes.tolist():
                     self.fixed.setdefault(number, f"{side.name!r} shares a parameter with another layer")
@@ -108,6 +114,10 @@ class Layout:
             for position, number in enumerate(side.classes.tolist()):
                 touched[number][index] += 1
                 first.setdefault(number, (index, position))
+        for place, classes in enumerate(self._arrays(), len(self.sides)):
+            for number in classes.tolist():
+                if number in touched:
+                    touched[number][place] += 1
         gathered: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
         for number, counter in touched.items():
             if number not in self.fixed:
@@ -116,6 +126,15 @@ class Layout:
         for numbers in [g for g in groups if len(g) == 1]:
             self.fixed[numbers[0]] = "a single unit, nothing to choose from"
         return sorted((g for g in groups if len(g) > 1), key=lambda g: self._first_producer(g[0]))
+
+    def _arrays(self) -> Iterator[np.ndarray]:
+        """Whatever else has to lose as much with one unit as with another: tensors, and what is computed."""
+        for side in self.sides:
+            for entry in side.tensors:
+                if entry.classes is not side.classes:
+                    yield entry.classes
+        for term in self.graph.terms:
+            yield from term.dims
 
     def _members(self, number: int) -> list[tuple[int, int]]:
         return [
@@ -126,7 +145,7 @@ class Layout:
 
     def _first_producer(self, number: int) -> tuple[int, int]:
         for index, side in enumerate(self.sides):
-            if side.role == "out" and isinstance(side.module, MIXERS):
+            if side.role == "out" and side.mixes:
                 where = np.nonzero(side.classes == number)[0]
                 if len(where):
                     return index, int(where[0])
@@ -142,14 +161,15 @@ class Layout:
     def _group(self, numbers: Sequence[int]) -> Group:
         members = self._members(numbers[0])
         producers = [self.sides[i] for i, _ in members if self.sides[i].role == "out"]
-        producers = [s for s in producers if isinstance(s.module, MIXERS)]
+        producers = [s for s in producers if s.mixes]
         root_index = self._first_producer(numbers[0])[0]
         root = self.sides[root_index].module
-        assert isinstance(root, nn.Module)
         roles = {self.sides[i].role for i, _ in members}
         layers = [self.sides[i].module for i, _ in members]
         grouped = any(isinstance(layer, CONVOLUTION) and layer.groups > 1 for layer in layers)
-        if len({s.name for s in producers}) > 1:
+        if set(numbers) <= self.graph.heads:
+            kind = "attention"
+        elif len({s.name for s in producers}) > 1:
             kind = "residual"
         elif "depthwise" in roles:
             kind = "depthwise"
@@ -169,10 +189,11 @@ class Layout:
             depth=position / max(1, len(self._roots_in_order()) - 1),
             kernel=int(root.kernel_size[0]) if isinstance(root, CONVOLUTION) else 1,
             stride=int(root.stride[0]) if isinstance(root, CONVOLUTION) else 1,
+            exact=numbers[0] not in self.graph.crossed,
         )
 
     def _roots_in_order(self) -> list[Side]:
-        return [s for s in self.sides if s.role in ("out", "depthwise") and isinstance(s.module, MIXERS)]
+        return [s for s in self.sides if s.role in ("out", "depthwise") and s.mixes]
 
     def _name(self, numbers: Sequence[int], root: str) -> str:
         """The root's name; a root whose channels fall into several groups numbers them."""
@@ -182,7 +203,7 @@ class Layout:
     def _protected(self) -> dict[str, str]:
         reasons: dict[str, str] = {}
         for side in self.sides:
-            if side.role != "out" or not isinstance(side.module, MIXERS):
+            if side.role != "out" or not side.mixes:
                 continue
             found = [self.fixed[n] for n in side.classes.tolist() if n in self.fixed]
             if len(found) == len(side.classes):
@@ -205,75 +226,35 @@ class Layout:
         return self._axis_numbers[key]
 
     def _cuts(self) -> tuple[list[Cut], list[AttributeRule]]:
-        cuts: list[Cut] = []
+        cuts: dict[tuple[str, int], Cut] = {}
         rules: list[AttributeRule] = []
         for side in self.sides:
-            for tensor, dim, classes, consumer in _tensor_dims(side):
-                axis = self._axis(classes)
+            for entry in side.tensors:
+                axis = self._axis(entry.classes)
                 if axis is not None:
-                    cuts.append(Cut(tensor, dim, axis, consumer))
-            for attribute, classes in _attributes(side):
-                axis = self._axis(classes)
-                if axis is not None:
-                    rules.append(AttributeRule(side.name, attribute, axis, 1))
-        return cuts, rules
+                    cuts[entry.tensor, entry.dim] = Cut(entry.tensor, entry.dim, axis, entry.consumer)
+        modules = dict(self.model.named_modules())
+        for size in self.sizes:
+            axis = self._axis(size.classes)
+            if axis is not None:
+                heads = size.path == "num_heads" and isinstance(modules[size.module], nn.MultiheadAttention)
+                assign = set_heads if heads else set_size
+                rules.append(AttributeRule(size.module, size.path, axis, 1, assign))
+        return list(cuts.values()), rules
 
     def _terms(self, cuts: Sequence[Cut]) -> tuple[Term, ...]:
-        modules = dict(self.model.named_modules())
-        reuse = {f"{n}.weight": self.calls[m].reuse for n, m in modules.items() if m in self.calls}
-        return cost_terms(self.model, cuts, reuse, self.total_macs)
-
-
-def _tensor_dims(side: Side) -> list[tuple[str, int, np.ndarray, bool]]:
-    """(tensor, dimension, channel classes along it, is it the input side of a layer's weights)."""
-    module, name, classes = side.module, side.name, side.classes
-    if isinstance(module, nn.Parameter):
-        return [(name, side.dim, classes, False)]
-    if side.role in ("norm", "activation"):
-        tensors = [
-            n for n, t in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        ]
-        return [
-            (f"{name}.{n}", 0, classes, False)
-            for n in tensors
-            if getattr(module, n).ndim == 1 and len(getattr(module, n)) == len(classes)
-        ]
-    if not isinstance(module, MIXERS):
-        return []
-    transposed = isinstance(module, CONVOLUTION) and module.transposed
-    groups = module.groups if isinstance(module, CONVOLUTION) else 1
-    if side.role == "in":
-        # The weight of a grouped convolution holds the input channels of one group only.
-        return [
-            (f"{name}.weight", 0, classes, True)
-            if transposed
-            else (f"{name}.weight", 1, classes[: len(classes) // groups], True)
-        ]
-    dims = [
-        (f"{name}.weight", 1, classes[: len(classes) // groups], False)
-        if transposed and side.role == "out"
-        else (f"{name}.weight", 0, classes, False)
-    ]
-    if module.bias is not None:
-        dims.append((f"{name}.bias", 0, classes, False))
-    return dims
-
-
-def _attributes(side: Side) -> list[tuple[str, np.ndarray]]:
-    """Integer attributes of a layer that count the channels of this side."""
-    module, classes = side.module, side.classes
-    if isinstance(module, CONVOLUTION):
-        names = {"in": ["in_channels"], "out": ["out_channels"]}
-        return [(n, classes) for n in names.get(side.role, ["in_channels", "out_channels", "groups"])]
-    if isinstance(module, nn.Linear):
-        return [("in_features" if side.role == "in" else "out_features", classes)]
-    if isinstance(module, ChannelPad) and side.role == "pad-out":
-        return [
-            ("before", classes[: module.before]),
-            ("after", classes[len(classes) - module.after :]),
-        ]
-    if side.role == "norm" and isinstance(getattr(module, "num_features", None), int):
-        return [("num_features", classes)]
-    if side.role == "activation" and isinstance(module, nn.PReLU) and module.num_parameters > 1:
-        return [("num_parameters", classes)]
-    return []
+        """The costs as a sum: the parameters, and the multiply-accumulates of the operations that were followed."""
+        terms = list(parameter_terms(self.model, cuts).values())
+        known = 0.0
+        for term in self.graph.terms:
+            axes = [self._axis(classes) for classes in term.dims]
+            kept = [axis for axis in axes if axis is not None]
+            rest = math.prod(len(d) for d, axis in zip(term.dims, axes, strict=True) if axis is None)
+            if len(kept) > 2:  # the proof protects what does not follow
+                rest, kept = rest * math.prod(len(self.axes[a].slots) for a in kept), []
+            layer = layer_of(term.weight) if term.weight else OUTSIDE
+            terms.append(Term(layer, "macs", term.coefficient * rest, tuple(kept)))
+            known += term.coefficient * math.prod(map(len, term.dims))
+        # What the counter finds beside the operations that were followed does not depend on the widths.
+        terms.append(Term(OUTSIDE, "macs", self.total_macs - known, ()))
+        return tuple(terms)

@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 import fnmatch
-import math
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..config.config import PruneConfig
-from ..errors import GraphError, first_line, near_miss
-from ..pruning.plan import Plan
+from ..errors import GraphError, RlpruneError, first_line, near_miss
 from ..pruning.space import PruningSpace, fingerprint
-from ..pruning.surgery import masked, prune
-from ..utils.arrays import Ints
-from ..utils.torch_internals import CONVOLUTION
+from ..utils.pytrees import batch_size, call, map_tensors, to_device
+from .collecting import collected
 from .counting import flop_counter
-from .graph import (
-    MIXERS,
-    ChannelGraph,
-    ExampleInputs,
-    channel_graph,
-    run,
-    tensors,
-    trainable_copy,
-    unused_modules,
-)
-from .layout import Call, Layout
+from .following import Interruptible, followed, unused_modules
+from .graph import ChannelGraph, ExampleInputs, Size, trainable_copy
+from .layout import Layout
+from .process import Limits, in_child
+from .proof import Proof
+from .untraceable import untraceable
 
-# float64 sums in another order differ by this much, relative to the largest output.
-_EXACT = 1e-8
+# Seconds of a forward pass from which on a trace, which takes dozens of them, gets a process that can be killed.
+_LONG_PASS = 0.2
+
+
+class BranchWarning(UserWarning):
+    """What the model runs depends on the data: only branches that the example inputs take can be proved."""
 
 
 class UnusedModuleWarning(UserWarning):
@@ -53,6 +48,7 @@ class TraceOptions:
     max_memory_gb: float = 8.0
     drop: bool = False
     hidden: bool = False
+    inexact: bool = False
 
     @classmethod
     def of(cls, settings: PruneConfig) -> TraceOptions:
@@ -63,85 +59,150 @@ class TraceOptions:
             minimum=settings.minimum,
             drop=settings.drop,
             hidden=settings.hidden,
+            inexact=settings.inexact,
         )
 
 
 def trace_channels(model: nn.Module, example_inputs: ExampleInputs, options: TraceOptions) -> PruningSpace:
     """Find the channels of ``model`` that can be pruned, by its dependency graph; see `rlprune.trace`."""
-    twin = trainable_copy(model)
-    calls, total_macs = _measure(twin, example_inputs)
-    graph = channel_graph(
-        twin, example_inputs, max_seconds=options.max_seconds, max_memory_gb=options.max_memory_gb
-    )
-    fixed = _ignored(graph, twin, options.ignore)
-    unused = unused_modules(twin, calls, example_inputs)
-    if unused:
-        warnings.warn(
-            f"{', '.join(unused)}: not used by the forward pass in eval mode; left as it is and not cut with "
-            "the layers before it (set it to None before training the pruned model)",
-            UnusedModuleWarning,
-            stacklevel=4,
-        )
-    mark = fingerprint(model)
-    shape = tuple(example_inputs.shape) if isinstance(example_inputs, Tensor) else None
-    while True:
-        layout = Layout(twin, graph, calls, total_macs, fixed)
-        space = layout.space(mark, unused, options.round_to, options.minimum, shape)
+    reason = untraceable(model)
+    if reason:
+        raise GraphError(reason)
+    limits = Limits(f"tracing {type(model).__name__}", options.max_seconds, options.max_memory_gb)
+    inputs = to_device(example_inputs, torch.device("cpu"))
+    twin = trainable_copy(model).cpu()
+    started = time.monotonic()
+    try:
+        with Interruptible(limits):
+            total = count_macs(twin, inputs)
+    except RlpruneError:
+        raise
+    except Exception as error:
+        what = f"the forward pass of {type(model).__name__} failed on the example input"
+        raise GraphError(f"{what}: {first_line(error)}") from error
+    tracer = _Tracer(twin, inputs, total, fingerprint(model), options, limits)
+    # What is over in a moment needs no process of its own; it is stopped between its operations.
+    return in_child(limits, tracer) if time.monotonic() - started > _LONG_PASS else tracer()
+
+
+@dataclass(frozen=True)
+class _Tracer:
+    """One trace of a copy of a model, whose weights it changes."""
+
+    twin: nn.Module
+    example_inputs: ExampleInputs
+    macs: float
+    fingerprint: str
+    options: TraceOptions
+    limits: Limits
+
+    def __call__(self) -> PruningSpace:
+        inputs = [self.example_inputs, *_other_branches(self.twin, self.example_inputs, self.limits)]
+        flow = followed(self.twin, inputs, batch_size(self.example_inputs), self.limits)
+        unused = unused_modules(self.twin, flow)
+        if unused:
+            warnings.warn(
+                f"{', '.join(unused)}: not used by the forward pass in eval mode; left as it is and not cut with "
+                "the layers before it (set it to None before training the pruned model)",
+                UnusedModuleWarning,
+                stacklevel=6,
+            )
+        graph = collected(self.twin, flow)
+        fixed = _ignored(graph, self.twin, self.options.ignore)
+        proof = Proof(self.twin, inputs, self.limits) if self.options.verify else None
+        sizes: list[Size] = list(graph.sizes)
+        while True:
+            layout = Layout(self.twin, graph, self.macs, fixed, sizes, self.options.inexact)
+            space = self._space(layout, unused)
+            wrong = {} if proof is None else proof.wrong(space)
+            if not wrong:
+                return space
+            changed = _other_guesses(sizes, {n for index in wrong for n in layout.class_groups[index]})
+            if changed is None:
+                for index, reason in wrong.items():
+                    fixed |= dict.fromkeys(layout.class_groups[index], reason)
+                changed = list(graph.sizes)
+            sizes = changed
+
+    def _space(self, layout: Layout, unused: tuple[str, ...]) -> PruningSpace:
+        inputs, options = self.example_inputs, self.options
+        shape = tuple(inputs.shape) if isinstance(inputs, Tensor) else None
+        space = layout.space(self.fingerprint, unused, options.round_to, options.minimum, shape)
         if not space.groups:
             reasons = [f"{name!r}: {why}" for name, why in space.protected.items()]
-            raise GraphError(f"no layer of {type(model).__name__} can be pruned; " + "; ".join(reasons[:3]))
-        if not options.verify:
-            return space
-        wrong = _inexact_groups(_scrambled(twin), example_inputs, space)
-        if not wrong:
-            return space
-        for index, reason in wrong.items():
-            fixed |= dict.fromkeys(layout.class_groups[index], reason)
+            kind = type(self.twin).__name__
+            raise GraphError(f"no layer of {kind} can be pruned; " + "; ".join(reasons[:3]))
+        return space
+
+
+def _other_guesses(sizes: Sequence[Size], refuted: set[int]) -> list[Size] | None:
+    """The sizes with another guess, or none, where the proof refuted one; None where there is nothing to change."""
+    changed: list[Size | None] = []
+    doubted = False
+    for size in sizes:
+        doubtful = not size.known and bool(refuted & set(size.classes.tolist()))
+        doubted |= doubtful
+        changed.append(size.next() if doubtful else size)
+    return [size for size in changed if size is not None] if doubted else None
 
 
 def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> float:
     """Multiply-accumulates of one sample: half of what torch's FLOP counter finds."""
     with flop_counter() as counter:
-        run(model, example_inputs)
-    return counter.get_total_flops() / 2 / _batch_size(example_inputs)
+        call(model, example_inputs)
+    return counter.get_total_flops() / 2 / batch_size(example_inputs)
 
 
-def _batch_size(example_inputs: ExampleInputs) -> int:
-    for tensor in tensors(example_inputs):
-        if tensor.ndim:
-            return int(tensor.shape[0])
-    raise GraphError("example_inputs: holds no tensor with a batch dimension")
+def _other_branches(model: nn.Module, example_inputs: ExampleInputs, limits: Limits) -> list[ExampleInputs]:
+    """Variants of the example input on which other modules run: a branch that depends on the data."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(tensor: Tensor) -> Tensor:
+        drawn = torch.randn(tensor.shape, generator=generator).to(tensor)
+        return drawn if tensor.is_floating_point() else tensor
+
+    def opposite(tensor: Tensor) -> Tensor:
+        return -tensor if tensor.is_floating_point() else tensor
+
+    seen = [_called(model, example_inputs, limits)]
+    found = []
+    for change in (opposite, noise):
+        other = map_tensors(change, example_inputs)
+        try:
+            modules = _called(model, other, limits)
+        except GraphError:
+            raise
+        except Exception:  # not every model takes every number
+            continue
+        if modules not in seen:
+            seen.append(modules)
+            found.append(other)
+    if found:
+        everywhere = seen[0].intersection(*seen)
+        some = sorted(seen[0].union(*seen) - everywhere)
+        warnings.warn(
+            f"{', '.join(some)}: run for some inputs only; the branches that were seen are cut and proved, "
+            "others are not",
+            BranchWarning,
+            stacklevel=5,
+        )
+    return found
 
 
-def _measure(model: nn.Module, example_inputs: ExampleInputs) -> tuple[dict[nn.Module, Call], float]:
-    """One forward pass: the order of the layers, the MACs per weight element, the total MACs."""
-    batch = _batch_size(example_inputs)
-    order: dict[nn.Module, int] = {}
-    reuse: dict[nn.Module, float] = {}
-
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        order.setdefault(module, len(order))
-        if not isinstance(module, MIXERS):
-            return
-        if isinstance(module, CONVOLUTION):
-            seen = inputs[0] if module.transposed else output
-            each: float = math.prod(seen.shape[2:])
-        else:
-            each = output.numel() / output.shape[-1] / batch
-        reuse[module] = reuse.get(module, 0.0) + each
-
-    handles = [m.register_forward_hook(note) for m in model.modules()]
+def _called(model: nn.Module, inputs: ExampleInputs, limits: Limits) -> set[str]:
+    """Names of the modules that a forward pass runs."""
+    called: set[str] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda m, i, name=name: called.add(name))
+        for name, module in model.named_modules()
+    ]
     try:
-        total = count_macs(model, example_inputs)
-    except GraphError:
-        raise
-    except Exception as error:
-        what = f"the forward pass of {type(model).__name__} failed on the example input"
-        raise GraphError(f"{what}: {first_line(error)}") from error
+        with torch.no_grad(), Interruptible(limits):
+            call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return {m: Call(place, reuse.get(m, 0.0)) for m, place in order.items()}, total
+    return called
 
 
 def _ignored(graph: ChannelGraph, model: nn.Module, patterns: Sequence[str]) -> dict[int, str]:
@@ -157,87 +218,3 @@ def _ignored(graph: ChannelGraph, model: nn.Module, patterns: Sequence[str]) -> 
             if side.name in hits and side.role != "in":
                 fixed |= {int(n): f"ignored by {pattern!r}" for n in side.classes}
     return fixed
-
-
-def _scrambled(twin: nn.Module) -> nn.Module:
-    """The copy in float64 with lively norm layers: zero biases or gains would hide a wrong cut."""
-    generator = torch.Generator().manual_seed(0)
-    twin = twin.double()
-    with torch.no_grad():
-        for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
-            if (
-                not tensor.is_floating_point()
-                or tensor.numel() != max([*tensor.shape, 1])
-                or tensor.numel() < 2
-            ):
-                continue
-            noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
-            centred = name.endswith(("bias", "running_mean"))
-            tensor.copy_(0.2 * (noise - 0.5) if centred else 0.5 + noise)
-    return twin
-
-
-def _inexact_groups(twin: nn.Module, example_inputs: ExampleInputs, space: PruningSpace) -> dict[int, str]:
-    """Groups whose random cut differs from the masked dense model: {index: reason}."""
-    inputs = _double(example_inputs)
-    rng = np.random.default_rng(0)
-    everything = range(len(space.groups))
-    if _difference(twin, inputs, space, _random_plan(space, everything, rng)) is None:
-        return {}
-    wrong: dict[int, str] = {}
-    for index in everything:
-        reason = _difference(twin, inputs, space, _random_plan(space, [index], rng))
-        if reason is not None:
-            wrong[index] = reason
-    if not wrong:
-        raise GraphError(
-            f"cutting {space.groups[0].name!r} and other groups together is not exact, each alone is; not supported"
-        )
-    return wrong
-
-
-def _random_plan(space: PruningSpace, groups: Sequence[int] | range, rng: np.random.Generator) -> Plan:
-    widths = space.widths.copy()
-    kept: list[Ints] = [np.arange(w) for w in widths]
-    for index in groups:
-        widths[index] = rng.integers(1, widths[index])
-        kept[index] = np.sort(rng.permutation(len(kept[index]))[: widths[index]])
-    return Plan(space, widths, tuple(kept))
-
-
-def _difference(twin: nn.Module, inputs: ExampleInputs, space: PruningSpace, plan: Plan) -> str | None:
-    """Why the cut model is not the masked dense one, or None when it is."""
-    slim = prune(twin, plan)
-    try:
-        macs = count_macs(slim, inputs)
-        with torch.no_grad():
-            got = list(_outputs(run(slim, inputs)))
-            wanted = list(_outputs(run(masked(twin, plan), inputs)))
-    except Exception as error:
-        return f"the cut model fails: {first_line(error)}"
-    for a, b in zip(got, wanted, strict=True):
-        if a.shape != b.shape:
-            return "part of the model's output"
-        if not torch.allclose(a, b, rtol=0.0, atol=_EXACT * max(1.0, float(b.abs().max()))):
-            return "the cut model differs from the masked dense model"
-    params = sum(p.numel() for p in slim.parameters())
-    for metric, value in (("macs", macs), ("params", params)):
-        if not math.isclose(value, space.cost(plan.widths, metric), rel_tol=1e-12):
-            return f"its {metric} do not follow the formula"
-    return None
-
-
-def _outputs(value: object) -> Iterator[Tensor]:
-    if hasattr(value, "to_tuple"):
-        value = value.to_tuple()
-    yield from (t for t in tensors(value) if t.is_floating_point())
-
-
-def _double(value: object) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {k: _double(v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_double(v) for v in value)
-    return value

@@ -18,6 +18,7 @@ import copy
 from collections import OrderedDict
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "BATCH_OR_INSTANCE_NORM",
     "CONVOLUTION",
     "INSTANCE_NORM",
+    "TorchDispatchMode",
     "buffer_slots",
     "parameter_slots",
     "tree_leaves",

@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING
 from ..utils.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .image_folder import DataWarning
+    from .workload import VisionWorkload
     from .zoo import base_of, build_model, example_for, task_of
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "DataWarning": "image_folder",
+        "VisionWorkload": "workload",
         "base_of": "zoo",
         "build_model": "zoo",
         "example_for": "zoo",
@@ -23,6 +27,8 @@ __getattr__, __dir__ = lazy_names(
 )
 
 __all__ = [
+    "DataWarning",
+    "VisionWorkload",
     "base_of",
     "build_model",
     "example_for",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from . import data as vision_data
 from . import zoo
 from .data import Request, VisionData, load_data
 from .torchvision_models import TASKS
+from .transforms import named_transform
 from .workload import VisionWorkload
 from .zoo import base_of, build_model, example_for, task_of
 
@@ -51,7 +53,7 @@ class VisionBuilder(WorkloadBuilder):
     def build(self, config: Config, device: torch.device, checkpoint: str | Path | None) -> VisionWorkload:
         settings = config.model
         _refuse_other_task(settings.name, config.data.name)
-        data = _load(config.data.name, _request(config.data))
+        data = _normalised_by(config.data, _load(config.data.name, _request(config.data)))
         side = data.shape[-1]
         base = base_of(
             settings.name, len(data.classes), data.channels, settings.arguments, settings.weights, side
@@ -63,6 +65,8 @@ class VisionBuilder(WorkloadBuilder):
             arguments=settings.arguments,
             weights=None if checkpoint else settings.weights,
             checkpoint=checkpoint or settings.checkpoint,
+            checkpoint_key=settings.checkpoint_key,
+            trained=checkpoint is None and settings.train.epochs > 0,
             seed=settings.seed,
             side=side,
         )
@@ -75,7 +79,14 @@ class VisionBuilder(WorkloadBuilder):
             device=device,
             augment=config.data.augment,
             base=base,
+            transform=named_transform(config.data.transform, "data.transform"),
+            train_transform=named_transform(config.data.train_transform, "data.train_transform"),
         )
+        for field in ("mean", "std"):
+            if getattr(config.data, field) and not workload.normalises:
+                raise ConfigError(
+                    f"data.{field}: the transforms give floats, which are taken as they are, so it is not used"
+                )
         _check_forward(workload, settings.name, len(data.classes))
         return workload
 
@@ -123,6 +134,18 @@ def _load(name: str, request: Request) -> VisionData:
     return load_data(name, request)
 
 
+def _normalised_by(settings: DataConfig, data: VisionData) -> VisionData:
+    """The data set with the mean and std of the settings, where they give any."""
+    for field in ("mean", "std"):
+        values = getattr(settings, field)
+        if values and len(values) != data.channels:
+            raise ConfigError(
+                f"data.{field}: needs a number for each of the {data.channels} channels of {data.name}, "
+                f"got {list(values)}"
+            )
+    return replace(data, mean=settings.mean or data.mean, std=settings.std or data.std)
+
+
 def _request(data: DataConfig) -> Request:
     return Request(
         root=Path(data.root).expanduser() if data.root is not None else None,
@@ -130,6 +153,8 @@ def _request(data: DataConfig) -> Request:
         image_size=data.image_size,
         sizes=(data.train, data.calibration, data.validation, data.test),
         seed=data.seed,
+        resize=data.resize,
+        skip_corrupt=data.skip_corrupt,
     )
 
 

@@ -8,9 +8,11 @@ not change what the other two hold.
 from __future__ import annotations
 
 import gzip
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,9 @@ from ..errors import ConfigError, DataError, near_miss
 from ..utils.cache import cache_folder
 from ..utils.registry import Named, named_errors
 from ..workloads.base import SPLITS
-from .image_folder import FolderSource, read_folder
+from .image_files import UndecodableImage, open_image
+from .image_folder import DataWarning as DataWarning
+from .image_folder import FolderSource, listed, read_folder
 from .image_source import Augment as Augment
 from .image_source import ImageSource as ImageSource
 from .image_source import Request as Request
@@ -78,7 +82,27 @@ def load_data(name: str, request: Request | None = None) -> VisionData:
         raise DataError(f"data.root {str(request.root)!r}: no such folder")
     with named_errors("data_set", name):
         found = DATA_SETS.source(name)(request)
-    return _split(found if isinstance(found, Source) else completed(name, found, request), request)
+    source = found if isinstance(found, Source) else completed(name, found, request)
+    if not isinstance(source.train, FolderSource):
+        for field in ("resize", "skip_corrupt"):
+            if getattr(request, field):
+                raise ConfigError(f"data.{field}: only for folders of images, so {name!r} does not use it")
+    _warn_of_single_images(source)
+    return _split(source, request)
+
+
+def _warn_of_single_images(source: Source) -> None:
+    counts = torch.bincount(source.train.labels, minlength=len(source.classes)).tolist()
+    single = [name for name, count in zip(source.classes, counts, strict=False) if count == 1]
+    if single:
+        names = listed([repr(name) for name in single])
+        what = (
+            f"the classes {names} have one image each"
+            if len(single) > 1
+            else f"the class {names} has one image"
+        )
+        message = f"{source.name}: {what}: it is in one split only, so it is learned or measured, never both"
+        warnings.warn(message, DataWarning, stacklevel=3)
 
 
 def _split(source: Source, request: Request) -> VisionData:
@@ -110,17 +134,36 @@ def _split(source: Source, request: Request) -> VisionData:
         chosen[split] = available[:size]  # in drawn order: the first images of a split are of all classes
         if not official:
             pool = pool[size:]
-    splits = {
-        s: _take(source.test if s == "test" and source.test is not None else source.train, chosen[s])
-        for s in SPLITS
-    }
+    splits, broken = {}, set[Path]()
+    for name in SPLITS:
+        part = source.test if name == "test" and source.test is not None else source.train
+        if isinstance(part, FolderSource):
+            images, labels, lost = part.decode(chosen[name])
+            broken.update(lost)
+            splits[name] = Split(images, labels)
+        else:
+            splits[name] = Split(part.images[chosen[name]], part.labels[chosen[name]])
+    if broken:
+        _refuse_or_report(source.name, sorted(broken), request.skip_corrupt)
+    empty = next((name for name in SPLITS if not len(splits[name].labels)), None)
+    if empty is not None:
+        raise DataError(f"data.{empty}: none of {len(chosen[empty])} images can be decoded")
     return VisionData(source.name, splits, source.classes, source.mean, source.std, source.augment)
 
 
-def _take(part: Split | FolderSource, index: Tensor) -> Split:
-    if isinstance(part, FolderSource):
-        return Split(part.decode(index), part.labels[index])
-    return Split(part.images[index], part.labels[index])
+def _refuse_or_report(name: str, broken: list[Path], skip: bool) -> None:
+    """DataError for images that cannot be decoded, or a DataWarning where they are left out."""
+    head = f"{name}: {len(broken)} image{'s' * (len(broken) > 1)} cannot be decoded"
+    names = listed([str(path) for path in broken])
+    if skip:
+        warnings.warn(f"{head}, left out: {names}", DataWarning, stacklevel=4)
+        return
+    reason = ""
+    try:
+        open_image(broken[0])
+    except UndecodableImage as error:
+        reason = str(error).partition(": cannot be decoded")[2]
+    raise DataError(f"{head}: {names}{reason}; set data.skip_corrupt=true to leave them out")
 
 
 def _digits(request: Request) -> Source:
@@ -257,8 +300,14 @@ def _folder_source(name: str, root: Path, request: Request, augment: Augment | N
     cache = cache_folder() / "data"
     official = next((root / n for n in ("test", "val") if (root / n).is_dir()), None)
     has_train = (root / "train").is_dir()
-    train = read_folder(root / "train" if has_train else root, request.image_size, cache)
-    test = read_folder(official, request.image_size, cache) if has_train and official else None
+    read = partial(
+        read_folder,
+        image_size=request.image_size,
+        cache=cache,
+        shorter=request.resize,
+    )
+    train = read(root / "train" if has_train else root)
+    test = read(official) if has_train and official else None
     if test is not None and test.classes != train.classes:
         odd = sorted(set(test.classes) ^ set(train.classes))
         raise DataError(f"{name}: {root}: {odd[0]!r} is a class of only one of train and {official}")

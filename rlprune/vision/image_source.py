@@ -41,6 +41,8 @@ class Request:
     image_size: int | None = None
     sizes: tuple[int | None, int | None, int | None, int | None] = (None, None, None, None)
     seed: int = 0
+    resize: int | None = None
+    skip_corrupt: bool = False
 
     def size(self, split: str) -> int | None:
         return self.sizes[SPLITS.index(split)]

@@ -16,6 +16,7 @@ from ..errors import ArtifactError, DataError
 from ..recovery.finetune import FitResult, Progress, Schedule, Watch, fit
 from ..workloads.base import SPLITS, Batch, TrainedWorkload, check_split
 from .data import Augment, Split, VisionData
+from .transforms import Transform, transformed
 
 _CACHE_BYTES = {"cpu": 1 << 30, "cuda": 16 << 30}
 _EVALUATION_PIXELS = {"cpu": 1 << 19, "cuda": 1 << 22}
@@ -34,6 +35,9 @@ class VisionWorkload(TrainedWorkload):
         batch_size: least images in an evaluation batch; small images are read in larger ones.
         augment: whether ``train_batches`` uses the data set's augmentation.
         base: how to rebuild the architecture, see ``Workload.base``.
+        transform: for every image of every split, before the model; see `Transform`.
+        train_transform: for the images of ``train_batches`` instead of ``transform`` and the augmentation, drawn from
+            its generator.
     """
 
     def __init__(
@@ -47,6 +51,8 @@ class VisionWorkload(TrainedWorkload):
         augment: bool = True,
         base: Mapping[str, object] | None = None,
         cache_bytes: int | None = None,
+        transform: Transform | None = None,
+        train_transform: Transform | None = None,
     ) -> None:
         place = torch.device(device)
         self.model = model.to(place).eval()
@@ -54,7 +60,8 @@ class VisionWorkload(TrainedWorkload):
         self.data = data
         self.base = base or {"source": "given"}
         self._place = place
-        self._augment = data.augment if augment else None
+        self._augment = data.augment if augment and train_transform is None else None
+        self._transform, self._train_transform = transform, train_transform
         pixels = data.shape[1] * data.shape[2]
         most = _EVALUATION_PIXELS.get(place.type, _EVALUATION_PIXELS["cpu"])
         self._batch = max(batch_size, min(1000, most // pixels)) if pixels < 4096 else batch_size
@@ -65,7 +72,12 @@ class VisionWorkload(TrainedWorkload):
         self._scale = 1 / (torch.tensor(data.std, device=place).view(1, -1, 1, 1) * 255)
         self._splits = self._placed()
         self._floats: dict[str, Tensor] = {}
-        self.example_inputs = self._normalise(data.splits["train"].images[:1].to(place))
+        first = data.splits["train"].images[:1]
+        self.normalises = any(
+            images.dtype == torch.uint8 for images in (self._seen(first), self._trained(first, 0))
+        )
+        """Whether the data's mean and std are used: not where the transforms give floats."""
+        self.example_inputs = self._normalise(self._seen(first))
 
     @property
     def device(self) -> torch.device:
@@ -92,7 +104,7 @@ class VisionWorkload(TrainedWorkload):
             if floats is not None:
                 yield floats[start:end], labels
             else:
-                yield self._normalise(part.images[start:end].to(self._place)), labels
+                yield self._normalise(self._seen(part.images[start:end])), labels
 
     def train_batches(self, generator: torch.Generator, batch_size: int | None = None) -> Iterator[Batch]:
         """One shuffled epoch, augmented; the last incomplete batch is left out unless it is the only one."""
@@ -103,11 +115,12 @@ class VisionWorkload(TrainedWorkload):
             index = order[start : start + size]
             # Drawn on the CPU, so that every device sees the same epoch.
             draw = self._augment and _draw(len(index), self._augment, generator)
+            seed = 0 if self._transform is None and self._train_transform is None else _seed(generator)
             index = index.to(part.images.device)
             images = part.images[index].to(self._place)
             if self._augment and draw:
                 images = crop_and_flip(images, self._augment.padding, *draw)
-            yield self._normalise(images), part.labels[index].to(self._place)
+            yield self._normalise(self._trained(images, seed)), part.labels[index].to(self._place)
 
     def train_steps(self, batch_size: int | None = None) -> int:
         """Number of batches of one epoch of ``train_batches``."""
@@ -117,7 +130,11 @@ class VisionWorkload(TrainedWorkload):
     def training_facts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         train = self.data.splits["train"]
         facts = {"mean": self.data.mean, "std": self.data.std, "augment": self.augmentation}
-        return facts, {"images": train.images, "labels": train.labels}
+        tensors = {"images": train.images, "labels": train.labels}
+        if self._transform is not None or self._train_transform is not None:
+            # The code of a transform cannot be hashed; what it does to a few images tells one from another.
+            tensors |= {"seen": self._seen(train.images[:4]), "trained": self._trained(train.images[:4], 0)}
+        return facts, tensors
 
     def train(self, settings: ModelConfig, state: Path, progress: Progress | None) -> FitResult:
         """SGD on the train split; a killed training goes on from ``state``."""
@@ -165,11 +182,29 @@ class VisionWorkload(TrainedWorkload):
             used = sum(t.numel() * 4 for t in self._floats.values())
             if images.numel() * 4 + used > self._budget // 2:
                 return None
-            self._floats[split] = self._normalise(images.to(self._place))
+            self._floats[split] = self._normalise(self._seen(images))
         return self._floats[split]
 
+    def _seen(self, images: Tensor) -> Tensor:
+        """Images as the model is to see them in an evaluation, but for the normalisation."""
+        if self._transform is None:
+            return images.to(self._place)
+        return transformed(self._transform, images, 0, "data.transform").to(self._place)
+
+    def _trained(self, images: Tensor, seed: int) -> Tensor:
+        """Augmented images as the model is to see them in a training, but for the normalisation."""
+        if self._train_transform is not None:
+            return transformed(self._train_transform, images, seed, "data.train_transform").to(self._place)
+        if self._transform is not None:
+            return transformed(self._transform, images, seed, "data.transform").to(self._place)
+        return images
+
     def _normalise(self, images: Tensor) -> Tensor:
-        return (images.float() - self._mean) * self._scale
+        return (images.float() - self._mean) * self._scale if images.dtype == torch.uint8 else images
+
+
+def _seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**62, (), generator=generator))
 
 
 def _draw(count: int, augment: Augment, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -100,6 +100,8 @@ def build_model(
     arguments: Mapping[str, object] | None = None,
     weights: str | None = None,
     checkpoint: str | Path | None = None,
+    checkpoint_key: str | None = None,
+    trained: bool = False,
     seed: int = 0,
     side: int | None = None,
 ) -> nn.Module:
@@ -112,7 +114,10 @@ def build_model(
             transformers, or a file. ``hf:FOLDER`` brings its own. Where the number of classes or channels
             differs, the head or the stem stays initialised.
         side: of the images in pixels; see `base_of`.
-        checkpoint: a .safetensors or torch file; every tensor has to fit.
+        checkpoint: a .safetensors or torch file, see `put_weights`.
+        checkpoint_key: where the weights stand in it, see `load_checkpoint`.
+        trained: whether training follows, so that a file of other classes leaves the head as initialised, with a
+            `CheckpointWarning`; else such a file is refused.
 
     Raises ConfigError (unknown name or arguments), ArtifactError (file), DataError (no download).
     """
@@ -125,7 +130,8 @@ def build_model(
     if weights is not None and _is_file(weights):
         weights, checkpoint = None, weights
     if checkpoint is not None:
-        put_weights(model, load_checkpoint(checkpoint), f"checkpoint {str(checkpoint)!r}")
+        source = f"checkpoint {str(checkpoint)!r}"
+        put_weights(model, load_checkpoint(checkpoint, checkpoint_key), source, head=trained)
     elif weights is not None:
         _published_weights(model, base, weights)
     return model.eval()

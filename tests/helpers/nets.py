@@ -8,6 +8,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from helpers.kinds import KINDS
 from rlprune.vision.zoo import build_model
 
 
@@ -190,9 +191,9 @@ TORCH_PRUNING_IS_WRONG = {"cifar_resnet20", "Gated"}
 def build(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A network with lively norm layers, in eval mode."""
     torch.manual_seed(0)
-    net = NETS[name]().to(dtype).eval()
+    net = (NETS | KINDS)[name]().to(dtype).eval()
     for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.2)
             assert module.running_mean is not None and module.running_var is not None

@@ -60,12 +60,6 @@ def test_a_random_cut_of_a_larger_architecture_is_exact(name: str) -> None:
     _check(name)
 
 
-def test_channel_shuffle_is_refused_in_one_line() -> None:
-    with pytest.raises(rlprune.GraphError) as error:
-        script.examine("shufflenet_v2_x1_0")
-    assert "\n" not in str(error.value) and "ShuffleNetV2" in str(error.value)
-
-
 @pytest.mark.slow
 def test_a_norm_over_the_channels_of_the_whole_image_is_refused_in_one_line() -> None:
     pytest.importorskip("timm")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from rlprune.artifacts.checkpoint import load_checkpoint, put_weights
+from rlprune.artifacts.checkpoint import CheckpointWarning, load_checkpoint, put_weights
 from rlprune.errors import ArtifactError, ConfigError, DataError
 from rlprune.experiments.build import list_models
 from rlprune.vision.rebuild import rebuild
@@ -179,7 +179,7 @@ def _build(path: Path) -> nn.Module:
 def test_checkpoints_load_from_safetensors_and_torch_files(
     checkpoint: Path, tmp_path: Path, wrapper: str | None
 ) -> None:
-    tensors = load_checkpoint(checkpoint)
+    tensors = load_checkpoint(checkpoint).tensors
     loaded = _build(checkpoint)
     assert torch.equal(loaded.conv1.weight, tensors["conv1.weight"])
     content = {f"module.{name}": tensor for name, tensor in tensors.items()}
@@ -208,7 +208,7 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest
 def test_broken_files_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     whole = checkpoint.read_bytes()
     good = tmp_path / "good.pth"
-    torch.save(load_checkpoint(checkpoint), good)
+    torch.save(load_checkpoint(checkpoint).tensors, good)
     cases = {
         "cut.safetensors": whole[: len(whole) // 2],
         "head.safetensors": whole[:5],
@@ -232,7 +232,7 @@ def test_broken_files_are_refused(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_nan_weights_and_misfits_name_the_tensor(checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
-    tensors = load_checkpoint(checkpoint)
+    tensors = load_checkpoint(checkpoint).tensors
 
     def refused(changed: dict[str, torch.Tensor], message: str) -> None:
         save_file(changed, path)
@@ -244,7 +244,7 @@ def test_nan_weights_and_misfits_name_the_tensor(checkpoint: Path, tmp_path: Pat
         weight.view(-1)[7] = value
         refused(tensors | {"layer2.1.conv1.weight": weight}, r"layer2\.1\.conv1\.weight.*NaN")
     refused({n: t for n, t in tensors.items() if n != "bn1.bias"}, r"missing 'bn1\.bias'")
-    refused(tensors | {"extra": torch.zeros(1)}, "unexpected 'extra'")
+    refused(tensors | {"layer1.9.bias": torch.zeros(1)}, r"unexpected 'layer1\.9\.bias'")
     refused(tensors | {"linear.weight": torch.zeros(3, 16)}, r"'linear\.weight' has shape \(3, 16\)")
 
 
@@ -254,7 +254,8 @@ def test_head_and_stem_may_differ_only_where_allowed() -> None:
     with pytest.raises(ArtifactError, match=r"conv1\.weight"):
         put_weights(model, other.state_dict(), "other")
     before = model.linear.weight.clone()
-    put_weights(model, other.state_dict(), "other", head=True)
+    with pytest.warns(CheckpointWarning, match="'conv1', 'linear' start anew"):
+        put_weights(model, other.state_dict(), "other", head=True)
     assert torch.equal(model.linear.weight, before)
     assert torch.equal(model.layer1[0].conv1.weight, other.layer1[0].conv1.weight)
     wide = build_model("cifar_resnet20", arguments={"width": 8})

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rlprune.artifacts.checkpoint import CheckpointWarning
 from rlprune.config.config import Config
 from rlprune.errors import ArtifactError, ConfigError, GraphError, RlpruneError
 from rlprune.experiments.build import build_workload
@@ -99,6 +100,38 @@ def test_checkpoints_are_fine_tuned_or_taken_as_they_are(tmp_path: Path) -> None
         "name": "cifar_resnet20",
         "arguments": {"classes": 10, "channels": 1, "width": 4},
     }
+
+
+def test_a_checkpoint_of_other_classes_is_for_training_only(tmp_path: Path) -> None:
+    given = build_model("cifar_resnet20", classes=7, channels=1, arguments={"width": 4}, seed=42)
+    path = tmp_path / "last.pth.tar"
+    torch.save({"state_dict": {f"module.{n}": t for n, t in given.state_dict().items()}}, path)
+    config = settings().override(
+        [f"model.checkpoint={path}", "model.train.epochs=1", "model.train.lr=0.0001"]
+    )
+    with pytest.warns(CheckpointWarning, match="'linear' starts anew"):
+        tuned = build_workload(config)
+    assert 0 < (tuned.model.conv1.weight - given.conv1.weight).abs().max() < 0.01
+    refused = r"'linear\.weight' has shape \(7, 16\).*model\.train\.epochs"
+    with pytest.raises(ArtifactError, match=refused):
+        build_workload(config.override(["model.train.epochs=0"]))
+    with pytest.raises(ArtifactError, match=refused):
+        build_workload(config, checkpoint=path)
+
+
+def test_the_key_of_a_checkpoint_chooses_its_weights(tmp_path: Path) -> None:
+    raw, ema = (build_model("cifar_resnet20", channels=1, arguments={"width": 4}, seed=s) for s in (1, 2))
+    path = tmp_path / "last.pth.tar"
+    torch.save({"state_dict": raw.state_dict(), "state_dict_ema": ema.state_dict()}, path)
+    config = settings().override(["model.train.epochs=0", f"model.checkpoint={path}"])
+    with pytest.raises(ArtifactError, match=r"'state_dict' and 'state_dict_ema'.*model\.checkpoint_key"):
+        build_workload(config)
+    chosen = config.override(["model.checkpoint_key=state_dict_ema"])
+    assert torch.equal(build_workload(chosen).model.conv1.weight, ema.conv1.weight)
+    unread = chosen.override(["model.checkpoint=null"])
+    assert torch.equal(build_workload(unread, checkpoint=path).model.conv1.weight, ema.conv1.weight)
+    with pytest.raises(ConfigError, match=r"model\.checkpoint_key: no checkpoint is read"):
+        build_workload(unread)
 
 
 MODELS = """

@@ -1,0 +1,123 @@
+"""Run a model and follow its channels; see `flow`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..pruning.heads import as_head_attention
+from ..utils.pytrees import call, tensors
+from ..utils.torch_internals import TorchDispatchMode
+from .channel_sets import ChannelSets
+from .counting import without_fused_kernels
+from .flow import ChannelFlow
+from .graph import ExampleInputs
+from .operators import FLEXIBLE, RULES
+from .process import Limits
+
+
+def followed(model: nn.Module, inputs: Sequence[ExampleInputs], batch: int, limits: Limits) -> ChannelFlow:
+    """Run ``model`` (a copy of our own) on each of the inputs and follow its channels; the first one counts the costs.
+
+    GraphError where a limit is reached.
+    """
+    for module in model.modules():
+        as_head_attention(module)
+    flow = ChannelFlow(model, ChannelSets(), limits, RULES, FLEXIBLE, batch)
+    for number, example in enumerate(inputs):
+        flow.counts = number == 0
+        with _watched(model, flow), torch.no_grad(), plain_operations(), flow:
+            outputs = call(model, example)
+        flow.settle_channels()
+        for tensor in tensors(outputs):
+            for labels in flow.of(tensor):
+                flow.fix(labels, "output of the model")
+    _join_layers(model, flow)
+    flow.even_grids()
+    return flow
+
+
+class Interruptible(TorchDispatchMode):
+    """Looks at the limits before every operation inside of the ``with`` block."""
+
+    def __init__(self, limits: Limits) -> None:
+        super().__init__()
+        self._limits = limits
+
+    def __torch_dispatch__(
+        self,
+        operation: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        self._limits.check()
+        return operation(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def plain_operations() -> Iterator[None]:
+    """Without fused kernels: they hide what they do, and count nothing."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with without_fused_kernels():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, flow: ChannelFlow) -> Iterator[None]:
+    """Tell the flow which module runs, and what goes in and comes out of it."""
+    names = {module: name for name, module in model.named_modules()}
+
+    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        flow.stack.append((names[module], module))
+        if inputs:
+            flow.note_channels(flow.entered, names[module], inputs[0])
+
+    def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        flow.stack.pop()
+        flow.note_channels(flow.left, names[module], output)
+
+    handles: list[Any] = []
+    for module in names:
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        del flow.stack[1:]
+        for handle in handles:
+            handle.remove()
+
+
+def _join_layers(model: nn.Module, flow: ChannelFlow) -> None:
+    """The layers and directions of a recurrent network have one number of hidden channels between them."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.RNNBase):
+            for kind, dim in (("weight_ih", 0), ("weight_hr", 0)):
+                rows = [
+                    flow.uses[f"{name}.{p}".lstrip("."), dim].labels
+                    for p, tensor in module.named_parameters(recurse=False)
+                    if p.startswith(kind) and tensor.shape[dim] > 1
+                ]
+                for row in rows[1:]:
+                    flow.sets.join(rows[0], row)
+
+
+def unused_modules(model: nn.Module, flow: ChannelFlow) -> tuple[str, ...]:
+    """Names of the outermost modules whose parameters the forward pass in eval mode does not use."""
+    idle: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(above + ".") for above in idle):
+            continue
+        parameters = [f"{name}.{n}".lstrip(".") for n, _ in module.named_parameters()]
+        if parameters and name and not any(p in flow.order for p in parameters):
+            idle.append(name)
+    return tuple(idle)
