@@ -135,38 +135,6 @@ class Counted(gymnasium.Env[Any, Any]):
         return np.full(1, self.steps, dtype=np.float32), 0.0, False, False, {}
 
 
-class TestTorchPruning:
-    holder = "pruning/torch_pruning_internals.py"
-
-    def test_a_channel_and_its_origin(self) -> None:
-        kind = inside("torch-pruning", self.holder, "torch_pruning._helpers", "_HybridIndex")
-        index = kind(idx=3, root_idx=4)
-        assert (index.idx, index.root_idx) == (3, 4)
-
-    def test_nodes_edges_and_outputs(self) -> None:
-        import torch_pruning as tp
-
-        node_kind = inside("torch-pruning", self.holder, "torch_pruning.dependency.node", "Node")
-        inside("torch-pruning", self.holder, "torch_pruning", "ops", "_OutputOp")
-
-        from rlprune.tracing.torch_pruning_internals import is_node, is_output, moved
-
-        net = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten(), nn.Linear(8, 3), nn.Softmax(1))
-        graph = tp.DependencyGraph().build_dependency(net, torch.zeros(1, 1, 3, 3), verbose=False)
-        nodes = list(graph.module2node.values())
-        assert all(isinstance(node, node_kind) and is_node(node) for node in nodes)
-        assert not is_node(net)
-        assert [is_output(node.module) for node in nodes].count(True) == 1, (
-            "the softmax is no layer of its own"
-        )
-        assert all(hasattr(node, "inputs") for node in nodes)
-        edges = [edge for node in nodes for edge in node.dependencies]
-        wide = [moved([1], edge) for edge in edges if any(m is not None for m in edge.index_mapping)]
-        assert [(4, 1), (5, 1), (6, 1), (7, 1)] in wide, (
-            "a channel of 2 x 2 pixels is four inputs of the linear layer"
-        )
-
-
 class TestTorch:
     holder = "pruning/torch_internals.py"
 

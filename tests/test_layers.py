@@ -168,7 +168,7 @@ def test_the_checks_see_a_violation() -> None:
     assert allowed(Edge("agents.ppo.agents", "envs.task", 1, False))
 
 
-def test_torch_pruning_is_imported_by_the_tracer_and_by_the_peer_only() -> None:
+def test_torch_pruning_is_imported_by_the_peer_only() -> None:
     users = [
         name
         for name, path in KNOWN.items()
@@ -177,7 +177,7 @@ def test_torch_pruning_is_imported_by_the_tracer_and_by_the_peer_only() -> None:
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         )
     ]
-    assert users == ["rules.depgraph", "tracing.graph", "tracing.torch_pruning_internals"]
+    assert users == ["rules.depgraph"]
 
 
 def insides(tree: ast.AST) -> Iterator[str]:
@@ -227,7 +227,6 @@ OF_LIBRARIES = {
 INTERNALS = (
     "agents.sb3_internals",
     "utils.torch_internals",
-    "tracing.torch_pruning_internals",
     "language.transformers_internals",
 )
 # A copy of it travels in saved folders, so it cannot import the others.

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch_pruning as tp
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import GraphError, first_line
-from ..tracing.graph import MIXERS, passive_pads, trainable_copy
+from ..tracing.graph import MIXERS, ExampleInputs
+from ..tracing.layers import ChannelPad
 from ..tracing.process import Limits, in_child
 from ..utils.arrays import Floats, Ints
 from ..utils.pytrees import call, to_device
@@ -85,7 +87,7 @@ class _Peer:
         space = context.space
         self._group = np.repeat(np.arange(len(space.groups)), space.widths)
         self._known: dict[float, Floats] = {}
-        model = trainable_copy(context.model).cpu()
+        model = _trainable_copy(context.model).cpu()
         self._slots = _slots(context, dict(model.named_modules()))
         counts = [self._group[slots[slots >= 0]] for slots in self._slots.values()]
         self._totals = np.bincount(np.concatenate(counts), minlength=len(space.groups))
@@ -108,7 +110,7 @@ class _Peer:
                     in_channel_groups={},  # fresh ones: it changes its defaults, which all pruners share
                     out_channel_groups={},
                     num_heads={},
-                    customized_pruners=passive_pads(model, inputs),
+                    customized_pruners=_passive_pads(model, inputs),
                     forward_fn=call,
                 )
                 self.shares(_STRIDE)  # what it cannot prune shows at the first step
@@ -150,3 +152,48 @@ def _slots(context: Context, modules: Mapping[str, nn.Module]) -> dict[Any, Ints
         if parameter == "weight" and not cut.consumer and isinstance(modules.get(name), MIXERS):
             found[modules[name]] = context.space.axes[cut.axis].slots
     return found
+
+
+class _Passive(tp.BasePruningFunc):
+    """Tells Torch-Pruning that the input and output channels of a ChannelPad are not the same ones."""
+
+    def __init__(self, channels: dict[nn.Module, tuple[int, int]]) -> None:
+        super().__init__()
+        self._channels = channels
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        return layer
+
+    def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        return layer
+
+    def get_out_channels(self, layer: nn.Module) -> int:
+        return self._channels[layer][1]
+
+    def get_in_channels(self, layer: nn.Module) -> int:
+        return self._channels[layer][0]
+
+
+def _passive_pads(model: nn.Module, example_inputs: ExampleInputs) -> dict[type, tp.BasePruningFunc]:
+    """What to give Torch-Pruning as ``customized_pruners`` for a model whose shortcuts pad channels."""
+    seen: dict[nn.Module, tuple[int, int]] = {}
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[module] = (inputs[0].shape[1], output.shape[1])
+
+    handles = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, ChannelPad)]
+    if handles:
+        with torch.no_grad():
+            call(model, example_inputs)
+    for handle in handles:
+        handle.remove()
+    return {ChannelPad: _Passive(seen)}
+
+
+def _trainable_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode in which every float parameter records gradients."""
+    twin = copy.deepcopy(model).eval()
+    for parameter in twin.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    return twin

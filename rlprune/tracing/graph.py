@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-import torch_pruning as tp
-from torch import Tensor, nn
+from torch import nn
 
 from ..utils.arrays import Ints
-from ..utils.pytrees import Inputs, call
+from ..utils.pytrees import Inputs
 from ..utils.torch_internals import CONVOLUTION
-from .layers import ChannelPad
 
 MIXERS = (CONVOLUTION, nn.Linear)
 ExampleInputs = Inputs
@@ -99,48 +94,3 @@ class ChannelGraph:
 def is_depthwise(module: object) -> bool:
     """A convolution with filters of its own for each channel: channels pass through it, it does not mix them."""
     return isinstance(module, CONVOLUTION) and module.groups == module.in_channels > 1
-
-
-class _Passive(tp.BasePruningFunc):
-    """Tells Torch-Pruning that the input and output channels of a ChannelPad are not the same ones."""
-
-    def __init__(self, channels: dict[nn.Module, tuple[int, int]]) -> None:
-        super().__init__()
-        self._channels = channels
-
-    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-        return layer
-
-    def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-        return layer
-
-    def get_out_channels(self, layer: nn.Module) -> int:
-        return self._channels[layer][1]
-
-    def get_in_channels(self, layer: nn.Module) -> int:
-        return self._channels[layer][0]
-
-
-def passive_pads(model: nn.Module, example_inputs: ExampleInputs) -> dict[type, tp.BasePruningFunc]:
-    """What to give Torch-Pruning as ``customized_pruners`` for a model whose shortcuts pad channels."""
-    seen: dict[nn.Module, tuple[int, int]] = {}
-
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen[module] = (inputs[0].shape[1], output.shape[1])
-
-    handles = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, ChannelPad)]
-    if handles:
-        with torch.no_grad():
-            call(model, example_inputs)
-    for handle in handles:
-        handle.remove()
-    return {ChannelPad: _Passive(seen)}
-
-
-def trainable_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode in which every float parameter records gradients."""
-    twin = copy.deepcopy(model).eval()
-    for parameter in twin.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(True)
-    return twin

@@ -385,8 +385,8 @@ def _group_norm(step: Step) -> None:
 
 
 _MOVES = """
-    view _unsafe_view unsafe_view view_copy t transpose permute adjoint swapaxes movedim expand slice select narrow unbind
-    squeeze unsqueeze squeeze_copy flip roll rot90 repeat unfold diagonal pixel_unshuffle channel_shuffle
+    view _unsafe_view unsafe_view view_copy t transpose permute adjoint swapaxes movedim expand slice select narrow
+    unbind squeeze unsqueeze squeeze_copy flip roll rot90 repeat unfold diagonal pixel_unshuffle channel_shuffle
     native_channel_shuffle tril triu alias detach
 """.split()
 _SAME = "clone _to_copy contiguous lift_fresh lift_fresh_copy native_dropout _pin_memory to".split()
@@ -404,8 +404,8 @@ _SPATIAL = """
 """.split()
 # Element by element, where torch does not say so.
 _POINTWISE = """
-    masked_fill copy where _prelu_kernel lerp addcmul addcdiv hardswish hardsigmoid hardtanh elu leaky_relu silu mish relu
-    relu6 gelu softplus softshrink hardshrink log_sigmoid_forward threshold celu selu rrelu clamp square
+    masked_fill copy where _prelu_kernel lerp addcmul addcdiv hardswish hardsigmoid hardtanh elu leaky_relu silu mish
+    relu relu6 gelu softplus softshrink hardshrink log_sigmoid_forward threshold celu selu rrelu clamp square
 """.split()
 _BATCH_NORMS = """
     native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training batch_norm cudnn_batch_norm

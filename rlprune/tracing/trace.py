@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import time
 import warnings
@@ -18,7 +19,7 @@ from ..utils.pytrees import batch_size, call, map_tensors, to_device
 from .collecting import collected
 from .counting import flop_counter
 from .following import Interruptible, followed, unused_modules
-from .graph import ChannelGraph, ExampleInputs, Size, trainable_copy
+from .graph import ChannelGraph, ExampleInputs, Size
 from .layout import Layout
 from .process import Limits, in_child
 from .proof import Proof
@@ -70,7 +71,7 @@ def trace_channels(model: nn.Module, example_inputs: ExampleInputs, options: Tra
         raise GraphError(reason)
     limits = Limits(f"tracing {type(model).__name__}", options.max_seconds, options.max_memory_gb)
     inputs = to_device(example_inputs, torch.device("cpu"))
-    twin = trainable_copy(model).cpu()
+    twin = copy.deepcopy(model).eval().cpu()
     started = time.monotonic()
     try:
         with Interruptible(limits):

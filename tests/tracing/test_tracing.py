@@ -87,18 +87,31 @@ def test_norms_over_the_channels_protect_the_residual_width():
     assert "normalises over its channels" in space.protected["stem"]
 
 
-def test_what_the_graph_misreads_is_protected_by_the_proof():
-    """A channel shuffle reorders channels behind Torch-Pruning's back: the check finds it, the rest is cut."""
-
-    class Shuffled(Residual):
+def test_channels_picked_by_their_numbers_are_protected():
+    class Reversed(Residual):
         def forward(self, x):
             x = self.stem(x)
             x = x[:, torch.arange(7, -1, -1)]
             x = torch.relu(self.norm(self.a(x)))
             return self.head(self.b(x).mean((2, 3)))
 
-    space = rlprune.trace(Shuffled(), example(torch.float32))
-    assert "stem" not in names(space) and {"a", "b"} <= set(names(space))
+    space = rlprune.trace(Reversed(), example(torch.float32), verify=False)
+    assert names(space) == ["a", "b"]
+    assert space.protected["stem"] == "aten.index.Tensor in Reversed picks them by their numbers"
+
+
+def test_what_the_labels_miss_is_protected_by_the_proof():
+    """Bounds written into the code would cut a slimmer model at another channel: the check finds it, the rest is cut."""
+
+    class Turned(Residual):
+        def forward(self, x):
+            x = self.stem(x)
+            x = torch.cat([x[:, 4:], x[:, :4]], 1)
+            x = torch.relu(self.norm(self.a(x)))
+            return self.head(self.b(x).mean((2, 3)))
+
+    space = rlprune.trace(Turned(), example(torch.float32))
+    assert names(space) == ["a", "b"]
     assert "masked dense" in space.protected["stem"] or "fails" in space.protected["stem"]
 
 
