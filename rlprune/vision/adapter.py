@@ -173,12 +173,11 @@ class VisionAdapter(ModelAdapter):
             raise ArtifactError(
                 f"save: a tokenizer was given, but {type(slim).__name__} is no language model"
             )
-        if base is None:
+        known = {"source": "given"} if base is None else dict(base)
+        if known["source"] == "given":
             space = plan.space
-            base = identify(
-                uncompiled(slim), space.fingerprint, space.dense_cost("params"), attributes(space, plan)
-            )
-        known = dict(base) if base is not None else {"source": "given"}
+            dense, changed = space.dense_cost("params"), attributes(space, plan)
+            known = identify(uncompiled(slim), space.fingerprint, dense, changed) or known
         save_pruned(slim, plan, directory, known, {FILE: standalone(known)})
 
     def load(self, directory: Path, document: PlanDocument, base: nn.Module | None) -> nn.Module:

@@ -24,6 +24,7 @@ from rlprune.artifacts.fitting import put_tensors, set_attributes
 from rlprune.artifacts.policy import read_policy_files, save_policy
 from rlprune.errors import ArtifactError
 from rlprune.utils import files
+from rlprune.vision.identify import _same_settings
 from rlprune.vision.zoo import build_model
 
 FILES = ["load_pruned.py", "model.safetensors", "plan.json"]
@@ -473,3 +474,10 @@ def test_a_run_folder_has_one_owner_and_a_dead_one_leaves_no_lock(tmp_path: Path
     with pytest.raises(ArtifactError, match=r"holiday\.jpg"), files.lock_run(foreign):
         pass
     assert [path.name for path in foreign.iterdir()] == ["holiday.jpg"]
+
+
+def test_a_size_inside_of_a_setting_does_not_hide_the_architecture() -> None:
+    ours, theirs = Recurrent(), Recurrent()
+    ours.pair, theirs.pair = (3, 5), (6, 5)
+    assert not _same_settings(ours, theirs, {})
+    assert _same_settings(ours, theirs, {"": {"pair[0]": 3}})

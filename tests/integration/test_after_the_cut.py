@@ -109,6 +109,20 @@ def test_a_model_of_the_users_own_is_exported_with_its_workload(
     done(capsys, *words, "--force")
 
 
+def test_a_known_architecture_in_a_workload_of_the_users_own_is_recognised(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = OWN.replace("Net().eval()", "SmallNet(20, width=4, channels=1, classes=2).eval()")
+    text = known.replace(
+        "import torch, rlprune",
+        "import torch, rlprune\nfrom rlprune.vision.resnet_cifar import CifarResNet as SmallNet",
+    )
+    (own / "own_net.py").write_text(text)
+    done(capsys, "prune", "own.yaml", "--rule", "uniform", "--out", "pruned")
+    assert read_plan("pruned")["base"]["name"] == "cifar_resnet20"
+    done(capsys, "export", "pruned", "--to", "torch-export")
+
+
 def test_other_files_are_not_written_over_either(
     place: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
