@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     )
     from .agents import agent
     from .agents.ppo.policy import load_policy
-    from .api import load, save, trace
+    from .api import load, load_plan, save, trace
     from .benchmarks.verb import benchmark
     from .config.config import Config, load_config
     from .evaluation.evaluator import Evaluator
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .experiments.search import search
     from .experiments.train import train
     from .language.text import text_data
+    from .pruning.compose import compose
     from .pruning.cost_metrics import cost_metric, parameter_cost
     from .pruning.plan import Plan, make_plan
     from .pruning.space import Group, PruningSpace
@@ -80,11 +81,13 @@ _NAMES = {
     "apply": "experiments.apply",
     "benchmark": "benchmarks.verb",
     "build_workload": "experiments.build",
+    "compose": "pruning.compose",
     "cost_metric": "pruning.cost_metrics",
     "data_set": "vision.data",
     "export_format": "experiments.export",
     "load": "api",
     "load_config": "config.config",
+    "load_plan": "api",
     "load_policy": "agents.ppo.policy",
     "make_plan": "pruning.plan",
     "masked": "pruning.surgery",
@@ -154,6 +157,7 @@ __all__ = [
     "benchmark",
     "benchmarks",
     "build_workload",
+    "compose",
     "config",
     "cost_metric",
     "data_set",
@@ -166,6 +170,7 @@ __all__ = [
     "latency",
     "load",
     "load_config",
+    "load_plan",
     "load_policy",
     "make_plan",
     "masked",

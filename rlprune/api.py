@@ -112,3 +112,14 @@ def load(directory: str | Path, base: nn.Module | None = None) -> nn.Module:
     folder = Path(directory)
     document = read_plan(folder)
     return adapter_of_base(document["base"]).load(folder, document, base)
+
+
+def load_plan(directory: str | Path, space: PruningSpace) -> Plan:
+    """The plan in the folder of a pruned model, or in a plan.json, in the space of its dense model.
+
+    Args:
+        space: `rlprune.trace` of the dense model; only the architecture counts.
+
+    Raises ArtifactError: no plan, or one of another architecture.
+    """
+    return Plan.from_dict(read_plan(directory), space)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, TypeGuard, cast
 
 from ..errors import ArtifactError, near_miss
+from ..pruning.inputs import check_inputs
 from ..utils.files import read_json
 from ..utils.values import are_whole, is_finite, is_whole, show_value
 
@@ -43,7 +43,8 @@ class PlanDocument(TypedDict):
     version: int
     base: dict[str, Any]
     fingerprint: str
-    input: NotRequired[list[int] | None]
+    input: NotRequired[Any]
+    """The record of the example inputs (`pruning.inputs`): of one float32 tensor its shape."""
     groups: list[GroupEntry]
     widths: list[int]
     budget: dict[str, Any]
@@ -53,6 +54,8 @@ class PlanDocument(TypedDict):
     attributes: dict[str, dict[str, int]]
     roots: dict[str, Root]
     tensors: dict[str, list[int]]
+    checksums: NotRequired[dict[str, str]]
+    """Number format and SHA-256 of each tensor (`fitting.checksum`); folders of earlier versions have none."""
     libraries: dict[str, str]
     layers: NotRequired[list[dict[str, int]]]
     """Of language models, as `pruned_hidden_size` and `added_biases`: the sizes of each block."""
@@ -81,7 +84,11 @@ def read_plan(directory: str | Path) -> PlanDocument:
     _check_names(document["groups"], path)
     _check_facts(document, path)
     _check_sizes(document, path)
-    return cast(PlanDocument, document)
+    if document.get("input") is not None:
+        check_inputs(document["input"], str(path))
+    if not isinstance(document.get("checksums", {}), dict):
+        raise ArtifactError(f"{path}: damaged: the field 'checksums' is not a dict")
+    return cast("PlanDocument", document)
 
 
 def read_document(path: Path, kind: str, newest: int) -> dict[str, Any]:
@@ -117,7 +124,7 @@ def _check_names(groups: list[dict[str, Any]], path: Path) -> None:
 
 
 def _check_facts(document: Mapping[str, Any], path: Path) -> None:
-    """Costs, budget, libraries and the input's shape."""
+    """Costs, budget and libraries."""
     for field in ("cost", "dense_cost"):
         for metric, value in document[field].items():
             if not is_finite(value) or value < 0:
@@ -132,14 +139,6 @@ def _check_facts(document: Mapping[str, Any], path: Path) -> None:
     metric = document["budget"].get("metric", "macs")
     if not isinstance(metric, str):
         raise ArtifactError(f"{path}: damaged: budget.metric: must be a text, got {show_value(metric)}")
-    _check_input(document.get("input"), path)
-
-
-def _check_input(shape: object, path: Path) -> None:
-    if shape is not None and (not are_whole(shape) or not shape or math.prod(shape) > _MOST):
-        raise ArtifactError(
-            f"{path}: damaged: input: must be a shape of at most {_MOST:,} numbers, got {show_value(shape)}"
-        )
 
 
 def _check_sizes(document: Mapping[str, Any], path: Path) -> None:

@@ -8,6 +8,7 @@ other tools need to load the folder alone.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArtifactError, near_miss
+from ..errors import ArtifactError
+from ..pruning.fingerprint import fingerprint, uncompiled
+from ..pruning.inputs import inputs_from
 from ..pruning.plan import Plan
-from ..pruning.space import fingerprint
 from ..pruning.surgery import attributes, axis_indices
 from ..utils.files import (
     lock_run,
@@ -30,8 +32,9 @@ from ..utils.files import (
     write_text_atomic,
 )
 from ..utils.machine import library_versions
-from ..utils.torch_internals import buffer_slots, parameter_slots
-from .documents import PLAN_FILE, VERSION, PlanDocument, is_count, read_plan
+from ..utils.torch_internals import unsaved_buffers
+from .documents import PLAN_FILE, VERSION, PlanDocument, read_plan
+from .fitting import check_checksum, checksum, put_tensors, set_attributes
 from .safetensors import check_roots, check_tensors, refuse_nan
 
 __all__ = [
@@ -52,22 +55,39 @@ __all__ = [
 MODEL_FILE = "model.safetensors"
 
 
-def save_pruned(slim: nn.Module, plan: Plan, directory: str | Path, base: Mapping[str, object]) -> None:
+def save_pruned(
+    slim: nn.Module,
+    plan: Plan,
+    directory: str | Path,
+    base: Mapping[str, object],
+    side_files: Mapping[str, str] | None = None,
+) -> None:
     """Write the tensors and the plan of a pruned model into a folder, which is replaced as a whole or not at all.
 
     Args:
         base: how to build the dense architecture, ``{"source", "name", "arguments"}``; {"source": "given"} means
             that loading needs the model.
+        side_files: name -> text of further files.
 
     Raises ArtifactError: tensors that do not fit the plan, NaN weights, or a folder that cannot be written.
     """
-    tensors = {name: tensor.detach() for name, tensor in slim.state_dict().items()}
+    tensors = _saved_tensors(uncompiled(slim), plan)
     refuse_nan(tensors, "the model")
     check_against_plan(tensors, plan)
     document = plan_document(plan, base, {name: tensor.shape for name, tensor in tensors.items()})
+    document["checksums"] = {name: checksum(tensor) for name, tensor in tensors.items()}
     with replacing_folder(directory, PLAN_FILE) as folder:
         write_tensors_atomic(folder / MODEL_FILE, tensors, {"format": "pt", "rlprune": str(VERSION)})
+        for name, text in (side_files or {}).items():
+            write_text_atomic(folder / name, text)
         write_json_atomic(folder / PLAN_FILE, document)
+
+
+def _saved_tensors(slim: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """The state dict, and the buffers that it leaves out although the plan cuts them."""
+    tensors = {name: tensor.detach() for name, tensor in slim.state_dict().items()}
+    cut = {cut.tensor for cut in plan.space.cuts} & unsaved_buffers(slim)
+    return tensors | {name: tensor for name, tensor in slim.named_buffers() if name in cut}
 
 
 def plan_document(
@@ -107,11 +127,37 @@ def load_pruned(
     check_tensors(tensors, document["tensors"], where)
     check_roots({name: tensor.shape for name, tensor in tensors.items()}, document, where)
     refuse_nan(tensors, where)
-    model = rebuild(document["base"]) if base is None else copy.deepcopy(base)
-    check_base(model, document, folder)
-    _put_tensors(model, tensors, where)
-    _set_attributes(model, document["attributes"], str(folder / PLAN_FILE))
+    for name in sorted(tensors) if "checksums" in document else ():
+        check_checksum(name, tensors[name], document["checksums"], where)
+    if base is None:
+        _check_described(_skeleton(document["base"], rebuild), document, folder)
+        model = rebuild(document["base"])
+        _check_described(model, document, folder)
+    else:
+        check_base(base, document, folder)
+        model = copy.deepcopy(uncompiled(base))
+    put_tensors(model, tensors, where)
+    set_attributes(model, document["attributes"], str(folder / PLAN_FILE))
     return model.cpu().eval()
+
+
+def _skeleton(
+    base: Mapping[str, object], rebuild: Callable[[Mapping[str, object]], nn.Module]
+) -> nn.Module | None:
+    """The architecture without memory for its weights; None where its constructor does not allow that.
+
+    A description that asks for another model than was saved is then found out before it fills the memory.
+    """
+    with contextlib.suppress(ArtifactError, RuntimeError, NotImplementedError), torch.device("meta"):
+        return rebuild(base)
+    return None
+
+
+def _check_described(model: nn.Module | None, document: PlanDocument, folder: Path) -> None:
+    if model is not None and fingerprint(model) != document["fingerprint"]:
+        raise ArtifactError(
+            f"{folder / PLAN_FILE}: base: describes another architecture than was pruned (its fingerprint differs)"
+        )
 
 
 def check_base(model: nn.Module | None, document: PlanDocument, folder: Path) -> None:
@@ -126,12 +172,11 @@ def check_base(model: nn.Module | None, document: PlanDocument, folder: Path) ->
         )
 
 
-def example_of(document: PlanDocument) -> Tensor:
-    """One zero sample of the shape that plan.json records; ArtifactError where it records none."""
-    shape = document.get("input")
-    if not shape:
-        raise ArtifactError("plan.json: does not say the input's shape; give CONFIG")
-    return torch.zeros(1, *shape[1:])
+def example_of(document: PlanDocument, where: str = PLAN_FILE) -> Any:
+    """One zero sample of the inputs that plan.json records (`inputs_from`); ArtifactError where it records none."""
+    if document.get("input") is None:
+        raise ArtifactError(f"{where}: does not say the input's shape; give CONFIG")
+    return inputs_from(document["input"], where)
 
 
 def _roots(plan: Plan) -> dict[str, dict[str, Any]]:
@@ -166,47 +211,3 @@ def check_against_plan(tensors: Mapping[str, Tensor], plan: Plan) -> None:
                 f"save: {cut.tensor!r} has shape {shape}, the plan needs {size} in dimension {cut.dim}: "
                 "the model was not made with this plan"
             )
-
-
-def _put_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Replace all parameters and buffers by the tensors of the file, whatever their sizes; ties stay tied."""
-    own = model.state_dict()
-    missing, foreign = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
-    if missing or foreign:
-        name = (missing or foreign)[0]
-        state = "lacks" if missing else "holds the unknown"
-        raise ArtifactError(f"{where}: {state} tensor {name!r}{near_miss(name, foreign if missing else own)}")
-    shared: dict[int, nn.Parameter] = {}
-    for name, tensor in tensors.items():
-        old = own[name]
-        if tensor.ndim != old.ndim or any(
-            new > was for new, was in zip(tensor.shape, old.shape, strict=True)
-        ):
-            raise ArtifactError(
-                f"{where}: {name!r} has shape {list(tensor.shape)}, which does not fit {list(old.shape)} of the base"
-            )
-        path, _, last = name.rpartition(".")
-        module = model.get_submodule(path)
-        parameter = parameter_slots(module).get(last)
-        if parameter is None:
-            buffer_slots(module)[last] = tensor
-        else:
-            new = nn.Parameter(tensor, parameter.requires_grad)
-            parameter_slots(module)[last] = shared.setdefault(id(parameter), new)
-
-
-def _set_attributes(model: nn.Module, wanted: Mapping[str, object], where: str) -> None:
-    """Set integer attributes of modules, and only ones that are there and are integers already."""
-    modules = dict(model.named_modules())
-    for name, values in wanted.items():
-        if name not in modules or not isinstance(values, dict):
-            raise ArtifactError(
-                f"{where}: attributes: the base has no module {name!r}{near_miss(name, modules)}"
-            )
-        for attribute, value in values.items():
-            old = vars(modules[name]).get(attribute)
-            if attribute.startswith("_") or not is_count(old) or not is_count(value):
-                raise ArtifactError(
-                    f"{where}: attributes: {name}.{attribute} = {value!r} is not a size that may be set"
-                )
-            setattr(modules[name], attribute, value)

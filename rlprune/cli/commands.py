@@ -6,6 +6,7 @@ The code that works is imported when a command runs, so that `--help` and wrong 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ..config.config import Config, json_schema
-from ..errors import ConfigError
+from ..errors import ConfigError, RlpruneError
 from .catalogue import KINDS, rows
 from .options import (
     Subparsers,
     add_config,
+    add_force,
     add_out,
     add_plugin,
     add_seed,
@@ -248,20 +250,22 @@ def _add_export(commands: Subparsers) -> None:
         "other formats, checked against the PyTorch outputs",
         "rlprune export runs/demo/pruned --to onnx --out model.onnx",
     )
-    parser.add_argument("directory", metavar="DIR", type=Path, help="folder of a pruned model")
+    parser.add_argument("directory", metavar="DIR", type=Path, help="folder of a pruned model, or of a run")
+    add_config(parser, required=False)
     parser.add_argument(
         "--to", metavar="FORMAT", required=True, help="onnx or torch-export; hf for a language model"
     )
     parser.add_argument("--out", metavar="PATH", type=Path, help="file to write (in DIR by default)")
-    add_plugin(parser)
+    add_force(parser)
     parser.set_defaults(action=_export)
 
 
 def _export(args: argparse.Namespace) -> None:
     existing_folder(args.directory, "DIR")
+    config = read_config(args) if args.config is not None else None
     from ..experiments import export
 
-    written = export.export(args.directory, args.to, args.out)
+    written = export.export(args.directory, args.to, args.out, config=config, force=args.force)
     print(f"written: {written.path}" + (f" ({written.needs})" if written.needs else ""))
 
 
@@ -305,6 +309,7 @@ def _add_schema(commands: Subparsers) -> None:
         "rlprune schema --out rlprune.schema.json",
     )
     parser.add_argument("--out", metavar="FILE", type=Path, help="file to write (printed by default)")
+    add_force(parser)
     add_plugin(parser)
     parser.set_defaults(action=_schema)
 
@@ -313,11 +318,18 @@ def _schema(args: argparse.Namespace) -> None:
     if args.out is None:
         print(json.dumps(json_schema(), indent=1))
         return
-    if args.out.is_dir():
-        raise ConfigError(f"--out: {args.out}: is a folder; give a file")
-    from ..utils.files import write_json_atomic
+    from ..utils.files import keep_foreign, read_json, write_json_atomic
 
-    write_json_atomic(args.out, json_schema())
+    schema = json_schema()
+
+    def is_ours(path: Path) -> bool:
+        with contextlib.suppress(RlpruneError):
+            found = read_json(path)
+            return isinstance(found, dict) and found.get("title") == schema["title"]
+        return False
+
+    keep_foreign(args.out, is_ours, args.force)
+    write_json_atomic(args.out, schema)
     print(f"written: {args.out}")
 
 

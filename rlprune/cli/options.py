@@ -71,6 +71,11 @@ def add_out(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """--force."""
+    parser.add_argument("--force", action="store_true", help="replace a file that rlprune did not write")
+
+
 def add_seed(parser: argparse.ArgumentParser) -> None:
     """--seed."""
     parser.add_argument("--seed", metavar="N", type=whole_number(0), help="seed of all that is random")

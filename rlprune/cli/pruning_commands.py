@@ -37,7 +37,7 @@ def add_apply(commands: Subparsers) -> None:
         help="folder of a run, or of its policy; or a pruned model's folder or plan.json, whose units are kept",
     )
     add_config(parser)
-    parser.add_argument("--checkpoint", metavar="FILE", type=Path, help="weights of the model to prune")
+    _add_checkpoint(parser)
     add_budget(parser)
     parser.add_argument(
         "--builds",
@@ -58,8 +58,7 @@ def _apply(args: argparse.Namespace) -> None:
     config = read_config(args)
     if not args.source.is_file():
         existing_folder(args.source, "RUN_OR_POLICY")
-    if args.checkpoint is not None and not args.checkpoint.is_file():
-        raise ConfigError(f"--checkpoint: {args.checkpoint}: no such file")
+    _check_checkpoint(args)
     out = args.out or free_folder(config.name, "pruned")
     from ..experiments import replay
 
@@ -88,6 +87,26 @@ def _apply(args: argparse.Namespace) -> None:
     show(str(applied), out)
 
 
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        type=Path,
+        help="weights of the model to prune; or a pruned model's folder, to prune that further",
+    )
+
+
+def _check_checkpoint(args: argparse.Namespace) -> None:
+    given = args.checkpoint
+    if given is None or given.is_file():
+        return
+    from ..artifacts.documents import PLAN_FILE
+
+    if not (given / PLAN_FILE).is_file():
+        what = "is a folder, but of no pruned model" if given.is_dir() else "no such file"
+        raise ConfigError(f"--checkpoint: {given}: {what}")
+
+
 def add_prune(commands: Subparsers) -> None:
     parser = new_command(
         commands,
@@ -97,6 +116,7 @@ def add_prune(commands: Subparsers) -> None:
     )
     add_config(parser)
     parser.add_argument("--rule", metavar="NAME", help="see `rlprune list rules`")
+    _add_checkpoint(parser)
     parser.add_argument(
         "--stages", metavar="N", type=whole_number(1), help="cut in N rounds, the rule asked in each (1)"
     )
@@ -133,6 +153,7 @@ def _prune(args: argparse.Namespace) -> None:
     if args.drop_blocks is not None:
         raise ConfigError("--drop-blocks: only with --same-widths; rules choose themselves what goes whole")
     config = read_config(args)
+    _check_checkpoint(args)
     from ..experiments import apply as deploy
     from ..rules import RULES
 
@@ -143,11 +164,12 @@ def _prune(args: argparse.Namespace) -> None:
     out = args.out or free_folder(config.name, "pruned")
     stages = args.stages or 1
     if stages == 1 and args.steps is None:
-        show(deploy.prune_rule(config, args.rule, config.budget.target, out), out)
+        show(deploy.prune_rule(config, args.rule, config.budget.target, out, args.checkpoint), out)
         return
     steps = config.finish.steps // stages if args.steps is None else args.steps
     check_packages(config, steps)
-    show(deploy.prune_stages(config, args.rule, config.budget.target, stages, steps, out), out)
+    target, checkpoint = config.budget.target, args.checkpoint
+    show(deploy.prune_stages(config, args.rule, target, stages, steps, out, checkpoint), out)
 
 
 def _prune_equal_widths(args: argparse.Namespace) -> None:
@@ -166,4 +188,4 @@ def _prune_equal_widths(args: argparse.Namespace) -> None:
     from ..experiments import apply as deploy
 
     out = args.out or free_folder(config.name, "pruned")
-    show(deploy.prune_equal_widths(config, config.budget.target, dropped, out), out)
+    show(deploy.prune_equal_widths(config, config.budget.target, dropped, out, args.checkpoint), out)

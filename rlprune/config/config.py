@@ -73,7 +73,8 @@ class ModelConfig(Section):
     weights: str | None = setting(None, "Name of published weights (torchvision, timm); null for none.")
     checkpoint: str | None = setting(
         None,
-        "A file of weights to start from: safetensors, or what torch.save wrote of a training, without code.",
+        "A file of weights to start from: safetensors, or what torch.save wrote of a training, without code; or the "
+        "folder of a pruned model, to prune that further.",
     )
     checkpoint_key: str | None = setting(
         None,

@@ -213,22 +213,33 @@ def refined(
     return replace(found, history=agreed(task, plans))
 
 
-def prune_rule(config: Config, rule: str, budget: str | float, out: Path) -> str:
-    """A heuristic rule prunes the model, the recovery follows; writes it into ``out``, returns a table."""
+def prune_rule(
+    config: Config, rule: str, budget: str | float, out: Path, checkpoint: Path | None = None
+) -> str:
+    """A heuristic rule prunes the model, the recovery follows; writes it into ``out``, returns a table.
+
+    ``checkpoint`` are weights that are used as they are, or the folder of a pruned model that is pruned further.
+    """
     find_rule(rule)
-    experiment = prepare_experiment(_with_budget(config, budget), callback=Console(True))
+    experiment = prepare_experiment(
+        _with_budget(config, budget), checkpoint=checkpoint, callback=Console(True)
+    )
     widths = experiment.rule_widths(rule)
     _save(experiment, widths, {"method": rule, "budget": str(budget), "metric": experiment.metric}, out)
     return _score_table(experiment, [("uniform", experiment.rule_widths("uniform")), (rule, widths)])
 
 
-def prune_equal_widths(config: Config, budget: str | float, drop_blocks: int, out: Path) -> str:
+def prune_equal_widths(
+    config: Config, budget: str | float, drop_blocks: int, out: Path, checkpoint: Path | None = None
+) -> str:
     """One number of neurons for all blocks, so that `rlprune export --to hf` gives a folder without code of ours.
 
     Of the blocks the ``drop_blocks`` with the least influence go first, 1 - the mean cosine of their input and
     output (ShortGPT, arXiv 2403.03853, equation 1). Writes the pruned model into ``out``, returns a table.
     """
-    experiment = prepare_experiment(_with_budget(config, budget), callback=Console(True))
+    experiment = prepare_experiment(
+        _with_budget(config, budget), checkpoint=checkpoint, callback=Console(True)
+    )
     space, metric = experiment.space, experiment.metric
     if drop_blocks and drop_blocks >= block_count(space):
         allowed = f"allowed: 0 to {block_count(space) - 1}"
@@ -257,7 +268,15 @@ def prune_equal_widths(config: Config, budget: str | float, drop_blocks: int, ou
     return table + (f"\nno plain transformers folder can be exported: {why}" if why else "")
 
 
-def prune_stages(config: Config, rule: str, budget: str | float, stages: int, steps: int, out: Path) -> str:
+def prune_stages(
+    config: Config,
+    rule: str,
+    budget: str | float,
+    stages: int,
+    steps: int,
+    out: Path,
+    checkpoint: Path | None = None,
+) -> str:
     """`prune_rule` in rounds: cut a part, recover, train ``steps`` steps, look again
     (`experiments.incremental.incremental`).
 
@@ -265,7 +284,7 @@ def prune_stages(config: Config, rule: str, budget: str | float, stages: int, st
     """
     find_rule(rule)
     callback = Console(True)
-    experiment = prepare_experiment(_with_budget(config, budget), callback=callback)
+    experiment = prepare_experiment(_with_budget(config, budget), checkpoint=checkpoint, callback=callback)
     state = out.with_name(f"{out.name}.state")
     found = incremental(
         experiment, rule, stages=stages, steps=steps, seed=config.seed, out=state, callback=callback

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import inspect
@@ -15,14 +16,17 @@ import torch
 from torch import Tensor
 
 from ..artifacts.checkpoint import load_checkpoint, put_weights
+from ..artifacts.documents import PLAN_FILE, read_plan
 from ..config.config import Config, ModelConfig
 from ..errors import ArtifactError, ConfigError, RlpruneError, described
+from ..pruning.plan import Plan
 from ..recovery.finetune import FitResult, Progress
+from ..tracing.trace import TraceOptions
 from ..utils.cache import cache_folder
 from ..utils.files import write_tensors_atomic
 from ..utils.named_objects import named_object
 from ..workloads.adapter import ModelAdapter
-from ..workloads.base import TrainedWorkload, Workload
+from ..workloads.base import CutFrom, TrainedWorkload, Workload
 from ..workloads.builder import builder_of, builders
 from ..workloads.checks import check_finite, check_workload, run_forward
 
@@ -45,7 +49,8 @@ def build_workload(
 
     Args:
         seed_override: instead of ``model.seed``: another dense model of the same settings.
-        checkpoint: a finished dense model of the same architecture, used as it is: no training.
+        checkpoint: a finished dense model of the same architecture, used as it is: no training. It, or
+            ``model.checkpoint``, may be the folder of a pruned model: that model is then the one to prune further.
         progress: called as progress("dense training", done, total, {"loss": mean}).
         train: False leaves the model with its initial weights (for `inspect`, which needs none).
 
@@ -55,6 +60,12 @@ def build_workload(
         config = replace(config, model=replace(config.model, seed=seed_override))
     _require_checkpoint_of_key(config, checkpoint)
     device = resolve_device(config.device)
+    given = checkpoint or config.model.checkpoint
+    if given is not None and (Path(given) / PLAN_FILE).is_file():
+        workload = _pruned_before(config, Path(given))
+        if train and checkpoint is None and config.model.train.epochs > 0:
+            train_dense(workload, config.model, progress)
+        return workload
     if config.workload is not None:
         return _own_workload(config, checkpoint)
     builder = builder_of(config.model.name)
@@ -63,6 +74,26 @@ def build_workload(
     workload = builder.build(config, device, checkpoint)
     if train and checkpoint is None and config.model.train.epochs > 0:
         train_dense(workload, config.model, progress)
+    return workload
+
+
+def _pruned_before(config: Config, folder: Path) -> Workload:
+    """The workload with the pruned model of a folder as the one to prune; the settings describe its dense model.
+
+    Raises ArtifactError: it was cut from another architecture, or its groups are not those of the settings.
+    """
+    adapter = expected_adapter(config)
+    if adapter is not None and not adapter.prunes_again:
+        raise ConfigError(f"checkpoint: {folder} is pruned already, and {adapter.models} are pruned once")
+    model = replace(config.model, checkpoint=None, weights=None)
+    dense = build_workload(replace(config, model=model), train=False)
+    document = read_plan(folder)
+    plan = Plan.from_dict(
+        document, dense.adapter.space_of_plan(dense, document, TraceOptions.of(config.prune))
+    )
+    workload = copy.copy(dense)  # an object of the user's own may be asked for again
+    workload.cut_from = CutFrom(dense.model, plan)
+    workload.model = dense.adapter.load(folder, document, dense.model).to(dense.device)
     return workload
 
 

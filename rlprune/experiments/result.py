@@ -63,16 +63,18 @@ class PruningResult:
             document = read_plan(self.folder / "pruned")
             if self.workload is None:
                 raise ArtifactError(f"{self.folder}: give PruningResult.read the workload to have its plan")
+            before = self.workload.cut_from
             options = TraceOptions.of(load_config(self.folder / "config.yaml").prune)
-            space = self.workload.adapter.space_of_plan(self.workload, document, options)
-            self._plan = Plan.from_dict(document, space)
+            if before is None:
+                space = self.workload.adapter.space_of_plan(self.workload, document, options)
+            self._plan = Plan.from_dict(document, space if before is None else before.plan.space)
         return self._plan
 
     @property
     def model(self) -> nn.Module:
         """The pruned and fine-tuned model, in eval mode."""
         if self._model is None:
-            base = None if self.workload is None else self.workload.model
+            base = None if self.workload is None else self.workload.architecture
             self._model = load(self.folder / "pruned", base=base)
         return self._model
 

@@ -46,9 +46,10 @@ def tune_folder(
     count, unit = workload.adapter.fine_tune_length(config.finish)
     if count < 1:
         raise ConfigError(f"finish.{unit}: a fine-tune needs at least 1, got {count}")
-    model = load(folder, base=workload.model).to(workload.device)
+    model = load(folder, base=workload.architecture).to(workload.device)
     document = read_plan(folder)
-    space = workload.adapter.trace(workload.model, workload.example_inputs, TraceOptions.of(config.prune))
+    options = TraceOptions.of(config.prune)
+    space = workload.adapter.trace(workload.architecture, workload.example_inputs, options)
     plan = Plan.from_dict(document, space)
     state = Path(f"{Path(out)}.state")
     result = workload.fine_tune(model, config.finish, TuneJob(config.seed, state=state, progress=progress))

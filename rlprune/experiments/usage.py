@@ -22,7 +22,7 @@ from .build import expected_adapter
 
 SEARCHING = ("train", "benchmark", "apply --refine")
 TUNING = ("train", "benchmark", "fidelity", "prune --stages", "prune --steps", "tune")
-LOOKING = ("inspect", "evaluate", "tune")
+LOOKING = ("inspect", "evaluate", "export", "tune")
 """Commands that score no candidate."""
 
 
@@ -150,10 +150,11 @@ RULES = (
          _not_by("prune --stages", "prune --steps"), "the training of each round takes the place of `finetune`",
          "give --steps"),
     Rule(("prune.importance",), _not_by(*LOOKING), "{command} ranks no units", "the commands that prune use it"),
-    Rule(("prune.*",), _not_by("evaluate"), "{command} cuts nothing", "the commands that prune use it"),
-    Rule(("budget.*",), _not_by("evaluate", "tune"), "{command} has no budget", "the commands that prune use it"),
+    Rule(("prune.*",), _not_by("evaluate", "export"), "{command} cuts nothing", "the commands that prune use it"),
+    Rule(("budget.*",), _not_by("evaluate", "export", "tune"), "{command} has no budget",
+         "the commands that prune use it"),
     Rule(("model.train.*",), _not_by("inspect"), "{command} trains nothing", "the commands that prune use it"),
-    Rule(("seed",), _not_by("inspect", "evaluate"), "nothing in {command} is random",
+    Rule(("seed",), _not_by("inspect", "evaluate", "export"), "nothing in {command} is random",
          "model.seed and data.seed are others"),
     # What the other settings leave of use.
     Rule(("search.stages",), lambda run: run.foreign or ("ppo" in run.agents and run.config.search.mode == "direct"),

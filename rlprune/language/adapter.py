@@ -68,6 +68,7 @@ _LESSON_BATCH = 8
 class LanguageAdapter(ModelAdapter):
     """Feed-forward neurons and key-value heads by family; next tokens as the default task; AdamW."""
 
+    prunes_again = False
     wing = "language"
     models = "language models"
     task = NextToken.name

@@ -30,9 +30,10 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content: groups with kept indices, widths, achieved costs and the origin."""
+        shape = list(self.space.input_shape) if self.space.input_shape else None
         return {
             "fingerprint": self.space.fingerprint,
-            "input": list(self.space.input_shape) if self.space.input_shape else None,
+            "input": shape if self.space.inputs is None else self.space.inputs,
             "groups": [
                 {"name": g.name, "kind": g.kind, "width": g.width, "kept": k.tolist()}
                 for g, k in zip(self.space.groups, self.kept, strict=True)

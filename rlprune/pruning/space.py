@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from .attributes import set_size
 from .budget import BudgetLike, Limits, parse_budget, project
 from .cost import AxisSize, Cost, Term, amount, formula
 from .cost_terms import ProtectedShare, protected_shares
+from .fingerprint import fingerprint as fingerprint
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,10 @@ class DropRule:
 class PruningSpace:
     """The ordered groups of one model with everything that cutting and costing need; made by ``rlprune.trace``.
 
-    ``inexact`` names the groups whose cut is not exact (`Group.exact`), with the reason. ``input_shape`` is that of the
-    example input, where this was a single tensor. ``wing`` names the adapter that traced it (``ModelAdapter.wing``).
-    ``terms`` are the parts of the costs by layer, where tracing knows them.
+    ``inexact`` names the groups whose cut is not exact (`Group.exact`), with the reason. ``input_shape`` is that of
+    the example input, where this was a single tensor, ``inputs`` the record of any nest of them
+    (``inputs.describe_inputs``). ``wing`` names the adapter that traced it (``ModelAdapter.wing``). ``terms`` are the
+    parts of the costs by layer, where tracing knows them.
     """
 
     groups: tuple[Group, ...]
@@ -118,8 +119,9 @@ class PruningSpace:
     input_shape: tuple[int, ...] | None = None
     drops: tuple[DropRule, ...] = ()
     wing: str = "vision"
-    inexact: Mapping[str, str] = field(default_factory=dict)
     terms: tuple[Term, ...] = field(default=(), repr=False)
+    inexact: Mapping[str, str] = field(default_factory=dict)
+    inputs: Any = field(default=None, repr=False)
 
     @cached_property
     def widths(self) -> Ints:
@@ -262,13 +264,3 @@ def rounded(group: Group, round_to: int, minimum: int) -> Group:
     lowest = max(1, math.ceil(minimum / group.unit))
     lowest = min(math.ceil(lowest / step) * step, group.width) if group.minimum else 0
     return replace(group, step=step, minimum=lowest)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of the architecture: names, shapes and layer types, not the values of the weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)};".encode())
-    for name, module in model.named_modules():
-        digest.update(f"{name}:{type(module).__name__};".encode())
-    return digest.hexdigest()[:32]

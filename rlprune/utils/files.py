@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -56,6 +56,16 @@ def replacing_file(path: str | Path) -> Iterator[IO[bytes]]:
             Path(name).unlink(missing_ok=True)
             raise
         _sync_folder(target.parent)
+
+
+def keep_foreign(target: Path, is_ours: Callable[[Path], bool], force: bool = False) -> None:
+    """ArtifactError where a file would be replaced that rlprune did not write, and `--force` does not say so."""
+    if target.is_dir():
+        raise ArtifactError(f"{target}: is a folder, where a file is to be written")
+    if os.path.lexists(target) and not force and not is_ours(target):
+        raise ArtifactError(
+            f"{target}: is there already and rlprune did not write it; choose another name, or give --force"
+        )
 
 
 def write_bytes_atomic(path: str | Path, data: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from ..config.config import FinishConfig, RecoveryConfig
 from ..errors import ArtifactError, ConfigError, GraphError, near_miss
 from ..importance.calibration_cache import CalibrationCache
 from ..importance.unit_scores import Scores
+from ..pruning.fingerprint import uncompiled
+from ..pruning.inputs import describe_inputs
 from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
 from ..pruning.surgery import attributes
@@ -37,7 +40,8 @@ from ..workloads.judge import Judge
 from ..workloads.score_kinds import task_judge
 from .detection import Detection
 from .identify import identify
-from .zoo import rebuild
+from .load_pruned import FILE, standalone
+from .rebuild import builder, rebuild, rebuild_given
 
 SGD_LR = 0.02
 """Peak learning rate of the final fine-tune where the settings leave it open."""
@@ -88,7 +92,8 @@ class VisionAdapter(ModelAdapter):
         for name in ("drop", "hidden"):
             if getattr(options, name):
                 raise GraphError(f"prune.{name}: only for language models; {type(model).__name__} is none")
-        return trace_channels(model, example_inputs, options)
+        space = trace_channels(model, example_inputs, options)
+        return replace(space, inputs=describe_inputs(example_inputs))
 
     def space_of_plan(
         self, workload: Workload, document: PlanDocument, options: TraceOptions
@@ -168,13 +173,18 @@ class VisionAdapter(ModelAdapter):
             raise ArtifactError(
                 f"save: a tokenizer was given, but {type(slim).__name__} is no language model"
             )
-        if base is None:
+        known = {"source": "given"} if base is None else dict(base)
+        if known["source"] == "given":
             space = plan.space
-            base = identify(slim, space.fingerprint, space.dense_cost("params"), attributes(space, plan))
-        save_pruned(slim, plan, directory, dict(base) if base is not None else {"source": "given"})
+            dense, changed = space.dense_cost("params"), attributes(space, plan)
+            known = identify(uncompiled(slim), space.fingerprint, dense, changed) or known
+        save_pruned(slim, plan, directory, known, {FILE: standalone(known)})
 
     def load(self, directory: Path, document: PlanDocument, base: nn.Module | None) -> nn.Module:
         return load_pruned(directory, document, base, rebuild)
+
+    def rebuilds(self, document: PlanDocument) -> bool:
+        return builder(document["base"]) is not rebuild_given
 
     def group_lines(self, space: PruningSpace) -> list[str]:
         units = {metric: space.unit_costs(space.widths, metric) for metric in space.costs}
@@ -213,7 +223,7 @@ class VisionAdapter(ModelAdapter):
     ) -> str:
         if workload is not None:
             dense, example = workload.model, workload.example_inputs
-            slim = self.load(directory, document, dense).to(workload.device)
+            slim = self.load(directory, document, workload.architecture).to(workload.device)
         else:
             slim = self.load(directory, document, None)
             dense, example = rebuild(document["base"]).eval(), example_of(document)

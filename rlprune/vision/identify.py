@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from ..errors import ArtifactError
+from ..pruning.attributes import size_path
 from ..pruning.space import fingerprint
 from . import hf_models, torchvision_models
 from .googlenet_cifar import CifarGoogLeNet
-from .resnet_cifar import CifarResNet
-from .zoo import CIFAR_DEPTHS, rebuild
+from .rebuild import rebuild
+from .resnet_cifar import CIFAR_DEPTHS, CifarResNet
 
 
 def identify(
@@ -103,11 +104,12 @@ def _agree(module: nn.Module, twin: nn.Module, leave_out: Mapping[str, int]) -> 
 
 def _simple(module: nn.Module, leave_out: Mapping[str, int]) -> dict[str, Any]:
     """The settings of one layer that are plain values; whether it is in training mode is none of them."""
+    roots = {size_path(path)[0] for path in leave_out}
     return {
         key: value
         for key, value in vars(module).items()
         if isinstance(value, (bool, int, float, str, tuple, type(None)))
         and not key.startswith("_")
         and key != "training"
-        and key not in leave_out
+        and key not in roots
     }

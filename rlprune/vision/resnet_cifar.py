@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from ..tracing.layers import ChannelPad
 
+CIFAR_DEPTHS = (20, 32, 44, 56, 110)
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut without parameters (option A).

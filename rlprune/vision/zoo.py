@@ -7,37 +7,30 @@ classifiers of transformers; ``module:function`` for any function that returns a
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 from urllib.error import URLError
 
 import torch
 from torch import nn
 
 from ..artifacts.checkpoint import SUFFIXES, load_checkpoint, put_weights
-from ..errors import ArtifactError, ConfigError, DataError, described, near_miss
+from ..errors import ConfigError, DataError, described
 from ..utils.named_objects import model_function
 from ..utils.pytrees import Inputs
-from . import hf_models, torchvision_models
+from . import hf_models, timm_models, torchvision_models
 from .googlenet_cifar import CifarGoogLeNet
-from .resnet_cifar import CifarResNet
+from .rebuild import FETCHING
+from .resnet_cifar import CIFAR_DEPTHS, CifarResNet
 
-CIFAR_DEPTHS = (20, 32, 44, 56, 110)
 _ZOO: dict[str, Callable[..., nn.Module]] = {
     **{f"cifar_resnet{depth}": partial(CifarResNet, depth) for depth in CIFAR_DEPTHS},
     "cifar_googlenet": CifarGoogLeNet,
 }
-# Arguments that would fetch or read files; a saved artifact must not be able to ask for that.
-_FORBIDDEN = (
-    *("weights", "weights_backbone", "progress", "checkpoint_path", "cache_dir"),
-    *hf_models.FORBIDDEN,
-)
-_SOURCES = ("zoo", "torchvision", "timm", "hf")
-_SMALL_SIDE, _USUAL_SIDE = 32, 224
+_FORBIDDEN = (*FETCHING, *hf_models.FORBIDDEN)
+_SMALL_SIDE = 32
 
 
 class Base(TypedDict):
@@ -53,7 +46,7 @@ def list_models() -> list[tuple[str, str]]:
     rows = [(f"cifar_resnet{d}", f"CIFAR ResNet of depth {d}; arguments: width (16)") for d in CIFAR_DEPTHS]
     rows.append(("cifar_googlenet", "GoogLeNet for small images; arguments: width (1.0, a factor)"))
     rows += [(n, f"torchvision, gives {torchvision_models.TASKS[t]}") for n, t in torchvision_models.names()]
-    rows.append(("timm:NAME", f"timm classifier ({_timm_state()})"))
+    rows.append(("timm:NAME", f"timm classifier ({timm_models.installed()})"))
     rows += [(f"hf:{kind}", "transformers image classifier, its default sizes") for kind in hf_models.types()]
     rows.append(("hf:FOLDER", "the same from a folder with config.json, with its weights"))
     rows.append(("module:function", "your own function that returns a torch.nn.Module"))
@@ -120,11 +113,11 @@ def build_model(
         weights: a name of torchvision or timm weights ("DEFAULT" for the newest), a folder or hub id of
             transformers, or a file. ``hf:FOLDER`` brings its own. Where the number of classes or channels
             differs, the head or the stem stays initialised.
+        side: of the images in pixels; see `base_of`.
         checkpoint: a .safetensors or torch file, see `put_weights`.
         checkpoint_key: where the weights stand in it, see `load_checkpoint`.
         trained: whether training follows, so that a file of other classes leaves the head as initialised, with a
             `CheckpointWarning`; else such a file is refused.
-        side: of the images in pixels; see `base_of`.
 
     Raises ConfigError (unknown name or arguments), ArtifactError (file), DataError (no download).
     """
@@ -142,33 +135,6 @@ def build_model(
     elif weights is not None:
         _published_weights(model, base, weights)
     return model.eval()
-
-
-def rebuild(base: Mapping[str, object]) -> nn.Module:
-    """Build the architecture that a saved ``base`` describes, with random weights, in eval mode.
-
-    Only zoo, torchvision, timm and transformers models are built, the last by their type: a file never names code to
-    run or weights to fetch. For everything else ArtifactError says to pass the base model.
-    """
-    source = base.get("source")
-    if source not in _SOURCES:
-        raise ArtifactError(
-            f"the base model has source {source!r}, which is not rebuilt from a file: pass base=model"
-        )
-    name, arguments = base.get("name"), base.get("arguments", {})
-    if not isinstance(name, str) or not isinstance(arguments, Mapping):
-        raise ArtifactError("the base model's description is malformed: it needs a name and arguments")
-    if any(k in _FORBIDDEN or k.startswith("pretrained") for k in arguments):
-        raise ArtifactError("the base model's description asks for a download or a file, which is refused")
-    try:
-        if source == "hf":
-            hf_models.check_type(name, f"hf:{name}")
-        elif _resolve(f"{source}:{name}" if source != "zoo" else name)[0] != source:
-            raise ConfigError(f"{name!r} is not a model of {source}")
-        checked = Base(source=str(source), name=name, arguments=dict(arguments))
-        return _construct(checked, 0, trusted=False).eval()
-    except ConfigError as error:
-        raise ArtifactError(f"the base model cannot be rebuilt: {error}") from error
 
 
 def task_of(base: Mapping[str, object]) -> str:
@@ -193,26 +159,12 @@ def example_for(base: Mapping[str, object], side: int | None = None) -> Inputs:
     if source == "hf":
         return hf_models.example(name, arguments, side)
     channels = arguments.get("in_chans" if source == "timm" else "channels", 3)
-    usual = _timm_side(name, arguments) if source == "timm" else _SMALL_SIDE
+    usual = timm_models.side(name, arguments) if source == "timm" else _SMALL_SIDE
     return torch.rand(1, channels if isinstance(channels, int) else 3, *[side or usual] * 2)
-
-
-def _timm_side(name: str, arguments: Mapping[str, object]) -> int:
-    import timm
-
-    given = arguments.get("img_size")
-    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    size = config.input_size[-1] if config is not None else _USUAL_SIDE
-    return given if isinstance(given, int) else int(size)
 
 
 def _is_file(weights: str) -> bool:
     return Path(weights).suffix in SUFFIXES or Path(weights).is_file()
-
-
-def _timm_state() -> str:
-    found = importlib.util.find_spec("timm") is not None
-    return "installed" if found else "not installed: pip install 'rlprune[timm]'"
 
 
 def _resolve(name: str) -> tuple[str, str]:
@@ -225,24 +177,12 @@ def _resolve(name: str) -> tuple[str, str]:
     if source == "torchvision":
         return source, torchvision_models.check_name(name, bare, tuple(_ZOO))
     if source == "timm":
-        return source, _timm_name(name, bare)
+        return source, timm_models.check_name(name, bare)
     if source == "hf":
         return source, hf_models.resolve(name)[0]
     if not source or not bare:
         raise ConfigError(f"model.name {name!r}: expected a model name or 'module:function'")
     return "function", name
-
-
-def _timm_name(name: str, bare: str) -> str:
-    try:
-        import timm
-    except ImportError as error:
-        raise ConfigError(
-            f"model.name {name!r}: timm is not installed; pip install 'rlprune[timm]'"
-        ) from error
-    if not timm.is_model(bare):
-        raise ConfigError(f"model.name {name!r}: timm has no such model{near_miss(bare, timm.list_models())}")
-    return bare
 
 
 def _construct(base: Base, seed: int, *, trusted: bool) -> nn.Module:
@@ -251,7 +191,7 @@ def _construct(base: Base, seed: int, *, trusted: bool) -> nn.Module:
     builders: dict[str, Callable[..., nn.Module]] = {
         "zoo": lambda **a: _ZOO[name](**a),
         "torchvision": lambda **a: torchvision_models.build(name, trusted, **a),
-        "timm": lambda **a: _timm(name, **a),
+        "timm": lambda **a: timm_models.build(name, **a),
         "hf": lambda **a: hf_models.build(name, **a),
     }
     if trusted:
@@ -270,12 +210,6 @@ def _construct(base: Base, seed: int, *, trusted: bool) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model.name {name!r}: must return a torch.nn.Module, got {type(model).__name__}")
     return model
-
-
-def _timm(name: str, **arguments: Any) -> nn.Module:
-    import timm
-
-    return timm.create_model(name, pretrained=False, **arguments)
 
 
 def _published_weights(model: nn.Module, base: Base, weights: str) -> None:

@@ -142,6 +142,9 @@ class ModelAdapter(abc.ABC):
     equal_widths: bool = False
     """Whether all blocks can be cut to one width (``rlprune prune --same-widths``)."""
 
+    prunes_again: bool = True
+    """Whether a pruned model can be pruned again, and both cuts saved as one plan."""
+
     # -- what it is ---------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
@@ -233,6 +236,10 @@ class ModelAdapter(abc.ABC):
     @abc.abstractmethod
     def load(self, directory: Path, document: PlanDocument, base: nn.Module | None) -> nn.Module:
         """The pruned model in a folder whose plan.json is ``document``; see `rlprune.load`."""
+
+    def rebuilds(self, document: PlanDocument) -> bool:
+        """Whether `load` needs no dense model to be passed in."""
+        return True
 
     # -- words ------------------------------------------------------------------------------------------------------
 

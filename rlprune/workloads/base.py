@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..artifacts.safetensors import MAX_SHARD_SIZE
 from ..config.config import FinishConfig, ModelConfig
 from ..errors import DataError, near_miss
+from ..pruning.compose import compose
 from ..pruning.plan import Plan
 from ..recovery.finetune import DistillTargets, FitResult, Progress
 from ..utils.modes import evaluating
@@ -44,6 +45,15 @@ class Quality:
     loss: float
     metric: float
     count: int
+
+
+@dataclass(frozen=True)
+class CutFrom:
+    """Where a model that is pruned already came from: the dense model, of which only the architecture counts, and the
+    plan that was cut from it."""
+
+    model: nn.Module
+    plan: Plan
 
 
 def check_split(split: str) -> None:
@@ -104,6 +114,8 @@ class Workload(abc.ABC):
     """What turns raw input into the model's, saved beside a pruned model where its folder can hold it."""
     base: Mapping[str, object] = {"source": "given"}
     """How to rebuild the architecture; {"source": "given"} means that the user has to pass the model in."""
+    cut_from: CutFrom | None = None
+    """Set where ``model`` was pruned before: what is saved is then one plan against that first dense model."""
 
     _adapter: ModelAdapter | None = None
     _test_open: bool = False
@@ -123,6 +135,11 @@ class Workload(abc.ABC):
         """The device of the model's first parameter."""
         parameter = next(self.model.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
+
+    @property
+    def architecture(self) -> nn.Module:
+        """The dense model that plans on disk are made against: ``model``, or what it was cut from."""
+        return self.model if self.cut_from is None else self.cut_from.model
 
     @abc.abstractmethod
     def batches(self, split: str, limit: int | None = None) -> Iterator[Batch]:
@@ -309,6 +326,9 @@ class Workload(abc.ABC):
 
     def save(self, slim: nn.Module, plan: Plan, directory: str | Path) -> None:
         """Write a pruned model of this workload into a folder (see `rlprune.save`)."""
+        before = None if self.cut_from is None else self.cut_from.plan
+        if before is not None and plan.space.fingerprint != before.space.fingerprint:
+            plan = compose(before, plan)
         self.adapter.save(
             slim,
             plan,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import os
@@ -19,10 +20,14 @@ from torchvision import models
 
 import rlprune
 from rlprune.artifacts import pruned_model as artifacts
+from rlprune.artifacts.fitting import put_tensors, set_attributes
 from rlprune.artifacts.policy import read_policy_files, save_policy
 from rlprune.errors import ArtifactError
 from rlprune.utils import files
+from rlprune.vision.identify import _same_settings
 from rlprune.vision.zoo import build_model
+
+FILES = ["load_pruned.py", "model.safetensors", "plan.json"]
 
 
 class Own(nn.Module):
@@ -95,7 +100,7 @@ def test_a_saved_model_comes_back_without_help(made: tuple[nn.Module, rlprune.Pl
     assert document["cost"]["macs"] == plan.space.cost(plan.widths)
     assert document["budget"] == {"target": "0.5", "metric": "macs"}
     assert torch.__version__.startswith(document["libraries"]["torch"].partition("+")[0])
-    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "plan.json"]
+    assert sorted(path.name for path in folder.iterdir()) == FILES
 
 
 @pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "mobilenet_v3_small"])
@@ -133,6 +138,22 @@ def test_an_own_model_needs_its_base_and_leaves_it_unchanged(tmp_path: Path) -> 
         assert torch.equal(slim.eval()(x), twin(x))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert "another architecture" in error_of(lambda: rlprune.load(tmp_path / "p", base=models.resnet18()))
+
+
+def test_compiled_models_and_traced_graphs_are_saved_and_loaded(tmp_path: Path) -> None:
+    model = Own().eval()
+    slim, plan = pruned(model, torch.zeros(1, 3, 8, 8))
+    rlprune.save(torch.compile(slim), plan, tmp_path / "p")
+    x = torch.randn(2, 3, 8, 8)
+    for base in (model, torch.compile(model)):
+        with torch.no_grad():
+            assert torch.equal(slim.eval()(x), rlprune.load(tmp_path / "p", base=base)(x))
+    graph = torch.fx.symbolic_trace(model)
+    slim, plan = pruned(graph, torch.zeros(1, 3, 8, 8))
+    rlprune.save(slim, plan, tmp_path / "g")
+    for base in (graph, copy.deepcopy(graph)):
+        with torch.no_grad():
+            assert torch.equal(slim.eval()(x), rlprune.load(tmp_path / "g", base=base)(x))
 
 
 def test_a_file_cannot_name_code(folder: Path) -> None:
@@ -190,6 +211,21 @@ def foreign_unit(document: dict[str, Any]) -> None:
         (set_attribute("conv1", "_version", 3), "not a size that may be set"),
         (set_attribute("conv1", "out_channels", "3"), "not a size that may be set"),
         (set_attribute("conv1", "training", 0), "not a size that may be set"),
+        (set_attribute("conv1", "kernel_size[0]", "3"), "not a size that may be set"),
+        (set_attribute("conv1", "kernel_size[2]", 3), "not a size that may be set"),
+        (set_attribute("conv1", "groups", 10**9), "is more than the 1 of the dense model"),
+        (set_attribute("conv1", "groups", 0), "groups = 0 does not fit its weight of shape"),
+        (set_attribute("conv1", "out_channels", 1), "out_channels = 1 does not fit its weight of shape"),
+        (set_attribute("linear", "in_features", 1), "in_features = 1 does not fit its weight of shape"),
+        (set_attribute("bn1", "num_features", 1), "num_features = 1 does not fit its weight of shape"),
+        (lambda d: d.update(input=[1, 3, 10**6, 10**6]), "more than 268,435,456 numbers in a sample"),
+        (lambda d: d.update(input="3x32x32"), "'3x32x32' is neither a shape nor a nest"),
+        (lambda d: d["cost"].update(macs=True), "cost.macs: must be a finite number of 0 and more"),
+        (lambda d: d["dense_cost"].update(params="5"), "dense_cost.params: must be a finite number"),
+        (lambda d: d["cost"].update(macs=-1), "cost.macs: must be a finite number"),
+        (lambda d: d["base"]["arguments"].update(width=10**6), "base: describes another architecture"),
+        (lambda d: d["checksums"].pop("conv1.weight"), "has no checksum of 'conv1.weight'"),
+        (lambda d: d.update(checksums=[]), "the field 'checksums' is not a dict"),
     ],
 )
 def test_an_edited_plan_is_refused(
@@ -197,6 +233,104 @@ def test_an_edited_plan_is_refused(
 ) -> None:
     edit(folder / "plan.json", change)
     assert expected in error_of(lambda: rlprune.load(folder))
+
+
+def test_costs_that_are_not_finite_are_refused(folder: Path) -> None:
+    text = (folder / "plan.json").read_text()
+    cost = json.loads(text)["cost"]["macs"]
+    for wrong in ("1e999", "NaN", "-Infinity", "9" * 400):
+        (folder / "plan.json").write_text(text.replace(f'"macs": {cost!r}', f'"macs": {wrong}'))
+        assert str(folder / "plan.json") in error_of(lambda: rlprune.load(folder))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def half(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["conv1.weight"] = tensors["conv1.weight"].half()
+
+
+def swapped(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["bn1.weight"], tensors["bn1.bias"] = tensors["bn1.bias"], tensors["bn1.weight"]
+
+
+def touched(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["linear.bias"][0] += 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (half, "'conv1.weight' is float16, but float32 was saved"),
+        (swapped, "'bn1.bias' is not the tensor that was saved"),
+        (touched, "'linear.bias' is not the tensor that was saved"),
+    ],
+)
+def test_tensors_that_were_changed_are_refused(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], None], expected: str
+) -> None:
+    change_tensors(folder, change)
+    assert expected in error_of(lambda: rlprune.load(folder))
+
+
+def test_a_folder_without_checksums_loads(made: tuple[nn.Module, rlprune.Plan], folder: Path) -> None:
+    """Folders of earlier versions have none, nor the file that loads them alone."""
+    edit(folder / "plan.json", lambda d: d.pop("checksums"))
+    (folder / "load_pruned.py").unlink()
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(made[0].eval()(x), rlprune.load(folder)(x))
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer keeps its weights in a second list, and a buffer that is not saved has the width as well."""
+
+    def __init__(self, width: int = 6, hidden: int = 5) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(width, hidden, batch_first=True, bidirectional=True)
+        self.splits = [width, hidden]
+        self.register_buffer("scale", torch.arange(float(width)), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x * self.scale)[0]
+
+
+def test_recurrent_weights_and_unsaved_buffers_are_replaced() -> None:
+    small, model = Recurrent(4, 3), Recurrent()
+    small.scale = small.scale + 2
+    put_tensors(model, small.state_dict() | {"scale": small.scale}, "here")
+    sizes = {"": {"splits[0]": 4, "splits[1]": 3}, "layer": {"input_size": 4, "hidden_size": 3}}
+    set_attributes(model, sizes, "here")
+    x = torch.randn(2, 7, 4)
+    with torch.no_grad():
+        assert torch.equal(model(x), small(x))
+    assert model.splits == small.splits and repr(model) == repr(small)
+
+
+def test_attention_with_fewer_heads_is_put_in() -> None:
+    small = nn.MultiheadAttention(8, 4, batch_first=True).eval()
+    tensors = {
+        "in_proj_weight": small.in_proj_weight.detach().view(3, 4, 2, 8)[:, [0, 2]].reshape(12, 8),
+        "in_proj_bias": small.in_proj_bias.detach().view(3, 4, 2)[:, [0, 2]].reshape(12),
+        "out_proj.weight": small.out_proj.weight.detach().view(8, 4, 2)[:, [0, 2]].reshape(8, 4),
+        "out_proj.bias": small.out_proj.bias.detach(),
+    }
+    model = nn.Sequential(copy.deepcopy(small))
+    put_tensors(model, {f"0.{name}": tensor for name, tensor in tensors.items()}, "here")
+    set_attributes(model, {"0": {"num_heads": 2}}, "here")
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        small.out_proj.weight.view(8, 4, 2)[:, [1, 3]] = 0  # the heads that are cut say nothing
+        wanted, found = small(x, x, x)[0], model[0](x, x, x)[0]
+    torch.testing.assert_close(found, wanted)
+    model = nn.Sequential(copy.deepcopy(small))
+    put_tensors(model, {f"0.{name}": tensor for name, tensor in tensors.items()}, "here")
+    assert "num_heads = 1 does not fit" in error_of(
+        lambda: set_attributes(model, {"0": {"num_heads": 1}}, "here")
+    )
 
 
 def test_truncated_files_are_refused_at_every_length(folder: Path) -> None:
@@ -244,7 +378,7 @@ def test_saving_replaces_ours_and_nothing_else(made: tuple[nn.Module, rlprune.Pl
     rlprune.save(*made, target)  # an empty folder
     (target / "left-over").write_text("x")
     rlprune.save(*made, target)  # one of ours, replaced as a whole
-    assert sorted(path.name for path in target.iterdir()) == ["model.safetensors", "plan.json"]
+    assert sorted(path.name for path in target.iterdir()) == FILES
     foreign = tmp_path / "photos"
     foreign.mkdir()
     (foreign / "holiday.jpg").write_text("x")
@@ -340,3 +474,10 @@ def test_a_run_folder_has_one_owner_and_a_dead_one_leaves_no_lock(tmp_path: Path
     with pytest.raises(ArtifactError, match=r"holiday\.jpg"), files.lock_run(foreign):
         pass
     assert [path.name for path in foreign.iterdir()] == ["holiday.jpg"]
+
+
+def test_a_size_inside_of_a_setting_does_not_hide_the_architecture() -> None:
+    ours, theirs = Recurrent(), Recurrent()
+    ours.pair, theirs.pair = (3, 5), (6, 5)
+    assert not _same_settings(ours, theirs, {})
+    assert _same_settings(ours, theirs, {"": {"pair[0]": 3}})

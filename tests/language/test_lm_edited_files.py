@@ -96,6 +96,8 @@ def test_damaged_shards(folder: Path) -> None:
     assert "NaN" in error_of(lambda: rlprune.load(folder))
     safetensors.torch.save_file(tensors | {name: tensor[:-1].contiguous()}, first)
     assert "has shape" in error_of(lambda: rlprune.load(folder))
+    safetensors.torch.save_file(tensors | {name: tensor + 1}, first)
+    assert f"{name!r} is not the tensor that was saved" in error_of(lambda: rlprune.load(folder))
 
 
 def test_code_in_the_folder_is_not_run_by_us(folder: Path) -> None:

@@ -21,7 +21,8 @@ from rlprune.pruning.space import fingerprint
 from rlprune.utils import call, tensors
 from rlprune.vision import base_of, build_model, example_for, hf_models, task_of, torchvision_models
 from rlprune.vision.identify import identify
-from rlprune.vision.zoo import list_models, rebuild
+from rlprune.vision.rebuild import rebuild
+from rlprune.vision.zoo import list_models
 from rlprune.workloads.builder import builder_of
 
 TINY_VIT = {

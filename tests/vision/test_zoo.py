@@ -12,7 +12,8 @@ from torch import nn
 from rlprune.artifacts.checkpoint import CheckpointWarning, load_checkpoint, put_weights
 from rlprune.errors import ArtifactError, ConfigError, DataError
 from rlprune.experiments.build import list_models
-from rlprune.vision.zoo import base_of, build_model, rebuild
+from rlprune.vision.rebuild import rebuild
+from rlprune.vision.zoo import base_of, build_model
 
 
 def test_cifar_resnet_has_the_layers_of_the_paper() -> None:

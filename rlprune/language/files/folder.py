@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ...artifacts.documents import PLAN_FILE, VERSION
+from ...artifacts.fitting import checksum
 from ...artifacts.pruned_model import check_against_plan, plan_document
 from ...artifacts.safetensors import MAX_SHARD_SIZE, Entry, parse_size, write_checkpoint
 from ...pruning.plan import Plan
@@ -60,9 +61,17 @@ def write_language_model(
     source = {"source": pretrained.SOURCE, "name": (base or {}).get("name"), "config": dense}
     document = plan_document(plan, source, {name: entry.shape for name, entry in stored.items()})
     document |= pretrained.plan_fields(slim, config)
+    checksums: dict[str, str] = {}
+
+    def summed(names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in stream(names):
+            checksums[name] = checksum(tensor)
+            yield name, tensor
+
     with replacing_folder(directory, PLAN_FILE) as folder:
         metadata = {"format": "pt", "rlprune": str(VERSION)}
-        write_checkpoint(folder, stored, stream, max_shard_size, metadata)
+        write_checkpoint(folder, stored, summed, max_shard_size, metadata)
+        document["checksums"] = checksums
         pretrained.write_side_files(folder, config, model, tokenizer)
         write_json_atomic(folder / PLAN_FILE, document)
     return Path(directory)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...artifacts.documents import PlanDocument
+from ...artifacts.fitting import check_checksum
 from ...artifacts.safetensors import Entry, TensorFiles, entry_of
 from ...errors import ArtifactError, described, near_miss
 from ...pruning.space import fingerprint
@@ -240,6 +241,8 @@ def load_folder(folder: Path, document: PlanDocument) -> PreTrainedModel:
     state = {}
     for name, tensor in files.read():
         refuse_nan(name, tensor, files.where(name))
+        if "checksums" in document:
+            check_checksum(name, tensor, document["checksums"], files.where(name))
         state[name] = tensor
     with quiet_loading():
         model = _class_of(config).from_pretrained(None, config=config, state_dict=state)
