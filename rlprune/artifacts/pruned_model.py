@@ -9,7 +9,6 @@ other tools need to load the folder alone.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from ..utils.files import (
     write_text_atomic,
 )
 from ..utils.machine import library_versions
-from ..utils.torch_internals import unsaved_buffers
+from ..utils.torch_internals import copied, unsaved_buffers
 from .documents import PLAN_FILE, VERSION, PlanDocument, read_plan
 from .fitting import check_checksum, checksum, put_tensors, set_attributes
 from .safetensors import check_roots, check_tensors, refuse_nan
@@ -135,7 +134,7 @@ def load_pruned(
         _check_described(model, document, folder)
     else:
         check_base(base, document, folder)
-        model = copy.deepcopy(uncompiled(base))
+        model = copied(uncompiled(base))
     put_tensors(model, tensors, where)
     set_attributes(model, document["attributes"], str(folder / PLAN_FILE))
     return model.cpu().eval()

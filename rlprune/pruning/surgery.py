@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import GraphError
 from ..utils.arrays import Ints
-from ..utils.torch_internals import twin, unsaved_buffers
+from ..utils.modes import refresh
+from ..utils.torch_internals import computed, copied, twin, unsaved_buffers
 from .plan import Plan
 from .space import PruningSpace
 
@@ -84,7 +84,7 @@ def prune(
     sliced = _Slicer(dtype, shared)
     unsaved = unsaved_buffers(model)
     # A copy takes what the memo holds instead of copying it: no dense tensor is ever copied.
-    memo: dict[int, object] = {}
+    memo: dict[int, object] = computed(model)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             new = sliced(name, tensor, by_tensor.pop(name, []), cast=name not in unsaved)
@@ -102,6 +102,7 @@ def prune(
     for part in space.drops:
         if _empty(indices[part.axis]):
             part.stub(slim, part.module)
+    refresh(slim)
     return slim
 
 
@@ -161,7 +162,7 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     It is the definition of an exact cut (DESIGN: contract 2) and the oracle of the tests; slow and
     large on purpose.
     """
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     _mask(twin, plan)
     return twin
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from ..tracing.layers import ChannelPad
 from ..tracing.process import Limits, in_child
 from ..utils.arrays import Floats, Ints
 from ..utils.pytrees import call, to_device
+from ..utils.torch_internals import copied
 from .context import Context, rule
 from .threshold import widths_distribution
 
@@ -192,7 +192,7 @@ def _passive_pads(model: nn.Module, example_inputs: ExampleInputs) -> dict[type,
 
 def _trainable_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode in which every float parameter records gradients."""
-    twin = copy.deepcopy(model).eval()
+    twin = copied(model).eval()
     for parameter in twin.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)

@@ -44,7 +44,7 @@ class _Collector:
             if {"in", "out"} <= set(use.roles):
                 self._fix([(use.labels, f"{tensor!r} is used in both directions")])
         flow = self.flow
-        self._fix([*flow.fixed, *unnamed_splits(self.model, flow)])
+        self._fix([*flow.fixed, *unnamed_splits(self.model, flow, self.of)])
         crossed: dict[int, str] = {}
         for labels, reason in flow.crossed:
             for number in self.of(labels).tolist():

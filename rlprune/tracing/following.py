@@ -76,12 +76,12 @@ def _watched(model: nn.Module, flow: ChannelFlow) -> Iterator[None]:
     """Tell the flow which module runs, and what goes in and comes out of it."""
     names = {module: name for name, module in model.named_modules()}
 
-    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def enter(module: nn.Module, inputs: tuple[object, ...]) -> None:
         flow.stack.append((names[module], module))
         if inputs:
             flow.note_channels(flow.entered, names[module], inputs[0])
 
-    def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def leave(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         flow.stack.pop()
         flow.note_channels(flow.left, names[module], output)
 
@@ -100,15 +100,21 @@ def _watched(model: nn.Module, flow: ChannelFlow) -> Iterator[None]:
 def _join_layers(model: nn.Module, flow: ChannelFlow) -> None:
     """The layers and directions of a recurrent network have one number of hidden channels between them."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.RNNBase):
-            for kind, dim in (("weight_ih", 0), ("weight_hr", 0)):
-                rows = [
-                    flow.uses[f"{name}.{p}".lstrip("."), dim].labels
-                    for p, tensor in module.named_parameters(recurse=False)
-                    if p.startswith(kind) and tensor.shape[dim] > 1
-                ]
-                for row in rows[1:]:
-                    flow.sets.join(rows[0], row)
+        if not isinstance(module, nn.RNNBase):
+            continue
+        rows = [
+            flow.uses[f"{name}.{p}".lstrip("."), 0].labels
+            for p, _ in module.named_parameters(recurse=False)
+            if p.startswith(("weight_ih", "weight_hr")) and (f"{name}.{p}".lstrip("."), 0) in flow.uses
+        ]
+        if module.proj_size:
+            # torch tells a projection by its width, which has to stay below the hidden one.
+            flow.fixed += [
+                (row, f"{name!r} ({type(module).__name__}) projects them to fewer") for row in rows
+            ]
+            continue
+        for row in rows[1:]:
+            flow.sets.join(rows[0], row)
 
 
 def unused_modules(model: nn.Module, flow: ChannelFlow) -> tuple[str, ...]:

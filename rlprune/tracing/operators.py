@@ -261,6 +261,7 @@ def _split(step: Step) -> None:
     """Pieces of one size stay of one size: a unit is a channel of each. Pieces by a list of sizes go their own ways."""
     step.moved()
     flow, pieces = step.flow, list(tensors_in(step.out))
+    flow.note_sizes(step.args[0], flow.of(step.args[0]))  # a size that the pieces' is computed from
     by_list = step.name.endswith("_with_sizes")
     dim = step.kwargs.get("dim", step.args[2] if len(step.args) > 2 else 0) % step.args[0].ndim
     rows = [[labels for labels in flow.of(piece) if dim in labels.varies] for piece in pieces]

@@ -14,6 +14,7 @@ from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
 from ..pruning.surgery import masked_in_place, prune
 from ..utils.arrays import Ints
+from ..utils.modes import refresh
 from ..utils.pytrees import Inputs, batch_size, call, tensors, to_double
 from .counting import flop_counter
 from .process import Limits
@@ -48,6 +49,7 @@ class Proof:
     def difference(self, space: PruningSpace, groups: Sequence[int]) -> str | None:
         """Why a cut of some groups is not the masked dense model, or None when it is."""
         self._limits.check()
+        refresh(self._twin)
         plan = _random_plan(space, groups, self._rng)
         values = all(space.groups[i].exact for i in groups)
         slim = prune(self._twin, plan)
@@ -58,6 +60,7 @@ class Proof:
                 macs = counter.get_total_flops() / 2 / batch_size(inputs)
             except Exception as error:
                 return f"the cut model fails: {first_line(error)}"
+            refresh(self._twin)
             with masked_in_place(self._twin, plan), torch.no_grad():
                 wanted = list(_outputs(call(self._twin, inputs)))
             reason = _unequal(got, wanted, values)

@@ -128,8 +128,6 @@ def _known(name: str, module: nn.Module, flow: ChannelFlow) -> Iterator[tuple[st
         yield "input_size", row("weight_ih_l0", 1)
         hidden = row("weight_ih_l0", 0)
         yield "hidden_size", None if hidden is None else hidden[: module.hidden_size]
-        if module.proj_size:
-            yield "proj_size", row("weight_hr_l0", 0)
 
 
 def _holds(module: nn.Module, path: str, size: int) -> bool:
@@ -174,18 +172,20 @@ def _timm(model: nn.Module, flow: ChannelFlow, modules: dict[str, nn.Module]) ->
                 yield path, labels
 
 
-def unnamed_splits(model: nn.Module, flow: ChannelFlow) -> Iterator[tuple[Ints, str]]:
-    """Pieces whose sizes stand in the model's code: nothing can change them."""
+def unnamed_splits(
+    model: nn.Module, flow: ChannelFlow, classes_of: Callable[[Ints], Ints]
+) -> Iterator[tuple[Ints, str]]:
+    """Pieces whose sizes stand in the model's code: nothing can change them.
+
+    Pieces of one class, such as the channels of a head, go as a whole and keep their size.
+    """
     modules = dict(model.named_modules())
     for name, sizes, pieces in flow.splits:
         module = modules[name]
-        if any(True for _ in lists_of(module, sizes)):
+        if any(lists_of(module, sizes)) or (len(set(sizes)) == 1 and any(numbers_of(module, sizes[0]))):
             continue
-        if len(set(sizes)) == 1 and any(True for _ in numbers_of(module, sizes[0])):
+        if all(len(np.unique(classes_of(labels))) == 1 for labels in pieces):
             continue
         where = f"{name!r} ({type(module).__name__})" if name else type(module).__name__
         for labels in pieces:
-            yield (
-                np.asarray(labels),
-                f"{where} splits them by sizes {sizes} that none of its attributes holds",
-            )
+            yield labels, f"{where} splits them by sizes {sizes} that none of its attributes holds"

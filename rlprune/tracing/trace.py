@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import time
 import warnings
@@ -15,7 +14,9 @@ from torch import Tensor, nn
 from ..config.config import PruneConfig
 from ..errors import GraphError, RlpruneError, first_line, near_miss
 from ..pruning.space import PruningSpace, fingerprint
+from ..utils.modes import refresh
 from ..utils.pytrees import batch_size, call, map_tensors, to_device
+from ..utils.torch_internals import copied
 from .collecting import collected
 from .counting import flop_counter
 from .following import Interruptible, followed, unused_modules
@@ -71,7 +72,7 @@ def trace_channels(model: nn.Module, example_inputs: ExampleInputs, options: Tra
         raise GraphError(reason)
     limits = Limits(f"tracing {type(model).__name__}", options.max_seconds, options.max_memory_gb)
     inputs = to_device(example_inputs, torch.device("cpu"))
-    twin = copy.deepcopy(model).eval().cpu()
+    twin = copied(model).eval().cpu()
     started = time.monotonic()
     try:
         with Interruptible(limits):
@@ -99,6 +100,7 @@ class _Tracer:
 
     def __call__(self) -> PruningSpace:
         inputs = [self.example_inputs, *_other_branches(self.twin, self.example_inputs, self.limits)]
+        refresh(self.twin)
         flow = followed(self.twin, inputs, batch_size(self.example_inputs), self.limits)
         unused = unused_modules(self.twin, flow)
         if unused:

@@ -18,3 +18,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def refresh(model: nn.Module) -> None:
+    """Let modules drop what they computed and kept for eval mode (position biases, say), as training would.
+
+    Every module gets its own mode back.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    model.train()
+    model.eval()
+    for module, mode in modes:
+        module.training = mode

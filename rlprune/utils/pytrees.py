@@ -54,23 +54,23 @@ def tensors(value: object) -> Iterator[Tensor]:
                 yield from tensors(getattr(leaf, field.name))
 
 
-def device_of(value: Any) -> torch.device:
+def device_of(value: object) -> torch.device:
     """The device of a nest's first tensor."""
     first = next(tensors(value), None)
     return torch.device("cpu") if first is None else first.device
 
 
-def to_device(value: Any, device: torch.device) -> Any:
+def to_device(value: object, device: torch.device) -> Any:
     """The nest with its tensors on a device."""
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
 
 
-def to_double(value: Any) -> Any:
+def to_double(value: object) -> Any:
     """The nest with its floating-point tensors in float64."""
     return map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, value)
 
 
-def batch_size(value: Any, what: str = "example_inputs") -> int:
+def batch_size(value: object, what: str = "example_inputs") -> int:
     """Number of samples in a nest: the first dimension of its first tensor, or the length of a list of samples.
 
     DataError, which names ``what``, where there is neither.
@@ -143,7 +143,7 @@ def _repeat(value: Any, size: int, count: int | None) -> Any:
     return _rebuilt(value, lambda item: _repeat(item, size, count))
 
 
-def shapes(value: Any) -> Any:
+def shapes(value: object) -> Any:
     """The nest with the shape of every tensor in its place, for messages."""
     return map_tensors(lambda tensor: tuple(tensor.shape), value)
 

@@ -28,6 +28,8 @@ __all__ = [
     "INSTANCE_NORM",
     "TorchDispatchMode",
     "buffer_slots",
+    "computed",
+    "copied",
     "parameter_slots",
     "tree_leaves",
     "tree_map",
@@ -57,6 +59,35 @@ def buffer_slots(module: nn.Module) -> dict[str, Tensor | None]:
 def unsaved_buffers(model: nn.Module) -> set[str]:
     """Names of all buffers of a model that its state dict leaves out."""
     return {f"{n}.{b}".lstrip(".") for n, m in model.named_modules() for b in m._non_persistent_buffers_set}
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of all of a model, with what it has computed and kept: ``copy.deepcopy`` refuses such tensors."""
+    found = copy.deepcopy(model, computed(model))
+    assert isinstance(found, nn.Module)
+    return found
+
+
+def computed(model: nn.Module) -> dict[int, object]:
+    """A memo for copies: for every tensor that modules keep in plain attributes and that is no leaf, a copy of it."""
+    memo: dict[int, object] = {}
+
+    def look(value: object) -> None:
+        if isinstance(value, Tensor):
+            if value.requires_grad and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+        elif isinstance(value, dict):
+            for item in value.values():
+                look(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                look(item)
+
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if not name.startswith("_"):
+                look(value)
+    return memo
 
 
 def twin(module: nn.Module, memo: dict[int, object]) -> nn.Module:
