@@ -176,6 +176,9 @@ class Made(rlprune.Workload):
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * self.train_steps())
         generator = torch.Generator().manual_seed(0)
+        for module in self.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.1  # that of MobileNet is for trainings of many more steps
         self.model.train()
         for _ in range(epochs):
             for inputs, targets in self.train_batches(generator):
@@ -255,7 +258,7 @@ def ran(name: str, seed: int, evaluations: int, out: Path) -> dict[str, Any]:
         settings = {
             "search": {"baselines": [], "ppo": {"surrogate_steps": 512}},
             "finish": {"epochs": 5, "lr": kind.finish_lr, "rules": False, "candidates": 2},
-            "recovery": {"samples": EVALUATED},
+            "recovery": {"samples": 32},
             "device": "cpu",
         }
         rlprune.search(
