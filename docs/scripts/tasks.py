@@ -280,7 +280,7 @@ def line(name: str, runs: list[dict[str, Any]]) -> list[str]:
     workload = runs[0]["workload"]
     left = average("macs") / dense["macs"]
     return [
-        KINDS[name].about, workload["task"], f"{left:.1%}", f"{average('score'):.4f}", workload["metric"],
+        KINDS[name].about, workload["task"], f"{left:.1%}", f"{average('score'):.2g}", workload["metric"],
         f"{dense['test']:.3f}", f"{average('test'):.3f}", f"{average('test_finetuned'):.3f}",
         f"{dense['test_finetuned']:.3f}",
     ]  # fmt: skip
