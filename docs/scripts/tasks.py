@@ -19,6 +19,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torchvision.models import ResNet
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
@@ -26,6 +27,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 import rlprune
+from rlprune.evaluation import EvaluationLog
 from rlprune.report import markdown_table
 from rlprune.utils import Console, hardware, read_json
 from rlprune.workloads import SPLITS
@@ -176,6 +178,9 @@ class Made(rlprune.Workload):
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * self.train_steps())
         generator = torch.Generator().manual_seed(0)
+        for module in self.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.1  # that of MobileNet is for trainings of many more steps
         self.model.train()
         for _ in range(epochs):
             for inputs, targets in self.train_batches(generator):
@@ -255,7 +260,7 @@ def ran(name: str, seed: int, evaluations: int, out: Path) -> dict[str, Any]:
         settings = {
             "search": {"baselines": [], "ppo": {"surrogate_steps": 512}},
             "finish": {"epochs": 5, "lr": kind.finish_lr, "rules": False, "candidates": 2},
-            "recovery": {"samples": EVALUATED},
+            "recovery": {"samples": 32},
             "device": "cpu",
         }
         rlprune.search(
@@ -266,7 +271,14 @@ def ran(name: str, seed: int, evaluations: int, out: Path) -> dict[str, Any]:
     return found
 
 
-def line(name: str, runs: list[dict[str, Any]]) -> list[str]:
+def agreement(ledger: Path) -> tuple[float, int]:
+    """Spearman's rank correlation of score and minus the loss over the plans that were scored, and their number."""
+    plans = {str(row["widths"]): row for row in EvaluationLog(ledger).rows}.values()
+    found = spearmanr([row["score"] for row in plans], [-row["loss"] for row in plans])
+    return float(found.statistic), len(plans)
+
+
+def line(name: str, runs: list[dict[str, Any]], out: Path) -> list[str]:
     """A row of the table: means over the seeds."""
     dense = next(row for row in runs[0]["rows"] if row["kind"] == "dense")
     ours = [next(row for row in run["rows"] if row["kind"] == "agent") for run in runs]
@@ -276,10 +288,11 @@ def line(name: str, runs: list[dict[str, Any]]) -> list[str]:
 
     workload = runs[0]["workload"]
     left = average("macs") / dense["macs"]
+    agrees, plans = agreement(out / f"{name}-0" / "ledger.jsonl")
     return [
-        KINDS[name].about, workload["task"], f"{left:.1%}", f"{average('score'):.4f}", workload["metric"],
+        KINDS[name].about, workload["task"], f"{left:.1%}", f"{average('score'):.2g}", workload["metric"],
         f"{dense['test']:.3f}", f"{average('test'):.3f}", f"{average('test_finetuned'):.3f}",
-        f"{dense['test_finetuned']:.3f}",
+        f"{dense['test_finetuned']:.3f}", f"{agrees:.2f} ({plans})",
     ]  # fmt: skip
 
 
@@ -298,6 +311,7 @@ def main() -> int:
     }
     head = [
         "model", "task", "MACs left", "score", "metric", "dense", "after the cut", "fine-tuned", "dense, fine-tuned",
+        "score against loss",
     ]  # fmt: skip
     text = PAGE.format(
         command=f"--seeds {options.seeds} --evaluations {options.evaluations} --threads {options.threads}",
@@ -305,7 +319,7 @@ def main() -> int:
         evaluations=options.evaluations,
         samples=EVALUATED,
         machine=machine(),
-        table=markdown_table(head, [line(name, runs) for name, runs in found.items()]),
+        table=markdown_table(head, [line(name, runs, options.out) for name, runs in found.items()]),
     )
     print(text)
     if set(options.only) == set(KINDS):
@@ -326,7 +340,8 @@ Small models on made data, one for each kind of output that a [workload](workloa
 search: {evaluations} evaluations of `ppo`, then a fine-tune of 5 epochs; {seeds} seed(s). Scores are minus the
 divergence from the dense model on the validation split, 0 for the dense model itself; metrics are on the test split
 ({samples} samples each), higher is better. The fine-tune of the dense model stands beside that of the pruned one:
-what it gains, training longer gains.
+what it gains, training longer gains. The last column is Spearman's rank correlation of the score with minus the
+validation loss, over all plans that the rules and the search had scored (their number in brackets).
 
 {table}
 

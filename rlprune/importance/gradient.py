@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 from ..pruning.space import Cut, PruningSpace
-from ..utils.pytrees import sample_count, take
+from ..utils.pytrees import Inputs, Nest, sample_count, take
 from .unit_scores import Batches, Forward, Loss, Scores, per_unit, plain_forward
 
 
@@ -174,12 +174,12 @@ def _expansion(
     return terms
 
 
-def _loss(objective: tuple[Loss, Forward], model: nn.Module, inputs: Any, targets: Any) -> Tensor:
+def _loss(objective: tuple[Loss, Forward], model: nn.Module, inputs: Inputs, targets: Nest) -> Tensor:
     loss, forward = objective
     return loss(forward(model, inputs, targets), targets)
 
 
-def _singles(*batch: Any) -> Iterator[tuple[Any, ...]]:
+def _singles(*batch: Nest) -> Iterator[tuple[Any, ...]]:
     """The samples of (inputs, targets), one at a time."""
     for i in range(sample_count(*batch)):
         yield tuple(take(part, slice(i, i + 1)) for part in batch)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ..errors import DataError
 from .torch_internals import tree_leaves, tree_map
 
+Nest = Any
+"""A nest of tensors, or anything else as a leaf."""
 Inputs = Any
 """What a model is called with: a tensor or a list of tensors (one argument), a tuple of arguments, or a dict of
 keyword arguments. The batch is the first dimension of tensors, and the length of a list of tensors."""
@@ -30,7 +32,7 @@ def call(model: Callable[..., Any], inputs: Inputs) -> Any:
     return model(inputs)
 
 
-def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Any], value: Nest) -> Any:
     """The same nest with ``function`` applied to every tensor in it."""
 
     def leaf(item: Any) -> Any:
@@ -54,23 +56,23 @@ def tensors(value: object) -> Iterator[Tensor]:
                 yield from tensors(getattr(leaf, field.name))
 
 
-def device_of(value: object) -> torch.device:
+def device_of(value: Nest) -> torch.device:
     """The device of a nest's first tensor."""
     first = next(tensors(value), None)
     return torch.device("cpu") if first is None else first.device
 
 
-def to_device(value: object, device: torch.device) -> Any:
+def to_device(value: Nest, device: torch.device) -> Any:
     """The nest with its tensors on a device."""
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
 
 
-def to_double(value: object) -> Any:
+def to_double(value: Nest) -> Any:
     """The nest with its floating-point tensors in float64."""
     return map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, value)
 
 
-def batch_size(value: object, what: str = "example_inputs") -> int:
+def batch_size(value: Nest, what: str = "example_inputs") -> int:
     """Number of samples in a nest: the first dimension of its first tensor, or the length of a list of samples.
 
     DataError, which names ``what``, where there is neither.
@@ -81,7 +83,7 @@ def batch_size(value: object, what: str = "example_inputs") -> int:
     return found
 
 
-def sample_count(inputs: Inputs, targets: Any) -> int:
+def sample_count(inputs: Inputs, targets: Nest) -> int:
     """Samples in a batch of data: by the targets, or by the inputs where those have no batch."""
     found = _batch(targets)
     return batch_size(inputs, "a batch") if found is None else found
@@ -101,12 +103,12 @@ def _batch(value: object) -> int | None:
     return next((found for part in parts if (found := _batch(part)) is not None), None)
 
 
-def take(value: Any, part: slice) -> Any:
+def take(value: Nest, part: slice) -> Any:
     """Some samples of a batch: tensors and lists with one entry a sample are sliced, all else stays."""
     return _take(value, part, _batch(value))
 
 
-def _take(value: Any, part: slice, count: int | None) -> Any:
+def _take(value: Nest, part: slice, count: int | None) -> Any:
     if isinstance(value, Tensor):
         return value[part] if value.ndim and value.shape[0] == count else value
     if isinstance(value, list) and len(value) == count:
@@ -114,7 +116,7 @@ def _take(value: Any, part: slice, count: int | None) -> Any:
     return _rebuilt(value, lambda item: _take(item, part, count))
 
 
-def _rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
+def _rebuilt(value: Nest, change: Callable[[Any], Any]) -> Any:
     """A mapping, tuple or dataclass with its parts changed; anything else as it is."""
     if isinstance(value, Mapping):
         changed = {key: change(item) for key, item in value.items()}
@@ -128,12 +130,12 @@ def _rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
     return value
 
 
-def repeat(value: Any, size: int) -> Any:
+def repeat(value: Nest, size: int) -> Any:
     """The first sample of a batch, ``size`` times, in new tensors; what has no batch stays."""
     return _repeat(value, size, _batch(value))
 
 
-def _repeat(value: Any, size: int, count: int | None) -> Any:
+def _repeat(value: Nest, size: int, count: int | None) -> Any:
     if isinstance(value, Tensor):
         if not value.ndim or value.shape[0] != count:
             return value
@@ -143,7 +145,7 @@ def _repeat(value: Any, size: int, count: int | None) -> Any:
     return _rebuilt(value, lambda item: _repeat(item, size, count))
 
 
-def shapes(value: object) -> Any:
+def shapes(value: Nest) -> Any:
     """The nest with the shape of every tensor in its place, for messages."""
     return map_tensors(lambda tensor: tuple(tensor.shape), value)
 

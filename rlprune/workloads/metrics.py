@@ -80,6 +80,8 @@ class TorchMetric:
         return self.key or SHORT.get(self.name, ("", None))[1]
 
 
+Metric = Any
+"""An object of torchmetrics, which is not a dependency."""
 SHORT = {
     "mIoU": ("JaccardIndex", None),
     "mAP": ("detection:MeanAveragePrecision", "map"),
@@ -159,7 +161,7 @@ class TorchMeter:
 
     def __init__(
         self,
-        metric: Any,  # torchmetrics is not a dependency
+        metric: Metric,
         prepare: Callable[[Read, Targets], tuple[object, object]],
         key: str | None,
         name: str,
