@@ -55,11 +55,12 @@ def measure(name: str, side: int, way: str) -> dict[str, object]:
         torch_pruning.DependencyGraph().build_dependency(model, example, verbose=False)
         return {"seconds": time.monotonic() - started}
     space = rlprune.trace(model, example, verify=way == "proved", max_seconds=LIMIT_SECONDS)
-    return {
-        "seconds": time.monotonic() - started,
-        "groups": len(space.groups),
-        "lowest": space.lowest("macs"),
-    }
+    seconds = time.monotonic() - started
+    kilobytes = max(
+        resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    facts = {"groups": len(space.groups), "lowest": space.lowest("macs"), "gigabytes": kilobytes / 2**20}
+    return {"seconds": seconds, **facts}
 
 
 def measured(name: str, side: int, way: str) -> dict[str, object]:
@@ -103,10 +104,21 @@ def main() -> None:
         results = {way: measured(name, side, way) for way in WAYS}
         proved = results["proved"]
         lowest = f"{float(str(proved['lowest'])):.3f}" if "lowest" in proved else "–"
-        found = [str(proved.get("groups", "–")), lowest, *(shown(results[way]) for way in WAYS)]
+        memory = f"{float(str(proved['gigabytes'])):.1f}" if "gigabytes" in proved else "–"
+        found = [str(proved.get("groups", "–")), lowest, *(shown(results[way]) for way in WAYS[:2]), memory]
+        found.append(shown(results["torch-pruning"]))
         rows.append([name, str(side), *found])
         print(*rows[-1], flush=True)
-    header = ["model", "input", "groups", "lowest MACs", "labels (s)", "with the proof (s)", "graph (s)"]
+    header = [
+        "model",
+        "input",
+        "groups",
+        "lowest MACs",
+        "labels (s)",
+        "with the proof (s)",
+        "peak (GB)",
+        "graph (s)",
+    ]
     versions = f"torch {torch.__version__}, Torch-Pruning {version('torch-pruning')}"
     machine = f"Python {platform.python_version()}, {platform.machine()}, one thread"
     made = f"`python docs/scripts/channels.py`, {versions}, {machine}"

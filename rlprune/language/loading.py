@@ -157,7 +157,7 @@ def _place(name: str) -> tuple[str, str | None]:
             files = sorted(p.name for p in path.glob("*.gguf"))
             hint = f"; it holds {files[0]}: name that file" if files else ""
             raise DataError(f"model.name {name!r}: the folder has no config.json{hint}")
-        _refuse_pruned(name, path / "config.json")
+        _refuse_pruned(name, path)
         return str(path), None
     if path.is_file():
         raise DataError(f"model.name {name!r}: give the folder with config.json, or a .gguf file")
@@ -166,14 +166,22 @@ def _place(name: str) -> tuple[str, str | None]:
     return text, None
 
 
-def _refuse_pruned(name: str, path: Path) -> None:
-    """Refuse a folder of ours; stock classes would stumble over its unequal layers with a riddle."""
+def _table(name: str, path: Path) -> dict[str, Any]:
+    """A settings file of a model's folder; ArtifactError where it is no table."""
     try:
         fields = read_json(path)
     except ArtifactError as error:
         raise ArtifactError(f"model.name {name!r}: its config cannot be read ({error})") from error
     if not isinstance(fields, dict):
-        raise ArtifactError(f"model.name {name!r}: its config.json must be a table, got {show_value(fields)}")
+        raise ArtifactError(f"model.name {name!r}: its {path.name} must be a table, got {show_value(fields)}")
+    return fields
+
+
+def _refuse_pruned(name: str, folder: Path) -> None:
+    """Refuse a folder of ours; stock classes would stumble over its unequal layers with a riddle."""
+    fields = _table(name, folder / "config.json")
+    if (folder / "generation_config.json").exists():
+        _table(name, folder / "generation_config.json")
     if fields.get("per_layer_config"):
         raise GraphError(f"model.name {name!r}: is a pruned model already; give the dense one")
 

@@ -7,7 +7,8 @@ of it that budgets are met against.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -103,7 +104,7 @@ class LatencyTable:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LatencyTable:
         """The table in ``data``; ArtifactError for what is damaged."""
-        try:
+        with _named("tables: each has a kind, widths (outs, ins), a grid of milliseconds and elements"):
             tables = tuple(
                 LayerTable(
                     str(t["kind"]),
@@ -114,10 +115,13 @@ class LatencyTable:
                 )
                 for t in data["tables"]
             )
+        with _named("layers: each has a module, the number of its table and calls"):
             layers = tuple(
                 LayerUse(str(u["module"]), int(u["table"]), int(u["calls"])) for u in data["layers"]
             )
+        with _named("calibration: has numbers"):
             calibration = _calibration(data["calibration"], tables)
+        with _named("it has a fingerprint, a batch_size, a machine and checks"):
             found = cls(
                 str(data["fingerprint"]),
                 int(data["batch_size"]),
@@ -127,10 +131,17 @@ class LatencyTable:
                 calibration,
                 tuple(data["checks"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise ArtifactError(f"latency table: damaged ({type(error).__name__}: {error})") from None
         _check(found)
         return found
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Whatever a part of a document is instead, in one line that says what it has to be."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        raise ArtifactError(f"latency table: damaged: {what}") from None
 
 
 def _calibration(data: Mapping[str, Any], tables: Sequence[LayerTable]) -> Calibration:

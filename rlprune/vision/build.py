@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..config.config import Config, DataConfig
 from ..errors import ConfigError
 from ..workloads.base import Workload
 from ..workloads.builder import Inspected, WorkloadBuilder
 from ..workloads.checks import check_finite, run_forward
+from ..workloads.tasks.outputs import find_output
 from . import data as vision_data
 from . import zoo
 from .data import Request, VisionData, load_data
@@ -160,8 +160,7 @@ def _request(data: DataConfig) -> Request:
 
 def _check_forward(workload: Workload, name: str, classes: int) -> None:
     outputs = run_forward(workload, name)
-    outputs = getattr(outputs, "logits", outputs)
-    shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    shape = tuple(find_output(outputs, workload.output).shape)
     if shape != (1, classes):
         raise ConfigError(
             f"model.name {name!r}: gives {shape} for one image, but the data has {classes} classes, "

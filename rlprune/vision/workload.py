@@ -15,6 +15,7 @@ from ..config.config import ModelConfig
 from ..errors import ArtifactError, DataError
 from ..recovery.finetune import FitResult, Progress, Schedule, Watch, fit
 from ..workloads.base import SPLITS, Batch, TrainedWorkload, check_split
+from ..workloads.tasks.outputs import find_output
 from .data import Augment, Split, VisionData
 from .transforms import Transform, transformed
 
@@ -141,7 +142,7 @@ class VisionWorkload(TrainedWorkload):
         options = settings.train
 
         def loss(outputs: object, targets: Tensor) -> Tensor:
-            logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs.logits  # type: ignore[attr-defined]
+            logits = find_output(outputs, self.output)
             return F.cross_entropy(logits, targets, label_smoothing=options.label_smoothing)
 
         run = functools.partial(

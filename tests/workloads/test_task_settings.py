@@ -194,7 +194,7 @@ class TestOwnLoss:
 class TestWholeSplit:
     def test_a_score_fn_is_the_score(self) -> None:
         def score(model: nn.Module) -> float:
-            return -float(sum(p.square().sum() for p in model.parameters()))
+            return -float(sum(p.detach().square().sum() for p in model.parameters()))
 
         workload = check_workload(made("classification", score_fn=score))
         evaluator = Evaluator(workload)

@@ -165,7 +165,7 @@ def test_every_detector_of_torchvision_is_compared_by_its_heads(model) -> None:
                 parameter.mul_(0.5)
         assert (judge(other).scores < -1e-6).all(), name
     inputs, targets = next(iter(workload.batches("train")))
-    first, again = (float(workload.batch_loss(workload.model, inputs, targets)) for _ in range(2))
+    first, again = (float(workload.batch_loss(workload.model, inputs, targets).detach()) for _ in range(2))
     assert first == again > 0
 
 
