@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ArtifactError, near_miss
 from ..pruning.attributes import get_size, set_size
-from ..pruning.heads import set_heads
+from ..pruning.heads import fit_attention, set_heads
 from ..utils.torch_internals import BATCH_OR_INSTANCE_NORM, CONVOLUTION
 
 
@@ -85,6 +85,7 @@ def set_attributes(model: nn.Module, wanted: Mapping[str, object], where: str) -
         for path, value in values.items():
             _set_attribute(modules[name], path, value, f"{where}: attributes: {name}.{path} = {value!r}")
         _check_sizes(modules[name], f"{where}: attributes: {name}")
+    fit_attention(model)
 
 
 def _set_attribute(module: nn.Module, path: str, value: object, what: str) -> None:

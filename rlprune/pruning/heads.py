@@ -97,6 +97,37 @@ def as_head_attention(module: nn.Module) -> None:
         vars(module)["_qkv_same_embed_dim"] = False
 
 
+def as_plain_attention(module: nn.Module, packed: bool) -> None:
+    """The way back; ``packed``: its projections are one weight."""
+    module.__class__ = nn.MultiheadAttention
+    vars(module)["_qkv_same_embed_dim"] = packed
+
+
+def fit_attention(model: nn.Module) -> None:
+    """Turn those attentions of a cut model into `HeadAttention` whose weights are not those of torch's module."""
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention) and can_lose_heads(module) and not _fits(module):
+            as_head_attention(module)
+    if any(isinstance(module, HeadAttention) for module in model.modules()):
+        for module in model.modules():
+            # It would hand padded batches on as nested tensors, which only torch's own attention takes.
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+
+
+def _fits(module: nn.MultiheadAttention) -> bool:
+    """Whether the weights have the sizes that torch's module takes for granted."""
+    width = module.embed_dim
+    inner = module.num_heads * module.head_dim
+    if module.in_proj_weight is not None:
+        ins = module.in_proj_weight.shape == (3 * width, width)
+    else:
+        projections = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        wanted = ((width, width), (width, module.kdim), (width, module.vdim))
+        ins = all(tuple(w.shape) == shape for w, shape in zip(projections, wanted, strict=True))
+    return bool(ins and inner == width and tuple(module.out_proj.weight.shape) == (width, width))
+
+
 def set_heads(module: nn.Module, attribute: str, value: int) -> None:
     """Set ``num_heads`` of an attention of torch."""
     as_head_attention(module)

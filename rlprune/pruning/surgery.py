@@ -15,6 +15,7 @@ from ..errors import GraphError
 from ..utils.arrays import Ints
 from ..utils.modes import refresh
 from ..utils.torch_internals import computed, copied, twin, unsaved_buffers
+from .heads import fit_attention
 from .plan import Plan
 from .space import PruningSpace
 
@@ -102,6 +103,7 @@ def prune(
     for part in space.drops:
         if _empty(indices[part.axis]):
             part.stub(slim, part.module)
+    fit_attention(slim)
     refresh(slim)
     return slim
 
@@ -162,9 +164,9 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     It is the definition of an exact cut (DESIGN: contract 2) and the oracle of the tests; slow and
     large on purpose.
     """
-    twin = copied(model)
-    _mask(twin, plan)
-    return twin
+    copy = copied(model)
+    _mask(copy, plan)
+    return copy
 
 
 @contextlib.contextmanager
@@ -181,7 +183,7 @@ def masked_in_place(model: nn.Module, plan: Plan) -> Iterator[None]:
 
 def _mask(model: nn.Module, plan: Plan) -> list[tuple[Tensor, int, Tensor, Tensor]]:
     """Zero the columns; returns (tensor, dimension, indices, values) of what stood there."""
-    tensors = dict(model.named_parameters())
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     indices = axis_indices(plan.space, plan.kept)
     before: list[tuple[Tensor, int, Tensor, Tensor]] = []
     with torch.no_grad():

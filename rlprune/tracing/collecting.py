@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import numpy as np
 from torch import nn
 
-from ..pruning.heads import HeadAttention
 from ..utils.arrays import Ints
 from ..utils.torch_internals import CONVOLUTION
 from .flow import ChannelFlow
@@ -147,7 +146,7 @@ class _Collector:
         gates = 1
         if isinstance(module, nn.RNNBase) and "weight_hr" not in entry.tensor:
             gates = _GATES.get(module.mode.partition("_")[0], 1)
-        elif isinstance(module, HeadAttention) and entry.tensor.endswith("in_proj_weight"):
+        elif isinstance(module, nn.MultiheadAttention) and entry.tensor.endswith("in_proj_weight"):
             gates = 3
         return entry.classes if entry.dim else entry.classes[: len(entry.classes) // gates]
 

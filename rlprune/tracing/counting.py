@@ -16,9 +16,13 @@ def without_fused_kernels() -> Iterator[None]:
     """Attention and recurrent layers as plain matrix products: fused ones escape whoever counts or follows operations.
 
     Kernels of the CPU for attention do so without gradients always, and in some versions of torch (2.14) with them;
-    oneDNN's recurrent layers do in float32 only, so that a count would depend on the number format.
+    oneDNN's recurrent layers do in float32 only, so that a count would depend on the number format; the fast
+    path of torch's transformer layers does without gradients.
     """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     with ExitStack() as stack:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about Intel GPUs, which are none of our business
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))

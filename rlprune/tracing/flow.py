@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import RlpruneError
 from ..pruning.cost_terms import OUTSIDE, layer_of
+from ..pruning.heads import HeadAttention
 from ..utils.arrays import Ints
 from ..utils.torch_internals import TorchDispatchMode, tree_leaves
 from .channel_sets import CONSTANT, ChannelSets
@@ -52,6 +53,7 @@ class ChannelFlow(TorchDispatchMode):
             dimension of channels.
         sizes: (module, size, labels) for each dimension whose channels vary, as operations gave it its size.
         splits: (module, sizes, labels of each piece) of each operation that splits by a list of sizes.
+        read: (module, attribute) of sizes that an operation is known to have taken.
         grids: labels that vary along several dimensions after a move.
         pads: for each module that puts constant channels around others, the labels of those before and after.
         heads: labels that a batched matrix product joined.
@@ -84,6 +86,7 @@ class ChannelFlow(TorchDispatchMode):
         self.splits: list[tuple[str, tuple[int, ...], list[Ints]]] = []
         self.heads: list[Ints] = []
         self.grids: list[Tensor] = []
+        self.read: set[tuple[str, str]] = set()
         self.pads: dict[str, tuple[Ints, Ints]] = {}
         self.stack: list[tuple[str, nn.Module]] = [("", model)]
         self._labels: Any = WeakTensorKeyDictionary()
@@ -192,7 +195,7 @@ class ChannelFlow(TorchDispatchMode):
         self._passed.clear()
 
     def even_grids(self) -> None:
-        """What a view spread over several dimensions stays a grid: a channel goes from all rows of the outer ones."""
+        """Where a view spreads channels over several dimensions, the same places go from every row: it still fits."""
         for of in self.grids:
             labels = settled(self.sets, of)
             if len(labels.varies) > 1:
@@ -202,10 +205,11 @@ class ChannelFlow(TorchDispatchMode):
 
     def note_sizes(self, tensor: Tensor, found: Sequence[Labels]) -> None:
         """Remember the sizes that an operation gave to dimensions of channels: attributes may hold them."""
+        names = [name for name, _ in self.stack[::-1]]  # the module that runs, and those around it
         for labels in found:
             for dim in labels.varies:
-                name = self.stack[-1][0]
-                self.sizes.append((name, int(tensor.shape[dim]), labels.along(dim)))
+                row = labels.along(dim)
+                self.sizes += [(name, int(tensor.shape[dim]), row) for name in dict.fromkeys(names)]
 
 
 def tensors_in(values: object) -> Iterator[Tensor]:
@@ -367,7 +371,9 @@ class Step:
         first = first_along(labels.of, over)
         rest = settled(self.flow.sets, first)
         if not rest.varies:
-            self.flow.cross(labels, f"{self.flow.place()} {verb} its channels")
+            # The mean over heads is a look at the weights that hardly anybody takes; the proof sees who does.
+            if not isinstance(self.flow.stack[-1][1], HeadAttention):
+                self.flow.cross(labels, f"{self.flow.place()} {verb} its channels")
             return labels
         return self.flow.join(labels, Labels(first.expand(labels.of.shape), rest.varies, labels.origin))
 

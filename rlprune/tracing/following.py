@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..pruning.heads import as_head_attention
+from ..pruning.heads import as_head_attention, as_plain_attention, can_lose_heads
 from ..utils.pytrees import call, tensors
 from ..utils.torch_internals import TorchDispatchMode
 from .channel_sets import ChannelSets
@@ -25,12 +25,10 @@ def followed(model: nn.Module, inputs: Sequence[ExampleInputs], batch: int, limi
 
     GraphError where a limit is reached.
     """
-    for module in model.modules():
-        as_head_attention(module)
     flow = ChannelFlow(model, ChannelSets(), limits, RULES, FLEXIBLE, batch)
     for number, example in enumerate(inputs):
         flow.counts = number == 0
-        with _watched(model, flow), torch.no_grad(), plain_operations(), flow:
+        with _opened(model), _watched(model, flow), torch.no_grad(), without_fused_kernels(), flow:
             outputs = call(model, example)
         flow.settle_channels()
         for tensor in tensors(outputs):
@@ -39,6 +37,25 @@ def followed(model: nn.Module, inputs: Sequence[ExampleInputs], batch: int, limi
     _join_layers(model, flow)
     flow.even_grids()
     return flow
+
+
+@contextlib.contextmanager
+def _opened(model: nn.Module) -> Iterator[None]:
+    """Attention of torch in plain operations, for a while."""
+    attentions = [m for m in model.modules() if can_lose_heads(m)]
+    encoders = [(m, m.use_nested_tensor) for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
+    packed = [module.in_proj_weight is not None for module in attentions]
+    for module in attentions:
+        as_head_attention(module)
+    for encoder, _ in encoders:
+        encoder.use_nested_tensor = False
+    try:
+        yield
+    finally:
+        for module, one in zip(attentions, packed, strict=True):
+            as_plain_attention(module, one)
+        for encoder, nested in encoders:
+            encoder.use_nested_tensor = nested
 
 
 class Interruptible(TorchDispatchMode):
@@ -57,18 +74,6 @@ class Interruptible(TorchDispatchMode):
     ) -> Any:
         self._limits.check()
         return operation(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def plain_operations() -> Iterator[None]:
-    """Without fused kernels: they hide what they do, and count nothing."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with without_fused_kernels():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextlib.contextmanager

@@ -30,20 +30,16 @@ class TensorDim:
 class Size:
     """An attribute of a module (a path, see `pruning.attributes`) that counts channels of these classes.
 
-    ``known``: it is one of torch's own layers; else it is a guess that the proof may refute, and ``others`` come next.
+    ``known``: it is known to; else it is a guess, and ``choices`` are all the classes that it may count. ``read``: the
+    forward pass is known to read it.
     """
 
     module: str
     path: str
     classes: Ints
     known: bool
-    others: tuple[Ints, ...] = ()
-
-    def next(self) -> Size | None:
-        """The next guess; None where there is no other."""
-        if not self.others:
-            return None
-        return Size(self.module, self.path, self.others[0], False, self.others[1:])
+    choices: tuple[Ints, ...] = ()
+    read: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -274,8 +274,10 @@ def _split(step: Step) -> None:
     ):
         flow.splits.append((name, sizes, [row[0].along(dim) for row in rows]))
     elif len(set(sizes)) == 1:
+        flow.read |= {(name, path) for path in numbers_of(module, sizes[0])}
         for piece, row in zip(pieces[1:], rows[1:], strict=True):
-            flow.put(piece, [flow.join(rows[0][0], row[0])])
+            others = [labels for labels in flow.of(piece) if dim not in labels.varies]
+            flow.put(piece, [*others, flow.join(rows[0][0], row[0])])
 
 
 def _written(step: Step) -> None:
@@ -426,7 +428,7 @@ RULES: dict[str, Callable[[Step], None]] = {
     **dict.fromkeys(("_local_scalar_dense", "equal", "is_nonzero"), _read),
     **dict.fromkeys(_POINTWISE, Step.pointwise),
     **dict.fromkeys(("index", "_unsafe_index", "index_select", "gather"), _picked),
-    **dict.fromkeys(("im2col", "col2im"), _in_double),
+    "im2col": _in_double,
     **dict.fromkeys(("index_put", "_index_put_impl"), _written),
     **dict.fromkeys(("roi_align", "ps_roi_align", "roi_pool"), _regions),
     **dict.fromkeys(_BATCH_NORMS, _batch_norm),

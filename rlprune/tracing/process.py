@@ -63,11 +63,21 @@ class Limits:
         )
 
 
+def in_place(work: Callable[[], Result]) -> Result:
+    """What ``work`` returns, in this process; GraphError for what it raises that is no error of ours."""
+    try:
+        return work()
+    except (RlpruneError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a model may raise anything, and call sys.exit
+        raise GraphError(f"tracing failed: {described(error)}") from error
+
+
 @dataclass(frozen=True)
 class _Message:
     result: Any
     error: RlpruneError | None
-    warned: list[tuple[Warning, type[Warning]]]
+    warned: list[tuple[str, type[Warning]]]
 
 
 def in_child(limits: Limits, work: Callable[[], Result]) -> Result:
@@ -78,8 +88,9 @@ def in_child(limits: Limits, work: Callable[[], Result]) -> Result:
 
     Raises GraphError for a limit, or a process that died; else what ``work`` raises, where that is an error of ours.
     """
-    if sys.platform in ("win32", "darwin") or "fork" not in multiprocessing.get_all_start_methods():
-        return work()
+    forks = sys.platform not in ("win32", "darwin") and "fork" in multiprocessing.get_all_start_methods()
+    if not forks or multiprocessing.current_process().daemon:  # which may have no children
+        return in_place(work)
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(sender, work), daemon=True)
@@ -106,6 +117,15 @@ def in_child(limits: Limits, work: Callable[[], Result]) -> Result:
     return found
 
 
+def _sendable(category: type[Warning]) -> type[Warning]:
+    """The class of a warning, or a plain one where the other process could not find it."""
+    try:
+        pickle.dumps(category)
+    except Exception:
+        return UserWarning
+    return category
+
+
 def _received(limits: Limits, receiver: Connection, pid: int) -> _Message | None:
     """The child's message; None where it died without one."""
     before = resident_gigabytes(pid)
@@ -116,7 +136,7 @@ def _received(limits: Limits, receiver: Connection, pid: int) -> _Message | None
             raise limits.error(f"{limits.memory_gb:g} GiB of memory")
     try:
         message = pickle.loads(receiver.recv_bytes())
-    except EOFError:
+    except (EOFError, OSError):
         return None
     assert isinstance(message, _Message)
     return message
@@ -128,12 +148,10 @@ def _run(sender: Connection, work: Callable[[], object]) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            result = work()
+            result = in_place(work)
         except RlpruneError as ours:
             error = ours
-        except BaseException as other:  # a model may raise anything, and call sys.exit
-            error = GraphError(f"tracing failed: {described(other)}")
-    warned = [(w.message, w.category) for w in caught if isinstance(w.message, Warning)]
+    warned = [(str(w.message), _sendable(w.category)) for w in caught]
     try:
         sender.send_bytes(pickle.dumps(_Message(result, error, warned)))
     except Exception as failure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 
@@ -9,18 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import first_line
+from ..errors import GraphError, first_line
 from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
 from ..pruning.surgery import masked_in_place, prune
 from ..utils.arrays import Ints
 from ..utils.modes import refresh
 from ..utils.pytrees import Inputs, batch_size, call, tensors, to_double
-from .counting import flop_counter
+from .counting import flop_counter, without_fused_kernels
 from .process import Limits
 
 # float64 sums in another order differ by this much, relative to the largest output.
 _EXACT = 1e-8
+_SMALL = (
+    1e-4  # outputs below it are compared as if they were as large: they may be differences of larger numbers
+)
 
 
 class Proof:
@@ -36,6 +40,12 @@ class Proof:
         self._inputs = [to_double(example) for example in inputs]
         self._limits = limits
         self._rng = np.random.default_rng(0)
+        try:
+            with _doubles(), torch.no_grad():
+                call(self._twin, self._inputs[0])
+        except Exception as error:
+            what = f"{type(twin).__name__} does not run in float64, in which cuts are proved"
+            raise GraphError(f"{what}: {first_line(error)}") from error
 
     def wrong(self, space: PruningSpace) -> dict[int, str]:
         """Groups whose random cut is not exact: {index: reason}. Groups that are not ``exact`` only have to run."""
@@ -47,28 +57,63 @@ class Proof:
         return found
 
     def difference(self, space: PruningSpace, groups: Sequence[int]) -> str | None:
-        """Why a cut of some groups is not the masked dense model, or None when it is."""
-        self._limits.check()
-        refresh(self._twin)
-        plan = _random_plan(space, groups, self._rng)
+        """Why cuts of some groups are not the masked dense model, or None when all are.
+
+        Tried are the smallest widths, the last unit gone, random widths of which some are whole, and either half of the
+        groups alone.
+        """
+        for make in (_least, _last, _random, _even, _odd)[: 3 if len(groups) == 1 else None]:
+            self._limits.check()
+            reason = self._difference(space, make(space, groups, self._rng), groups)
+            if reason is not None:
+                return reason
+        return None
+
+    def _difference(self, space: PruningSpace, plan: Plan, groups: Sequence[int]) -> str | None:
         values = all(space.groups[i].exact for i in groups)
-        slim = prune(self._twin, plan)
         for number, inputs in enumerate(self._inputs):
             try:
-                with flop_counter() as counter, torch.no_grad():
-                    got = list(_outputs(call(slim, inputs)))
+                refresh(self._twin)
+                slim = prune(self._twin, plan)
+                with flop_counter() as counter:
+                    got, inside = self._outputs(slim, inputs, space)
                 macs = counter.get_total_flops() / 2 / batch_size(inputs)
+            except GraphError:
+                raise
             except Exception as error:
                 return f"the cut model fails: {first_line(error)}"
             refresh(self._twin)
-            with masked_in_place(self._twin, plan), torch.no_grad():
-                wanted = list(_outputs(call(self._twin, inputs)))
+            with masked_in_place(self._twin, plan):
+                wanted, beside = self._outputs(self._twin, inputs, space)
+            if not any(tensor.numel() for tensor in wanted):
+                got, wanted = inside, beside
             reason = _unequal(got, wanted, values)
             if reason is None and number == 0:
                 reason = _uncounted(slim, macs, space, plan)
             if reason is not None:
                 return reason
         return None
+
+    def _outputs(
+        self, model: nn.Module, inputs: Inputs, space: PruningSpace
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What a model returns, and what its protected layers give: all that there is to compare where a detector
+        finds nothing."""
+        inside: list[Tensor] = []
+        modules = dict(model.named_modules())
+        handles = [
+            modules[name].register_forward_hook(lambda m, i, output: inside.extend(tensors(output)))
+            for name, reason in space.protected.items()
+            if name in modules and " channels: " not in reason
+        ]
+        try:
+            # Equal draws for both models, numbers of one format, and nothing drawn from the caller's state.
+            with torch.random.fork_rng(devices=[]), _doubles(), torch.no_grad(), without_fused_kernels():
+                torch.manual_seed(0)
+                return list(tensors(call(model, inputs))), inside
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _search(self, space: PruningSpace, groups: Sequence[int], found: dict[int, str]) -> bool:
         """Find the wrong ones by halves; True where there was one."""
@@ -98,30 +143,74 @@ class Proof:
 
 
 def _scrambled(twin: nn.Module) -> nn.Module:
-    """The copy in float64 with lively norm layers: zero biases or gains would hide a wrong cut."""
+    """The copy in float64 with lively norm layers: zero biases, gains or weights would hide a wrong cut."""
     generator = torch.Generator().manual_seed(0)
     twin = twin.double()
     with torch.no_grad():
         for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
-            if (
-                not tensor.is_floating_point()
-                or tensor.numel() != max([*tensor.shape, 1])
-                or tensor.numel() < 2
-            ):
+            if not tensor.is_floating_point() or tensor.numel() < 2:
                 continue
+            vector = tensor.numel() == max(tensor.shape)
+            if not vector and not bool((tensor == tensor.flatten()[0]).all()):
+                continue  # weights that are drawn already
             noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
             centred = name.endswith(("bias", "running_mean"))
-            tensor.copy_(0.2 * (noise - 0.5) if centred else 0.5 + noise)
+            tensor.copy_(0.2 * (noise - 0.5) if centred or not vector else 0.5 + noise)
     return twin
 
 
-def _random_plan(space: PruningSpace, groups: Sequence[int], rng: np.random.Generator) -> Plan:
+def _plan(space: PruningSpace, widths: Ints, rng: np.random.Generator) -> Plan:
+    """Random units of these widths."""
+    kept = tuple(
+        np.sort(rng.permutation(group.width)[:width])
+        for group, width in zip(space.groups, widths, strict=True)
+    )
+    return Plan(space, widths, kept)
+
+
+def _least(space: PruningSpace, groups: Sequence[int], rng: np.random.Generator) -> Plan:
     widths = space.widths.copy()
-    kept: list[Ints] = [np.arange(w) for w in widths]
+    widths[list(groups)] = 1
+    return _plan(space, widths, rng)
+
+
+def _random(space: PruningSpace, groups: Sequence[int], rng: np.random.Generator) -> Plan:
+    widths = space.widths.copy()
+    chosen = list(groups)
+    widths[chosen] = rng.integers(1, widths[chosen] + (len(chosen) > 1))
+    return _plan(space, widths, rng)
+
+
+def _even(space: PruningSpace, groups: Sequence[int], rng: np.random.Generator) -> Plan:
+    return _random(space, groups[::2], rng)
+
+
+def _odd(space: PruningSpace, groups: Sequence[int], rng: np.random.Generator) -> Plan:
+    """One half without the first units of its groups."""
+    return _without(space, groups[1::2], 0)
+
+
+def _last(space: PruningSpace, groups: Sequence[int], rng: np.random.Generator) -> Plan:
+    """Without the last unit: what wraps around, or is counted from the end, shows there."""
+    return _without(space, groups, -1)
+
+
+def _without(space: PruningSpace, groups: Sequence[int], unit: int) -> Plan:
+    kept = [np.arange(width) for width in space.widths]
     for index in groups:
-        widths[index] = rng.integers(1, widths[index])
-        kept[index] = np.sort(rng.permutation(len(kept[index]))[: widths[index]])
-    return Plan(space, widths, tuple(kept))
+        kept[index] = np.delete(kept[index], unit)
+    return Plan(space, np.array([len(units) for units in kept], dtype=np.int64), tuple(kept))
+
+
+@contextlib.contextmanager
+def _doubles() -> Iterator[None]:
+    """What a model makes in its forward pass is in float64 as well."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _unequal(got: Sequence[Tensor], wanted: Sequence[Tensor], values: bool) -> str | None:
@@ -130,11 +219,20 @@ def _unequal(got: Sequence[Tensor], wanted: Sequence[Tensor], values: bool) -> s
     for a, b in zip(got, wanted, strict=True):
         if a.shape != b.shape:
             return "part of the model's output"
-        if values and not torch.allclose(
-            a, b, rtol=0.0, atol=_EXACT * max(1.0, float(b.abs().max()) if b.numel() else 0.0), equal_nan=True
-        ):
+        if values and not _close(a, b):
             return "the cut model differs from the masked dense model"
     return None
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if not b.is_floating_point():
+        return torch.equal(a, b)
+    finite = torch.isfinite(b)
+    if not torch.equal(torch.isfinite(a), finite):
+        return False
+    a, b = a[finite], b[finite]
+    largest = float(b.abs().max()) if b.numel() else 0.0
+    return bool(torch.allclose(a, b, rtol=0.0, atol=_EXACT * max(_SMALL, largest)))
 
 
 def _uncounted(slim: nn.Module, macs: float, space: PruningSpace, plan: Plan) -> str | None:
@@ -143,7 +241,3 @@ def _uncounted(slim: nn.Module, macs: float, space: PruningSpace, plan: Plan) ->
         if not math.isclose(value, space.cost(plan.widths, metric), rel_tol=1e-12):
             return f"its {metric} do not follow the formula"
     return None
-
-
-def _outputs(value: object) -> Iterator[Tensor]:
-    yield from (t for t in tensors(value) if t.is_floating_point())

@@ -28,7 +28,8 @@ _NO_COUNT = re.compile(
 _KNOWN = (
     *MIXERS,
     BATCH_OR_INSTANCE_NORM,
-    *(nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.RNNBase, nn.Embedding, nn.PReLU, ChannelPad),
+    *(nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.RNNBase, nn.Embedding, nn.PReLU, nn.MultiheadAttention),
+    ChannelPad,
 )
 
 
@@ -38,7 +39,7 @@ def found_sizes(
     """The attributes of all modules that follow the number of channels; ``stays`` tells classes that are not cut.
 
     Those of torch's own layers are known. Others are guessed: they hold a number that an operation inside of the module
-    gave to a dimension of channels. Where several dimensions have that number, one that may be cut is taken.
+    gave to a dimension of channels. Where several dimensions have that number, each that may be cut is a choice.
     """
     modules = dict(model.named_modules())
     found: dict[tuple[str, str], Size] = {}
@@ -47,28 +48,32 @@ def found_sizes(
             if labels is not None and _holds(module, path, len(labels)):
                 found[name, path] = Size(name, path, classes_of(labels), True)
     guesses: dict[tuple[str, str], list[Ints]] = defaultdict(list)
-    for name, path, labels in _guessed(model, flow, modules):
+    lists = {(name, path) for name, path, _ in _split_lists(flow, modules)}
+    for name, path, labels in [*_split_lists(flow, modules), *_guessed(flow, modules)]:
         if (name, path) not in found and _holds(modules[name], path, len(labels)):
             guesses[name, path].append(classes_of(labels))
     for (name, path), several in guesses.items():
         free = {c.tobytes(): c for c in several if len(np.unique(c)) > 1 and not stays(c)}
         if free:
-            first, *others = free.values()
-            found[name, path] = Size(name, path, first, False, tuple(others))
-    for path, labels in _timm(model, flow, modules):
-        if _holds(model, path, len(labels)):
-            found["", path] = Size("", path, classes_of(labels), True)
+            choices = tuple(free.values())
+            read = (name, path) in lists or (name, path) in flow.read or "head" in path
+            found[name, path] = Size(name, path, choices[0], False, choices, read)
+    for name, path, labels in _timm(model, flow, modules):
+        if _holds(modules[name], path, len(labels)):
+            found[name, path] = Size(name, path, classes_of(labels), True)
     return tuple(found.values())
 
 
-def _guessed(
-    model: nn.Module, flow: ChannelFlow, modules: dict[str, nn.Module]
-) -> Iterator[tuple[str, str, Ints]]:
-    """(module, path, labels) of attributes that may count these labels."""
+def _split_lists(flow: ChannelFlow, modules: dict[str, nn.Module]) -> Iterator[tuple[str, str, Ints]]:
+    """(module, path, labels) of lists of sizes that a split took."""
     for name, sizes, pieces in flow.splits:
         for path in lists_of(modules[name], sizes):
             for i, labels in enumerate(pieces):
                 yield name, f"{path}[{i}]", labels
+
+
+def _guessed(flow: ChannelFlow, modules: dict[str, nn.Module]) -> Iterator[tuple[str, str, Ints]]:
+    """(module, path, labels) of attributes that may count these labels, the likeliest first."""
     given = [(name, labels) for name, _, labels in flow.sizes]
     ways = {"in": list(flow.entered.items()), "out": list(flow.left.items()), "": given}
     for way, seen in ways.items():
@@ -124,6 +129,13 @@ def _known(name: str, module: nn.Module, flow: ChannelFlow) -> Iterator[tuple[st
         yield "after", after
     elif isinstance(module, nn.Embedding):
         yield "embedding_dim", row("weight", 1)
+    elif isinstance(module, nn.MultiheadAttention):
+        packed = module.in_proj_weight is not None
+        rows = row("in_proj_weight" if packed else "q_proj_weight", 0)
+        heads = module.num_heads * module.head_dim
+        yield "num_heads", None if rows is None else rows[: heads : module.head_dim]
+        for path, weight_of in (("embed_dim", "q"), ("kdim", "k"), ("vdim", "v")):
+            yield path, row("in_proj_weight" if packed else f"{weight_of}_proj_weight", 1)
     elif isinstance(module, nn.RNNBase):
         yield "input_size", row("weight_ih_l0", 1)
         hidden = row("weight_ih_l0", 0)
@@ -152,24 +164,26 @@ def numbers_of(module: nn.Module, size: int) -> Iterator[str]:
             yield path
 
 
-def _timm(model: nn.Module, flow: ChannelFlow, modules: dict[str, nn.Module]) -> Iterator[tuple[str, Ints]]:
-    """What timm's models tell of themselves: ``num_features`` feeds the classifier, ``feature_info`` lists stages."""
+def _timm(
+    model: nn.Module, flow: ChannelFlow, modules: dict[str, nn.Module]
+) -> Iterator[tuple[str, str, Ints]]:
+    """(module, path, labels) of what timm's models tell of themselves: ``feature_info`` lists the stages, and
+    ``num_features`` of the model or ``in_features`` of its head is what a new classifier reads."""
     infos: Any = getattr(model, "feature_info", None)
     if isinstance(infos, (list, tuple)):
         for i, info in enumerate(infos):
             if isinstance(info, dict) and isinstance(info.get("num_chs"), int):
                 labels = flow.left.get(str(info.get("module")))
-                if labels is not None and len(labels) == info["num_chs"]:
-                    yield f"feature_info[{i}].num_chs", labels
+                if labels is not None:
+                    yield "", f"feature_info[{i}].num_chs", labels
     layers = [(n, m) for n, m in modules.items() if isinstance(m, MIXERS)]
-    if not layers:
-        return
-    name, last = layers[-1]
-    labels = flow.inputs.get(f"{name}.weight")
-    if isinstance(last, nn.Linear) and labels is not None:
-        for path in ("num_features", "head_hidden_size"):
-            if getattr(model, path, None) == last.in_features and path in vars(model):
-                yield path, labels
+    if layers and hasattr(model, "reset_classifier"):
+        name, last = layers[-1]
+        labels = flow.inputs.get(f"{name}.weight")
+        if isinstance(last, nn.Linear) and labels is not None:
+            for owner in {"", name.rpartition(".")[0]}:
+                for path in ("num_features", "head_hidden_size", "in_features"):
+                    yield owner, path, labels
 
 
 def unnamed_splits(

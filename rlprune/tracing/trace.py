@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.config import PruneConfig
-from ..errors import GraphError, RlpruneError, first_line, near_miss
+from ..errors import GraphError, RlpruneError, described, first_line, near_miss
 from ..pruning.space import PruningSpace, fingerprint
 from ..utils.modes import refresh
 from ..utils.pytrees import batch_size, call, map_tensors, to_device
@@ -20,9 +20,10 @@ from ..utils.torch_internals import copied
 from .collecting import collected
 from .counting import flop_counter
 from .following import Interruptible, followed, unused_modules
-from .graph import ChannelGraph, ExampleInputs, Size
+from .graph import ChannelGraph, ExampleInputs
+from .guesses import Guesses
 from .layout import Layout
-from .process import Limits, in_child
+from .process import Limits, in_child, in_place
 from .proof import Proof
 from .untraceable import untraceable
 
@@ -72,7 +73,10 @@ def trace_channels(model: nn.Module, example_inputs: ExampleInputs, options: Tra
         raise GraphError(reason)
     limits = Limits(f"tracing {type(model).__name__}", options.max_seconds, options.max_memory_gb)
     inputs = to_device(example_inputs, torch.device("cpu"))
-    twin = copied(model).eval().cpu()
+    try:
+        twin = copied(model).eval().cpu()
+    except Exception as error:
+        raise GraphError(f"{type(model).__name__} cannot be copied: {described(error)}") from error
     started = time.monotonic()
     try:
         with Interruptible(limits):
@@ -84,7 +88,7 @@ def trace_channels(model: nn.Module, example_inputs: ExampleInputs, options: Tra
         raise GraphError(f"{what}: {first_line(error)}") from error
     tracer = _Tracer(twin, inputs, total, fingerprint(model), options, limits)
     # What is over in a moment needs no process of its own; it is stopped between its operations.
-    return in_child(limits, tracer) if time.monotonic() - started > _LONG_PASS else tracer()
+    return in_child(limits, tracer) if time.monotonic() - started > _LONG_PASS else in_place(tracer)
 
 
 @dataclass(frozen=True)
@@ -113,19 +117,16 @@ class _Tracer:
         graph = collected(self.twin, flow)
         fixed = _ignored(graph, self.twin, self.options.ignore)
         proof = Proof(self.twin, inputs, self.limits) if self.options.verify else None
-        sizes: list[Size] = list(graph.sizes)
+        guesses = Guesses(graph.sizes, proof is not None)
         while True:
-            layout = Layout(self.twin, graph, self.macs, fixed, sizes, self.options.inexact)
+            layout = Layout(self.twin, graph, self.macs, fixed, guesses.sizes(), self.options.inexact)
             space = self._space(layout, unused)
             wrong = {} if proof is None else proof.wrong(space)
             if not wrong:
                 return space
-            changed = _other_guesses(sizes, {n for index in wrong for n in layout.class_groups[index]})
-            if changed is None:
+            if not guesses.change({n for index in wrong for n in layout.class_groups[index]}):
                 for index, reason in wrong.items():
                     fixed |= dict.fromkeys(layout.class_groups[index], reason)
-                changed = list(graph.sizes)
-            sizes = changed
 
     def _space(self, layout: Layout, unused: tuple[str, ...]) -> PruningSpace:
         inputs, options = self.example_inputs, self.options
@@ -136,17 +137,6 @@ class _Tracer:
             kind = type(self.twin).__name__
             raise GraphError(f"no layer of {kind} can be pruned; " + "; ".join(reasons[:3]))
         return space
-
-
-def _other_guesses(sizes: Sequence[Size], refuted: set[int]) -> list[Size] | None:
-    """The sizes with another guess, or none, where the proof refuted one; None where there is nothing to change."""
-    changed: list[Size | None] = []
-    doubted = False
-    for size in sizes:
-        doubtful = not size.known and bool(refuted & set(size.classes.tolist()))
-        doubted |= doubtful
-        changed.append(size.next() if doubtful else size)
-    return [size for size in changed if size is not None] if doubted else None
 
 
 def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> float:

@@ -11,13 +11,12 @@ from torch import nn
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode for a while; every module gets its own mode back."""
-    modes = [(m, m.training) for m in model.modules()]
+    modes = _modes(model)
     model.eval()
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        _put_back(model, modes)
 
 
 def refresh(model: nn.Module) -> None:
@@ -25,8 +24,19 @@ def refresh(model: nn.Module) -> None:
 
     Every module gets its own mode back.
     """
-    modes = [(m, m.training) for m in model.modules()]
+    modes = _modes(model)
     model.train()
     model.eval()
+    _put_back(model, modes)
+
+
+def _modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+    return [(module, module.training) for module in model.modules()]
+
+
+def _put_back(model: nn.Module, modes: list[tuple[nn.Module, bool]]) -> None:
+    # By train() first: some modules do more there than to set the flag.
+    if model.training != modes[0][1]:
+        model.train(modes[0][1])
     for module, mode in modes:
         module.training = mode

@@ -1,0 +1,210 @@
+"""Wrong cuts that look right at first sight: the proof has to see each of them, or the tracer has to follow it."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rlprune
+from rlprune.errors import GraphError
+from rlprune.pruning import PruningSpace
+from rlprune.pruning.plan import Plan
+
+
+class Rolled(nn.Module):
+    """Channels that wrap around: exact as long as the last one stays."""
+
+    def __init__(self, ban: bool = False, zero: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+        self.ban = ban
+        if zero:
+            nn.init.zeros_(self.last.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.last(torch.relu(self.second(self.first(x).roll(1, 1))))
+        return y.masked_fill(torch.tensor([True, *[False] * 4]), -torch.inf) if self.ban else y
+
+
+class Halves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.a, self.b = nn.Linear(8, 4), nn.Linear(2, 5), nn.Linear(2, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        half = x.shape[1] // 2
+        return self.a(x[:, :half]) + self.b(x[:, half:])
+
+
+class Tile(nn.Module):
+    """A number that equals a width by chance, and that the example does not make it read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.longest = 32
+        self.a, self.b = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] > self.longest:
+            x = F.interpolate(x, size=(self.longest, self.longest))
+        return self.b(torch.relu(self.a(x)))
+
+
+def names(space: PruningSpace) -> list[str]:
+    return [group.name for group in space.groups]
+
+
+def cut(space: PruningSpace, seed: int = 0) -> Plan:
+    rng = np.random.default_rng(seed)
+    widths = np.maximum(space.minimums, space.widths // 2)
+    kept = tuple(np.sort(rng.permutation(g.width)[:w]) for g, w in zip(space.groups, widths, strict=True))
+    return Plan(space, widths, kept)
+
+
+@pytest.mark.parametrize("made", [{}, {"ban": True}, {"zero": True}], ids=["plain", "infinite", "zero head"])
+def test_channels_that_wrap_around_are_protected(made: dict[str, bool]) -> None:
+    space = rlprune.trace(Rolled(**made), torch.randn(4, 8))
+    assert names(space) == ["second"]
+    assert space.protected["first"] == "the cut model differs from the masked dense model"
+
+
+def test_halves_that_have_to_stay_even_are_protected() -> None:
+    model, x = Halves().double(), torch.randn(3, 8).double()
+    space = rlprune.trace(model, x)
+    assert names(space) == ["first"] and space.protected["first"].startswith(
+        "2 of 4 channels: the cut model fails"
+    )
+    plan = Plan(space, np.array([1]), (np.array([1]),))
+    torch.testing.assert_close(rlprune.prune(model, plan)(x), rlprune.masked(model, plan)(x))
+
+
+def test_a_number_that_is_not_needed_is_not_touched() -> None:
+    model = Tile().double()
+    space = rlprune.trace(model, torch.randn(1, 3, 16, 16).double())
+    slim = rlprune.prune(model, cut(space))
+    assert slim.longest == 32
+    large = torch.randn(1, 3, 64, 64).double()
+    torch.testing.assert_close(slim(large), rlprune.masked(model, cut(space))(large))
+
+
+def test_a_fixed_matrix_in_a_buffer_is_cut_along() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 16)
+            self.register_buffer("matrix", torch.randn(5, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(torch.relu(self.first(x)), self.matrix)
+
+    model, x = Fixed().double().eval(), torch.randn(3, 8).double()
+    space = rlprune.trace(model, x)
+    slim = rlprune.prune(model, cut(space))
+    assert slim.matrix.shape == (5, 8)
+    torch.testing.assert_close(slim(x), rlprune.masked(model, cut(space))(x))
+
+
+def test_a_transformer_encoder_takes_padded_batches_after_the_cut() -> None:
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).double().eval()
+    x, padding = torch.randn(2, 6, 16).double(), torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    before = copy.deepcopy(model)
+    for inputs in ((x,), {"src": x, "src_key_padding_mask": padding}):
+        space = rlprune.trace(model, inputs)
+        assert sorted({g.kind for g in space.groups}) == ["attention", "linear"]
+        slim = rlprune.prune(model, cut(space))
+        masked = rlprune.masked(model, cut(space))
+        with torch.no_grad():
+            got, wanted = (m(x, src_key_padding_mask=padding) for m in (slim, masked))
+        torch.testing.assert_close(got[~padding], wanted[~padding])
+    # The model itself is as it was: its attention is torch's own.
+    assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
+    assert model.use_nested_tensor == before.use_nested_tensor
+
+
+@pytest.mark.parametrize("weights", [False, True], ids=["without weights", "with weights"])
+def test_an_attention_whose_input_is_cut_runs(weights: bool) -> None:
+    class Attentive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 5)
+            self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.last(self.attention(x, x, x, need_weights=weights)[0])
+
+    model, x = Attentive().double().eval(), torch.randn(2, 5, 8).double()
+    space = rlprune.trace(model, x)
+    assert set(names(space)) == {"first", "attention", "attention.out_proj"}
+    for group in range(len(space.groups)):
+        widths = space.widths.copy()
+        widths[group] //= 2
+        plan = Plan(space, widths, tuple(np.arange(w) for w in widths))
+        slim = rlprune.prune(model, plan)
+        torch.testing.assert_close(slim(x), rlprune.masked(model, plan)(x))
+        heads = {"first": (4, 8), "attention": (2, 16)}.get(space.groups[group].name, (4, 16))
+        assert (slim.attention.num_heads, slim.attention.embed_dim) == heads
+
+
+def test_a_detector_that_finds_nothing_is_compared_inside() -> None:
+    class Finder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.scores = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = self.scores(torch.relu(self.second(self.first(x).roll(1, 1))))
+            return scores[scores > 1e6]
+
+    space = rlprune.trace(Finder(), torch.randn(4, 8))
+    assert names(space) == ["second"]
+
+
+def test_a_model_that_cannot_be_copied_and_one_that_fails_later_are_one_line() -> None:
+    class Held(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.numbers = nn.Linear(3, 3), (n for n in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    class Once(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last, self.calls = nn.Linear(3, 6), nn.Linear(6, 3), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls > 4:
+                raise SystemExit("enough")
+            return self.last(self.first(x))
+
+    with pytest.raises(GraphError, match="Held cannot be copied: TypeError"):
+        rlprune.trace(Held(), torch.randn(1, 3))
+    with pytest.raises(GraphError, match="tracing failed: SystemExit: enough"):
+        rlprune.trace(Once(), torch.randn(1, 3))
+
+
+def test_training_modes_are_put_back_by_the_modules_own_way() -> None:
+    from rlprune.utils.modes import evaluating
+
+    class Merged(nn.Linear):
+        merged = False
+
+        def train(self, mode: bool = True) -> Merged:
+            self.merged = not mode
+            return super().train(mode)
+
+    model = nn.Sequential(Merged(3, 3), nn.Linear(3, 3)).train()
+    model[1].eval()
+    with evaluating(model):
+        assert model[0].merged
+    assert not model[0].merged and model[0].training and not model[1].training
