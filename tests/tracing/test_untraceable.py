@@ -37,7 +37,7 @@ def _quantised(layer: nn.Module) -> nn.Module:
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "weight norm": (lambda: with_first(parametrizations.weight_norm), "weight is parametrized.*remove_parametrizations"),
+    "weight norm": (lambda: with_first(parametrizations.weight_norm), "is parametrized.*remove_parametrizations"),
     "spectral norm": (lambda: with_first(parametrizations.spectral_norm), "'0': its weight is parametrized"),
     "old weight norm": (lambda: with_first(weight_norm), r"recomputed by WeightNorm.*remove_weight_norm\(module\)"),
     "mask": (lambda: with_first(lambda m: prune.l1_unstructured(m, "weight", 0.5)), "masked by torch.nn.utils.prune"),
