@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -48,35 +49,60 @@ class Proof:
             raise GraphError(f"{what}: {first_line(error)}") from error
 
     def wrong(self, space: PruningSpace) -> dict[int, str]:
-        """Groups whose random cut is not exact: {index: reason}. Groups that are not ``exact`` only have to run."""
-        exact = [i for i, group in enumerate(space.groups) if group.exact]
-        exact.sort(key=lambda i: space.groups[i].kind == "attention")  # those that fail, fail together
-        found: dict[int, str] = {}
-        self._search(space, exact, found)
-        self._search(space, [i for i, group in enumerate(space.groups) if not group.exact], found)
-        return found
-
-    def difference(self, space: PruningSpace, groups: Sequence[int]) -> str | None:
-        """Why cuts of some groups are not the masked dense model, or None when all are.
+        """Groups of which a cut is not exact: {index: reason}; those that are not ``exact`` only have to run.
 
         Tried are the smallest widths, the last unit gone, random widths of which some are whole, and either half of the
         groups alone.
         """
-        for make in (_least, _last, _random, _even, _odd)[: 3 if len(groups) == 1 else None]:
-            self._limits.check()
-            reason = self._difference(space, make(space, groups, self._rng), groups)
-            if reason is not None:
-                return reason
-        return None
+        # Attention last: those groups that fail, fail together.
+        exact = [i for i, group in enumerate(space.groups) if group.exact]
+        exact.sort(key=lambda i: space.groups[i].kind == "attention")
+        rest = [i for i, group in enumerate(space.groups) if not group.exact]
+        found: dict[int, str] = {}
+        for groups in (exact, rest):
+            for make in (_least, _last, _random, _even, _odd) if groups else ():
+                plan = make(space, groups, self._rng)
+                if self._search(space, plan, groups, found):
+                    break
+        return found
+
+    def _search(self, space: PruningSpace, plan: Plan, groups: Sequence[int], found: dict[int, str]) -> bool:
+        """Find the wrong ones in a plan by halves; True where there was one."""
+        reason = self._difference(space, _restricted(space, plan, groups), groups)
+        if reason is None:
+            return False
+        if len(groups) == 1:
+            found[groups[0]] = reason
+            return True
+        middle = len(groups) // 2
+        seen = [self._search(space, plan, half, found) for half in (groups[:middle], groups[middle:])]
+        if not any(seen):
+            self._together(space, plan, groups, found)
+        return True
+
+    def _together(
+        self, space: PruningSpace, plan: Plan, groups: Sequence[int], found: dict[int, str]
+    ) -> None:
+        """Each half is exact and both are not: leave out what breaks the rest, one by one."""
+        fine: list[int] = []
+        for index in groups:
+            several = [*fine, index]
+            reason = self._difference(space, _restricted(space, plan, several), several)
+            if reason is None:
+                fine.append(index)
+            else:
+                found[index] = f"together with other groups: {reason}"
 
     def _difference(self, space: PruningSpace, plan: Plan, groups: Sequence[int]) -> str | None:
+        """Why a cut is not the masked dense model, or None when it is."""
+        self._limits.check()
         values = all(space.groups[i].exact for i in groups)
         for number, inputs in enumerate(self._inputs):
             try:
                 refresh(self._twin)
                 slim = prune(self._twin, plan)
                 with flop_counter() as counter:
-                    got, inside = self._outputs(slim, inputs, space)
+                    got = self._outputs(slim, inputs, space)
                 macs = counter.get_total_flops() / 2 / batch_size(inputs)
             except GraphError:
                 raise
@@ -84,21 +110,15 @@ class Proof:
                 return f"the cut model fails: {first_line(error)}"
             refresh(self._twin)
             with masked_in_place(self._twin, plan):
-                wanted, beside = self._outputs(self._twin, inputs, space)
-            if not any(tensor.numel() for tensor in wanted):
-                got, wanted = inside, beside
-            reason = _unequal(got, wanted, values)
+                wanted = self._outputs(self._twin, inputs, space)
+            reason = _unlike(got, wanted, values)
             if reason is None and number == 0:
                 reason = _uncounted(slim, macs, space, plan)
             if reason is not None:
                 return reason
         return None
 
-    def _outputs(
-        self, model: nn.Module, inputs: Inputs, space: PruningSpace
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """What a model returns, and what its protected layers give: all that there is to compare where a detector
-        finds nothing."""
+    def _outputs(self, model: nn.Module, inputs: Inputs, space: PruningSpace) -> _Outputs:
         inside: list[Tensor] = []
         modules = dict(model.named_modules())
         handles = [
@@ -110,36 +130,21 @@ class Proof:
             # Equal draws for both models, numbers of one format, and nothing drawn from the caller's state.
             with torch.random.fork_rng(devices=[]), _doubles(), torch.no_grad(), without_fused_kernels():
                 torch.manual_seed(0)
-                return list(tensors(call(model, inputs))), inside
+                returned = call(model, inputs)
         finally:
             for handle in handles:
                 handle.remove()
+        found = isinstance(returned, list) and all(isinstance(item, dict) for item in returned)
+        return _Outputs(list(tensors(returned)), inside, found)
 
-    def _search(self, space: PruningSpace, groups: Sequence[int], found: dict[int, str]) -> bool:
-        """Find the wrong ones by halves; True where there was one."""
-        if not groups:
-            return False
-        reason = self.difference(space, groups)
-        if reason is None:
-            return False
-        if len(groups) == 1:
-            found[groups[0]] = reason
-            return True
-        middle = len(groups) // 2
-        seen = [self._search(space, half, found) for half in (groups[:middle], groups[middle:])]
-        if not any(seen):
-            self._together(space, groups, found)
-        return True
 
-    def _together(self, space: PruningSpace, groups: Sequence[int], found: dict[int, str]) -> None:
-        """Each half is exact and both are not: leave out what breaks the rest, one by one."""
-        fine: list[int] = []
-        for index in groups:
-            reason = self.difference(space, [*fine, index])
-            if reason is None:
-                fine.append(index)
-            else:
-                found[index] = f"together with other groups: {reason}"
+@dataclass(frozen=True)
+class _Outputs:
+    """What a model returns, what its protected layers give, and whether it returns what a detector found."""
+
+    returned: list[Tensor]
+    inside: list[Tensor]
+    detections: bool
 
 
 def _scrambled(twin: nn.Module) -> nn.Module:
@@ -166,6 +171,14 @@ def _plan(space: PruningSpace, widths: Ints, rng: np.random.Generator) -> Plan:
         for group, width in zip(space.groups, widths, strict=True)
     )
     return Plan(space, widths, kept)
+
+
+def _restricted(space: PruningSpace, plan: Plan, groups: Sequence[int]) -> Plan:
+    """The plan for some groups, the others whole."""
+    kept = [np.arange(width) for width in space.widths]
+    for index in groups:
+        kept[index] = plan.kept[index]
+    return Plan(space, np.array([len(units) for units in kept], dtype=np.int64), tuple(kept))
 
 
 def _least(space: PruningSpace, groups: Sequence[int], rng: np.random.Generator) -> Plan:
@@ -211,6 +224,18 @@ def _doubles() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def _unlike(got: _Outputs, wanted: _Outputs, values: bool) -> str | None:
+    """Why outputs are not equal. Of a detector its heads are compared: which of two equal boxes it keeps is chance, and
+    where it finds nothing there is nothing else."""
+    if not wanted.detections and any(tensor.numel() for tensor in wanted.returned):
+        return _unequal(got.returned, wanted.returned, values)
+    # What comes after a choice among boxes has a row for each of them.
+    maps = [[t for t in outputs.inside if t.ndim > 2] or outputs.inside for outputs in (got, wanted)]
+    if not maps[1]:
+        return "there is no output to compare"
+    return _unequal(maps[0], maps[1], values)
 
 
 def _unequal(got: Sequence[Tensor], wanted: Sequence[Tensor], values: bool) -> str | None:
