@@ -54,6 +54,8 @@ CODE = ("pruning", "tracing", "vision", "artifacts", "utils", "workloads", "api.
 LIMIT_SECONDS, TRACE_SECONDS, TRACE_GIGABYTES, GIGABYTES = 600, 120.0, 8.0, 10.0
 EXACT, CLASSES, NARROW, LEFT = 1e-9, 10, 0.5, 0.05
 SAMPLES = 2
+FOLDER = re.escape(tempfile.gettempdir()) + r"/\w+/"
+"""What errors call the place where a model was saved for a moment."""
 # No cut of these channels could be exact, whatever the tracer can follow.
 BY_NATURE = re.compile(
     r"(in|out)put of the model|a single unit|its channels|shares a parameter|crosses|normalises"
@@ -336,7 +338,8 @@ def reason(name: str, facts: Mapping[str, Any]) -> str:
         wrong = [key for key in ("macs_equal", "params_equal", "reloaded") if not facts[key]]
         return f"- {name}: WRONG: difference {facts['difference']:.1e}, {', '.join(wrong) or 'costs agree'}"
     if kind not in ("works", "in part"):
-        return f"- {name}: {kind}: {facts.get('refused', facts.get('failed'))}"
+        line = str(facts.get("refused", facts.get("failed")))
+        return f"- {name}: {kind}: {re.sub(FOLDER, '', line)}"
     parts = []
     if facts["lowest"]["macs"] > NARROW:
         parts.append(f"{facts['lowest']['macs']:.1%} of the MACs stay at the smallest widths")
