@@ -38,7 +38,30 @@ class Use:
         self.roles: list[str] = []
 
 
-class ChannelFlow(TorchDispatchMode):
+class Interruptible(TorchDispatchMode):
+    """Looks at the limits before every operation inside of the ``with`` block."""
+
+    def __init__(self, limits: Limits) -> None:
+        super().__init__()
+        self.limits = limits
+
+    def __torch_dispatch__(
+        self,
+        operation: Operation,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        self.limits.check()
+        out = operation(*args, **(kwargs or {}))
+        self.after(operation, args, kwargs or {}, out)
+        return out
+
+    def after(self, operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        """What is done when an operation has run: here nothing."""
+
+
+class ChannelFlow(Interruptible):
     """Follows the channels of one model through the operations inside of the ``with`` block.
 
     Attributes:
@@ -68,8 +91,8 @@ class ChannelFlow(TorchDispatchMode):
         flexible: frozenset[str],
         batch: int,
     ) -> None:
-        super().__init__()
-        self.sets, self.limits, self.batch = sets, limits, batch
+        super().__init__(limits)
+        self.sets, self.batch = sets, batch
         self.rules, self.flexible = rules, flexible
         self.counts = True
         self.uses: dict[Origin, Use] = {}
@@ -101,18 +124,9 @@ class ChannelFlow(TorchDispatchMode):
                     found.append(Labels(of, frozenset({dim}), (name, dim)))
             self._labels[tensor] = found
 
-    def __torch_dispatch__(
-        self,
-        operation: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        self.limits.check()
-        kwargs = kwargs or {}
-        out = operation(*args, **kwargs)
+    def after(self, operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Do to the labels what an operation did to its arguments."""
         Step(self, operation, args, kwargs, out).follow()
-        return out
 
     # Labels of tensors
 

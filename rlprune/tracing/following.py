@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from torch import nn
 
 from ..pruning.heads import as_head_attention, as_plain_attention, can_lose_heads
 from ..utils.pytrees import call, tensors
-from ..utils.torch_internals import TorchDispatchMode
 from .channel_sets import ChannelSets
 from .counting import without_fused_kernels
 from .flow import ChannelFlow
@@ -56,24 +55,6 @@ def _opened(model: nn.Module) -> Iterator[None]:
             as_plain_attention(module, one)
         for encoder, nested in encoders:
             encoder.use_nested_tensor = nested
-
-
-class Interruptible(TorchDispatchMode):
-    """Looks at the limits before every operation inside of the ``with`` block."""
-
-    def __init__(self, limits: Limits) -> None:
-        super().__init__()
-        self._limits = limits
-
-    def __torch_dispatch__(
-        self,
-        operation: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        self._limits.check()
-        return operation(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

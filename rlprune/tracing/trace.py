@@ -19,7 +19,8 @@ from ..utils.pytrees import batch_size, call, map_tensors, to_device
 from ..utils.torch_internals import copied
 from .collecting import collected
 from .counting import flop_counter
-from .following import Interruptible, followed, unused_modules
+from .flow import Interruptible
+from .following import followed, unused_modules
 from .graph import ChannelGraph, ExampleInputs
 from .guesses import Guesses
 from .layout import Layout

@@ -4,10 +4,12 @@
 
 Relied on in torch 2.14:
 
-- ``_ConvNd``, ``_BatchNorm``, ``_NormBase`` and ``_InstanceNorm`` of ``torch.nn.modules``: what convolutions and
+- ``_ConvNd``, ``_BatchNorm`` and ``_NormBase`` of ``torch.nn.modules``: what convolutions and
   norms of all dimensions are.
 - ``nn.Module._parameters``, ``._buffers``, ``._modules``: what a module holds itself, by name;
   ``._non_persistent_buffers_set``: the names of the buffers that are not saved.
+- ``torch.utils._python_dispatch.TorchDispatchMode``: sees every operation that a forward pass comes down to.
+- ``torch.utils._pytree``: ``tree_map`` and ``tree_leaves``, which know the outputs of transformers too.
 
 ``tests/test_internals.py`` fails where one of them is gone.
 """
@@ -25,7 +27,6 @@ __all__ = [
     "BATCH_NORM",
     "BATCH_OR_INSTANCE_NORM",
     "CONVOLUTION",
-    "INSTANCE_NORM",
     "TorchDispatchMode",
     "buffer_slots",
     "computed",
@@ -40,7 +41,6 @@ __all__ = [
 CONVOLUTION = nn.modules.conv._ConvNd
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 BATCH_OR_INSTANCE_NORM = nn.modules.batchnorm._NormBase
-INSTANCE_NORM = nn.modules.instancenorm._InstanceNorm
 
 _OWN_COPY = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__")
 _PLAIN = (int, float, str, bool, bytes, complex, type(None), type)
