@@ -53,7 +53,9 @@ def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> 
         name = (missing or foreign)[0]
         state = "lacks" if missing else "holds the unknown"
         raise ArtifactError(f"{where}: {state} tensor {name!r}{near_miss(name, foreign if missing else own)}")
-    shared: dict[int, nn.Parameter] = {}
+    # A module may stand under several names, and a parameter in several modules: each is replaced once. The keys hold
+    # the old parameters: the identity of one that is gone may be given to a new one.
+    new_of: dict[nn.Parameter, nn.Parameter] = {}
     for name, tensor in tensors.items():
         old = own[name]
         if tensor.ndim != old.ndim or any(a > b for a, b in zip(tensor.shape, old.shape, strict=True)):
@@ -67,8 +69,9 @@ def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> 
         if parameter is None:
             setattr(module, last, tensor)
         else:
-            new = nn.Parameter(tensor, parameter.requires_grad)
-            setattr(module, last, shared.setdefault(id(parameter), new))
+            new = new_of.setdefault(parameter, nn.Parameter(tensor, parameter.requires_grad))
+            new_of[new] = new
+            setattr(module, last, new)
 
 
 def set_attributes(model: nn.Module, wanted: Mapping[str, object], where: str) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import ArrayLike
 from torch import nn
 
 from .cost import AxisSize, CostFormula, FormulaBuilder, Term
@@ -61,6 +63,19 @@ def formulas(terms: Sequence[Term], sizes: Sequence[AxisSize], groups: int) -> d
     for term in terms:
         builders[term.metric].add(term.coefficient, *(sizes[axis] for axis in term.axes))
     return {metric: builder.build() for metric, builder in builders.items()}
+
+
+def layer_ratios(space: PruningSpace, widths: ArrayLike, metric: str) -> dict[str, float]:
+    """What is left of each layer's cost at some widths (G,), between 0 and 1, by the layer's name."""
+    at = np.asarray(widths, dtype=np.float64)
+    costs: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    sizes = space.axis_sizes()
+    for term in space.terms:
+        if term.metric == metric:
+            for i, w in enumerate((at, space.widths)):
+                factors = [float(sizes[axis].constant + sizes[axis].slope @ w) for axis in term.axes]
+                costs[term.layer][i] += term.coefficient * math.prod(factors)
+    return {name: left / dense for name, (left, dense) in costs.items() if dense}
 
 
 def protected_shares(space: PruningSpace, metric: str) -> tuple[ProtectedShare, ...]:

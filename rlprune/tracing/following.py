@@ -106,10 +106,12 @@ def _join_layers(model: nn.Module, flow: ChannelFlow) -> None:
 def unused_modules(model: nn.Module, flow: ChannelFlow) -> tuple[str, ...]:
     """Names of the outermost modules whose parameters the forward pass in eval mode does not use."""
     idle: list[str] = []
+    # By identity: a module may stand under several names, of which a forward pass knows one.
+    used = {id(parameter) for name, parameter in model.named_parameters() if name in flow.order}
     for name, module in model.named_modules():
         if any(name.startswith(above + ".") for above in idle):
             continue
-        parameters = [f"{name}.{n}".lstrip(".") for n, _ in module.named_parameters()]
-        if parameters and name and not any(p in flow.order for p in parameters):
+        parameters = list(module.parameters())
+        if parameters and name and not any(id(p) in used for p in parameters):
             idle.append(name)
     return tuple(idle)

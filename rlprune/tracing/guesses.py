@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -33,13 +34,34 @@ class Guesses:
         ]
         return self._known + chosen
 
-    def change(self, refuted: Collection[int]) -> bool:
-        """Go to the next choice of those guesses that may count one of the classes; False where there is none left."""
-        changed = False
+    def change(self, refuted: Collection[int], reasons: Iterable[str] = ()) -> bool:
+        """Go to the next choice of a guess that may count one of the classes; False where there is none left.
+
+        A shape that did not fit names the number that was still the old one: of these guesses first, then those that
+        were left out so far, then all.
+        """
         classes = np.fromiter(refuted, dtype=np.int64)
-        for i, guess in enumerate(self._guesses):
-            touches = any(np.isin(choice, classes).any() for choice in guess.choices)
-            if touches and self._choice[i] < len(guess.choices):
-                self._choice[i] += 1
-                changed = True
-        return changed
+        open_ones = [
+            i
+            for i, guess in enumerate(self._guesses)
+            if self._choice[i] < len(guess.choices)
+            and any(np.isin(choice, classes).any() for choice in guess.choices)
+        ]
+        named = set().union(*map(_shape, reasons))
+        left_out = [i for i in open_ones if self._choice[i] == _NONE]
+        ways = [
+            [i for i in left_out if len(self._guesses[i].choices[0]) in named],
+            left_out,
+            [i for i in open_ones if len(self._guesses[i].choices[0]) in named],
+            open_ones,
+        ]
+        chosen = next((way for way in ways if way), [])
+        for i in chosen:
+            self._choice[i] += 1
+        return bool(chosen)
+
+
+def _shape(reason: str) -> set[int]:
+    """The sizes in "shape '[1, 17, 192]' is invalid for input of size 1088"."""
+    found = re.search(r"shape '\[([-\d, ]+)\]' is invalid", reason)
+    return set() if found is None else {int(size) for size in found[1].split(",")} - {-1, 1}

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import GraphError, first_line
+from ..pruning.cost_terms import layer_ratios
 from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
 from ..pruning.surgery import masked_in_place, prune
 from ..utils.arrays import Ints
 from ..utils.modes import refresh
 from ..utils.pytrees import Inputs, batch_size, call, tensors, to_double
-from .counting import flop_counter, without_fused_kernels
+from .counting import flop_counter, layer_macs, without_fused_kernels, wrong_layer
 from .process import Limits
 
 # float64 sums in another order differ by this much, relative to the largest output.
@@ -26,6 +29,10 @@ _EXACT = 1e-8
 _SMALL = (
     1e-4  # outputs below it are compared as if they were as large: they may be differences of larger numbers
 )
+
+# Comparisons of one search after which a set of groups that is wrong is left out whole. A number, not a time: the space
+# of a model must not depend on how busy the machine is.
+_PATIENCE = 100
 
 
 class Proof:
@@ -40,6 +47,7 @@ class Proof:
         self._twin = _scrambled(twin)
         self._inputs = [to_double(example) for example in inputs]
         self._limits = limits
+        self._compared = 0
         self._rng = np.random.default_rng(0)
         try:
             with _doubles(), torch.no_grad():
@@ -59,6 +67,7 @@ class Proof:
         exact.sort(key=lambda i: space.groups[i].kind == "attention")
         rest = [i for i, group in enumerate(space.groups) if not group.exact]
         found: dict[int, str] = {}
+        self._compared = 0
         for groups in (exact, rest):
             for make in (_least, _last, _random, _even, _odd) if groups else ():
                 plan = make(space, groups, self._rng)
@@ -66,19 +75,48 @@ class Proof:
                     break
         return found
 
+    def still_wrong(self, space: PruningSpace, wrong: Mapping[int, str]) -> set[str]:
+        """Why groups that were wrong are so in another space of the same groups; empty where one of them is mended.
+
+        Each is cut alone, and of groups that repeat only the first is tried.
+        """
+        first = {_pattern(space.groups[i].name): i for i in sorted(wrong, reverse=True)}
+        reasons = set()
+        for index in first.values():
+            reason = self._difference(space, _least(space, [index], self._rng), [index])
+            if reason is None:
+                return set()
+            reasons.add(reason)
+        return reasons
+
     def _search(self, space: PruningSpace, plan: Plan, groups: Sequence[int], found: dict[int, str]) -> bool:
-        """Find the wrong ones in a plan by halves; True where there was one."""
+        """Find the wrong ones in a plan by halves; True where there was one.
+
+        Blocks repeat: where the first and the last of groups of one kind are wrong in the same way, all of them count
+        as wrong. After many comparisons a whole that is wrong is not searched any further, so that the search ends.
+        """
         reason = self._difference(space, _restricted(space, plan, groups), groups)
         if reason is None:
             return False
         if len(groups) == 1:
             found[groups[0]] = reason
             return True
+        alike = len({_pattern(space.groups[i].name) for i in groups}) == 1
+        if self._compared > _PATIENCE or (alike and self._all_alike(space, plan, groups, reason)):
+            found |= dict.fromkeys(groups, reason)
+            return True
         middle = len(groups) // 2
         seen = [self._search(space, plan, half, found) for half in (groups[:middle], groups[middle:])]
         if not any(seen):
             self._together(space, plan, groups, found)
         return True
+
+    def _all_alike(self, space: PruningSpace, plan: Plan, groups: Sequence[int], reason: str) -> bool:
+        """Whether the first and the last of several groups are wrong alone, for one reason."""
+        if len(groups) < 4:
+            return False
+        ends = [self._difference(space, _restricted(space, plan, [i]), [i]) for i in (groups[0], groups[-1])]
+        return all(end is not None and _pattern(end) == _pattern(reason) for end in ends)
 
     def _together(
         self, space: PruningSpace, plan: Plan, groups: Sequence[int], found: dict[int, str]
@@ -96,6 +134,7 @@ class Proof:
     def _difference(self, space: PruningSpace, plan: Plan, groups: Sequence[int]) -> str | None:
         """Why a cut is not the masked dense model, or None when it is."""
         self._limits.check()
+        self._compared += 1
         values = all(space.groups[i].exact for i in groups)
         for number, inputs in enumerate(self._inputs):
             try:
@@ -103,17 +142,18 @@ class Proof:
                 slim = prune(self._twin, plan)
                 with flop_counter() as counter:
                     got = self._outputs(slim, inputs, space)
-                macs = counter.get_total_flops() / 2 / batch_size(inputs)
             except GraphError:
                 raise
             except Exception as error:
                 return f"the cut model fails: {first_line(error)}"
             refresh(self._twin)
-            with masked_in_place(self._twin, plan):
+            with masked_in_place(self._twin, plan), flop_counter() as dense_counter:
                 wanted = self._outputs(self._twin, inputs, space)
             reason = _unlike(got, wanted, values)
             if reason is None and number == 0:
-                reason = _uncounted(slim, macs, space, plan)
+                batch = batch_size(inputs)
+                counts = (_Count(counter, slim, batch), _Count(dense_counter, self._twin, batch))
+                reason = _uncounted(*counts, space, plan)
             if reason is not None:
                 return reason
         return None
@@ -150,7 +190,7 @@ class _Outputs:
 def _scrambled(twin: nn.Module) -> nn.Module:
     """The copy in float64 with lively norm layers: zero biases, gains or weights would hide a wrong cut."""
     generator = torch.Generator().manual_seed(0)
-    twin = twin.double()
+    twin = twin.double().requires_grad_(False)
     with torch.no_grad():
         for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
             if not tensor.is_floating_point() or tensor.numel() < 2:
@@ -162,6 +202,11 @@ def _scrambled(twin: nn.Module) -> nn.Module:
             centred = name.endswith(("bias", "running_mean"))
             tensor.copy_(0.2 * (noise - 0.5) if centred or not vector else 0.5 + noise)
     return twin
+
+
+def _pattern(words: str) -> str:
+    """A layer's name or a reason without its numbers: the same for all blocks that repeat."""
+    return re.sub(r"\d+", "N", words)
 
 
 def _plan(space: PruningSpace, widths: Ints, rng: np.random.Generator) -> Plan:
@@ -260,9 +305,35 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool(torch.allclose(a, b, rtol=0.0, atol=_EXACT * max(_SMALL, largest)))
 
 
-def _uncounted(slim: nn.Module, macs: float, space: PruningSpace, plan: Plan) -> str | None:
-    params = sum(p.numel() for p in slim.parameters())
-    for metric, value in (("macs", macs), ("params", params)):
-        if not math.isclose(value, space.cost(plan.widths, metric), rel_tol=1e-12):
-            return f"its {metric} do not follow the formula"
-    return None
+@dataclass(frozen=True)
+class _Count:
+    """What was counted in a forward pass of a model."""
+
+    counter: FlopCounterMode
+    model: nn.Module
+    batch: int
+
+    @property
+    def macs(self) -> float:
+        return float(self.counter.get_total_flops() / 2 / self.batch)
+
+    @property
+    def params(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def layers(self) -> dict[str, float]:
+        return layer_macs(self.counter, self.model, self.batch)
+
+
+def _uncounted(slim: _Count, masked: _Count, space: PruningSpace, plan: Plan) -> str | None:
+    """Why costs are not what the formula says, or None when they are."""
+    if slim.params != space.cost(plan.widths, "params"):
+        return "its params do not follow the formula"
+    if math.isclose(slim.macs, space.cost(plan.widths, "macs"), rel_tol=1e-12):
+        return None
+    if not math.isclose(masked.macs, space.dense_cost("macs"), rel_tol=1e-12):
+        # How much there is to do depends on what the model finds, so each layer is held to its share of it.
+        ratios = layer_ratios(space, plan.widths, "macs")
+        if wrong_layer(slim.layers(), masked.layers(), ratios) is None:
+            return None
+    return "its macs do not follow the formula"

@@ -123,9 +123,17 @@ class _Tracer:
             layout = Layout(self.twin, graph, self.macs, fixed, guesses.sizes(), self.options.inexact)
             space = self._space(layout, unused)
             wrong = {} if proof is None else proof.wrong(space)
-            if not wrong:
+            if proof is None or not wrong:
                 return space
-            if not guesses.change({n for index in wrong for n in layout.class_groups[index]}):
+            classes = {n for index in wrong for n in layout.class_groups[index]}
+            reasons = set(wrong.values())
+            # Which attributes follow the groups is tried on few of them; the groups themselves stay the same.
+            while changed := guesses.change(classes, reasons):
+                layout = Layout(self.twin, graph, self.macs, fixed, guesses.sizes(), self.options.inexact)
+                reasons = proof.still_wrong(self._space(layout, unused), wrong)
+                if not reasons:
+                    break
+            if not changed:
                 for index, reason in wrong.items():
                     fixed |= dict.fromkeys(layout.class_groups[index], reason)
 

@@ -310,6 +310,30 @@ def test_recurrent_weights_and_unsaved_buffers_are_replaced() -> None:
     assert model.splits == small.splits and repr(model) == repr(small)
 
 
+def test_modules_under_several_names_stay_one_module(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stems = nn.ModuleList([nn.Linear(6, 8)])
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8)) for _ in range(8))
+            self.again, self.third = nn.ModuleList(self.blocks), nn.ModuleList(self.blocks)
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stems[0](x)
+            for one, two, three in zip(self.blocks, self.again, self.third, strict=True):
+                x = one(two(three(x)))
+            return self.head(x)
+
+    slim, plan = pruned(Twice(), torch.randn(2, 6))
+    loaded = rlprune.load(rlprune.save(slim, plan, tmp_path / "pruned"), base=Twice())
+    assert all(
+        a is b for a, b in zip(loaded.get_submodule("blocks"), loaded.get_submodule("third"), strict=True)
+    )
+    x = torch.randn(3, 6)
+    assert torch.equal(loaded(x), slim(x))
+
+
 def test_attention_with_fewer_heads_is_put_in() -> None:
     small = nn.MultiheadAttention(8, 4, batch_first=True).eval()
     tensors = {

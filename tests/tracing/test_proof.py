@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import rlprune
 from rlprune.errors import GraphError
 from rlprune.pruning import PruningSpace
 from rlprune.pruning.plan import Plan
+from rlprune.tracing.proof import Proof
 
 
 class Rolled(nn.Module):
@@ -208,3 +210,119 @@ def test_training_modes_are_put_back_by_the_modules_own_way() -> None:
     with evaluating(model):
         assert model[0].merged
     assert not model[0].merged and model[0].training and not model[1].training
+
+
+class Attention(nn.Module):
+    """Written as in timm: the width of all heads stands in an attribute of its own, and equals that of the stream."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = heads, width // heads
+        self.attn_dim = heads * self.head_dim
+        self.qkv, self.proj = nn.Linear(width, 3 * self.attn_dim), nn.Linear(self.attn_dim, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.proj(mixed.reshape(b, n, self.inner(x)))
+
+    def inner(self, x: Tensor) -> int:
+        return self.attn_dim
+
+
+class Stubborn(Attention):
+    """Counts on as many channels in its heads as come in: it can lose none."""
+
+    def inner(self, x: Tensor) -> int:
+        return x.shape[-1]
+
+
+class Blocks(nn.Module):
+    def __init__(self, attention: type[Attention], depth: int) -> None:
+        super().__init__()
+        self.attention = nn.ModuleList(attention(12, 3) for _ in range(depth))
+        self.mlp = nn.ModuleList(
+            nn.Sequential(nn.Linear(12, 10), nn.GELU(), nn.Linear(10, 12)) for _ in range(depth)
+        )
+        self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for attention, mlp in zip(self.attention, self.mlp, strict=True):
+            x = x + attention(self.norm(x))
+            x = x + mlp(self.norm(x))
+        return self.head(x.mean(dim=1))
+
+
+def test_several_attributes_follow_the_heads_together() -> None:
+    model = Blocks(Attention, 2).double()
+    space = rlprune.trace(model, torch.randn(1, 4, 12).double())
+    assert names(space) == ["attention.0.qkv", "mlp.0.0", "attention.1.qkv", "mlp.1.0"]
+    plan = rlprune.make_plan(
+        space, importance=[np.arange(g.width) for g in space.groups], widths=[1, 3, 2, 4]
+    )
+    slim = rlprune.prune(model, plan)
+    first = slim.get_submodule("attention.0")
+    assert (first.num_heads, first.head_dim, first.attn_dim) == (1, 4, 4)
+    x = torch.randn(2, 4, 12).double()
+    torch.testing.assert_close(slim(x), rlprune.masked(model, plan)(x), rtol=0, atol=1e-9)
+
+
+def test_what_is_wrong_in_every_block_is_found_in_few_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
+    depth, count = 24, 0
+    compare = Proof._difference
+
+    def counted(self: Proof, space: PruningSpace, plan: Plan, groups: Sequence[int]) -> str | None:
+        nonlocal count
+        count += 1
+        return compare(self, space, plan, groups)
+
+    monkeypatch.setattr(Proof, "_difference", counted)
+    space = rlprune.trace(Blocks(Stubborn, depth), torch.randn(1, 4, 12))
+    assert names(space) == [f"mlp.{i}.0" for i in range(depth)]
+    assert "is invalid" in space.protected["attention.7.qkv"]
+    assert count < 40
+
+
+def test_a_parameter_may_be_handed_to_a_module() -> None:
+    class Inner(nn.Module):
+        def forward(self, x: Tensor, token: Tensor) -> Tensor:
+            return x + token
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.randn(1, 16))
+            self.first, self.inner, self.last = nn.Linear(8, 16), Inner(), nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.inner(self.first(x), self.token))
+
+    assert names(rlprune.trace(Outer(), torch.randn(2, 8))) == ["first"]
+
+
+class Finder(nn.Module):
+    """Works on as many rows as it finds, as a detector of two stages does: its cost depends on its weights."""
+
+    def __init__(self, honest: bool = True) -> None:
+        super().__init__()
+        self.body, self.score, self.head, self.last = (
+            nn.Linear(6, 12), nn.Linear(12, 1), nn.Linear(12, 9), nn.Linear(9, 4)
+        )  # fmt: skip
+        self.honest = honest
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.body(x))
+        found = x[self.score(x)[:, 0] > 0]
+        hidden = torch.relu(self.head(found))
+        if not self.honest and self.head.out_features < 9:
+            self.head(found)
+        return self.last(hidden).sum(dim=0, keepdim=True)
+
+
+def test_costs_may_depend_on_what_a_model_finds() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 6)
+    assert names(rlprune.trace(Finder(), x)) == ["body", "head"]
+    space = rlprune.trace(Finder(honest=False), x)
+    assert "its macs do not follow the formula" in space.protected["head"]
