@@ -226,6 +226,11 @@ class RecoveryConfig(Section):
         low=0,
         high=10,
     )
+    spill: str | None = setting(
+        None,
+        "Language models: folder in which the reconstruction's factors lie on disk, in a file that is gone with the "
+        "process; null keeps them in memory.",
+    )
     samples: int | None = setting(None, "Calibration samples used; null for all of the split.", low=1)
     finetune_steps: int = setting(0, "Gradient steps of the step `finetune`.", low=0)
     finetune_lr: float | None = setting(

@@ -142,7 +142,13 @@ class Evaluator:
     def _calibration(self, model: nn.Module, space: PruningSpace) -> CalibrationCache:
         settings = self._recovery_settings
         return self.adapter.calibration(
-            self.workload, space, model, seed=self.seed, ridge=settings.ridge, recovery_limit=settings.samples
+            self.workload,
+            space,
+            model,
+            seed=self.seed,
+            ridge=settings.ridge,
+            recovery_limit=settings.samples,
+            recovery=settings,
         )
 
     def _prepared(self, calibration: CalibrationCache, given: Scores | None) -> tuple[Scores, Recovery]:
@@ -364,6 +370,7 @@ class Evaluator:
     def _scored(self, history: History, *, full: bool, samples: int | None = None) -> Candidate:
         started = time.perf_counter()
         slim, plan = self._built(history, scoring=True)
+        self.adapter.release_memory()  # what cutting has left behind is not to lie below the activations
         parts = [] if full else self._begun.pop(history, [])
         joint = self._judge(slim, parts, full, samples)
         if samples is not None:

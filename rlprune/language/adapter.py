@@ -41,7 +41,6 @@ from .calibration.cache import LanguageCalibration, language_calibration
 from .calibration.compensation import BiasCompensation
 from .calibration.grams import group_consumers, unit_consumers
 from .calibration.importance import OWN_IMPORTANCES
-from .calibration.nested import NestedReconstruction
 from .calibration.statistics import collect as collect_statistics
 from .comparison import compare, read_tasks
 from .dtype import scoring_dtype
@@ -146,11 +145,8 @@ class LanguageAdapter(ModelAdapter):
         if "reconstruct" in settings.steps:
             if not unit_consumers(space):
                 return Reconstruction(model, space, own.batches(settings.samples), settings.ridge)
-            grams = own.take_grams()
-            return NestedReconstruction(
-                model, space, grams, importance, settings.ridge, intercept=bias, shrink=settings.shrink
-            )
-        own.forget_grams()
+            return own.reconstruction(settings, importance)
+        own.forget()
         if not bias:
             return None
         inputs = collect_statistics(model, space, own.batches(settings.samples)).inputs

@@ -117,6 +117,7 @@ def token_quality(
             for start, stop, values in logs(model, ids):
                 wanted = targets[:, 1:].flatten()[start:stop]
                 nll, kept = _nll(values, wanted)
+                del values  # before the next ones are made
                 total += nll.double().sum().cpu()
                 count += int(kept.sum())
     if count == 0:
@@ -148,6 +149,7 @@ class DenseAnswers:
                 tops = []
                 for _, _, logs in self._logs(self._model, ids):
                     tops.append(logs.topk(min(self._top_k, logs.shape[-1]), dim=-1))
+                    del logs  # before the next ones are made
                 values = torch.cat([t.values for t in tops]).chunk(len(ids))
                 indices = torch.cat([t.indices.int() for t in tops]).chunk(len(ids))
                 self._parts += [(v.clone(), i.clone()) for v, i in zip(values, indices, strict=True)]
@@ -212,6 +214,7 @@ class LanguageJudge(Judge):
                 shares, tokens = dense[0][start:stop], dense[1][start:stop]
                 scores.append(-bucket_divergence(shares, tokens, logs))
                 outputs.append(bucketed(tokens[:, :OUTPUT_TOKENS], logs)[kept].cpu())
+            del logs  # before the next ones are made
         return torch.cat(scores), torch.cat(losses), outputs
 
 

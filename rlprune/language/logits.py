@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .tuning.loss import CHUNK_TOKENS, TokenModel
 
-_ELEMENTS = 1 << 23  # logits that exist at once, where the vocabulary is large
+_ELEMENTS = 1 << 21  # logits that exist at once, where the vocabulary is large
 _LEAST = 16
 
 

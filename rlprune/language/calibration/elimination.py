@@ -10,6 +10,7 @@ left. The order is nested: what width k keeps, width k + 1 keeps too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ...errors import DataError
 from ...pruning.space import PruningSpace
 from ...utils.arrays import Floats, Ints
-from .grams import Grams, InputGram, group_consumers
+from .grams import Consumer, GramSource, InputGram, group_consumers
 
 # Removals whose updates of the two big matrices are applied together, as one matrix product.
 _LAZY = 64
@@ -162,8 +163,12 @@ def _blocks(h: Tensor, p: Tensor, columns: Ints) -> tuple[Ints, list[float]]:
     return np.array(order, dtype=np.int64), errors
 
 
+Ranked = Callable[[Consumer, InputGram, Floats], None]
+"""Is told of every consumer, its Gram matrix and its units' scores, while the matrix is there."""
+
+
 def eliminations(
-    model: nn.Module, space: PruningSpace, grams: Grams, ridge: float = 1e-3
+    model: nn.Module, space: PruningSpace, grams: GramSource, ridge: float = 1e-3, then: Ranked | None = None
 ) -> dict[int, Elimination]:
     """The :class:`Elimination` of each group (by index) of a language model, from its consumers' Gram matrices.
 
@@ -172,8 +177,10 @@ def eliminations(
     """
     found = {}
     with torch.no_grad():
-        for consumer in group_consumers(space, "prune.importance: 'obs'"):
-            gram: InputGram = grams[consumer.module]
+        for consumer, gram in grams.each(group_consumers(space, "prune.importance: 'obs'")):
             product = gram.centred() if consumer.has_bias(model) else gram.product
             found[consumer.group] = eliminate(product, consumer.matrix(model), consumer.columns, ridge)
+            if then is not None:
+                then(consumer, gram, found[consumer.group].ranks)
+            del gram, product  # before the next block's are made
     return found
