@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..artifacts.documents import PLAN_FILE, PlanDocument
 from ..artifacts.pruned_model import check_base
 from ..artifacts.safetensors import check_roots
-from ..config.config import FinishConfig, RecoveryConfig
+from ..config.config import Config, FinishConfig, RecoveryConfig
 from ..errors import ArtifactError
 from ..importance.calibration_cache import CalibrationCache
 from ..importance.unit_scores import Scores
@@ -47,6 +47,7 @@ from .dtype import scoring_dtype
 from .files.folder import save_language_model
 from .files.pretrained import SOURCE, load_folder
 from .files.streaming import space_of
+from .footprints import footprint
 from .judge import (
     DenseAnswers,
     LanguageJudge,
@@ -233,6 +234,13 @@ class LanguageAdapter(ModelAdapter):
 
     def cost_lines(self, space: PruningSpace, model: nn.Module) -> list[str]:
         return describe.cost_lines(space, model)
+
+    def memory_lines(
+        self, config: Config, space: PruningSpace, model: nn.Module, device: torch.device
+    ) -> list[str]:
+        first = next(model.parameters())
+        element = None if first.is_meta else first.element_size()
+        return footprint(model, space, config, device=device.type, element=element).lines()
 
     def check_tasks(self, document: PlanDocument, directory: Path, tasks: Sequence[Path]) -> None:
         read_tasks(tasks)

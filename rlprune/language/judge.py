@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config.names import SCORE_KINDS
 from ..errors import ConfigError, DataError
+from ..utils.memory import return_freed_memory
 from ..utils.modes import evaluating
 from ..workloads.base import Quality, Workload
 from ..workloads.judge import Judge, Judgement
@@ -154,6 +155,7 @@ class DenseAnswers:
                 indices = torch.cat([t.indices.int() for t in tops]).chunk(len(ids))
                 self._parts += [(v.clone(), i.clone()) for v, i in zip(values, indices, strict=True)]
         self._known = stop
+        return_freed_memory()  # candidates come on top of what is left
 
 
 class LanguageJudge(Judge):
@@ -183,7 +185,7 @@ class LanguageJudge(Judge):
                 wanted = targets[:, 1:]
                 score, nll, answers = self._batch(model, ids, wanted.flatten(), first, until)
                 outputs += answers
-                kept = wanted != IGNORED
+                kept = (wanted != IGNORED).to(score.device)  # the head may be on another device
                 scores.append(_mean_of_kept(score.double().view(len(ids), -1), kept).cpu())
                 losses.append(nll.double().view(len(ids), -1).sum(dim=1).cpu())
                 count += int(kept.sum())
@@ -285,6 +287,7 @@ def perplexity(loss: float) -> float:
 
 def _nll(logs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each target, 0 where it is left out, and which ones are not."""
+    targets = targets.to(logs.device)
     kept = targets != IGNORED
     nll = -logs.gather(1, targets.clamp_min(0)[:, None])[:, 0]
     return nll.where(kept, 0.0), kept

@@ -32,6 +32,11 @@ def logits_of(outputs: object) -> Tensor:
     return found
 
 
+def rows_at_once(vocabulary: int) -> int:
+    """Tokens whose logits exist at the same time."""
+    return max(_LEAST, min(CHUNK_TOKENS, _ELEMENTS // vocabulary))
+
+
 class ChunkedLogs:
     """Runs a causal LM's trunk once and its output layer chunk by chunk.
 
@@ -53,7 +58,6 @@ class ChunkedLogs:
         for row in range(0, len(ids), rows):
             hidden = parts.hidden(ids[row : row + rows])[:, :-1].flatten(0, 1)
             vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", hidden.shape[-1]))
-            size = max(_LEAST, min(CHUNK_TOKENS, _ELEMENTS // vocabulary))
-            for chunk in hidden.split(size):
+            for chunk in hidden.split(rows_at_once(vocabulary)):
                 yield at, at + len(chunk), F.log_softmax(parts.head(chunk), dim=-1, dtype=torch.float32)
                 at += len(chunk)

@@ -72,7 +72,7 @@ class VisionAdapter(ModelAdapter):
         (
             *("finish.method", "finish.rank", "finish.alpha", "finish.dropout"),
             *("score.top_k", "score.dtype", "prune.drop", "prune.hidden", "recovery.shrink", "model.dtype"),
-            "recovery.spill",
+            *("recovery.spill", "model.device_map"),
             *("data.files", "data.column", "data.sequence_length", "data.test_length", "data.stride"),
         ),
         ("only for language models", "{model} is none"),

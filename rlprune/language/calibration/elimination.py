@@ -71,8 +71,11 @@ def eliminate(product: Tensor, matrix: Tensor, columns: Ints, ridge: float) -> E
     del lower  # every (I, I) matrix in float64 is as large as two layers of the model
     if columns.shape[1] == 1:
         flat = torch.from_numpy(columns[:, 0].copy()).to(h.device)
-        h, p = h[flat[:, None], flat], p[flat[:, None], flat]
-        order, errors = _columns(h, p)
+        h = h[flat[:, None], flat]
+        p = p[flat[:, None], flat]
+        both = [h, p]
+        del h, p
+        order, errors = _columns(both)
     else:
         order, errors = _blocks(h, p, columns)
     return Elimination(order, np.cumsum(errors), energy)
@@ -97,12 +100,13 @@ def penalised(
     return a, lower
 
 
-def _columns(h: Tensor, p: Tensor) -> tuple[Ints, list[float]]:
-    """Units of one column: the matrices are brought up to date every ``_LAZY`` removals only.
+def _columns(both: list[Tensor]) -> tuple[Ints, list[float]]:
+    """Units of one column: H and P, taken out of ``both``, are brought up to date every ``_LAZY`` removals only.
 
     Between two updates ``H = h - U U'`` and ``P = p - U Q' - Q U' + U D U'``; one step reads one column
     of each, so it costs O(I * _LAZY) instead of O(I^2).
     """
+    p, h = both.pop(), both.pop()
     alive = torch.arange(len(h), device=h.device)
     order: list[int] = []
     errors: list[float] = []
