@@ -173,7 +173,12 @@ def page(args: argparse.Namespace, facts: dict[str, dict[str, Any]]) -> str:
     large = [
         predicted(shape, importance, spill, devices)
         for shape, devices in (("8B", 1), ("70B", 8))
-        for importance, spill in (("obs_fisher", False), ("wanda_sp", False), ("wanda_sp", True))
+        for importance, spill in (
+            ("obs_fisher", False),
+            ("obs_fisher", True),
+            ("wanda_sp", False),
+            ("wanda_sp", True),
+        )
     ]
     head = ["model", "phase", "weights", "peak", "of the weights", "predicted", "off by"]
     wide = [

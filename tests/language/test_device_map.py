@@ -70,7 +70,9 @@ def test_what_cannot_be_spread_is_refused(monkeypatch, tmp_path):
         config(name="tiny_llama", device_map="ballanced")
     away = tiny_lm("llama")
     away.model.layers[2].to("meta")
-    with pytest.raises(ConfigError, match=r"9 tensors \('model.layers.2.self_attn.q_proj.weight' among them\)"):
+    with pytest.raises(
+        ConfigError, match=r"9 tensors \('model.layers.2.self_attn.q_proj.weight' among them\)"
+    ):
         loading._refuse_offloaded(away)
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"device_map: needs accelerate; pip install 'rlprune\[language\]'"):
