@@ -39,6 +39,10 @@ class LanguageCalibration(CalibrationCache):
         limit = self.recovery_limit if self.limit is None else self.limit
         return GramWalk(self.model, lambda: self.batches(limit))
 
+    def collect_grams(self) -> Grams:
+        """All of :meth:`grams` at once, for whoever needs them more than once."""
+        return Grams({c.module: gram for c, gram in self.grams().each(unit_consumers(self.space))})
+
     def give_grams(self, grams: Grams) -> None:
         """Take Gram matrices that were collected elsewhere; the recovery uses them up."""
         self._given = grams
