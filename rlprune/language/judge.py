@@ -137,10 +137,14 @@ class DenseAnswers:
 
     def __call__(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Log-probabilities and their token ids, ((stop - start) * (L - 1), k), of consecutive sequences."""
-        if stop > self._known:
-            self._extend(stop)
+        self.make(start, stop)
         values, indices = zip(*self._parts[start:stop], strict=True)
         return torch.cat(values), torch.cat(indices).long()
+
+    def make(self, start: int, stop: int) -> None:
+        """Run the dense model on what it has not read yet of consecutive sequences."""
+        if stop > self._known:
+            self._extend(stop)
 
     def _extend(self, stop: int) -> None:
         rows = self._sequences.rows
@@ -195,6 +199,10 @@ class LanguageJudge(Judge):
         return Judgement(
             torch.cat(scores), loss, perplexity(loss), count, torch.cat(outputs) if outputs else None
         )
+
+    def ask_dense(self, start: int, stop: int | None) -> None:
+        if self._answers is not None:
+            self._answers.make(start, self._count if stop is None else min(stop, self._count))
 
     def merge(self, parts: Sequence[Judgement]) -> Judgement:
         """One judgement of consecutive parts; the perplexity is that of the joint loss."""

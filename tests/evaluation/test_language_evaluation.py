@@ -117,6 +117,21 @@ class TestEvaluator:
         kept = evaluator.build(widths)  # for keeps: all its own
         assert not {p.data_ptr() for p in kept.parameters()} & {p.data_ptr() for p in dense.values()}
 
+    def test_the_dense_model_is_asked_before_a_candidate_is_in_memory(self, workload, monkeypatch):
+        fresh = workload_of(tiny_lm("llama"))
+        evaluator = evaluator_of(fresh, rungs=(3, 5))
+        judge, built, known = evaluator._judges[False], evaluator._built, []
+        monkeypatch.setattr(
+            evaluator, "_built", lambda *a, **k: (known.append(judge._answers._known), built(*a, **k))[1]
+        )
+        first, second = plans(evaluator, 2)
+        evaluator.evaluate_partial(first, 3)
+        evaluator.evaluate(first)
+        evaluator.evaluate(second)
+        assert known == [3, 8, 8]
+        asked = evaluator_of(fresh, rungs=(3, 5), kind="loss")  # no dense answers in it
+        assert asked.evaluate(first).samples == 8
+
     def test_statistics_are_shared_by_importance_and_rules(self, workload, monkeypatch):
         evaluator = evaluator_of(workload, importance="wanda_sp")
         monkeypatch.setattr("rlprune.language.calibration.cache.collect_statistics", None)
