@@ -141,7 +141,7 @@ def run_table(args: argparse.Namespace) -> None:
             if rule == "sensitivity" or (args.rules and rule not in args.rules):
                 continue
             kept(f"allocation {budget} {rule}", lambda at=at, rule=rule: allocation(at, rule))
-    grams = calibration(experiment, experiment.space).grams()
+    grams = calibration(experiment, experiment.space).collect_grams()
     importances: dict[str, Any] = {}
     for method in args.published:
         how = PUBLISHED[method]

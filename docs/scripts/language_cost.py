@@ -1,19 +1,14 @@
-"""What one score of a language-model candidate costs beside a plain forward, and the peak memory of a search.
+"""What one score of a language-model candidate costs beside a plain forward; its memory: `memory.py`.
 
     python docs/scripts/language_cost.py --model FILE.gguf --valid TEXT --test TEXT --doc docs/language-cost.md
 
-Times are medians of interleaved rounds in one process, one thread: quote the ratios. Memory is that of the
-process (resident set, high-water mark), measured after the imports, after loading and over a short search.
+Times are medians of interleaved rounds in one process, one thread: quote the ratios.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +17,8 @@ from typing import Any
 import torch
 
 from rlprune import Config, load_config, prune
-from rlprune.evaluation import EvaluationLog, Recovery
-from rlprune.experiments import Experiment, prepare_experiment, run_agent
+from rlprune.evaluation import Recovery
+from rlprune.experiments import Experiment, prepare_experiment
 from rlprune.report import markdown_table
 from rlprune.utils import hardware, write_text_atomic
 
@@ -71,47 +66,17 @@ def times(experiment: Experiment, rounds: int, sequences: int) -> dict[str, floa
     return {name: statistics.median(values) for name, values in parts.items()}
 
 
-def resident(field: str) -> float:
-    """VmRSS or VmHWM (high-water mark) of this process in MiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"{field} is not in /proc/self/status")
-
-
-def memory(args: argparse.Namespace) -> dict[str, float]:
-    """MiB after the imports, the peak while preparing and searching, and the size of the dense weights."""
-    # What the search imports on its way is no memory of the search.
-    for name in ("transformers.models.llama.modeling_llama", "accelerate", "gguf", "sklearn", "scipy.linalg"):
-        importlib.import_module(name)
-    facts = {"imports": resident("VmRSS")}
-    experiment = prepare_experiment(settings(args))
-    facts["peak with loading"] = resident("VmHWM")
-    weights = sum(p.numel() * p.element_size() for p in experiment.workload.model.parameters())
-    facts["dense weights"] = weights / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    run_agent("random", [experiment], EvaluationLog(), seed=0, evaluations=args.evaluations)
-    facts["peak of the search"] = resident("VmHWM")
-    return facts
-
-
-def text(facts: dict[str, float], used: dict[str, float], args: argparse.Namespace) -> str:
+def text(facts: dict[str, float], args: argparse.Namespace) -> str:
     plain = facts["plain forward"]
     without = facts["build"] + facts["judge"]
     rows = [[name, f"{seconds:.2f}", f"{seconds / plain:.2f}"] for name, seconds in facts.items()]
     rows.append(["score without the closed form (build + judge)", f"{without:.2f}", f"{without / plain:.2f}"])
     total = without + facts["closed form"]
     rows.append(["score with the closed form", f"{total:.2f}", f"{total / plain:.2f}"])
-    dense = used["dense weights"]
-    above = [
-        [name, f"{mib:,.0f}", f"{(mib - used['imports']) / dense:.2f}"]
-        for name, mib in used.items()
-        if name.startswith("peak")
-    ]
     machine = hardware()
     command = (
         "python docs/scripts/language_cost.py --model FILE.gguf --valid TEXT --test TEXT "
-        f"--evaluations {args.evaluations} --calibration {args.calibration} --rounds {args.rounds}"
+        f"--calibration {args.calibration} --rounds {args.rounds}"
     )
     return "\n".join(
         [
@@ -124,12 +89,7 @@ def text(facts: dict[str, float], used: dict[str, float], args: argparse.Namespa
             "",
             markdown_table(["part", "seconds", "ratio"], rows),
             "",
-            f"Memory: {dense:,.0f} MiB of dense weights (float32), {used['imports']:,.0f} MiB after the imports; "
-            f"a random search of {args.evaluations} evaluations, its rules included. Multiples count what lies "
-            "above the imports, in dense weights; the first row includes dequantising the GGUF file and the "
-            "Gram matrices, the second is the search alone, with the model and all its factors in memory.",
-            "",
-            markdown_table(["", "MiB", "multiple of the dense weights"], above),
+            "Its memory: [memory.md](memory.md).",
             "",
         ]
     )
@@ -147,20 +107,10 @@ def main(argv: list[str] | None = None) -> None:
         "--calibration", type=int, default=16, help="calibration sequences (their number moves no peak)"
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--evaluations", type=int, default=24)
     parser.add_argument("--doc", type=Path, help="file to write")
-    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    if args.memory:
-        print(json.dumps(memory(args)))
-        return
-    words = [sys.executable, __file__, "--memory", "--model", args.model, "--valid", args.valid]
-    words += ["--test", args.test, "--evaluations", str(args.evaluations)]
-    words += ["--sequences", str(args.sequences), "--calibration", str(args.calibration)]
-    child = subprocess.run(words, capture_output=True, text=True, check=True)
-    used = json.loads(child.stdout.strip().splitlines()[-1])
-    found = text(times(prepare_experiment(settings(args)), args.rounds, args.sequences), used, args)
+    found = text(times(prepare_experiment(settings(args)), args.rounds, args.sequences), args)
     print(found)
     if args.doc:
         write_text_atomic(args.doc, found)

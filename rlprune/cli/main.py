@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..errors import RlpruneError, RunError, near_miss
 from ..utils.exits import own_exits_named
+from ..utils.launched import process_count
 from ..utils.registry import installed
 from .commands import COMMANDS
 from .options import add_common
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _show_warnings(debug)
             args = build_parser().parse_args(words)
             args.resumable = resumable
+            _refuse_several_processes(args.command)
             if args.threads is not None:
                 import torch
 
@@ -164,6 +166,16 @@ def _show_warnings(debug: bool) -> None:
             print(f"rlprune: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
     warnings.showwarning = show
+
+
+def _refuse_several_processes(command: str | None) -> None:
+    """Under a launcher every process would run the whole command, into the same folder."""
+    count = process_count()
+    if command is not None and count > 1:
+        raise UsageError(
+            f"rlprune {command} runs in one process, but a launcher started {count}; only the fine-tune of a pruned "
+            "model runs in several: accelerate launch -m rlprune.experiments.tune RUN/pruned CONFIG --out OUT"
+        )
 
 
 class _terminated_as_interrupted:

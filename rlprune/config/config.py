@@ -33,6 +33,7 @@ from .schema import settings_reference as _reference
 from .search import SearchConfig
 from .yaml_files import dump_yaml, read_yaml
 
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = ("auto", "float32", "bfloat16")
 RENAMED = {"score.images": "score.samples", "recovery.images": "recovery.samples"}
 """Old names of settings, which work for one more version."""
@@ -68,6 +69,11 @@ class ModelConfig(Section):
     )
     dtype: str = setting(
         "auto", "Number format of a language model's weights; `auto` takes float32.", choices=DTYPES
+    )
+    device_map: str | None = setting(
+        None,
+        "Language models: how accelerate spreads the weights over all GPUs; null for one device (`device`).",
+        choices=DEVICE_MAPS,
     )
     arguments: dict[str, Any] = setting(dict, "Keyword arguments of the model's constructor.")
     weights: str | None = setting(None, "Name of published weights (torchvision, timm); null for none.")
@@ -225,6 +231,11 @@ class RecoveryConfig(Section):
         "Language models: further penalty on each input of the reconstruction, as a share of its own second moment.",
         low=0,
         high=10,
+    )
+    spill: str | None = setting(
+        None,
+        "Language models: folder in which the reconstruction's factors lie on disk, in a file that is gone with the "
+        "process; null keeps them in memory.",
     )
     samples: int | None = setting(None, "Calibration samples used; null for all of the split.", low=1)
     finetune_steps: int = setting(0, "Gradient steps of the step `finetune`.", low=0)

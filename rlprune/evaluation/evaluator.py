@@ -142,7 +142,13 @@ class Evaluator:
     def _calibration(self, model: nn.Module, space: PruningSpace) -> CalibrationCache:
         settings = self._recovery_settings
         return self.adapter.calibration(
-            self.workload, space, model, seed=self.seed, ridge=settings.ridge, recovery_limit=settings.samples
+            self.workload,
+            space,
+            model,
+            seed=self.seed,
+            ridge=settings.ridge,
+            recovery_limit=settings.samples,
+            recovery=settings,
         )
 
     def _prepared(self, calibration: CalibrationCache, given: Scores | None) -> tuple[Scores, Recovery]:
@@ -363,8 +369,11 @@ class Evaluator:
 
     def _scored(self, history: History, *, full: bool, samples: int | None = None) -> Candidate:
         started = time.perf_counter()
-        slim, plan = self._built(history, scoring=True)
         parts = [] if full else self._begun.pop(history, [])
+        for span in self._spans(parts, full, samples):
+            self._judge_of(full).ask_dense(*span)
+        slim, plan = self._built(history, scoring=True)
+        self.adapter.release_memory()  # what cutting has left behind is not to lie below the activations
         joint = self._judge(slim, parts, full, samples)
         if samples is not None:
             self._begun[history] = parts
@@ -389,18 +398,26 @@ class Evaluator:
     def _judge(self, model: nn.Module, parts: list[Judgement], full: bool, samples: int | None) -> Judgement:
         """Judge on what ``parts`` have not read, up to ``samples``, and add to them; always cut at the rungs,
         so that the result does not depend on where a candidate paused."""
-        if full not in self._judges:
-            self._judges[full] = self._new_judge(None)
-        judge = self._judges[full]
-        rungs = () if full else self.rungs
-        spans: list[tuple[int, int | None]] = list(zip((0, *rungs), (*rungs, None), strict=True))
-        for start, stop in spans[len(parts) :]:
-            if samples is not None and start >= samples:
-                break
+        judge = self._judge_of(full)
+        for start, stop in self._spans(parts, full, samples):
             part = judge(model, start, stop)
             # Nobody keeps the outputs of what may be dropped half-scored.
             parts.append(dataclasses.replace(part, outputs=None) if self.rungs else part)
         return judge.merge(parts)
+
+    def _judge_of(self, full: bool) -> Judge:
+        """The judge of the search's samples, or of the whole validation split."""
+        if full not in self._judges:
+            self._judges[full] = self._new_judge(None)
+        return self._judges[full]
+
+    def _spans(
+        self, parts: Sequence[Judgement], full: bool, samples: int | None
+    ) -> list[tuple[int, int | None]]:
+        """What is left to judge after some parts, up to ``samples``, cut at the rungs."""
+        rungs = () if full else self.rungs
+        spans: list[tuple[int, int | None]] = list(zip((0, *rungs), (*rungs, None), strict=True))
+        return [span for span in spans[len(parts) :] if samples is None or span[0] < samples]
 
     def _built(self, history: History, *, scoring: bool = False) -> tuple[nn.Module, Plan]:
         """Cut and recovered model, and its plan in units of the dense model; ``scoring``: cheap, not for keeps."""

@@ -21,8 +21,9 @@ from .prepare import timed_space
 
 def inspect(config: Config) -> str:
     """Groups, widths, costs, protected parts and feasible budgets as text; nothing is trained or searched."""
+    device = resolve_device(config.device)
     if config.workload is None:
-        found = builder_of(config.model.name).inspected(config, resolve_device(config.device))
+        found = builder_of(config.model.name).inspected(config, device)
     else:
         own = build_workload(config, train=False)
         found = Inspected(own.model, own.example_inputs, own)
@@ -41,7 +42,8 @@ def inspect(config: Config) -> str:
     lines += [f"warning: {line}" for line in narrow_lines(space)]
     if "latency" in space.costs:
         lines.append(_latency_line(space))
-    return "\n".join([*lines, _budget_line(space, config)])
+    lines.append(_budget_line(space, config))
+    return "\n".join([*lines, *adapter.memory_lines(config, space, found.model, device)])
 
 
 def resources(seconds: float) -> str:

@@ -113,9 +113,8 @@ def _run_folder(config: Config, folder: Path, resume: bool) -> Iterator[Path]:
 
 def _same_settings(before: Config, now: Config, folder: Path) -> None:
     ours, theirs = flat(now.to_dict()), flat(before.to_dict())
-    changed = [
-        key for key in theirs if theirs[key] != ours.get(key) and key not in ("threads", "search.tensorboard")
-    ]
+    free = ("threads", "search.tensorboard", "recovery.spill")  # they change nothing of the result
+    changed = [key for key in theirs if theirs[key] != ours.get(key) and key not in free]
     if changed:
         key = changed[0]
         raise ConfigError(f"--resume: {folder} was started with {key}={theirs[key]!r}, not {ours.get(key)!r}")

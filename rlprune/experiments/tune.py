@@ -1,18 +1,20 @@
-"""The final fine-tune of a saved pruned model, in a process of its own; and over several GPUs for language models::
+"""The final fine-tune of a saved pruned model, in a process of its own; or in several, on a GPU each::
 
     rlprune train CONFIG --set finish.steps=0 --out RUN       # the search, one process
     accelerate config                                         # once: number of GPUs, FSDP or not
     accelerate launch -m rlprune.experiments.tune RUN/pruned CONFIG --out RUN/tuned --set finish.steps=2000
 
-``python -m rlprune.experiments.tune ...`` is the same on one device.
+``python -m rlprune.experiments.tune ...`` is the same on one device, and ``torchrun --nproc-per-node 2 -m
+rlprune.experiments.tune ...`` in two processes, also without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..api import load
@@ -21,10 +23,12 @@ from ..config.config import Config, load_config
 from ..errors import ConfigError, RlpruneError
 from ..pruning.plan import Plan
 from ..recovery.finetune import Progress
+from ..recovery.processes import team_of
 from ..tracing.trace import TraceOptions
 from ..utils.checkpoints import forget
+from ..utils.launched import is_main_process, process_rank
 from ..workloads.adapter import TuneJob
-from .build import build_workload
+from .build import build_workload, resolve_device
 from .usage import check_usage
 
 
@@ -33,7 +37,7 @@ def tune_folder(
 ) -> str:
     """Fine-tune a saved pruned model and save it again with the same plan; returns a table.
 
-    Runs in one process or, for language models, in all that ``accelerate launch`` started; the first of them saves.
+    Runs in one process, or in all that ``accelerate launch`` or ``torchrun`` started; the first of them saves.
 
     Args:
         folder: a pruned model that a run or ``rlprune prune`` left.
@@ -42,7 +46,11 @@ def tune_folder(
 
     Raises ConfigError: the settings leave the fine-tune out; ArtifactError: the folder.
     """
-    workload = build_workload(config)
+    team = team_of(resolve_device(config.device))
+    if team is not None and team.device.type == "cuda":
+        config = replace(config, device=str(team.device))
+    with contextlib.nullcontext() if team is None else team.first_alone():
+        workload = build_workload(config)
     count, unit = workload.adapter.fine_tune_length(config.finish)
     if count < 1:
         raise ConfigError(f"finish.{unit}: a fine-tune needs at least 1, got {count}")
@@ -53,7 +61,9 @@ def tune_folder(
     plan = Plan.from_dict(document, space)
     state = Path(f"{Path(out)}.state")
     result = workload.fine_tune(model, config.finish, TuneJob(config.seed, state=state, progress=progress))
-    if int(os.environ.get("RANK", "0")) != 0:
+    if team is not None:
+        team.close()
+    if not is_main_process():
         return ""
     workload.save(result.model, plan, out)
     forget(state)
@@ -81,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_usage(config, "tune", args.set)
         table = tune_folder(args.folder, config, args.out)
     except RlpruneError as error:
-        print(error, file=sys.stderr)
+        where = "" if is_main_process() else f"process {process_rank()}: "  # one of them may fail alone
+        print(f"{where}{error}", file=sys.stderr)
         return 2
     print(table, end="\n" if table else "")
     return 0

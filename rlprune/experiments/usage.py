@@ -174,7 +174,7 @@ RULES = (
          lambda run: "reconstruct" in run.config.recovery.steps or run.command == "fidelity" or run.foreign_recovery
          or run.config.prune.importance in ("obs", "obs_fisher"),
          "recovery.steps is without reconstruct", "add it", ("recovery.steps", "prune.importance")),
-    Rule(("recovery.shrink",),
+    Rule(("recovery.shrink", "recovery.spill"),
          lambda run: "reconstruct" in run.config.recovery.steps or run.command == "fidelity",
          "recovery.steps is without reconstruct", "add it", ("recovery.steps",)),
     Rule(("budget.batch_size", "budget.table"), lambda run: run.config.budget.metric == "latency",

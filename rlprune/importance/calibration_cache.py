@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
+from ..config.config import RecoveryConfig
 from ..errors import DataError
 from ..pruning.space import PruningSpace
 from ..utils.pytrees import Inputs, Nest
@@ -39,6 +40,8 @@ class CalibrationCache:
         limit: calibration samples that importances read; None for all.
         ridge: relative penalty of importances that solve regressions.
         recovery_limit: calibration samples that the recovery reads; None for all.
+        recovery: the recovery that will follow, for which an importance may leave what it measures on its way; None
+            where none is known.
     """
 
     def __init__(
@@ -51,9 +54,11 @@ class CalibrationCache:
         limit: int | None = None,
         ridge: float = 1e-3,
         recovery_limit: int | None = None,
+        recovery: RecoveryConfig | None = None,
     ) -> None:
         self.space, self.model, self.seed = space, model, seed
         self.limit, self.ridge, self.recovery_limit = limit, ridge, recovery_limit
+        self.recovery = recovery
         self._source = source
         self._measured: dict[str, object] = {}
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from . import families, zeroshot
     from .calibration.cache import STATISTICS, LanguageCalibration
     from .calibration.grams import Grams
+    from .footprints import footprint
     from .proof import counted, random_plan
 
 __getattr__, __dir__ = lazy_names(
@@ -22,6 +23,7 @@ __getattr__, __dir__ = lazy_names(
         "LanguageCalibration": "calibration.cache",
         "STATISTICS": "calibration.cache",
         "counted": "proof",
+        "footprint": "footprints",
         "random_plan": "proof",
     },
     modules=("families", "zeroshot"),
@@ -33,6 +35,7 @@ __all__ = [
     "LanguageCalibration",
     "counted",
     "families",
+    "footprint",
     "random_plan",
     "zeroshot",
 ]

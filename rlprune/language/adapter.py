@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..artifacts.documents import PLAN_FILE, PlanDocument
 from ..artifacts.pruned_model import check_base
 from ..artifacts.safetensors import check_roots
-from ..config.config import FinishConfig, RecoveryConfig
+from ..config.config import Config, FinishConfig, RecoveryConfig
 from ..errors import ArtifactError
 from ..importance.calibration_cache import CalibrationCache
 from ..importance.unit_scores import Scores
@@ -41,13 +41,13 @@ from .calibration.cache import LanguageCalibration, language_calibration
 from .calibration.compensation import BiasCompensation
 from .calibration.grams import group_consumers, unit_consumers
 from .calibration.importance import OWN_IMPORTANCES
-from .calibration.nested import NestedReconstruction
 from .calibration.statistics import collect as collect_statistics
 from .comparison import compare, read_tasks
 from .dtype import scoring_dtype
 from .files.folder import save_language_model
 from .files.pretrained import SOURCE, load_folder
 from .files.streaming import space_of
+from .footprints import footprint
 from .judge import (
     DenseAnswers,
     LanguageJudge,
@@ -146,11 +146,8 @@ class LanguageAdapter(ModelAdapter):
         if "reconstruct" in settings.steps:
             if not unit_consumers(space):
                 return Reconstruction(model, space, own.batches(settings.samples), settings.ridge)
-            grams = own.take_grams()
-            return NestedReconstruction(
-                model, space, grams, importance, settings.ridge, intercept=bias, shrink=settings.shrink
-            )
-        own.forget_grams()
+            return own.reconstruction(settings, importance)
+        own.forget()
         if not bias:
             return None
         inputs = collect_statistics(model, space, own.batches(settings.samples)).inputs
@@ -237,6 +234,13 @@ class LanguageAdapter(ModelAdapter):
 
     def cost_lines(self, space: PruningSpace, model: nn.Module) -> list[str]:
         return describe.cost_lines(space, model)
+
+    def memory_lines(
+        self, config: Config, space: PruningSpace, model: nn.Module, device: torch.device
+    ) -> list[str]:
+        first = next(model.parameters())
+        element = None if first.is_meta else first.element_size()
+        return footprint(model, space, config, device=device.type, element=element).lines()
 
     def check_tasks(self, document: PlanDocument, directory: Path, tasks: Sequence[Path]) -> None:
         read_tasks(tasks)

@@ -88,6 +88,7 @@ def _language_workload(
     """The language model and text of the settings, checked against each other; nothing is trained."""
     settings, request = config.model, _text_request(config.data)
     bound_kernel_caches()
+    _check_device_map(config)
     if settings.weights is not None:
         raise ConfigError(
             "model.weights: not for language models; name the files in model.name, as hf:FOLDER"
@@ -101,7 +102,11 @@ def _language_workload(
         )
     name = f"{PREFIX}{source}" if folder else settings.name
     causal = load_causal(
-        name, dtype=settings.dtype, arguments=None if folder else settings.arguments, seed=settings.seed
+        name,
+        dtype=settings.dtype,
+        device_map=settings.device_map,
+        arguments=None if folder else settings.arguments,
+        seed=settings.seed,
     )
     if source and not folder:
         put_weights(causal.model, load_checkpoint(source, settings.checkpoint_key), f"checkpoint {source!r}")
@@ -127,6 +132,20 @@ def _language_workload(
     )
     run_forward(workload, name)
     return workload
+
+
+def _check_device_map(config: Config) -> None:
+    """What goes with a model on several devices, and what does not."""
+    if config.model.device_map is None:
+        return
+    if config.device != "auto":
+        raise ConfigError("model.device_map: chooses the devices; leave device at auto, or leave the map out")
+    if config.finish.steps:
+        raise ConfigError(
+            "finish.steps: a model on several devices (model.device_map) is not fine-tuned by the search; set it to 0 "
+            "and fine-tune the result: accelerate launch -m rlprune.experiments.tune RUN/pruned CONFIG --out OUT "
+            "--set model.device_map=null finish.steps=N"
+        )
 
 
 def _text_request(data: DataConfig) -> TextRequest:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config.names import SCORE_KINDS
 from ..errors import ConfigError, DataError
+from ..utils.memory import return_freed_memory
 from ..utils.modes import evaluating
 from ..workloads.base import Quality, Workload
 from ..workloads.judge import Judge, Judgement
@@ -117,6 +118,7 @@ def token_quality(
             for start, stop, values in logs(model, ids):
                 wanted = targets[:, 1:].flatten()[start:stop]
                 nll, kept = _nll(values, wanted)
+                del values  # before the next ones are made
                 total += nll.double().sum().cpu()
                 count += int(kept.sum())
     if count == 0:
@@ -135,10 +137,14 @@ class DenseAnswers:
 
     def __call__(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Log-probabilities and their token ids, ((stop - start) * (L - 1), k), of consecutive sequences."""
-        if stop > self._known:
-            self._extend(stop)
+        self.make(start, stop)
         values, indices = zip(*self._parts[start:stop], strict=True)
         return torch.cat(values), torch.cat(indices).long()
+
+    def make(self, start: int, stop: int) -> None:
+        """Run the dense model on what it has not read yet of consecutive sequences."""
+        if stop > self._known:
+            self._extend(stop)
 
     def _extend(self, stop: int) -> None:
         rows = self._sequences.rows
@@ -148,10 +154,12 @@ class DenseAnswers:
                 tops = []
                 for _, _, logs in self._logs(self._model, ids):
                     tops.append(logs.topk(min(self._top_k, logs.shape[-1]), dim=-1))
+                    del logs  # before the next ones are made
                 values = torch.cat([t.values for t in tops]).chunk(len(ids))
                 indices = torch.cat([t.indices.int() for t in tops]).chunk(len(ids))
                 self._parts += [(v.clone(), i.clone()) for v, i in zip(values, indices, strict=True)]
         self._known = stop
+        return_freed_memory()  # candidates come on top of what is left
 
 
 class LanguageJudge(Judge):
@@ -181,7 +189,7 @@ class LanguageJudge(Judge):
                 wanted = targets[:, 1:]
                 score, nll, answers = self._batch(model, ids, wanted.flatten(), first, until)
                 outputs += answers
-                kept = wanted != IGNORED
+                kept = (wanted != IGNORED).to(score.device)  # the head may be on another device
                 scores.append(_mean_of_kept(score.double().view(len(ids), -1), kept).cpu())
                 losses.append(nll.double().view(len(ids), -1).sum(dim=1).cpu())
                 count += int(kept.sum())
@@ -191,6 +199,10 @@ class LanguageJudge(Judge):
         return Judgement(
             torch.cat(scores), loss, perplexity(loss), count, torch.cat(outputs) if outputs else None
         )
+
+    def ask_dense(self, start: int, stop: int | None) -> None:
+        if self._answers is not None:
+            self._answers.make(start, self._count if stop is None else min(stop, self._count))
 
     def merge(self, parts: Sequence[Judgement]) -> Judgement:
         """One judgement of consecutive parts; the perplexity is that of the joint loss."""
@@ -212,6 +224,7 @@ class LanguageJudge(Judge):
                 shares, tokens = dense[0][start:stop], dense[1][start:stop]
                 scores.append(-bucket_divergence(shares, tokens, logs))
                 outputs.append(bucketed(tokens[:, :OUTPUT_TOKENS], logs)[kept].cpu())
+            del logs  # before the next ones are made
         return torch.cat(scores), torch.cat(losses), outputs
 
 
@@ -282,6 +295,7 @@ def perplexity(loss: float) -> float:
 
 def _nll(logs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each target, 0 where it is left out, and which ones are not."""
+    targets = targets.to(logs.device)
     kept = targets != IGNORED
     nll = -logs.gather(1, targets.clamp_min(0)[:, None])[:, 0]
     return nll.where(kept, 0.0), kept

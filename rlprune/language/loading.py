@@ -68,7 +68,8 @@ class Causal:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a whole text; the special tokens are those that the tokenizer adds by itself."""
-        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        found = self.tokenizer(text, verbose=False, return_attention_mask=False, return_token_type_ids=False)
+        ids: list[int] = found["input_ids"]
         return ids
 
 
@@ -103,15 +104,24 @@ def _is_image_type(kind: object) -> bool:
 
 
 def load_causal(
-    name: str, *, dtype: str = "auto", arguments: Mapping[str, object] | None = None, seed: int = 0
+    name: str,
+    *,
+    dtype: str = "auto",
+    device_map: str | None = None,
+    arguments: Mapping[str, object] | None = None,
+    seed: int = 0,
 ) -> Causal:
     """Load a language model and its tokenizer by name; ``auto`` is float32.
+
+    With ``device_map`` (a name that accelerate knows) the weights are spread over all GPUs, else they are on the CPU.
 
     Raises ConfigError (name, arguments, missing packages), DataError (no such file, no download),
     ArtifactError (broken files, missing weights), GraphError (not a causal LM of a supported family).
     """
     torch_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     with quiet():
+        if device_map is not None:
+            _require_accelerate(name)
         if name == TINY:
             return _tiny(dict(arguments or {}), seed, torch_dtype)
         if arguments:
@@ -119,7 +129,11 @@ def load_causal(
         place, file = _place(name)
         options: Mapping[str, object] = {"gguf_file": file} if file else {}
         config = _config(name, place, options)
-        model = _weights(name, place, options, torch_dtype)
+        spread = {} if device_map is None else {"device_map": device_map}
+        model = _weights(name, place, {**options, **spread}, torch_dtype)
+        _refuse_offloaded(model)
+        for method in ("to", "cuda"):  # accelerate ties them to this very model: a copy's would move it
+            vars(model).pop(method, None)
         _refuse_unsupported(name, model)
         tokenizer = _tokenizer(name, place, options)
     if file:
@@ -127,6 +141,23 @@ def load_causal(
     elif getattr(config, "quantization_config", None) is not None:
         raise GraphError(f"model.name {name!r}: its weights are quantised; give the unquantised model")
     return Causal(model.eval(), tokenizer)
+
+
+def _require_accelerate(name: str) -> None:
+    if name == TINY:
+        raise ConfigError(f"model.device_map: {TINY!r} fits on one device; leave it out")
+    if importlib.util.find_spec("accelerate") is None:
+        raise ConfigError("model.device_map: needs accelerate; pip install 'rlprune[language]'")
+
+
+def _refuse_offloaded(model: PreTrainedModel) -> None:
+    """A layer that accelerate has put on the disk, or beside GPUs on the CPU, has no weights here that could be cut."""
+    away = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if away:
+        raise ConfigError(
+            f"model.device_map: {len(away)} tensors ({away[0]!r} among them) do not fit on the devices; candidates "
+            "need all weights there: more or larger devices, or model.dtype=bfloat16"
+        )
 
 
 def read_config(name: str) -> PreTrainedConfig:

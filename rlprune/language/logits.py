@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .tuning.loss import CHUNK_TOKENS, TokenModel
 
-_ELEMENTS = 1 << 23  # logits that exist at once, where the vocabulary is large
+_ELEMENTS = 1 << 21  # logits that exist at once, where the vocabulary is large
 _LEAST = 16
 
 
@@ -30,6 +30,11 @@ def logits_of(outputs: object) -> Tensor:
     logits: Any = getattr(outputs, "logits", outputs)
     found: Tensor = logits if isinstance(logits, Tensor) else logits[0]
     return found
+
+
+def rows_at_once(vocabulary: int) -> int:
+    """Tokens whose logits exist at the same time."""
+    return max(_LEAST, min(CHUNK_TOKENS, _ELEMENTS // vocabulary))
 
 
 class ChunkedLogs:
@@ -53,7 +58,6 @@ class ChunkedLogs:
         for row in range(0, len(ids), rows):
             hidden = parts.hidden(ids[row : row + rows])[:, :-1].flatten(0, 1)
             vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", hidden.shape[-1]))
-            size = max(_LEAST, min(CHUNK_TOKENS, _ELEMENTS // vocabulary))
-            for chunk in hidden.split(size):
+            for chunk in hidden.split(rows_at_once(vocabulary)):
                 yield at, at + len(chunk), F.log_softmax(parts.head(chunk), dim=-1, dtype=torch.float32)
                 at += len(chunk)

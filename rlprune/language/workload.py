@@ -17,6 +17,7 @@ from ..workloads.adapter import ModelAdapter, adapter_named
 from ..workloads.base import SPLITS, Batch, Quality, TrainedWorkload, check_split
 from ..workloads.judge import Judge
 from ..workloads.score_kinds import registered
+from .families import tensor_of
 from .judge import (
     FORWARD_TOKENS,
     DenseAnswers,
@@ -44,7 +45,7 @@ class LanguageWorkload(TrainedWorkload):
     is better.
 
     Args:
-        model: dense model, put into eval mode and moved to ``device``.
+        model: dense model, put into eval mode and moved to ``device``, unless accelerate has spread it over several.
         tokenizer: what made the text's ids, saved beside the pruned model; None where there is none.
         data: the tokenised splits.
         batch_size: most sequences in a batch; long sequences come in smaller ones.
@@ -62,8 +63,9 @@ class LanguageWorkload(TrainedWorkload):
         device: torch.device | str = "cpu",
         base: Mapping[str, object] | None = None,
     ) -> None:
-        place = torch.device(device)
-        self.model = model.to(place).eval()
+        spread = getattr(model, "hf_device_map", None)  # accelerate has put the layers where they are to stay
+        place = torch.device(device) if spread is None else input_device(model)
+        self.model = (model if spread is not None else model.to(place)).eval()
         self.tokenizer = tokenizer
         self.data = data
         self.name = name or data.name
@@ -206,6 +208,11 @@ class _Split:
     def window(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         ids, targets = self.workload.data.splits[self.split].window(start, stop)
         return ids.to(self.workload.device), targets.to(self.workload.device)
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a causal language model reads its token ids."""
+    return tensor_of(model.get_input_embeddings(), "weight").device  # type: ignore[operator]
 
 
 def base_of_model(model: nn.Module, name: str) -> dict[str, Any]:

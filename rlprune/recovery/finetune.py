@@ -8,6 +8,7 @@ alone, and a resumed run gives the bits of an uninterrupted one.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 
 from ..errors import RlpruneError
 from ..utils.checkpoints import StateFile, settings_key
+from ..utils.launched import is_main_process
 from ..utils.pytrees import Inputs, call, map_tensors
+from .processes import Team, shared_statistics
 
 Outputs = Any
 Targets = Any
@@ -36,6 +39,7 @@ Progress = Callable[[str, int, int, dict[str, float]], None]
 """Called as progress(phase, done, total, values) a few times a second."""
 
 _LOOK_SECONDS = 0.25
+_LOOK_STEPS = 10
 
 
 def softmax_distillation(outputs: Tensor, logits: Tensor, temperature: float) -> Tensor:
@@ -156,6 +160,7 @@ def fit(
     forward: Forward = plain_forward,
     generator: torch.Generator | None = None,
     watch: Watch | None = None,
+    team: Team | None = None,
 ) -> FitResult:
     """Train ``model`` in place with SGD; it is left in eval mode.
 
@@ -165,6 +170,8 @@ def fit(
         forward: how a model is called for its loss, see ``Forward``.
         generator: CPU generator of every draw, dropout included (seed 0 without one). It is advanced.
         watch: who is told of the progress, and where the private state lies.
+        team: the processes that train this model together, each in this function; None for one alone. The first of
+            them writes the state.
 
     Raises RlpruneError for no data, ArtifactError for an unwritable state or one of another run.
     """
@@ -181,8 +188,9 @@ def fit(
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         autocast = _autocast(device, schedule.mixed_precision)
-        loop = _Loop(model, batches, loss, forward, schedule, distill, autocast, generator)
-        with torch.enable_grad():
+        loop = _Loop(model, batches, loss, forward, schedule, distill, autocast, generator, team)
+        shared = contextlib.nullcontext() if team is None else shared_statistics(model)
+        with torch.enable_grad(), shared:
             mean = loop.run(state, watch.progress, watch.phase)
     model.eval()
     return FitResult(loop.step, mean, time.monotonic() - started)
@@ -201,7 +209,9 @@ class _Loop:
         distill: DistillTargets | None,
         autocast: Callable[[], torch.autocast],
         generator: torch.Generator,
+        team: Team | None,
     ) -> None:
+        self.team = team
         self.model, self.batches, self.hard_loss, self.forward = model, batches, loss, forward
         self.schedule, self.distill, self.autocast = schedule, distill, autocast
         self.generator = generator
@@ -227,16 +237,20 @@ class _Loop:
         for batch in self._stream():
             self._one(batch)
             finished = self.step == total
-            if finished or time.monotonic() - last > _LOOK_SECONDS:
+            if finished or self._looks(last):
                 self.mean = float(self.sum) / self.epoch_batches
                 if progress is not None:
                     progress(phase, self.step, total, {"loss": self.mean})
                 last = time.monotonic()
                 if not math.isfinite(self.mean):
                     break
-            if state is not None and (finished or state.due()):
+            if state is not None and is_main_process() and (finished or state.due()):
                 state.save(self._content())
         return self.mean
+
+    def _looks(self, last: float) -> bool:
+        """Whether the loss is looked at after this step: by the clock, and in a team all at the same step."""
+        return time.monotonic() - last > _LOOK_SECONDS if self.team is None else self.step % _LOOK_STEPS == 0
 
     def _stream(self) -> Iterator[Item]:
         """The batches that are left, epoch after epoch; a resumed epoch skips what it had done."""
@@ -262,6 +276,9 @@ class _Loop:
     def _one(self, batch: Item) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.rate(self.step)
+        share = 1.0
+        if self.team is not None:
+            batch, share = self.team.share(batch)
         inputs, targets = batch[0], batch[1]
         self.optimizer.zero_grad(set_to_none=True)
         teacher = self._teacher(batch) if self.distill is not None and self.distill.soft > 0 else None
@@ -271,7 +288,11 @@ class _Loop:
         if self.distill is not None and self.distill.soft > 0:
             soft = self.distill.loss(outputs, teacher)
             loss = (1 - self.distill.soft) * loss + self.distill.soft * soft
-        loss.backward()
+        if self.team is None:
+            loss.backward()
+        else:
+            (loss * share).backward()
+            loss = self.team.sum_gradients(self.model, loss * share)
         self.optimizer.step()
         self.sum += loss.detach()
         self.step += 1

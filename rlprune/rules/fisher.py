@@ -9,7 +9,7 @@ import numpy as np
 
 from ..importance.calibration_cache import CURVES, Curves
 from ..language.calibration import fisher as information
-from ..language.calibration.grams import collect
+from ..language.calibration.grams import GramWalk
 from ..utils.arrays import Floats
 from .context import Context, rule
 from .threshold import widths_distribution
@@ -41,7 +41,7 @@ def divergences(context: Context) -> Curves:
     """Expected divergence of each attention and feed-forward group when 0, 1, ..., all units are gone: (width + 1,)."""
     workload, model, space = context.data("fisher"), context.model, context.space
     moments = information.output_moments(model, space, workload.batches("calibration"), context.seed)
-    grams = collect(model, space, workload.batches("calibration"))
+    grams = GramWalk(model, lambda: workload.batches("calibration"))
     return information.divergence_curves(information.fisher_eliminations(model, space, grams, moments, RIDGE))
 
 

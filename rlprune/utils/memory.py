@@ -12,7 +12,7 @@ import torch
 # Just below the 32 MiB at which glibc stops raising its threshold (mallopt(3): M_MMAP_THRESHOLD).
 _LARGE_BLOCK = 31 * 2**20
 # Compiled products that oneDNN, and torch's layer above it, keep: a candidate has fewer shapes.
-_KERNELS = 128
+_KERNELS = 64
 
 
 def return_freed_memory() -> None:

@@ -22,6 +22,7 @@ from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
 from ..pruning.surgery import attributes
 from ..recovery.finetune import Item, Schedule, Watch, fit
+from ..recovery.processes import team_of
 from ..recovery.reconstruct import Reconstruction
 from ..tracing.trace import ExampleInputs, TraceOptions, count_macs, trace_channels
 from ..utils.modes import evaluating
@@ -72,6 +73,7 @@ class VisionAdapter(ModelAdapter):
         (
             *("finish.method", "finish.rank", "finish.alpha", "finish.dropout"),
             *("score.top_k", "score.dtype", "prune.drop", "prune.hidden", "recovery.shrink", "model.dtype"),
+            *("recovery.spill", "model.device_map"),
             *("data.files", "data.column", "data.sequence_length", "data.test_length", "data.stride"),
         ),
         ("only for language models", "{model} is none"),
@@ -152,6 +154,7 @@ class VisionAdapter(ModelAdapter):
             forward=workload.outputs_for_loss,
             generator=torch.Generator().manual_seed(job.seed),
             watch=Watch(job.progress, job.phase, job.state),
+            team=team_of(workload.device),
         )
         left_out = settings.distill and distill is None
         note = (

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..artifacts.documents import PlanDocument
-from ..config.config import FinishConfig, RecoveryConfig
+from ..config.config import Config, FinishConfig, RecoveryConfig
 from ..importance.calibration_cache import CalibrationCache
 from ..importance.unit_scores import Scores
 from ..pruning.cost_metrics import with_registered_costs
@@ -254,6 +254,12 @@ class ModelAdapter(abc.ABC):
     @abc.abstractmethod
     def cost_lines(self, space: PruningSpace, model: nn.Module) -> list[str]:
         """Dense costs and feasible budgets, a line each; latency has a line of its own."""
+
+    def memory_lines(
+        self, config: Config, space: PruningSpace, model: nn.Module, device: torch.device
+    ) -> list[str]:
+        """Predicted peaks of memory of preparing and searching, a line each; none where there is no formula."""
+        return []
 
     @abc.abstractmethod
     def check_tasks(self, document: PlanDocument, directory: Path, tasks: Sequence[Path]) -> None:

@@ -49,6 +49,9 @@ class Judge(abc.ABC):
     def __call__(self, model: nn.Module, start: int = 0, stop: int | None = None) -> Judgement:
         """Judge ``model`` on the samples from ``start`` to ``stop``; DataError when there is none."""
 
+    def ask_dense(self, start: int, stop: int | None) -> None:  # noqa: B027  (most judges ask it as they go)
+        """Make the dense model's answers on the samples from ``start`` to ``stop`` before a candidate is in memory."""
+
     def merge(self, parts: Sequence[Judgement]) -> Judgement:
         """One judgement from those of consecutive parts."""
         if len(parts) == 1:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -76,19 +78,59 @@ class TestEvaluator:
         evaluator.evaluate(plans(evaluator, 1)[0])
         assert all(torch.equal(v, before[k]) for k, v in workload.model.state_dict().items())
 
-    def test_gram_matrices_are_collected_once_and_freed(self, workload, monkeypatch):
+    @pytest.mark.parametrize("importance", ["obs", "obs_fisher", "l2"])
+    def test_gram_matrices_are_made_once_and_one_block_at_a_time(self, workload, monkeypatch, importance):
         from rlprune.language.calibration import grams
 
-        collected = []
+        made: dict[str, int] = {}
+        alive: list[weakref.ref[torch.Tensor]] = []
+        collected = grams._collected
 
-        def collect(*args, **options):
-            collected.append(grams_collect(*args, **options))
-            return collected[-1]
+        def collect(model, names, run):
+            gc.collect()
+            assert not [ref for ref in alive if ref() is not None], "the block before is still in memory"
+            found = collected(model, names, run)
+            for name, gram in found.items():
+                made[name] = made.get(name, 0) + 1
+                alive.append(weakref.ref(gram.product))
+            return found
 
-        grams_collect = grams.collect
-        monkeypatch.setattr("rlprune.language.calibration.cache.collect_grams", collect)
-        evaluator_of(workload, importance="obs", steps=("reconstruct",))
-        assert len(collected) == 1 and len(collected[0]) == 0
+        monkeypatch.setattr(grams, "_collected", collect)
+        evaluator = evaluator_of(workload, importance=importance, steps=("reconstruct",))
+        names = [c.module for c in grams.unit_consumers(evaluator.space)]
+        assert list(made) == names and set(made.values()) == {1}
+        assert evaluator.recovery.nbytes > 0
+
+    def test_candidates_hold_no_copy_of_an_uncut_matrix(self, workload):
+        """By address: all matrices that a plan leaves whole are the dense model's own."""
+        evaluator = evaluator_of(workload, steps=("reconstruct",))
+        widths = evaluator.space.widths.copy()
+        widths[1] //= 2
+        slim = evaluator.build(widths, scoring=True)
+        dense = dict(workload.model.named_parameters())
+        cut = {name for name, p in slim.named_parameters() if p.shape != dense[name].shape}
+        assert len(cut) == 3  # gate, up and down of one block
+        for name, parameter in slim.named_parameters():
+            same = parameter.data_ptr() == dense[name].data_ptr()
+            assert same == (name not in cut and parameter.ndim > 1), name
+        evaluator.evaluate(widths)
+        kept = evaluator.build(widths)  # for keeps: all its own
+        assert not {p.data_ptr() for p in kept.parameters()} & {p.data_ptr() for p in dense.values()}
+
+    def test_the_dense_model_is_asked_before_a_candidate_is_in_memory(self, workload, monkeypatch):
+        fresh = workload_of(tiny_lm("llama"))
+        evaluator = evaluator_of(fresh, rungs=(3, 5))
+        judge, built, known = evaluator._judges[False], evaluator._built, []
+        monkeypatch.setattr(
+            evaluator, "_built", lambda *a, **k: (known.append(judge._answers._known), built(*a, **k))[1]
+        )
+        first, second = plans(evaluator, 2)
+        evaluator.evaluate_partial(first, 3)
+        evaluator.evaluate(first)
+        evaluator.evaluate(second)
+        assert known == [3, 8, 8]
+        asked = evaluator_of(fresh, rungs=(3, 5), kind="loss")  # no dense answers in it
+        assert asked.evaluate(first).samples == 8
 
     def test_statistics_are_shared_by_importance_and_rules(self, workload, monkeypatch):
         evaluator = evaluator_of(workload, importance="wanda_sp")

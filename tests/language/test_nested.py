@@ -19,7 +19,8 @@ from rlprune.errors import ConfigError, DataError
 from rlprune.evaluation.importance import compute
 from rlprune.evaluation.recovery import Recovery
 from rlprune.language.calibration import elimination, grams
-from rlprune.language.calibration.nested import NestedReconstruction, Triangles
+from rlprune.language.calibration.nested import Factors, NestedReconstruction, Triangles
+from rlprune.language.calibration.shelf import Shelf
 from rlprune.pruning.plan import Plan
 
 RIDGE = 1e-3
@@ -38,6 +39,11 @@ def test_gram_matrices_are_the_mean_products_whatever_the_blocks(monkeypatch):
             assert found.count == len(x)
 
 
+def folded(model, space, collected, scores, **how):
+    """The closed form of Gram matrices, which it uses up."""
+    return NestedReconstruction.of(space, grams.UsedUp(collected), Factors(model, RIDGE, **how), scores)
+
+
 def known(workload, space, given):
     """A cache of measurements that holds Gram matrices already; None where none are given."""
     if given is None:
@@ -49,13 +55,14 @@ def known(workload, space, given):
 
 class TestTriangles:
     def test_two_share_a_buffer_and_come_back(self):
-        store = Triangles()
+        shelf = Shelf()
+        store = Triangles(shelf)
         made = [torch.tril(torch.randn(n, n)) for n in (5, 5, 7, 5)]
         handles = [store.add(m) for m in made]
         for handle, m in zip(handles, made, strict=True):
             for size in (1, 3, len(m)):
                 assert torch.equal(store.upper(handle, size).triu(), m[:size, :size].T)
-        assert store.nbytes == 4 * (2 * 5 * 6 + 7 * 8)
+        assert shelf.nbytes + store.nbytes == 4 * (2 * 5 * 6 + 7 * 8)
 
 
 def workload_of(name: str, **changes):
@@ -92,7 +99,7 @@ class TestNested:
         rng = np.random.default_rng(0)
         scores = [rng.random(g.width) for g in space.groups]
         collected = grams.collect(model, space, workload.batches("calibration"))
-        fold = NestedReconstruction(model, space, collected, scores, RIDGE, intercept=intercept)
+        fold = folded(model, space, collected, scores, intercept=intercept)
         assert len(collected) == 0 and fold.nbytes > 0
         best = rlprune.make_plan(space, importance=scores, widths=np.maximum(space.widths * 2 // 3, 1))
         other = plan_of(space, seed=1)
@@ -120,7 +127,7 @@ class TestNested:
         scores = [rng.random(g.width) for g in space.groups]
         products = {n: collected[n].product for n in names(space)}
         again = grams.Grams({n: collected[n] for n in names(space)})
-        fold = NestedReconstruction(workload.model, space, again, scores, RIDGE)
+        fold = folded(workload.model, space, again, scores)
         widths = [data.draw(st.integers(1, g.width)) for g in space.groups]
         plan = rlprune.make_plan(space, importance=scores, widths=widths)
         slim = rlprune.prune(workload.model, plan)
@@ -156,7 +163,7 @@ class TestNested:
         found = elimination.eliminations(workload.model, space, collected, RIDGE)
         ranks = [found[g].ranks for g in range(len(space.groups))]
         again = grams.Grams({n: collected[n] for n in names(space)})
-        fold = NestedReconstruction(workload.model, space, again, ranks, RIDGE)
+        fold = folded(workload.model, space, again, ranks)
         for width in (30, 12, 3):
             widths = [min(width, g.width) for g in space.groups]
             plan = rlprune.make_plan(space, importance=ranks, widths=widths)

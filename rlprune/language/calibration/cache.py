@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from ...config.config import RecoveryConfig
 from ...errors import ConfigError
 from ...importance.calibration_cache import CalibrationCache
-from .grams import Grams
-from .grams import collect as collect_grams
+from ...importance.unit_scores import Scores
+from ...utils.arrays import Floats
+from .grams import Consumer, Grams, GramSource, GramWalk, InputGram, UsedUp, unit_consumers
+from .nested import Factors, NestedReconstruction
 from .statistics import Statistics
 from .statistics import collect as collect_statistics
 
@@ -13,9 +16,15 @@ STATISTICS = "statistics"
 
 
 class LanguageCalibration(CalibrationCache):
-    """Input moments, Gram matrices and expected divergences of a causal language model."""
+    """Input moments, Gram matrices and expected divergences of a causal language model.
 
-    _grams: Grams | None = None
+    Gram matrices are made one block at a time and kept by nobody. Where the recovery wants them as well
+    (``self.recovery``), an importance that has ranked a layer's units leaves the factor of its matrix here
+    (:meth:`factorise`), so that the data are read once.
+    """
+
+    _given: Grams | None = None
+    _factors: Factors | None = None
 
     def statistics(self) -> Statistics:
         """Input moments and cosines of the blocks, over all that importances read."""
@@ -23,26 +32,52 @@ class LanguageCalibration(CalibrationCache):
             STATISTICS, lambda: collect_statistics(self.model, self.space, self.batches(self.limit))
         )
 
-    def grams(self) -> Grams:
-        """Gram matrices of what the units' consumers read, over what the recovery reads; kept until taken."""
-        if self._grams is None:
-            limit = self.recovery_limit if self.limit is None else self.limit
-            self._grams = collect_grams(self.model, self.space, self.batches(limit))
-        return self._grams
+    def grams(self) -> GramSource:
+        """Gram matrices of what the units' consumers read, over what the recovery reads."""
+        if self._given is not None:
+            return self._given
+        limit = self.recovery_limit if self.limit is None else self.limit
+        return GramWalk(self.model, lambda: self.batches(limit))
+
+    def collect_grams(self) -> Grams:
+        """All of :meth:`grams` at once, for whoever needs them more than once."""
+        return Grams({c.module: gram for c, gram in self.grams().each(unit_consumers(self.space))})
 
     def give_grams(self, grams: Grams) -> None:
-        """Take Gram matrices that were collected elsewhere."""
-        self._grams = grams
+        """Take Gram matrices that were collected elsewhere; the recovery uses them up."""
+        self._given = grams
 
-    def take_grams(self) -> Grams:
-        """Hand over the Gram matrices to whoever frees them one by one; nothing of them stays here."""
-        taken = self.grams()
-        self._grams = None
-        return taken
+    def factorise(self, consumer: Consumer, gram: InputGram, scores: Floats) -> None:
+        """Keep what the recovery will want of a consumer whose units have been ranked; nothing where it wants none."""
+        if self.recovery is None or "reconstruct" not in self.recovery.steps or self._given is not None:
+            return
+        if self._factors is None:
+            self._factors = self._new_factors(self.recovery)
+        self._factors.add(consumer, gram, scores)
 
-    def forget_grams(self) -> None:
-        """Free the Gram matrices: they are the peak of a search's memory."""
-        self._grams = None
+    def reconstruction(self, settings: RecoveryConfig, importance: Scores | None) -> NestedReconstruction:
+        """The closed form, from the factors that are here or from a pass over the data; nothing of it stays here."""
+        kept, given = self._factors, self._given
+        self._factors = self._given = None
+        consumers = unit_consumers(self.space)
+        if kept is not None and settings == self.recovery and kept.fit(consumers, importance):
+            return NestedReconstruction(self.space, kept)
+        del kept
+        source = self.grams() if given is None else UsedUp(given)
+        return NestedReconstruction.of(self.space, source, self._new_factors(settings), importance)
+
+    def forget(self) -> None:
+        """Free what only a recovery would need."""
+        self._factors = self._given = None
+
+    def _new_factors(self, settings: RecoveryConfig) -> Factors:
+        return Factors(
+            self.model,
+            settings.ridge,
+            intercept="bias" in settings.steps,
+            shrink=settings.shrink,
+            spill=settings.spill,
+        )
 
 
 def language_calibration(cache: CalibrationCache, who: str) -> LanguageCalibration:

@@ -10,6 +10,7 @@ left. The order is nested: what width k keeps, width k + 1 keeps too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ...errors import DataError
 from ...pruning.space import PruningSpace
 from ...utils.arrays import Floats, Ints
-from .grams import Grams, InputGram, group_consumers
+from .grams import Consumer, GramSource, InputGram, group_consumers
 
 # Removals whose updates of the two big matrices are applied together, as one matrix product.
 _LAZY = 64
@@ -70,8 +71,11 @@ def eliminate(product: Tensor, matrix: Tensor, columns: Ints, ridge: float) -> E
     del lower  # every (I, I) matrix in float64 is as large as two layers of the model
     if columns.shape[1] == 1:
         flat = torch.from_numpy(columns[:, 0].copy()).to(h.device)
-        h, p = h[flat[:, None], flat], p[flat[:, None], flat]
-        order, errors = _columns(h, p)
+        h = h[flat[:, None], flat]
+        p = p[flat[:, None], flat]
+        both = [h, p]
+        del h, p
+        order, errors = _columns(both)
     else:
         order, errors = _blocks(h, p, columns)
     return Elimination(order, np.cumsum(errors), energy)
@@ -96,12 +100,13 @@ def penalised(
     return a, lower
 
 
-def _columns(h: Tensor, p: Tensor) -> tuple[Ints, list[float]]:
-    """Units of one column: the matrices are brought up to date every ``_LAZY`` removals only.
+def _columns(both: list[Tensor]) -> tuple[Ints, list[float]]:
+    """Units of one column: H and P, taken out of ``both``, are brought up to date every ``_LAZY`` removals only.
 
     Between two updates ``H = h - U U'`` and ``P = p - U Q' - Q U' + U D U'``; one step reads one column
     of each, so it costs O(I * _LAZY) instead of O(I^2).
     """
+    p, h = both.pop(), both.pop()
     alive = torch.arange(len(h), device=h.device)
     order: list[int] = []
     errors: list[float] = []
@@ -162,8 +167,12 @@ def _blocks(h: Tensor, p: Tensor, columns: Ints) -> tuple[Ints, list[float]]:
     return np.array(order, dtype=np.int64), errors
 
 
+Ranked = Callable[[Consumer, InputGram, Floats], None]
+"""Is told of every consumer, its Gram matrix and its units' scores, while the matrix is there."""
+
+
 def eliminations(
-    model: nn.Module, space: PruningSpace, grams: Grams, ridge: float = 1e-3
+    model: nn.Module, space: PruningSpace, grams: GramSource, ridge: float = 1e-3, then: Ranked | None = None
 ) -> dict[int, Elimination]:
     """The :class:`Elimination` of each group (by index) of a language model, from its consumers' Gram matrices.
 
@@ -172,8 +181,10 @@ def eliminations(
     """
     found = {}
     with torch.no_grad():
-        for consumer in group_consumers(space, "prune.importance: 'obs'"):
-            gram: InputGram = grams[consumer.module]
+        for consumer, gram in grams.each(group_consumers(space, "prune.importance: 'obs'")):
             product = gram.centred() if consumer.has_bias(model) else gram.product
             found[consumer.group] = eliminate(product, consumer.matrix(model), consumer.columns, ridge)
+            if then is not None:
+                then(consumer, gram, found[consumer.group].ranks)
+            del gram, product  # before the next block's are made
     return found

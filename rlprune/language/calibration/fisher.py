@@ -21,8 +21,8 @@ from ...errors import DataError
 from ...pruning.space import PruningSpace
 from ...utils.arrays import Floats
 from ...utils.modes import evaluating
-from .elimination import Elimination, eliminate
-from .grams import Grams, group_consumers, token_rows, unit_consumers
+from .elimination import Elimination, Ranked, eliminate
+from .grams import GramSource, group_consumers, token_rows, unit_consumers
 
 # Share of F's mean diagonal that is added before the root: directions that no gradient has shown count a little.
 _DAMPING = 1e-4
@@ -94,18 +94,21 @@ def _drawn(logits: Tensor, seed: int) -> Tensor:
 def fisher_eliminations(
     model: nn.Module,
     space: PruningSpace,
-    grams: Grams,
+    grams: GramSource,
     moments: Mapping[str, Tensor],
     ridge: float = 1e-3,
+    then: Ranked | None = None,
 ) -> dict[int, Elimination]:
     """As `elimination.eliminations`, in nats: half of ``errors`` is the divergence that a cut is expected to cost."""
     found = {}
     with torch.no_grad():
-        for consumer in group_consumers(space, "prune.importance: 'obs_fisher'"):
-            gram = grams[consumer.module]
+        for consumer, gram in grams.each(group_consumers(space, "prune.importance: 'obs_fisher'")):
             product = gram.centred() if consumer.has_bias(model) else gram.product
             weights = consumer.matrix(model).double() @ _root(moments[consumer.module])
             found[consumer.group] = eliminate(product, weights, consumer.columns, ridge)
+            if then is not None:
+                then(consumer, gram, found[consumer.group].ranks)
+            del gram, product  # before the next block's are made
     return found
 
 

@@ -9,9 +9,9 @@ input decides what a unit is worth (:mod:`.elimination`) and how the others stan
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from ...errors import ConfigError, DataError
 from ...pruning.space import PruningSpace
 from ...utils.arrays import Ints
-from ...utils.memory import return_freed_memory
-from ...utils.modes import evaluating
+from .walk import parts
 
 LANGUAGE_KINDS = ("attention", "ffn")
 
@@ -110,6 +109,14 @@ class InputGram:
         return self.product - torch.outer(self.mean, self.mean)
 
 
+class GramSource(Protocol):
+    """Where Gram matrices come from: a store of all of them, or a walk that makes one block's at a time."""
+
+    def each(self, consumers: Sequence[Consumer]) -> Iterator[tuple[Consumer, InputGram]]:
+        """The matrix of each consumer, in their order; one may be used up before the next is asked for."""
+        ...
+
+
 class Grams:
     """The :class:`InputGram` of each consumer by module name; whoever is the last to need one takes it out."""
 
@@ -131,6 +138,10 @@ class Grams:
     def names(self) -> list[str]:
         return sorted(self._entries)
 
+    def each(self, consumers: Sequence[Consumer]) -> Iterator[tuple[Consumer, InputGram]]:
+        for consumer in consumers:
+            yield consumer, self[consumer.module]
+
     def pop(self, name: str) -> InputGram:
         """The entry, whose memory is free once the caller lets go of it."""
         entry = self[name]
@@ -142,24 +153,61 @@ class Grams:
         return sum(e.product.nbytes + e.mean.nbytes for e in self._entries.values())
 
 
-def collect(
-    model: nn.Module,
-    space: PruningSpace,
-    batches: Iterable[tuple[Tensor, object]],
-    names: Iterable[str] | None = None,
-) -> Grams:
-    """Gram matrices of the attention and feed-forward groups' consumers in one pass over ``batches``.
+class UsedUp:
+    """Gram matrices of a store that are taken out of it as they are asked for."""
+
+    def __init__(self, grams: Grams) -> None:
+        self._grams = grams
+
+    def each(self, consumers: Sequence[Consumer]) -> Iterator[tuple[Consumer, InputGram]]:
+        for consumer in consumers:
+            yield consumer, self._grams.pop(consumer.module)
+
+
+class GramWalk:
+    """Gram matrices made one block at a time, in a pass over the calibration data that is run as they are asked for.
+
+    Args:
+        batches: gives the data anew at every call.
+    """
+
+    def __init__(self, model: nn.Module, batches: Callable[[], Iterable[tuple[Tensor, object]]]) -> None:
+        self._model, self._batches = model, batches
+
+    def each(self, consumers: Sequence[Consumer]) -> Iterator[tuple[Consumer, InputGram]]:
+        """As `GramSource.each`, where consumers of one block stand together and blocks are in order.
+
+        Raises:
+            DataError: there are no batches, a layer is never called, or activations are not finite.
+        """
+        left = list(consumers)
+        for part in parts(self._model, self._batches()):
+            here = [c for c in left if part.holds(c.module)]
+            found = _collected(self._model, [c.module for c in here], part.run)
+            for consumer in here:
+                yield consumer, found.pop(consumer.module)
+            left = [c for c in left if not part.holds(c.module)]
+            if not left:
+                return
+        if left:
+            raise DataError(f"calibration: the split is empty, or {left[0].module!r} is never called")
+
+
+def collect(model: nn.Module, space: PruningSpace, batches: Iterable[tuple[Tensor, object]]) -> Grams:
+    """Gram matrices of the attention and feed-forward groups' consumers, all of them, in one pass over ``batches``.
 
     Products are formed and summed in float32 (float64 for a float64 model): over B batches of positive
     sums the relative error stays near sqrt(B) * 6e-8, far below the ridge.
 
-    Args:
-        names: only these modules; all by default.
-
     Raises:
         DataError: there are no batches, or activations are not finite.
     """
-    wanted = {c.module for c in unit_consumers(space)} if names is None else set(names)
+    walk = GramWalk(model, lambda: batches)
+    return Grams({consumer.module: gram for consumer, gram in walk.each(unit_consumers(space))})
+
+
+def _collected(model: nn.Module, names: Sequence[str], run: Callable[[], None]) -> dict[str, InputGram]:
+    """The Gram matrices of some modules' inputs over a pass."""
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     counts: dict[str, int] = {}
 
@@ -177,13 +225,13 @@ def collect(
 
         return hook
 
-    handles = [model.get_submodule(n).register_forward_pre_hook(note(n)) for n in sorted(wanted)]
+    handles = [model.get_submodule(n).register_forward_pre_hook(note(n)) for n in names]
     try:
-        run_blocks(model, batches)
+        run()
     finally:
         for handle in handles:
             handle.remove()
-    missing = sorted(wanted - set(sums))
+    missing = [name for name in names if name not in sums]
     if missing:
         raise DataError(f"calibration: the split is empty, or {missing[0]!r} is never called")
     for name, (product, total) in sums.items():
@@ -193,23 +241,10 @@ def collect(
             product[:start, start : start + _BLOCK] = product[start : start + _BLOCK, :start].T
         if not math.isfinite(float(product.diagonal().sum())):
             raise DataError(f"calibration: the input of {name!r} is not finite")
-    return Grams({name: InputGram(*sums[name], counts[name]) for name in sums})
+    return {name: InputGram(*sums.pop(name), counts[name]) for name in names}
 
 
 def token_rows(x: Tensor) -> Tensor:
     """Activations as samples: (..., I) -> (tokens, I), in float32 or better."""
     flat = x.detach().reshape(-1, x.shape[-1])
     return flat if flat.dtype == torch.float64 else flat.float()
-
-
-def run_blocks(model: nn.Module, batches: Iterable[tuple[Tensor, object]]) -> None:
-    """Run the model over the inputs for its hooks' sake; a transformers model leaves out its LM head.
-
-    The head costs a fifth of a small model's time and nothing that is cut reads it.
-    """
-    body = getattr(model, "base_model", model)
-    keywords = {"use_cache": False} if hasattr(model, "config") else {}
-    with torch.no_grad(), evaluating(model):
-        for inputs, _ in batches:
-            body(inputs, **keywords)
-    return_freed_memory()  # of the activations

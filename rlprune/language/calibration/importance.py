@@ -13,9 +13,9 @@ from ...importance.unit_scores import Batches, Floats, Scores
 from ...pruning.space import PruningSpace
 from ...utils.memory import return_freed_memory
 from .cache import LanguageCalibration, language_calibration
-from .elimination import eliminations
+from .elimination import Ranked, eliminations
 from .fisher import divergence_curves, fisher_eliminations, output_moments
-from .grams import Consumer, Grams, group_consumers
+from .grams import Consumer, GramSource, group_consumers
 from .statistics import Statistics
 
 # Calibration samples of the backward pass of `obs_fisher`: (O, O) moments need fewer than (I, I) ones.
@@ -63,34 +63,36 @@ def flap(model: nn.Module, space: PruningSpace, statistics: Statistics) -> Score
     return _by_column(model, space, "flap", score)
 
 
-def obs(model: nn.Module, space: PruningSpace, grams: Grams, ridge: float = 1e-3) -> Scores:
+def obs(
+    model: nn.Module, space: PruningSpace, grams: GramSource, ridge: float = 1e-3, then: Ranked | None = None
+) -> Scores:
     """Greedy elimination: the unit that the others replace best, by ridge regression, goes first.
 
     Structured Optimal Brain Surgeon (ZipLM, arXiv 2302.04089, see :mod:`.elimination`). Scores are the
-    places in that order, 0 for the first unit to go.
+    places in that order, 0 for the first unit to go; ``then`` is told of each consumer's.
     """
-    found = eliminations(model, space, grams, ridge)
+    found = eliminations(model, space, grams, ridge, then)
     return _by_column(model, space, "obs", lambda consumer, weights: found[consumer.group].ranks)
 
 
 def obs_fisher(
     model: nn.Module,
     space: PruningSpace,
-    grams: Callable[[], Grams],
+    grams: GramSource,
     batches: Batches,
     ridge: float = 1e-3,
     seed: int = 0,
+    then: Ranked | None = None,
 ) -> tuple[Scores, Curves]:
     """Greedy elimination that counts nats: output errors are weighted by the Fisher information (`fisher`).
 
     K-FAC (arXiv 1503.05671) in structured Optimal Brain Surgeon (ZipLM, arXiv 2302.04089). Scores are the
     places in the order, 0 for the first unit to go. With them comes the expected divergence of every width, which the
-    rule `fisher` spreads the pruning by. ``grams`` is called after the backward pass: the matrices beside its
-    activations would be the peak of a search's memory.
+    rule `fisher` spreads the pruning by. ``then`` is told of each consumer's scores.
     """
     moments = output_moments(model, space, batches, seed)
     return_freed_memory()
-    found = fisher_eliminations(model, space, grams(), moments, ridge)
+    found = fisher_eliminations(model, space, grams, moments, ridge, then)
     scores = _by_column(model, space, "obs_fisher", lambda consumer, weights: found[consumer.group].ranks)
     return scores, divergence_curves(found)
 
@@ -114,7 +116,8 @@ def _flap(cache: CalibrationCache) -> Scores:
 
 @register(first_sentence(obs), wing=WING, name="obs")
 def _obs(cache: CalibrationCache) -> Scores:
-    return obs(cache.model, cache.space, _checked(cache, "obs").grams(), cache.ridge)
+    own = _checked(cache, "obs")
+    return obs(cache.model, cache.space, own.grams(), cache.ridge, own.factorise)
 
 
 @register(first_sentence(obs_fisher), wing=WING, name="obs_fisher")
@@ -122,7 +125,9 @@ def _obs_fisher(cache: CalibrationCache) -> Scores:
     own = _checked(cache, "obs_fisher")
     most = FISHER_SAMPLES if cache.limit is None else min(cache.limit, FISHER_SAMPLES)
     batches = cache.batches(most)
-    scores, curves = obs_fisher(cache.model, cache.space, own.grams, batches, cache.ridge, cache.seed)
+    scores, curves = obs_fisher(
+        cache.model, cache.space, own.grams(), batches, cache.ridge, cache.seed, own.factorise
+    )
     cache.keep(CURVES, curves)
     return scores
 

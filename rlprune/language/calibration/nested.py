@@ -13,10 +13,13 @@ input here, where the fold for any set of channels takes it from the kept ones.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ...importance.unit_scores import Scores
@@ -27,7 +30,8 @@ from ...utils.arrays import Ints
 from ..families import tensor_of
 from .compensation import shift_bias
 from .elimination import penalised
-from .grams import Consumer, Grams, InputGram, unit_consumers
+from .grams import Consumer, GramSource, InputGram, unit_consumers
+from .shelf import DiskShelf, Shelf
 
 
 class Triangles:
@@ -37,63 +41,77 @@ class Triangles:
     memory; triangular solves never read the half that is not theirs.
     """
 
-    def __init__(self) -> None:
-        self._buffers: list[Tensor] = []
-        self._halves: dict[tuple[int, torch.dtype, torch.device], int] = {}
+    def __init__(self, shelf: Shelf | None = None) -> None:
+        self._shelf = shelf or Shelf()
+        self._waiting: dict[tuple[int, torch.dtype, torch.device], _Pair] = {}
 
-    def add(self, lower: Tensor) -> tuple[int, bool]:
+    def add(self, lower: Tensor) -> Triangle:
         """Store the lower triangle of a matrix; returns the handle for :meth:`upper`."""
         key = (len(lower), lower.dtype, lower.device)
-        second = key in self._halves
-        if second:
-            place = self._halves.pop(key)
-            self._buffers[place][:, 1:] += lower.T.triu()
-        else:
-            place = self._halves[key] = len(self._buffers)
-            buffer = lower.new_zeros(len(lower), len(lower) + 1)
-            buffer[:, :-1] = lower.tril()
-            self._buffers.append(buffer)
-        return place, second
+        if key in self._waiting:
+            pair = self._waiting.pop(key)
+            assert pair.buffer is not None
+            pair.buffer[:, 1:] += lower.T.triu()
+            pair.place, pair.buffer = self._shelf.put(pair.buffer), None
+            return Triangle(pair, True)
+        buffer = lower.new_zeros(len(lower), len(lower) + 1)
+        buffer[:, :-1] = lower.tril()
+        pair = self._waiting[key] = _Pair(buffer)
+        return Triangle(pair, False)
 
-    def upper(self, handle: tuple[int, bool], size: int) -> Tensor:
+    def upper(self, handle: Triangle, size: int) -> Tensor:
         """``L[:size, :size]'``: a view that is right above and on the diagonal, and holds anything below it."""
-        place, second = handle
-        buffer = self._buffers[place]
-        return buffer[:size, 1 : size + 1] if second else buffer[:size, :size].T
+        pair = handle.pair
+        buffer = pair.buffer if pair.buffer is not None else self._shelf.rows(pair.place, size)
+        return buffer[:size, 1 : size + 1] if handle.second else buffer[:size, :size].T
 
     @property
     def nbytes(self) -> int:
-        return sum(b.nbytes for b in self._buffers)
+        """Bytes in memory, of what waits for its second half; the rest lies on the shelf."""
+        return sum(p.buffer.nbytes for p in self._waiting.values() if p.buffer is not None)
+
+
+@dataclass
+class _Pair:
+    """A buffer of two triangles: in memory until the second one has come, then at a place on the shelf."""
+
+    buffer: Tensor | None
+    place: int = -1
+
+
+@dataclass(frozen=True)
+class Triangle:
+    """Which half of which buffer of `Triangles` a matrix is."""
+
+    pair: _Pair = field(repr=False)
+    second: bool
 
 
 @dataclass(frozen=True)
 class _Solved:
     """What one consumer needs: ``order`` (I,) the columns by rank, ``triangle`` the handle of L, ``target`` Y (I, O).
 
-    ``mean`` (I,), in the columns' own order, and ``output`` (O,) are the means of the input and of what the
-    weights make of it; None where no intercept is wanted.
+    ``target`` is a place on the shelf. ``mean`` (I,), in the columns' own order, and ``output`` (O,) are the means of
+    the input and of what the weights make of it; None where no intercept is wanted.
     """
 
     consumer: Consumer
     units: Ints
     order: Ints
-    triangle: tuple[int, bool]
-    target: Tensor
+    triangle: Triangle
+    target: int
     mean: Tensor | None
     output: Tensor | None
 
 
-class NestedReconstruction:
-    """Ridge reconstruction of every attention and feed-forward consumer of a language model.
-
-    Candidates whose kept units are the best-ranked ones (all that ``make_plan`` makes with the same
-    importance) take the quick way; any other set is solved directly, with the same penalty.
+class Factors:
+    """What the closed form keeps of every consumer: a Cholesky factor and a right side, made from its Gram matrix.
 
     Args:
-        grams: from :func:`.grams.collect`; each entry is taken out and freed as soon as it is factorised.
-        importance: G arrays of unit scores, the ranking that plans will be made with; None: by index.
+        ridge: penalty, as a share of the mean of the input's second moments.
         intercept: whether layers without a bias get one (the recovery step `bias`).
         shrink: further penalty on each input, as a share of its own second moment (see `penalised`).
+        spill: folder in which they lie on disk instead of in memory; None keeps them in memory.
 
     A layer that has a bias always gets the intercept as well.
     """
@@ -101,54 +119,99 @@ class NestedReconstruction:
     def __init__(
         self,
         model: nn.Module,
-        space: PruningSpace,
-        grams: Grams,
-        importance: Scores | None,
         ridge: float,
         *,
         intercept: bool = False,
         shrink: float = 0.0,
+        spill: str | Path | None = None,
     ) -> None:
-        self._space = space
-        self._shrink = shrink
-        self._triangles = Triangles()
-        with torch.no_grad():
-            self._solved = [
-                self._solve(model, c, grams.pop(c.module), importance, ridge, intercept)
-                for c in unit_consumers(space)
-            ]
+        self._model, self._ridge, self._intercept, self._shrink = model, ridge, intercept, shrink
+        self.shelf = Shelf() if spill is None else DiskShelf(spill)
+        self.triangles = Triangles(self.shelf)
+        self.solved: dict[str, _Solved] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are held between candidates."""
-        tensors = [t for s in self._solved for t in (s.target, s.mean, s.output) if t is not None]
-        return self._triangles.nbytes + sum(t.nbytes for t in tensors)
+        """Bytes of memory that they take between candidates."""
+        means = [t for s in self.solved.values() for t in (s.mean, s.output) if t is not None]
+        return self.shelf.nbytes + self.triangles.nbytes + sum(t.nbytes for t in means)
 
-    def _solve(
-        self,
-        model: nn.Module,
-        consumer: Consumer,
-        gram: InputGram,
-        importance: Scores | None,
-        ridge: float,
-        intercept: bool,
-    ) -> _Solved:
-        units = np.arange(len(consumer.columns))
-        if importance is not None:
-            # the order of plan.best_units: highest score first, ties by index
-            units = np.argsort(-np.asarray(importance[consumer.group], dtype=np.float64), kind="stable")
+    def fit(self, consumers: Sequence[Consumer], importance: Scores | None) -> bool:
+        """Whether these are the factors of some consumers under some unit scores (None: by index)."""
+        if [c.module for c in consumers] != list(self.solved):
+            return False
+        return all(
+            np.array_equal(self.solved[c.module].units, _by_rank(c, _row(importance, c))) for c in consumers
+        )
+
+    def add(self, consumer: Consumer, gram: InputGram, scores: ArrayLike | None) -> None:
+        """Factorise the Gram matrix of a consumer's input, its units in the order of their ``scores`` (units,)."""
+        with torch.no_grad():
+            self.solved[consumer.module] = self._solve(consumer, gram, scores)
+
+    def _solve(self, consumer: Consumer, gram: InputGram, scores: ArrayLike | None) -> _Solved:
+        units = _by_rank(consumer, scores)
         order = consumer.columns[units].reshape(-1)
-        centred = intercept or consumer.has_bias(model)
+        centred = self._intercept or consumer.has_bias(self._model)
         index = torch.from_numpy(order.copy()).to(gram.product.device)
         product = (gram.centred() if centred else gram.product)[index[:, None], index]
-        lower = penalised(product, ridge, consumer.module, self._shrink)[1]
-        weights = consumer.matrix(model)
+        lower = penalised(product, self._ridge, consumer.module, self._shrink)[1]
+        del product
+        weights = consumer.matrix(self._model)
         # The Gram matrices are in float32 unless the model is in float64: so are the factors.
         dtype = gram.product.dtype
         target = (lower.T @ weights[index].double()).to(dtype)
         mean = gram.mean if centred else None
         output = weights.double().T @ gram.mean.double() if centred else None
-        return _Solved(consumer, units, order, self._triangles.add(lower.to(dtype)), target, mean, output)
+        triangle = self.triangles.add(lower.to(dtype))
+        return _Solved(consumer, units, order, triangle, self.shelf.put(target), mean, output)
+
+
+def _row(importance: Scores | None, consumer: Consumer) -> ArrayLike | None:
+    return None if importance is None else importance[consumer.group]
+
+
+def _by_rank(consumer: Consumer, scores: ArrayLike | None) -> Ints:
+    """The units of a consumer, the best first: the order of plan.best_units, ties by index."""
+    if scores is None:
+        return np.arange(len(consumer.columns))
+    return np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")
+
+
+class NestedReconstruction:
+    """Ridge reconstruction of every attention and feed-forward consumer of a language model.
+
+    Candidates whose kept units are the best-ranked ones (all that ``make_plan`` makes with the same
+    importance) take the quick way; any other set is solved directly, with the same penalty.
+    """
+
+    def __init__(self, space: PruningSpace, factors: Factors) -> None:
+        self._space = space
+        self._factors = factors
+        self._solved = list(factors.solved.values())
+
+    @classmethod
+    def of(
+        cls,
+        space: PruningSpace,
+        grams: GramSource,
+        factors: Factors,
+        importance: Scores | None,
+    ) -> NestedReconstruction:
+        """From Gram matrices and empty factors; no matrix is asked for before the one before it is factorised.
+
+        Args:
+            importance: G arrays of unit scores, the ranking that plans will be made with; None: by index.
+        """
+        for consumer, gram in grams.each(unit_consumers(space)):
+            factors.add(consumer, gram, _row(importance, consumer))
+            del gram  # before the next block's are made
+        return cls(space, factors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that are held between candidates."""
+        return self._factors.nbytes
 
     def __call__(self, slim: nn.Module, plan: Plan) -> None:
         """Write the reconstructed weights (and intercepts) into ``slim``, which was cut by ``plan``."""
@@ -169,21 +232,25 @@ class NestedReconstruction:
     def _leading(self, solved: _Solved, kept: Ints, rows: Ints | None) -> Tensor:
         """Weights (k, O) for the best-ranked columns, in the order of ``kept``."""
         size = len(kept)
-        right = solved.target[:size]
+        right = self._factors.shelf.rows(solved.target, size)
         if rows is not None:
             right = right[:, torch.from_numpy(rows).to(right.device)]
-        new = torch.linalg.solve_triangular(self._triangles.upper(solved.triangle, size), right, upper=True)
+        new = torch.linalg.solve_triangular(
+            self._factors.triangles.upper(solved.triangle, size), right, upper=True
+        )
         return new[torch.from_numpy(np.argsort(solved.order[:size])).to(new.device)]
 
     def _direct(self, solved: _Solved, kept: Ints, rows: Ints | None) -> Tensor:
         """Weights (k, O) for any columns: their rows of A come back from the factor."""
-        upper = self._triangles.upper(solved.triangle, len(solved.order)).triu().double()
+        whole = len(solved.order)
+        upper = self._factors.triangles.upper(solved.triangle, whole).triu().double()
+        target = self._factors.shelf.rows(solved.target, whole)
         place = np.argsort(solved.order)[kept]
         part = upper[:, torch.from_numpy(place).to(upper.device)]  # (I, k)
-        right = part.T @ solved.target.double()
+        right = part.T @ target.double()
         if rows is not None:
             right = right[:, torch.from_numpy(rows).to(right.device)]
-        return torch.linalg.solve(part.T @ part, right).to(solved.target.dtype)
+        return torch.linalg.solve(part.T @ part, right).to(target.dtype)
 
     def _write(self, layer: nn.Module, solved: _Solved, kept: Ints, rows: Ints | None, new: Tensor) -> None:
         tensor_of(layer, "weight").copy_(new if solved.consumer.dim == 0 else new.T)

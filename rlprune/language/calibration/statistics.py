@@ -15,7 +15,8 @@ from ...errors import ConfigError, DataError
 from ...pruning.space import PruningSpace
 from ...utils.arrays import Floats
 from ..families import Block, UnsupportedModel, blocks_of
-from .grams import run_blocks, token_rows, unit_consumers
+from .grams import token_rows, unit_consumers
+from .walk import run_blocks, stream_of
 
 # Largest relative difference at which a block counts as x + attention(x) + ffn(...).
 _ADDITIVE = 1e-2
@@ -146,7 +147,7 @@ class _BlockProbe:
     def _after(self, layer: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
         args, kwargs = self._given
         x_in = args[0] if args else kwargs["hidden_states"]
-        x_out = _stream(output)
+        x_out = stream_of(output)
         x_mid = self._between(x_in, x_out)
         pairs = ((x_in, x_out), (x_in, x_mid), (x_mid, x_out))
         for i, (a, b) in enumerate(pairs):
@@ -166,11 +167,6 @@ class _BlockProbe:
         args, kwargs = self._given
         self.repeating = True
         try:
-            return _stream(self._block.forward(*args, **kwargs))
+            return stream_of(self._block.forward(*args, **kwargs))
         finally:
             self.repeating = False
-
-
-def _stream(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    found: Tensor = output if isinstance(output, Tensor) else output[0]
-    return found

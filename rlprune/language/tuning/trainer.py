@@ -19,6 +19,7 @@ from ...errors import ArtifactError, ConfigError
 from ...recovery.finetune import Progress
 from ...utils.checkpoints import require_same, settings_key
 from ...utils.files import read_json, write_json_atomic
+from ...utils.launched import process_count
 from ...utils.values import is_finite
 from ..transformers_internals import TrainedOnly, lend_block_classes, use_one_gpu
 from .loss import WARMUP, TokenLoss
@@ -233,7 +234,7 @@ def share_batch(batch_size: int, length: int, device: torch.device) -> tuple[int
     ``batch_size`` counts the sequences of one optimizer step over all processes that ``accelerate launch``
     started, so that the result does not depend on how many there are.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = process_count()
     if batch_size % world:
         raise ConfigError(
             f"finish.batch_size: {batch_size} cannot be shared among {world} processes; use a multiple of {world}"
