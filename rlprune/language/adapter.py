@@ -145,7 +145,8 @@ class LanguageAdapter(ModelAdapter):
             group_consumers(space, "recovery.steps: 'bias'")
         if "reconstruct" in settings.steps:
             if not unit_consumers(space):
-                return Reconstruction(model, space, own.batches(settings.samples), settings.ridge)
+                batches = own.batches(settings.samples)
+                return Reconstruction(model, space, batches, settings.ridge, importance)
             grams = own.take_grams()
             return NestedReconstruction(
                 model, space, grams, importance, settings.ridge, intercept=bias, shrink=settings.shrink

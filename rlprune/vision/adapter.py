@@ -113,7 +113,7 @@ class VisionAdapter(ModelAdapter):
         if "reconstruct" not in settings.steps:
             return None
         batches = calibration.batches(settings.samples)
-        return Reconstruction(calibration.model, calibration.space, batches, settings.ridge)
+        return Reconstruction(calibration.model, calibration.space, batches, settings.ridge, importance)
 
     def gradient_steps(
         self, workload: Workload, calibration: CalibrationCache, settings: RecoveryConfig

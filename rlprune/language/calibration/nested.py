@@ -23,47 +23,11 @@ from ...importance.unit_scores import Scores
 from ...pruning.plan import Plan
 from ...pruning.space import PruningSpace
 from ...pruning.surgery import axis_indices
+from ...recovery.prefixes import Triangles, penalised
 from ...utils.arrays import Ints
 from ..families import tensor_of
 from .compensation import shift_bias
-from .elimination import penalised
 from .grams import Consumer, Grams, InputGram, unit_consumers
-
-
-class Triangles:
-    """Lower triangular (n, n) matrices, two of a size in one buffer of (n, n + 1).
-
-    The second one lies transposed in the other half, so 30 layers of a language model need half the
-    memory; triangular solves never read the half that is not theirs.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: list[Tensor] = []
-        self._halves: dict[tuple[int, torch.dtype, torch.device], int] = {}
-
-    def add(self, lower: Tensor) -> tuple[int, bool]:
-        """Store the lower triangle of a matrix; returns the handle for :meth:`upper`."""
-        key = (len(lower), lower.dtype, lower.device)
-        second = key in self._halves
-        if second:
-            place = self._halves.pop(key)
-            self._buffers[place][:, 1:] += lower.T.triu()
-        else:
-            place = self._halves[key] = len(self._buffers)
-            buffer = lower.new_zeros(len(lower), len(lower) + 1)
-            buffer[:, :-1] = lower.tril()
-            self._buffers.append(buffer)
-        return place, second
-
-    def upper(self, handle: tuple[int, bool], size: int) -> Tensor:
-        """``L[:size, :size]'``: a view that is right above and on the diagonal, and holds anything below it."""
-        place, second = handle
-        buffer = self._buffers[place]
-        return buffer[:size, 1 : size + 1] if second else buffer[:size, :size].T
-
-    @property
-    def nbytes(self) -> int:
-        return sum(b.nbytes for b in self._buffers)
 
 
 @dataclass(frozen=True)
