@@ -36,6 +36,7 @@ from ..workloads.adapter import (
 from ..workloads.base import Quality, Workload, evaluate_outputs
 from ..workloads.judge import Judge
 from ..workloads.score_kinds import registered, task_judge
+from ..workloads.scoring_format import ScoringFormat
 from . import describe
 from .calibration.cache import LanguageCalibration, language_calibration
 from .calibration.compensation import BiasCompensation
@@ -163,8 +164,8 @@ class LanguageAdapter(ModelAdapter):
     ) -> Callable[[nn.Module], None]:
         return _Lesson(workload, calibration.space, settings)
 
-    def scoring_dtype(self, workload: Workload, wanted: str) -> torch.dtype | None:
-        return scoring_dtype(workload.model, wanted)
+    def scoring_formats(self, workload: Workload, space: PruningSpace, wanted: str) -> list[ScoringFormat]:
+        return [ScoringFormat(weights=scoring_dtype(workload.model, wanted))]
 
     def release_memory(self) -> None:
         return_freed_memory()

@@ -24,6 +24,7 @@ from ..pruning.surgery import attributes
 from ..recovery.finetune import Item, Schedule, Watch, fit
 from ..recovery.reconstruct import Reconstruction
 from ..tracing.trace import ExampleInputs, TraceOptions, count_macs, trace_channels
+from ..utils.memory import keep_large_blocks
 from ..utils.modes import evaluating
 from ..utils.timing import DEFAULT_BATCH_SIZES, measure
 from ..workloads.adapter import (
@@ -38,10 +39,12 @@ from ..workloads.adapter import (
 from ..workloads.base import Quality, Workload, evaluate_outputs
 from ..workloads.judge import Judge
 from ..workloads.score_kinds import task_judge
+from ..workloads.scoring_format import ScoringFormat
 from .detection import Detection
 from .identify import identify
 from .load_pruned import FILE, standalone
 from .rebuild import builder, rebuild, rebuild_given
+from .scoring import scoring_formats
 
 SGD_LR = 0.02
 """Peak learning rate of the final fine-tune where the settings leave it open."""
@@ -71,7 +74,7 @@ class VisionAdapter(ModelAdapter):
     unread = dict.fromkeys(
         (
             *("finish.method", "finish.rank", "finish.alpha", "finish.dropout"),
-            *("score.top_k", "score.dtype", "prune.drop", "prune.hidden", "recovery.shrink", "model.dtype"),
+            *("score.top_k", "prune.drop", "prune.hidden", "recovery.shrink", "model.dtype"),
             *("data.files", "data.column", "data.sequence_length", "data.test_length", "data.stride"),
         ),
         ("only for language models", "{model} is none"),
@@ -119,6 +122,12 @@ class VisionAdapter(ModelAdapter):
         self, workload: Workload, calibration: CalibrationCache, settings: RecoveryConfig
     ) -> Callable[[nn.Module], None]:
         return _Lesson(workload, calibration.model, settings)
+
+    def keep_memory(self) -> None:
+        keep_large_blocks()
+
+    def scoring_formats(self, workload: Workload, space: PruningSpace, wanted: str) -> list[ScoringFormat]:
+        return scoring_formats(workload, space, wanted)
 
     def judge(self, workload: Workload, kind: str, limit: int | None, top_k: int) -> Judge:
         return task_judge(workload, kind, limit)
