@@ -318,17 +318,14 @@ class Evaluator:
         if self._bank:
             raise ConfigError("settle_format: comes before the first score")
         about = (self.score_settings, self._recovery_settings, str(budget), self.metric)
+        names = [*map(self._named, self._formats)]
+        reads = self._recovery_settings.samples or math.inf
+        reads = min(reads, self.workload.size("calibration"))
+        share = reads / (reads + self.samples)
         key = trial_key(self.workload, self.space, self.importance, self._formats, about)
         self.format_trial = kept_trial(
             key,
-            lambda: try_format(
-                self._trial,
-                self.space,
-                budget,
-                self.metric,
-                self._formats,
-                [*map(self._named, self._formats)],
-            ),
+            lambda: try_format(self._trial, self.space, budget, self.metric, self._formats, names, share),
         )
         if self.format_trial.taken:
             self._format = self._formats[0]

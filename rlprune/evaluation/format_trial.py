@@ -30,9 +30,9 @@ FASTER = 1.3
 AGREEMENT = 0.99
 """The rank correlation that it needs: of `PLANS` plans, at most one pair of neighbours changes places."""
 PLANS = 12
-CALIBRATION, VALIDATION = 48, 64
+SAMPLES = 112
 """Samples that the trial's candidates are recovered and judged on: differences between formats do not need more."""
-_GLANCE = 8  # samples of each for a first look at the speed
+_LEAST, _GLANCE = 16, 8  # of them for the recovery at least; of each for a first look at the speed
 
 Trial = Callable[[Ints, ScoringFormat, int, int], tuple[float, float]]
 """``trial(widths, format, calibration, validation)``: score and seconds of a candidate."""
@@ -77,12 +77,15 @@ def try_format(
     metric: str,
     formats: Sequence[ScoringFormat],
     names: Sequence[str],
+    share: float,
 ) -> FormatTrial:
     """Score random plans of a budget in two formats, in turns, and decide by speed and ranks for the first of them.
 
-    The plans are drawn by a fixed seed. Where a candidate fails in the first format, that decides for the second.
+    The plans are drawn by a fixed seed; ``share`` of a candidate's samples are read by its recovery. Where a candidate
+    fails in the first format, that decides for the second.
     """
     ours, sure = formats
+    calibration = min(max(round(SAMPLES * share), _LEAST), SAMPLES - _LEAST)
     rng = np.random.default_rng(0)
     drawn = space.project(rng.random((PLANS, len(space.groups))), budget, metric)
     plans = list({tuple(plan): plan for plan in drawn}.values())
@@ -96,7 +99,10 @@ def try_format(
         if glance[0] * FASTER > glance[1]:
             return found(glance[1] / glance[0], f"less than {FASTER} times as fast")
         rows = [
-            [trial(plan, chosen, CALIBRATION, VALIDATION) for chosen in (ours, sure)[:: 1 if i % 2 else -1]]
+            [
+                trial(plan, chosen, calibration, SAMPLES - calibration)
+                for chosen in (ours, sure)[:: 1 if i % 2 else -1]
+            ]
             for i, plan in enumerate(plans)
         ]
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
