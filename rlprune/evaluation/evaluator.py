@@ -36,7 +36,7 @@ from ..workloads.judge import Judge, Judgement
 from ..workloads.scoring_format import ScoringFormat
 from .candidate import Candidate
 from .checks import ENOUGH, check_whole, equal_scores
-from .format_trial import FormatTrial, kept_trial, trial_key, try_format
+from .format_trial import FormatTrial, kept_trial, trial_key, trial_samples, try_format
 from .logit_cache import LogitCache
 from .recovery import Recovery
 
@@ -319,13 +319,12 @@ class Evaluator:
             raise ConfigError("settle_format: comes before the first score")
         about = (self.score_settings, self._recovery_settings, str(budget), self.metric)
         names = [*map(self._named, self._formats)]
-        reads = self._recovery_settings.samples or math.inf
-        reads = min(reads, self.workload.size("calibration"))
-        share = reads / (reads + self.samples)
+        size = self.workload.size("calibration")
+        samples = trial_samples(self.space, min(self._recovery_settings.samples or size, size), self.samples)
         key = trial_key(self.workload, self.space, self.importance, self._formats, about)
         self.format_trial = kept_trial(
             key,
-            lambda: try_format(self._trial, self.space, budget, self.metric, self._formats, names, share),
+            lambda: try_format(self._trial, self.space, budget, self.metric, self._formats, names, samples),
         )
         if self.format_trial.taken:
             self._format = self._formats[0]

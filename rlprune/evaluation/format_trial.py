@@ -31,8 +31,11 @@ AGREEMENT = 0.99
 """The rank correlation that it needs: of `PLANS` plans, at most one pair of neighbours changes places."""
 PLANS = 12
 SAMPLES = 112
-"""Samples that the trial's candidates are recovered and judged on: differences between formats do not need more."""
-_LEAST, _GLANCE = 16, 8  # of them for the recovery at least; of each for a first look at the speed
+"""Samples that the trial's candidates are recovered and judged on: differences between formats do not need more..."""
+MACS = 3e10
+"""...unless these multiply-accumulates allow it: what a candidate costs beside its passes is to count for little."""
+_LEAST = 16  # samples for the recovery, and for the judge
+_GLANCE = 8  # samples of each for a first look
 
 Trial = Callable[[Ints, ScoringFormat, int, int], tuple[float, float]]
 """``trial(widths, format, calibration, validation)``: score and seconds of a candidate."""
@@ -77,15 +80,14 @@ def try_format(
     metric: str,
     formats: Sequence[ScoringFormat],
     names: Sequence[str],
-    share: float,
+    samples: tuple[int, int],
 ) -> FormatTrial:
     """Score random plans of a budget in two formats, in turns, and decide by speed and ranks for the first of them.
 
-    The plans are drawn by a fixed seed; ``share`` of a candidate's samples are read by its recovery. Where a candidate
-    fails in the first format, that decides for the second.
+    The plans are drawn by a fixed seed; ``samples`` are those of the recovery and of the judge (`trial_samples`).
+    Where a candidate fails in the first format, that decides for the second.
     """
     ours, sure = formats
-    calibration = min(max(round(SAMPLES * share), _LEAST), SAMPLES - _LEAST)
     rng = np.random.default_rng(0)
     drawn = space.project(rng.random((PLANS, len(space.groups))), budget, metric)
     plans = list({tuple(plan): plan for plan in drawn}.values())
@@ -96,13 +98,10 @@ def try_format(
     try:
         for _ in range(2):  # the first round allocates, and makes the factors that all plans share
             glance = [trial(plans[0], chosen, _GLANCE, _GLANCE)[1] for chosen in (ours, sure)]
-        if glance[0] * FASTER > glance[1]:
-            return found(glance[1] / glance[0], f"less than {FASTER} times as fast")
+        if glance[0] > glance[1]:
+            return found(glance[1] / glance[0], "slower on a few samples")
         rows = [
-            [
-                trial(plan, chosen, calibration, SAMPLES - calibration)
-                for chosen in (ours, sure)[:: 1 if i % 2 else -1]
-            ]
+            [trial(plan, chosen, *samples) for chosen in (ours, sure)[:: 1 if i % 2 else -1]]
             for i, plan in enumerate(plans)
         ]
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
@@ -110,6 +109,15 @@ def try_format(
     rows = [row if i % 2 else row[::-1] for i, row in enumerate(rows)]
     scores, seconds = np.moveaxis(np.array(rows), 2, 0)  # (plans, 2) each
     return _judged(found, scores, float(np.median(seconds[:, 1] / seconds[:, 0])))
+
+
+def trial_samples(space: PruningSpace, recovery: int, judge: int) -> tuple[int, int]:
+    """Samples of a trial for recovery and judge, in the proportion of a whole candidate's."""
+    whole = recovery + judge
+    cheap = MACS / space.dense_cost("macs") if "macs" in space.costs else 0
+    count = min(whole, max(SAMPLES, round(cheap)))
+    first = min(max(round(count * recovery / whole), _LEAST), max(count - _LEAST, 1))
+    return first, max(count - first, 1)
 
 
 def _judged(found: Callable[..., FormatTrial], scores: Floats, speed: float) -> FormatTrial:

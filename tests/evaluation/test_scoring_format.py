@@ -152,7 +152,7 @@ class TestTrial:
 
     def tried(self, trial):
         space = evaluator_of().space
-        return try_format(trial, space, 0.5, "macs", [BF16, SURE], self.names, 1 / 4)
+        return try_format(trial, space, 0.5, "macs", [BF16, SURE], self.names, (28, 84))
 
     def test_faster_and_alike_is_taken(self):
         trial, asked = trial_of(lambda number: 0.9 * number - 5)
@@ -160,7 +160,7 @@ class TestTrial:
         assert found.taken and found.speed == 3.0 and found.spearman == 1.0 and found.plans == 12
         assert "3.0 times as fast as float32, Spearman 1.000 over 12 plans" in str(found)
         assert [c for _, c, _ in asked[4:8]] == [SURE, BF16, BF16, SURE]  # in turns
-        assert {n for *_, n in asked[4:]} == {28}  # a quarter of the samples, as in a whole candidate
+        assert {n for *_, n in asked[4:]} == {28}  # and all of the samples
 
     def test_one_pair_of_neighbours_may_change_places_and_two_may_not(self):
         one = self.tried(trial_of(lambda n: {3: 4.0, 4: 3.0}.get(n, float(n)))[0])
@@ -169,10 +169,27 @@ class TestTrial:
         assert not two.taken and "ranks plans otherwise" in str(two)
 
     def test_what_is_not_faster_is_not_looked_at_further(self):
-        trial, asked = trial_of(float, speed=1.2)
+        trial, asked = trial_of(float, speed=0.9)
         found = self.tried(trial)
         assert not found.taken and found.spearman is None and len(asked) == 4
-        assert "scoring in float32" in str(found) and "less than 1.3 times as fast" in str(found)
+        assert "scoring in float32" in str(found) and "slower on a few samples" in str(found)
+
+    def test_what_is_hardly_faster_is_not_taken(self):
+        found = self.tried(trial_of(float, speed=1.2)[0])
+        assert not found.taken and found.spearman == 1.0 and "less than 1.3 times as fast" in str(found)
+
+    def test_samples_have_the_proportion_of_a_whole_candidate(self):
+        space = evaluator_of().space
+        assert format_trial.trial_samples(space, 512, 2000) == (512, 2000)  # a small model: all of them
+        for macs, wanted in ((1e6, (23, 89)), (1e8, (23, 89)), (3e8, (61, 239))):
+            format_trial_macs = macs * space.dense_cost("macs") / 1e6
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(format_trial, "MACS", format_trial_macs)
+                assert format_trial.trial_samples(space, 512, 2000) == wanted
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(format_trial, "MACS", 0.0)
+            assert format_trial.trial_samples(space, 10, 2000) == (16, 96)
+            assert format_trial.trial_samples(space, 8, 8) == (1, 15)
 
     def test_a_model_that_does_not_run_in_it(self):
         def trial(widths, chosen, calibration, validation):
@@ -195,7 +212,7 @@ class TestSettling:
         return own_cache
 
     def answer(self, monkeypatch, taken):
-        def made(trial, space, budget, metric, formats, names, share):
+        def made(trial, space, budget, metric, formats, names, samples):
             score, seconds = trial(space.widths, formats[0], 8, 8)
             assert np.isfinite(score) and seconds > 0
             return FormatTrial(*names, 2.0, 1.0, 0.01, 12, taken, "" if taken else "slow")
