@@ -67,7 +67,7 @@ class PreparedExperiments:
         """The experiment of a dense model, which is trained where it is not in the cache folder."""
         if checkpoint not in self._prepared:
             settings = with_checkpoint(self.config, checkpoint)
-            self._prepared[checkpoint] = prepare_experiment(settings, callback=self._callback)
+            self._prepared[checkpoint] = prepare_experiment(settings, callback=self._callback, searches=True)
         return self._prepared[checkpoint]
 
 

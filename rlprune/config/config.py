@@ -284,7 +284,8 @@ class ScoreConfig(Section):
     )
     dtype: str = setting(
         "auto",
-        "Language models: number format of scored candidates; `auto` takes the faster one.",
+        "Number format of scored candidates; `auto` takes bfloat16 where it is faster, for models of images where a "
+        "trial also ranks plans as float32 does. What is kept is float32.",
         choices=DTYPES,
     )
     rungs: tuple[int, ...] = setting(

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,14 +25,18 @@ from ..pruning.history import History, PlanLike, as_history, final_widths
 from ..pruning.plan import Plan, make_plan
 from ..pruning.space import PruningSpace
 from ..pruning.surgery import prune
+from ..recovery.folding import Pair, fold, foldable_pairs
 from ..rules.context import Context
 from ..tracing.trace import TraceOptions
 from ..utils.arrays import Floats, Ints
 from ..utils.modes import evaluating
+from ..utils.timing import quiet_clock
 from ..workloads.base import Workload
 from ..workloads.judge import Judge, Judgement
+from ..workloads.scoring_format import ScoringFormat
 from .candidate import Candidate
 from .checks import ENOUGH, check_whole, equal_scores
+from .format_trial import FormatTrial, kept_trial, trial_key, trial_samples, try_format
 from .logit_cache import LogitCache
 from .recovery import Recovery
 
@@ -44,7 +48,7 @@ UNLABELLED = {"calibration": 256, "train": 768}
 
 @dataclass
 class _Stage:
-    """A model after some stages of incremental pruning, and the matrices that its candidates share."""
+    """A model after some stages of incremental pruning, the matrices that its candidates share, and what is folded."""
 
     model: nn.Module
     plan: Plan | None
@@ -52,6 +56,7 @@ class _Stage:
     importance: Scores
     recovery: Recovery
     shared: dict[str, Tensor] = field(default_factory=dict)
+    foldable: list[Pair] | None = None
 
 
 class _Rows(nn.Module):
@@ -70,8 +75,8 @@ class _Rows(nn.Module):
 class Evaluator:
     """Builds, recovers and scores candidates of one workload; every distinct plan once.
 
-    Where the adapter scores candidates in a format of their own (``score.dtype``), they share what no plan cuts with
-    one another; what is built for keeps is a full copy in the dense model's format.
+    Where the adapter scores candidates in a format of their own (``score.dtype``), only what is scored is in it (and
+    shares what no plan cuts, where the weights are cast); what is built for keeps is a full copy in the dense model's.
 
     Args:
         space: traced from the workload's model when not given.
@@ -101,7 +106,10 @@ class Evaluator:
         check_whole(workload, self.score_settings)
         self._recovery_settings = recovery or RecoveryConfig()
         self._importance_name = importance if isinstance(importance, str) else None
-        self._dtype = self.adapter.scoring_dtype(workload, self.score_settings.dtype)
+        self.adapter.keep_memory()
+        self._formats = self.adapter.scoring_formats(workload, space, self.score_settings.dtype)
+        self._format = self._formats[-1]
+        self.format_trial: FormatTrial | None = None
         self._judges = {False: self._new_judge(self.score_settings.samples)}
         self._logit_probes: dict[float, object] = {}
         self._logit_cache: LogitCache | None = None
@@ -252,7 +260,7 @@ class Evaluator:
         ``scoring``: as a candidate is scored, not for keeps: where there is a scoring format, the model is in it and
         shares what no plan cuts.
         """
-        return self._built(as_history(widths), scoring=scoring)[0]
+        return self._built(as_history(widths), self._format if scoring else None)[0]
 
     def staged_plan(self, history: PlanLike, origin: Mapping[str, object] | None = None) -> Plan:
         """The plan, in units of the dense model, that a history of stages ends in."""
@@ -277,8 +285,67 @@ class Evaluator:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Number format in which candidates are scored; None for the dense model's own."""
-        return self._dtype
+        """Number format that the weights of scored candidates are cast to; None for the dense model's own."""
+        return self._format.weights
+
+    @property
+    def scoring_format(self) -> ScoringFormat:
+        """How candidates compute while they are scored."""
+        return self._format
+
+    @property
+    def scoring_facts(self) -> dict[str, Any]:
+        """The format of scored candidates and what a trial found of it, as plain values."""
+        trial = None if self.format_trial is None else self.format_trial.facts()
+        return {"format": self._named(self._format), "trial": trial}
+
+    def _named(self, chosen: ScoringFormat) -> str:
+        first = next(self.workload.model.parameters(), None)
+        return chosen.named(torch.get_default_dtype() if first is None else first.dtype)
+
+    @property
+    def settled(self) -> ScoreConfig:
+        """The settings of the score with the format that was chosen, for an evaluator that is to score alike."""
+        chosen = self._format.weights or self._format.autocast or torch.float32
+        name = "bfloat16" if chosen == torch.bfloat16 else "float32"
+        return dataclasses.replace(self.score_settings, dtype=name)
+
+    def settle_format(self, budget: BudgetLike) -> FormatTrial | None:
+        """Choose the format of scored candidates where there is a faster one than the surest, before the first score.
+
+        A trial of random plans of the budget decides (`evaluation.format_trial`); it is kept in the cache folder, by
+        model, data and settings, so that a resumed run decides as the first did. None where there is no choice.
+
+        Raises:
+            ConfigError: candidates have been scored already; their scores would not compare.
+        """
+        if len(self._formats) == 1 or self.format_trial is not None:
+            return self.format_trial
+        if self._bank:
+            raise ConfigError("settle_format: comes before the first score")
+        about = (self.score_settings, self._recovery_settings, str(budget), self.metric)
+        names = [*map(self._named, self._formats)]
+        size = self.workload.size("calibration")
+        samples = trial_samples(self.space, min(self._recovery_settings.samples or size, size), self.samples)
+        key = trial_key(self.workload, self.space, self.importance, self._formats, about)
+        self.format_trial = kept_trial(
+            key,
+            lambda: try_format(self._trial, self.space, budget, self.metric, self._formats, names, samples),
+        )
+        if self.format_trial.taken:
+            self._format = self._formats[0]
+        return self.format_trial
+
+    def _trial(
+        self, widths: Ints, chosen: ScoringFormat, calibration: int, validation: int
+    ) -> tuple[float, float]:
+        """Score and seconds of a rough candidate in a format, that nothing remembers."""
+        clock = quiet_clock(self.workload.device)
+        started = clock()
+        slim = self._built(as_history(widths), chosen, calibration)[0]
+        whole = self.workload.whole_score(self.score_settings.kind) is not None
+        found = self._judges[False](slim, 0, None if whole else validation)
+        return float(found.scores.mean()), clock() - started
 
     @property
     def recovery(self) -> Recovery:
@@ -347,7 +414,7 @@ class Evaluator:
         return self._logit_cache
 
     def _outputs(self, history: History) -> Tensor:
-        model = self._built(history, scoring=True)[0]
+        model = self._built(history, self._format)[0]
         found: Tensor = self._judge(model, [], full=False, samples=None).outputs
         del model
         self.adapter.release_memory()
@@ -372,7 +439,7 @@ class Evaluator:
         parts = [] if full else self._begun.pop(history, [])
         for span in self._spans(parts, full, samples):
             self._judge_of(full).ask_dense(*span)
-        slim, plan = self._built(history, scoring=True)
+        slim, plan = self._built(history, self._format)
         self.adapter.release_memory()  # what cutting has left behind is not to lie below the activations
         joint = self._judge(slim, parts, full, samples)
         if samples is not None:
@@ -419,8 +486,13 @@ class Evaluator:
         spans: list[tuple[int, int | None]] = list(zip((0, *rungs), (*rungs, None), strict=True))
         return [span for span in spans[len(parts) :] if samples is None or span[0] < samples]
 
-    def _built(self, history: History, *, scoring: bool = False) -> tuple[nn.Module, Plan]:
-        """Cut and recovered model, and its plan in units of the dense model; ``scoring``: cheap, not for keeps."""
+    def _built(
+        self, history: History, chosen: ScoringFormat | None = None, limit: int | None = None
+    ) -> tuple[nn.Module, Plan]:
+        """Cut and recovered model, and its plan in units of the dense model.
+
+        ``chosen``: in that format and cheap, not for keeps; ``limit``: see `Recovery`.
+        """
         stage = self._dense_stage if len(history) == 1 else self._after(history[:-1])
         widths = final_widths(history)
         if widths.shape != stage.space.widths.shape or (widths > stage.space.widths).any():
@@ -428,22 +500,26 @@ class Evaluator:
                 f"widths {list(history[-1])} do not fit the model; allowed: up to {stage.space.widths}"
             )
         cut = make_plan(stage.space, importance=stage.importance, widths=widths)
-        slim = self._for_scoring(stage, cut) if scoring and self._dtype else prune(stage.model, cut)
-        stage.recovery(slim, cut)
+        slim = prune(stage.model, cut) if chosen is None else self._for_scoring(stage, cut, chosen)
+        stage.recovery(slim, cut, limit)
+        if chosen is not None and chosen.folded:
+            if stage.foldable is None:
+                stage.foldable = foldable_pairs(stage.model, self.workload.example_inputs)
+            fold(slim, stage.foldable)
         if stage.plan is None:
             return slim, cut
         kept = tuple(before[now] for before, now in zip(stage.plan.kept, cut.kept, strict=True))
         return slim, Plan(self.space, widths, kept)
 
-    def _for_scoring(self, stage: _Stage, cut: Plan) -> nn.Module:
-        """A candidate in the scoring format, without copies of what is never cut."""
-        if stage.recovery.changes_all:  # also what would be shared
-            return prune(stage.model, cut, dtype=self._dtype)
-        slim = prune(stage.model, cut, dtype=self._dtype, shared=stage.shared)
+    def _for_scoring(self, stage: _Stage, cut: Plan, chosen: ScoringFormat) -> nn.Module:
+        """A candidate in a scoring format; where that casts weights, without copies of what is never cut."""
+        if chosen.weights is None or stage.recovery.changes_all:  # also what would be shared
+            return chosen.put_on(prune(stage.model, cut, dtype=chosen.weights))
+        slim = prune(stage.model, cut, dtype=chosen.weights, shared=stage.shared)
         # Matrices that other plans cut would add up to a second model.
         for name in {c.tensor for c in stage.space.cuts}:
             stage.shared.pop(name, None)
-        return slim
+        return chosen.put_on(slim)
 
     def _after(self, history: History) -> _Stage:
         """The stage that a history leaves; the latest one is kept, as an episode asks for it again."""

@@ -55,8 +55,12 @@ class Recovery:
         context = RecoveryContext(calibration, settings, scores)
         self._further = {name: prepared(name, context) for name in further_steps(settings)}
 
-    def __call__(self, slim: nn.Module, plan: Plan) -> None:
-        """Recover ``slim`` in place; the same plan always gives the same weights (CPU, fixed threads)."""
+    def __call__(self, slim: nn.Module, plan: Plan, limit: int | None = None) -> None:
+        """Recover ``slim`` in place; the same plan always gives the same weights (CPU, fixed threads).
+
+        ``limit``: at most so many calibration samples for batch-norm statistics, where a rough candidate will do.
+        """
+        samples = min((n for n in (self._settings.samples, limit) if n is not None), default=None)
         closed_form = self._closed_form
         for step in self._settings.steps:
             if step in self._further:
@@ -65,7 +69,7 @@ class Recovery:
                 closed_form(slim, plan)  # both in one
                 closed_form = None
             elif step == "bn":
-                recalibrate(slim, self._calibration.batches(self._settings.samples))
+                recalibrate(slim, self._calibration.batches(samples))
             elif step == "finetune":
                 self._gradient_steps(slim)
 

@@ -90,7 +90,9 @@ def apply(
     check_usage(config, "apply --refine" if refine else "apply")
     own = None if isinstance(workload, Config) else check_workload(workload)
     watcher = callback or Callback()
-    experiment = prepare_experiment(config, checkpoint=checkpoint, callback=watcher, run=run, workload=own)
+    experiment = prepare_experiment(
+        config, checkpoint=checkpoint, callback=watcher, run=run, workload=own, searches=refine > 0
+    )
     asked = config.budget.target
     if builds is not None and builds < 2:
         known = PortablePolicy(known.network, known.meta)

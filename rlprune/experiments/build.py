@@ -8,12 +8,11 @@ import importlib
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..artifacts.checkpoint import load_checkpoint, put_weights
 from ..artifacts.documents import PLAN_FILE, read_plan
@@ -23,6 +22,7 @@ from ..pruning.plan import Plan
 from ..recovery.finetune import FitResult, Progress
 from ..tracing.trace import TraceOptions
 from ..utils.cache import cache_folder
+from ..utils.digest import hash_tensors
 from ..utils.files import write_tensors_atomic
 from ..utils.named_objects import named_object
 from ..workloads.adapter import ModelAdapter
@@ -227,16 +227,10 @@ def _dense_key(workload: TrainedWorkload, settings: ModelConfig) -> str:
     facts, tensors = workload.training_facts()
     about |= facts
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=repr).encode())
-    _hash_tensors(digest.update, tensors)
-    _hash_tensors(digest.update, workload.model.state_dict())
+    hash_tensors(digest.update, tensors)
+    hash_tensors(digest.update, workload.model.state_dict())
     if workload.base["source"] == "function":
         module = importlib.import_module(settings.name.partition(":")[0])
         file = getattr(module, "__file__", None)
         digest.update(Path(file).read_bytes() if file else b"")
     return digest.hexdigest()[:32]
-
-
-def _hash_tensors(update: Callable[[bytes], object], tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

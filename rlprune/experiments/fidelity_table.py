@@ -6,21 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from ..report.html import markdown_table
 from ..utils.arrays import Floats
+from ..utils.rank import spearman
 
 RESAMPLES = 2000
 Point = Mapping[str, Any]
-
-
-def spearman(x: ArrayLike, y: ArrayLike) -> float:
-    """Rank correlation; ties share their mean rank, and a constant side gives 0."""
-    a, b = _ranks(x), _ranks(y)
-    a, b = a - a.mean(), b - b.mean()
-    norm = float(np.sqrt((a**2).sum() * (b**2).sum()))
-    return float((a * b).sum() / norm) if norm > 0 else 0.0
 
 
 def fidelity(scores: Floats, losses: Floats) -> float:
@@ -122,11 +114,3 @@ def _resampled(scores: Mapping[str, Floats], losses: Floats, seed: int = 0) -> d
     rng = np.random.default_rng(seed)
     draws = [rng.integers(len(losses), size=len(losses)) for _ in range(RESAMPLES)]
     return {n: np.array([fidelity(s[index], losses[index]) for index in draws]) for n, s in scores.items()}
-
-
-def _ranks(values: ArrayLike) -> Floats:
-    _, inverse, counts = np.unique(
-        np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True
-    )
-    mean: Floats = np.cumsum(counts) - (counts + 1) / 2
-    return mean[inverse]

@@ -166,6 +166,8 @@ def _row(
         head |= {"evaluations": found.account.spent, "seconds": round(found.seconds, 2)}
         full = experiment.evaluator.evaluate_full(found.history)
         score, validation, validation_loss = full.score, full.metric, full.loss
+        if experiment.evaluator.format_trial is not None:
+            head["scoring"] = experiment.evaluator.scoring_facts["format"]
     costs = {metric: space.cost(widths, metric) for metric in space.costs}
     row = head | {"cost": costs[experiment.metric], **costs, "score": score, "validation": validation}
     row |= {"validation_loss": validation_loss, **facts, "widths": [int(w) for w in widths]}

@@ -124,11 +124,13 @@ def prepare_experiment(
     name: str = "",
     run: Path | None = None,
     workload: Workload | None = None,
+    searches: bool = False,
 ) -> Experiment:
     """Build (and train) the workload, trace it, compute importances and the recovery's statistics.
 
     ``run`` is the folder of a run whose latency table is taken where it was measured on this model and machine;
-    ``workload`` is taken instead of what the settings describe.
+    ``workload`` is taken instead of what the settings describe; ``searches``: so many candidates will be scored that a
+    trial of a faster format pays (`Evaluator.settle_format`).
     """
     if model_seed is not None:
         config = replace(config, model=replace(config.model, seed=model_seed))
@@ -144,6 +146,8 @@ def prepare_experiment(
         metric=config.budget.metric,
         seed=config.seed,
     )
+    if searches and (trial := evaluator.settle_format(config.budget.target)) is not None:
+        (callback or Callback()).note(f"{workload.name}: {trial}")
     stop = None if callback is None else callback.should_stop
     return Experiment(config, workload, evaluator, name, stop)
 

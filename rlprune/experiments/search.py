@@ -89,7 +89,9 @@ def _run(
 
     def prepared(folder: Path) -> list[Experiment]:
         return [
-            prepare_experiment(config, workload=own, callback=callback, run=folder, name=str(i) if i else "")
+            prepare_experiment(
+                config, workload=own, callback=callback, run=folder, name=str(i) if i else "", searches=True
+            )
             for i, own in enumerate(workloads)
         ]
 

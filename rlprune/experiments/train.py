@@ -122,7 +122,7 @@ def _same_settings(before: Config, now: Config, folder: Path) -> None:
 
 def _experiments(config: Config, callback: Callback, folder: Path) -> list[Experiment]:
     """The experiment whose plan is wanted, then those that only train the policy (further checkpoints and seeds)."""
-    experiments = [prepare_experiment(config, callback=callback, run=folder)]
+    experiments = [prepare_experiment(config, callback=callback, run=folder, searches=True)]
     latency = experiments[0].space.costs.get("latency")
     if (
         isinstance(latency, TableCost) and latency.table is not None
@@ -130,12 +130,16 @@ def _experiments(config: Config, callback: Callback, folder: Path) -> list[Exper
         write_json_atomic(folder / TABLE_FILE, latency.table.to_dict())
     for seed in config.search.model_seeds:
         experiments.append(
-            prepare_experiment(config, model_seed=seed, callback=callback, name=f"seed{seed}", run=folder)
+            prepare_experiment(
+                config, model_seed=seed, callback=callback, name=f"seed{seed}", run=folder, searches=True
+            )
         )
     for checkpoint in config.search.checkpoints:
         name = Path(checkpoint).stem
         experiments.append(
-            prepare_experiment(config, checkpoint=checkpoint, callback=callback, name=name, run=folder)
+            prepare_experiment(
+                config, checkpoint=checkpoint, callback=callback, name=name, run=folder, searches=True
+            )
         )
     return experiments
 
@@ -257,7 +261,8 @@ def _write_results(
 
 def results_of(experiment: Experiment, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The content of results.json (see the public surface in the docs)."""
-    return outcome(experiment.config, experiment.workload, experiment.space, rows)
+    found = outcome(experiment.config, experiment.workload, experiment.space, rows)
+    return found | {"scoring": experiment.evaluator.scoring_facts}
 
 
 def outcome(

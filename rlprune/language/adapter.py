@@ -36,6 +36,7 @@ from ..workloads.adapter import (
 from ..workloads.base import Quality, Workload, evaluate_outputs
 from ..workloads.judge import Judge
 from ..workloads.score_kinds import registered, task_judge
+from ..workloads.scoring_format import ScoringFormat
 from . import describe
 from .calibration.cache import LanguageCalibration, language_calibration
 from .calibration.compensation import BiasCompensation
@@ -145,7 +146,8 @@ class LanguageAdapter(ModelAdapter):
             group_consumers(space, "recovery.steps: 'bias'")
         if "reconstruct" in settings.steps:
             if not unit_consumers(space):
-                return Reconstruction(model, space, own.batches(settings.samples), settings.ridge)
+                batches = own.batches(settings.samples)
+                return Reconstruction(model, space, batches, settings.ridge, importance)
             return own.reconstruction(settings, importance)
         own.forget()
         if not bias:
@@ -159,8 +161,8 @@ class LanguageAdapter(ModelAdapter):
     ) -> Callable[[nn.Module], None]:
         return _Lesson(workload, calibration.space, settings)
 
-    def scoring_dtype(self, workload: Workload, wanted: str) -> torch.dtype | None:
-        return scoring_dtype(workload.model, wanted)
+    def scoring_formats(self, workload: Workload, space: PruningSpace, wanted: str) -> list[ScoringFormat]:
+        return [ScoringFormat(weights=scoring_dtype(workload.model, wanted))]
 
     def release_memory(self) -> None:
         return_freed_memory()

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..importance.unit_scores import Batches
+from ..errors import DataError
+from ..importance.unit_scores import Batches, Scores
 from ..pruning.plan import Plan
 from ..pruning.space import Cut, PruningSpace
 from ..pruning.surgery import axis_indices
@@ -19,9 +20,12 @@ from ..utils.arrays import Ints
 from ..utils.modes import evaluating
 from ..utils.pytrees import call
 from ..utils.torch_internals import CONVOLUTION
+from .prefixes import NestedRegression, Triangles
 
 # A Gram matrix wider than this (VGG's first linear layer has 25,088 inputs) costs more than it mends.
 MAX_INPUTS = 4608
+# Narrower layers are solved anew for every plan: one factor for all of them saves nothing there.
+SHARED_FROM = 128
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,27 @@ class Reconstruction:
     (He et al. 2017, arXiv 1707.06168) in closed form. Channels are regressed pixel by pixel and the
     same B serves every kernel position. A layer with a bias gets the intercept as well; without one
     the regression goes through the origin.
+
+    A layer of ``SHARED_FROM`` inputs or more whose columns all belong to one group keeps one factor for all widths
+    (`recovery.prefixes`), whose penalty is ``ridge * mean(diag G)`` of the whole input. It is made when a plan first
+    cuts the layer.
+
+    Args:
+        importance: G arrays of unit scores, the ranking that plans will be made with; None: by index.
     """
 
-    def __init__(self, model: nn.Module, space: PruningSpace, batches: Batches, ridge: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        space: PruningSpace,
+        batches: Batches,
+        ridge: float,
+        importance: Scores | None = None,
+    ) -> None:
         self._ridge = ridge
         self._space = space
+        self._triangles = Triangles()
+        self._nested: dict[str, NestedRegression | None] = {}
         self._dense = dict(model.named_parameters())
         modules = dict(model.named_modules())
         self._consumers: dict[str, Cut] = {}
@@ -58,7 +78,15 @@ class Reconstruction:
             if cut.consumer and _mendable(modules.get(name), len(space.axes[cut.axis].slots)):
                 self._consumers[name] = cut
         self._rows = {c.tensor: c for c in space.cuts if not c.consumer and c.tensor.endswith(".weight")}
-        self._grams = _collect(model, {n: modules[n] for n in self._consumers}, batches)
+        grams = _collect(model, {n: modules[n] for n in self._consumers}, batches)
+        self._products = {name: gram.product for name, gram in grams.items()}
+        self._means = {name: gram.mean for name, gram in grams.items()}
+        # The columns of each layer that has one factor for all widths, by rank.
+        self._orders: dict[str, Ints] = {}
+        for name, product in self._products.items():
+            order = _ranked_columns(space, self._consumers[name], importance)
+            if order is not None and len(order) >= SHARED_FROM and len(product) == 1:
+                self._orders[name] = order
 
     def __call__(self, slim: nn.Module, plan: Plan) -> None:
         """Fold the removed units into the weights of ``slim`` (in place), which was cut by ``plan``."""
@@ -73,14 +101,11 @@ class Reconstruction:
 
     def _fold(self, layer: nn.Module, cut: Cut, kept: Ints, rows: Ints | None) -> None:
         assert isinstance(layer, MIXERS)
-        gram = self._grams[cut.tensor.removesuffix(".weight")]
+        mean = self._means[cut.tensor.removesuffix(".weight")]
         device = layer.weight.device
         k = torch.from_numpy(kept).to(device)
-        r = torch.from_numpy(np.setdiff1d(np.arange(gram.mean.shape[-1]), kept)).to(device)
-        product = gram.product
-        if layer.bias is not None:
-            product = product - gram.mean.unsqueeze(-1) * gram.mean.unsqueeze(-2)
-        b = _regress(product, k, r, self._ridge)  # (groups, K, R)
+        r = torch.from_numpy(np.setdiff1d(np.arange(mean.shape[-1]), kept)).to(device)
+        b = self._regression(layer, cut, kept, k, r)
         dense = self._dense[cut.tensor].detach()
         if rows is not None:
             dense = dense.index_select(1 - cut.dim, torch.from_numpy(rows).to(device))
@@ -95,9 +120,47 @@ class Reconstruction:
             change = torch.einsum("gkr,grop->gkop", b.to(parts.dtype), parts)
         layer.weight += change.reshape(layer.weight.shape)
         if layer.bias is not None and cut.dim == 1:
-            left = gram.mean[:, r] - torch.einsum("gkr,gk->gr", b, gram.mean[:, k])
+            left = mean[:, r] - torch.einsum("gkr,gk->gr", b, mean[:, k])
             offset = torch.einsum("gr,gorp->go", left.to(parts.dtype), parts)
             layer.bias += offset.reshape(-1)
+
+    def _regression(self, layer: nn.Module, cut: Cut, kept: Ints, k: Tensor, r: Tensor) -> Tensor:
+        """B (groups, K, R) of the removed input columns on the kept ones."""
+        name = cut.tensor.removesuffix(".weight")
+        if name in self._orders and name not in self._nested:
+            self._nested[name] = self._factorised(layer, name)
+        nested = self._nested.get(name)
+        return (
+            _regress(self._product(layer, name), k, r, self._ridge) if nested is None else nested(kept)[None]
+        )
+
+    def _factorised(self, layer: nn.Module, name: str) -> NestedRegression | None:
+        """The one factor of a layer, whose Gram matrix is freed; None where it cannot be factorised."""
+        product = self._product(layer, name)[0]
+        try:
+            nested = NestedRegression(product, self._orders[name], self._ridge, self._triangles)
+        except DataError:  # not positive definite in this precision
+            return None
+        del self._products[name]
+        return nested
+
+    def _product(self, layer: nn.Module, name: str) -> Tensor:
+        """What a regression with or without an intercept works on, (groups, I, I)."""
+        product, mean = self._products[name], self._means[name]
+        return product if layer.bias is None else product - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+
+
+def _ranked_columns(space: PruningSpace, cut: Cut, importance: Scores | None) -> Ints | None:
+    """A layer's input columns by the rank of their units, best first; None where they belong to several groups."""
+    slots = space.axes[cut.axis].slots
+    owners = np.unique(np.searchsorted(space.offsets, slots, side="right")) - 1
+    if len(owners) != 1 or owners[0] < 0:
+        return None
+    group = int(owners[0])
+    ranks = np.arange(space.groups[group].width)
+    if importance is not None:  # the order of plan.best_units: highest score first, ties by index
+        ranks[np.argsort(-np.asarray(importance[group], dtype=np.float64), kind="stable")] = ranks.copy()
+    return np.argsort(ranks[slots - space.offsets[group]], kind="stable")
 
 
 def _mendable(layer: nn.Module | None, inputs: int) -> bool:
@@ -126,6 +189,9 @@ def _collect(model: nn.Module, layers: dict[str, nn.Module], batches: Batches) -
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = _inputs(layer, inputs[0])
+            if x.shape[-1] >= SHARED_FROM and not isinstance(layer, CONVOLUTION):
+                # A few rows of a large mean: in float32 the covariance would lose to rounding what the ridge adds.
+                x = x.double()
             product, total = torch.einsum("ngi,ngj->gij", x, x).double(), x.sum(dim=0).double()
             if name in sums:
                 product, total = sums[name][0] + product, sums[name][1] + total

@@ -34,6 +34,8 @@ class Results(TypedDict, total=False):
     """One a method (and seed and budget of a benchmark); which figures stand in one depends on the method."""
     workload: dict[str, Any]
     score: str
+    scoring: dict[str, Any]
+    """The format that candidates of a run were scored in, and the trial that chose it."""
     budget: BudgetFacts
     budgets: list[BudgetFacts]
     groups: list[dict[str, Any]]

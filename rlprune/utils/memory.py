@@ -11,6 +11,8 @@ import torch
 
 # Just below the 32 MiB at which glibc stops raising its threshold (mallopt(3): M_MMAP_THRESHOLD).
 _LARGE_BLOCK = 31 * 2**20
+# Numbers of mallopt(3).
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 # Compiled products that oneDNN, and torch's layer above it, keep: a candidate has fewer shapes.
 _KERNELS = 64
 
@@ -35,6 +37,22 @@ def settle_heap() -> None:
     (mallopt(3)). Elsewhere the block is just allocated and freed.
     """
     torch.empty(_LARGE_BLOCK, dtype=torch.uint8)
+
+
+def keep_large_blocks() -> None:
+    """Let the C library keep freed blocks of any size for the next tensor of that size, from now on.
+
+    glibc maps every block above 32 MiB anew, and the system clears its pages: an activation of 64 images at 112 x 112
+    pixels is such a block, and one thread spends two thirds of a MobileNetV2's forward pass on them (measured, see
+    docs/candidate-cost.md). Numbers that are computed do not change. What the environment says of the C library's
+    allocator stays; elsewhere than on Linux with glibc nothing happens.
+    """
+    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(_MMAP_MAX, 0)
+        library.mallopt(_TRIM_THRESHOLD, -1)  # never
 
 
 def bound_kernel_caches() -> None:

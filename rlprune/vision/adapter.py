@@ -25,6 +25,7 @@ from ..recovery.finetune import Item, Schedule, Watch, fit
 from ..recovery.processes import team_of
 from ..recovery.reconstruct import Reconstruction
 from ..tracing.trace import ExampleInputs, TraceOptions, count_macs, trace_channels
+from ..utils.memory import keep_large_blocks
 from ..utils.modes import evaluating
 from ..utils.timing import DEFAULT_BATCH_SIZES, measure
 from ..workloads.adapter import (
@@ -39,10 +40,12 @@ from ..workloads.adapter import (
 from ..workloads.base import Quality, Workload, evaluate_outputs
 from ..workloads.judge import Judge
 from ..workloads.score_kinds import task_judge
+from ..workloads.scoring_format import ScoringFormat
 from .detection import Detection
 from .identify import identify
 from .load_pruned import FILE, standalone
 from .rebuild import builder, rebuild, rebuild_given
+from .scoring import scoring_formats
 
 SGD_LR = 0.02
 """Peak learning rate of the final fine-tune where the settings leave it open."""
@@ -72,7 +75,7 @@ class VisionAdapter(ModelAdapter):
     unread = dict.fromkeys(
         (
             *("finish.method", "finish.rank", "finish.alpha", "finish.dropout"),
-            *("score.top_k", "score.dtype", "prune.drop", "prune.hidden", "recovery.shrink", "model.dtype"),
+            *("score.top_k", "prune.drop", "prune.hidden", "recovery.shrink", "model.dtype"),
             *("recovery.spill", "model.device_map"),
             *("data.files", "data.column", "data.sequence_length", "data.test_length", "data.stride"),
         ),
@@ -115,12 +118,18 @@ class VisionAdapter(ModelAdapter):
         if "reconstruct" not in settings.steps:
             return None
         batches = calibration.batches(settings.samples)
-        return Reconstruction(calibration.model, calibration.space, batches, settings.ridge)
+        return Reconstruction(calibration.model, calibration.space, batches, settings.ridge, importance)
 
     def gradient_steps(
         self, workload: Workload, calibration: CalibrationCache, settings: RecoveryConfig
     ) -> Callable[[nn.Module], None]:
         return _Lesson(workload, calibration.model, settings)
+
+    def keep_memory(self) -> None:
+        keep_large_blocks()
+
+    def scoring_formats(self, workload: Workload, space: PruningSpace, wanted: str) -> list[ScoringFormat]:
+        return scoring_formats(workload, space, wanted)
 
     def judge(self, workload: Workload, kind: str, limit: int | None, top_k: int) -> Judge:
         return task_judge(workload, kind, limit)

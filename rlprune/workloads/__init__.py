@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .judge import Judge, Judgement
     from .loaders import LoaderWorkload
     from .metrics import TorchMetric
+    from .scoring_format import ScoringFormat
     from .tasks import TaskType, task_type
 
 __getattr__, __dir__ = lazy_names(
@@ -28,6 +29,7 @@ __getattr__, __dir__ = lazy_names(
         "ModelAdapter": "adapter",
         "Quality": "base",
         "SPLITS": "base",
+        "ScoringFormat": "scoring_format",
         "TaskType": "tasks",
         "TorchMetric": "metrics",
         "TuneJob": "adapter",
@@ -46,6 +48,7 @@ __all__ = [
     "LoaderWorkload",
     "ModelAdapter",
     "Quality",
+    "ScoringFormat",
     "TaskType",
     "TorchMetric",
     "TuneJob",

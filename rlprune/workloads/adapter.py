@@ -28,6 +28,7 @@ from ..pruning.space import PruningSpace
 from ..recovery.finetune import Progress
 from ..recovery.steps import Repair as Repair
 from ..tracing.trace import ExampleInputs, TraceOptions
+from .scoring_format import ScoringFormat
 
 if TYPE_CHECKING:
     from .base import Quality, Workload
@@ -185,9 +186,18 @@ class ModelAdapter(abc.ABC):
     ) -> Callable[[nn.Module], None]:
         """The recovery step `finetune`: trains a cut model in place; the same model always gives the same weights."""
 
-    def scoring_dtype(self, workload: Workload, wanted: str) -> torch.dtype | None:
-        """Number format that candidates are scored in (``score.dtype``); None for the dense model's own."""
-        return None
+    def scoring_formats(
+        self, workload: Workload, space: PruningSpace, wanted: str
+    ) -> Sequence[ScoringFormat]:
+        """Formats that candidates may be scored in by ``score.dtype``, the surest one last.
+
+        Of two, the first is taken where a trial shows that it is faster and ranks plans alike
+        (`Evaluator.settle_format`). ConfigError where the model cannot have what is wanted.
+        """
+        return [ScoringFormat()]
+
+    def keep_memory(self) -> None:  # noqa: B027
+        """Before the first candidate: let the process keep blocks that every forward pass asks for again."""
 
     def release_memory(self) -> None:  # noqa: B027  (most models leave nothing that adds up)
         """Give back what candidates of many sizes leave behind."""

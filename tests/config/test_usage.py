@@ -92,7 +92,6 @@ def line(capsys: pytest.CaptureFixture[str], words: str) -> str:
         ("train digits --set finish.method=full", "finish.method: only for language models, so it is not used"),
         ("train digits --set finish.rank=4", "'cifar_resnet20' is none"),
         ("train digits --set score.top_k=64", "score.top_k: only for language models"),
-        ("train digits --set score.dtype=bfloat16", "score.dtype: only for language models"),
         ("train digits --set recovery.shrink=0.1", "recovery.shrink: only for language models"),
         ("train digits --set model.dtype=bfloat16", "model.dtype: only for language models"),
         ("train digits --set data.sequence_length=64", "data.sequence_length: only for language models"),

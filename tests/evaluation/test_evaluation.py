@@ -89,7 +89,7 @@ class TestEvaluator:
         workload = Images(build("Residual"))
         judge = Evaluator(workload, importance="l1")
         judge._recovery_settings = None
-        judge._dense_stage.recovery = lambda slim, plan: slim.head.weight.data.fill_(float("inf"))
+        judge._dense_stage.recovery = lambda slim, plan, limit: slim.head.weight.data.fill_(float("inf"))
         assert judge.evaluate(plans(judge, 1)[0]).score == -1e9
 
 

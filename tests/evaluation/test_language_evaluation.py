@@ -62,7 +62,7 @@ class TestEvaluator:
 
     def test_candidates_share_what_no_plan_cuts(self, workload):
         evaluator = evaluator_of(workload, dtype="bfloat16")
-        one, two = (evaluator._built((tuple(w),), scoring=True)[0] for w in plans(evaluator, 2))
+        one, two = (evaluator.build(w, scoring=True) for w in plans(evaluator, 2))
         assert one.model.embed_tokens.weight.data_ptr() == two.model.embed_tokens.weight.data_ptr()
         assert one.model.embed_tokens.weight.dtype == torch.bfloat16
         assert set(evaluator._dense_stage.shared) == {"model.embed_tokens.weight", "lm_head.weight"}

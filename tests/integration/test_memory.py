@@ -61,28 +61,38 @@ FAULTS = """
 import resource
 import sys
 import torch
-from rlprune.utils.memory import settle_heap
+from rlprune.utils.memory import keep_large_blocks, settle_heap
 
 def run(passes):
+    size = 2**24 if sys.argv[1].startswith("large") else 3 * 2**18
     for _ in range(passes):
-        [torch.ones(3 * 2**18) for _ in range(4)]  # alive together, like the outputs of neighbouring layers
+        [torch.ones(size) for _ in range(4)]  # alive together, like the outputs of neighbouring layers
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 if sys.argv[1] == "settled":
     settle_heap()
+if sys.argv[1] == "large and kept":
+    keep_large_blocks()
 before = run(3)
 print(run(10) - before)
 """
 
 
+def faults(how: str) -> int:
+    """Pages of 4 KiB that ten passes ask the system for: a tensor of a pass has 768 of them, a large one 16,384."""
+    words = [sys.executable, "-c", FAULTS, how]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    return int(subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's thresholds")
 def test_no_pass_of_a_settled_process_pays_for_its_pages_again() -> None:
-    # A tensor has 768 pages of 4 KiB.
-    def faults(how: str) -> int:
-        words = [sys.executable, "-c", FAULTS, how]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-        return int(subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout)
-
     assert faults("settled") < 768
     # Where the system lays out a young process's heap is chance, and some layouts are settled from the start.
     assert any(faults("young") > 768 for _ in range(6))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's thresholds")
+def test_large_blocks_are_kept() -> None:
+    assert faults("large") > 16_384  # glibc maps blocks above 32 MiB anew, whatever was freed before
+    assert faults("large and kept") < 768

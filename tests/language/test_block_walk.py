@@ -19,7 +19,7 @@ from rlprune.errors import ArtifactError
 from rlprune.evaluation.evaluator import Evaluator
 from rlprune.evaluation.recovery import Recovery
 from rlprune.language.calibration import grams, walk
-from rlprune.language.calibration.shelf import DiskShelf
+from rlprune.recovery.shelf import DiskShelf
 
 
 def all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ class TestSpill:
     @pytest.mark.skipif(sys.platform == "win32", reason="signals")
     def test_a_killed_process_leaves_no_file(self, tmp_path):
         code = (
-            "import os, signal, sys, torch; from rlprune.language.calibration.shelf import DiskShelf; "
+            "import os, signal, sys, torch; from rlprune.recovery.shelf import DiskShelf; "
             "s = DiskShelf(sys.argv[1]); s.put(torch.zeros(9, 9)); os.kill(os.getpid(), signal.SIGKILL)"
         )
         assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -9

@@ -19,8 +19,7 @@ from rlprune.errors import ConfigError, DataError
 from rlprune.evaluation.importance import compute
 from rlprune.evaluation.recovery import Recovery
 from rlprune.language.calibration import elimination, grams
-from rlprune.language.calibration.nested import Factors, NestedReconstruction, Triangles
-from rlprune.language.calibration.shelf import Shelf
+from rlprune.language.calibration.nested import Factors, NestedReconstruction
 from rlprune.pruning.plan import Plan
 
 RIDGE = 1e-3
@@ -51,18 +50,6 @@ def known(workload, space, given):
     cache = workload.adapter.calibration(workload, space, workload.model)
     cache.give_grams(given)
     return cache
-
-
-class TestTriangles:
-    def test_two_share_a_buffer_and_come_back(self):
-        shelf = Shelf()
-        store = Triangles(shelf)
-        made = [torch.tril(torch.randn(n, n)) for n in (5, 5, 7, 5)]
-        handles = [store.add(m) for m in made]
-        for handle, m in zip(handles, made, strict=True):
-            for size in (1, 3, len(m)):
-                assert torch.equal(store.upper(handle, size).triu(), m[:size, :size].T)
-        assert shelf.nbytes + store.nbytes == 4 * (2 * 5 * 6 + 7 * 8)
 
 
 def workload_of(name: str, **changes):

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...errors import DataError
 from ...pruning.space import PruningSpace
+from ...recovery.prefixes import penalised
 from ...utils.arrays import Floats, Ints
 from .grams import Consumer, GramSource, InputGram, group_consumers
 
@@ -79,25 +79,6 @@ def eliminate(product: Tensor, matrix: Tensor, columns: Ints, ridge: float) -> E
     else:
         order, errors = _blocks(h, p, columns)
     return Elimination(order, np.cumsum(errors), energy)
-
-
-def penalised(
-    product: Tensor, ridge: float, name: str = "layer", shrink: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """``A = product + lambda I + shrink * diag(product)`` and its lower Cholesky factor, (I, I) in float64.
-
-    lambda = ridge * mean(diag). The second penalty is in proportion to each input's own power, as dropout's
-    is (Wager et al. 2013, arXiv 1307.1493), so inputs of every size are held back alike.
-
-    Raises:
-        DataError: A is not positive definite, because activations are not finite; names the layer.
-    """
-    a = product.to(torch.float64, copy=True)
-    a.diagonal().mul_(1.0 + shrink).add_(ridge * product.diagonal().double().mean().clamp_min(1e-30))
-    lower, failed = torch.linalg.cholesky_ex(a)
-    if int(failed) or not bool(torch.isfinite(lower).all()):
-        raise DataError(f"{name}: the Gram matrix of its input is not positive definite")
-    return a, lower
 
 
 def _columns(both: list[Tensor]) -> tuple[Ints, list[float]]:

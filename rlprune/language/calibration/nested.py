@@ -14,7 +14,7 @@ input here, where the fold for any set of channels takes it from the kept ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,65 +26,12 @@ from ...importance.unit_scores import Scores
 from ...pruning.plan import Plan
 from ...pruning.space import PruningSpace
 from ...pruning.surgery import axis_indices
+from ...recovery.prefixes import Triangle, Triangles, penalised
+from ...recovery.shelf import DiskShelf, Shelf
 from ...utils.arrays import Ints
 from ..families import tensor_of
 from .compensation import shift_bias
-from .elimination import penalised
 from .grams import Consumer, GramSource, InputGram, unit_consumers
-from .shelf import DiskShelf, Shelf
-
-
-class Triangles:
-    """Lower triangular (n, n) matrices, two of a size in one buffer of (n, n + 1).
-
-    The second one lies transposed in the other half, so 30 layers of a language model need half the
-    memory; triangular solves never read the half that is not theirs.
-    """
-
-    def __init__(self, shelf: Shelf | None = None) -> None:
-        self._shelf = shelf or Shelf()
-        self._waiting: dict[tuple[int, torch.dtype, torch.device], _Pair] = {}
-
-    def add(self, lower: Tensor) -> Triangle:
-        """Store the lower triangle of a matrix; returns the handle for :meth:`upper`."""
-        key = (len(lower), lower.dtype, lower.device)
-        if key in self._waiting:
-            pair = self._waiting.pop(key)
-            assert pair.buffer is not None
-            pair.buffer[:, 1:] += lower.T.triu()
-            pair.place, pair.buffer = self._shelf.put(pair.buffer), None
-            return Triangle(pair, True)
-        buffer = lower.new_zeros(len(lower), len(lower) + 1)
-        buffer[:, :-1] = lower.tril()
-        pair = self._waiting[key] = _Pair(buffer)
-        return Triangle(pair, False)
-
-    def upper(self, handle: Triangle, size: int) -> Tensor:
-        """``L[:size, :size]'``: a view that is right above and on the diagonal, and holds anything below it."""
-        pair = handle.pair
-        buffer = pair.buffer if pair.buffer is not None else self._shelf.rows(pair.place, size)
-        return buffer[:size, 1 : size + 1] if handle.second else buffer[:size, :size].T
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory, of what waits for its second half; the rest lies on the shelf."""
-        return sum(p.buffer.nbytes for p in self._waiting.values() if p.buffer is not None)
-
-
-@dataclass
-class _Pair:
-    """A buffer of two triangles: in memory until the second one has come, then at a place on the shelf."""
-
-    buffer: Tensor | None
-    place: int = -1
-
-
-@dataclass(frozen=True)
-class Triangle:
-    """Which half of which buffer of `Triangles` a matrix is."""
-
-    pair: _Pair = field(repr=False)
-    second: bool
 
 
 @dataclass(frozen=True)

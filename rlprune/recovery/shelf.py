@@ -12,8 +12,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ...errors import ArtifactError
-from ...utils.files import writing
+from ..errors import ArtifactError
+from ..utils.files import writing
 
 
 class Shelf:
