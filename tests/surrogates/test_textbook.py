@@ -18,6 +18,7 @@ from rlprune.surrogates.kernels import (
 )
 from rlprune.surrogates.logit_gp import LogitGP
 from rlprune.surrogates.logit_kernel import LogitKernel, Posterior, first_scales
+from rlprune.surrogates.score_gp import Evidence, ScoreKernel
 
 SHAPES = [(1, 5, 3), (3, 20, 7), (12, 60, 30), (70, 40, 9)]
 
@@ -215,3 +216,22 @@ def test_predictions_are_those_of_a_textbook(monkeypatch: pytest.MonkeyPatch, gr
     assert torch.cat(variances).numpy() == pytest.approx(variance, rel=1e-8, abs=1e-8)
     again, _ = model.expected(others[::-1])
     assert np.array_equal(again, centre[::-1]) and len(variances) == 1, "what was told is looked up"
+
+
+def test_the_evidence_of_scores_and_its_gradient_are_scikit_learns() -> None:
+    """Where scikit-learn's process computes the same, an array of all gaps per group."""
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+    x = ratios(6, 30, 0).numpy()
+    target = np.random.default_rng(0).normal(size=30)
+    theta = np.random.default_rng(1).normal(size=8) * 0.5
+    kernel = ConstantKernel(1.0) * Matern(np.ones(6), nu=2.5) + WhiteKernel(0.1)
+    process = GaussianProcessRegressor(kernel, alpha=1e-8, optimizer=None).fit(x, target)
+    wanted, slope = process.log_marginal_likelihood(theta, eval_gradient=True)
+    value, gradient = Evidence(x, target)(theta)
+    assert value == pytest.approx(-wanted, rel=1e-8)
+    assert gradient == pytest.approx(-slope, rel=1e-6, abs=1e-6)
+    assert ScoreKernel(theta)(x, x[:4]) == pytest.approx(
+        kernel.clone_with_theta(theta).k1(x, x[:4]), abs=1e-8
+    )
