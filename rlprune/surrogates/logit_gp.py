@@ -32,7 +32,8 @@ Build = Callable[[PlanLike], nn.Module]
 """Widths (G,) -> the cut and recovered model."""
 # Images that are read: of the calibration and of the train split, and logits in all (which are kept for every build).
 BATCH, MOST_LOGITS = 256, 2**18
-_FIRST_STEPS, _STEPS = 60, 20
+# Steps of a fit of the hyperparameters at most: the first one, which starts anywhere, and later ones.
+_FIRST_STEPS, _STEPS = 40, 20
 # The hyperparameters are fitted again when this many times more plans are known, to so many of them at most: a step
 # costs their number cubed. The predictions use all.
 _GROWTH = 1.1

@@ -5,11 +5,15 @@ Shape legend: P plans, K known plans, G groups.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.optimize import minimize
 from torch import Tensor
 
+from ..utils.arrays import Floats
 from .kernels import Levels, additive, additive_gradient, distances, lengths_gradient, matern
 
 # Prior of the kernel's logarithms (centre of each kind, one spread) and where the first fit starts.
@@ -20,7 +24,9 @@ _SPREAD = 1.5
 _JITTER = 1e-5
 # Logits of one model hang together: they count as so many independent outputs.
 _OUTPUTS = 30.0
-_LEARNING_RATE = 0.1
+# How far a logarithm may go from the prior's centre, and the gain of a step, as a share of the whole, that is not worth
+# another one.
+_REACH, _GAIN = 5 * _SPREAD, 1e-4
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,9 @@ class Posterior:
         alike = matern(distance).mul_(joint)
         covariance = alike + additive(x, self._levels, alone, length).T
         covariance.diagonal().add_(kernel.noise)
-        lower = torch.linalg.cholesky(covariance)
+        lower, failed = torch.linalg.cholesky_ex(covariance)
+        if failed:
+            return math.inf, torch.zeros_like(scales)
         inverse = torch.cholesky_inverse(lower)
         explained = inverse @ self._gram
         off = (scales - self._centre) / _SPREAD
@@ -105,14 +113,21 @@ class Posterior:
 
 
 def adapted(scales: Tensor, x: Tensor, gram: Tensor, steps: int) -> Tensor:
-    """Hyperparameters nearer to the highest posterior; gram (K, K) is the logits' second moment over plans."""
+    """Hyperparameters nearer to the highest posterior; gram (K, K) is the logits' second moment over plans.
+
+    At most so many steps of L-BFGS from where the last fit ended, fewer where they gain nothing any more.
+    """
     posterior = Posterior(x, gram)
-    scales = scales.clone()
-    optimizer = torch.optim.Adam([scales], lr=_LEARNING_RATE)
-    for _ in range(steps):
-        _, scales.grad = posterior(scales)
-        optimizer.step()
-    return scales
+
+    def objective(values: Floats) -> tuple[float, Floats]:
+        value, gradient = posterior(torch.from_numpy(values))
+        return value, gradient.numpy()
+
+    centre = _per_group(_CENTRES, x.shape[1]).numpy()
+    bounds = np.stack([centre - _REACH, centre + _REACH], axis=1)
+    options = {"maxiter": steps, "ftol": _GAIN}
+    found = minimize(objective, scales.numpy(), jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+    return torch.from_numpy(found.x)
 
 
 def _per_group(values: dict[str, float], groups: int) -> Tensor:

@@ -17,7 +17,7 @@ from rlprune.surrogates.kernels import (
     matern,
 )
 from rlprune.surrogates.logit_gp import LogitGP
-from rlprune.surrogates.logit_kernel import LogitKernel, Posterior, first_scales
+from rlprune.surrogates.logit_kernel import LogitKernel, Posterior, adapted, first_scales
 from rlprune.surrogates.score_gp import Evidence, ScoreKernel
 
 SHAPES = [(1, 5, 3), (3, 20, 7), (12, 60, 30), (70, 40, 9)]
@@ -136,6 +136,42 @@ def test_the_gradients_are_those_of_finite_differences() -> None:
         step[i] = 1e-5
         wanted = (value(logs + step) - value(logs - step)) / 2e-5
         assert float(found[i]) == pytest.approx(wanted, rel=1e-5, abs=1e-5), i
+
+
+def test_adapting_goes_up_and_ends_where_nothing_is_gained(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = ratios(9, 30, 0)
+    truth = plain_kernel(first_scales(9), x)
+    drawn = torch.linalg.cholesky(truth) @ torch.randn(
+        30, 400, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    gram = drawn @ drawn.T / 400
+    counted = []
+    call = Posterior.__call__
+
+    def spy(self: Posterior, scales: torch.Tensor) -> tuple[float, torch.Tensor]:
+        counted.append(call(self, scales)[0])
+        return call(self, scales)
+
+    monkeypatch.setattr(Posterior, "__call__", spy)
+    start = random_scales(9, 3)
+    found = adapted(start, x, gram, 100)
+    first, calls = call(Posterior(x, gram), found)[0], len(counted)
+    assert first < counted[0] and calls < 100
+    counted.clear()
+    again = adapted(found, x, gram, 100)
+    assert len(counted) < calls / 2, "from where the last one ended little is left"
+    assert call(Posterior(x, gram), again)[0] <= first
+    counted.clear()
+    adapted(start, x, gram, 3)
+    assert len(counted) < 10
+
+
+def test_a_covariance_without_a_factor_is_no_way_to_go() -> None:
+    x = ratios(3, 12, 0)
+    scales = torch.full((11,), 60.0, dtype=torch.float64)
+    scales[-1] = -60.0
+    value, gradient = Posterior(x, torch.eye(12, dtype=torch.float64))(scales)
+    assert value == np.inf and not gradient.any()
 
 
 def test_matern_of_distances_is_its_formula() -> None:
