@@ -6,7 +6,7 @@ every call. Neither is computed like that here:
 
 - the one over all groups needs distances only, which are a product of matrices, and so is the gradient by the lengths;
 - in the sum, plans share widths: what a group does is computed once a distinct value of it (`Levels`), and summed by
-  look-up.
+  look-up; groups that never move are one row for all plans together.
 
 Shape legend: K known plans, P other plans, G groups, M distinct values over all groups. Everything is float64.
 """
@@ -29,11 +29,14 @@ _BLOCK = 2**17
 class Levels:
     """The distinct values of each group over P plans.
 
-    ``values`` (M,): group after group, each ascending. ``group`` (M,): whose they are. ``index`` (P, G): where each
-    plan's values stand in them. ``first`` (G + 1,): where each group's begin. ``plans`` (G P,): the plans by group and
-    value, so that those of a value stand together; ``start`` (M,): where.
+    Of the S groups in which no two plans differ: ``still`` (S,) which they are, ``still_values`` (S,). Of the others:
+    ``values`` (M,), group after group, each ascending. ``group`` (M,): whose they are. ``index`` (P, G - S): where each
+    plan's values stand in them. ``first`` (G - S + 1,): where each group's begin. ``plans`` ((G - S) P,): the plans by
+    group and value, so that those of a value stand together; ``start`` (M,): where.
     """
 
+    still: Tensor
+    still_values: Tensor
     values: Tensor
     group: Tensor
     index: Tensor
@@ -44,17 +47,21 @@ class Levels:
     @classmethod
     def of(cls, x: Tensor) -> Levels:
         """The levels of plans x (P, G)."""
-        plans, groups = x.shape
-        ordered, order = x.T.contiguous().sort(dim=1)
+        moves = (x != x[:1]).any(dim=0)
+        still, moving = (~moves).nonzero()[:, 0], moves.nonzero()[:, 0]
+        plans, groups = len(x), len(moving)
+        ordered, order = x.T[moving].sort(dim=1)
         new = torch.ones(groups, plans, dtype=torch.bool)
         new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
         where = new.flatten().cumsum(0).reshape(groups, plans) - 1
         index = torch.empty(groups, plans, dtype=torch.int64).scatter_(1, order, where)
         counts = new.sum(dim=1)
         first = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-        group = torch.repeat_interleave(torch.arange(groups), counts)
+        group = torch.repeat_interleave(moving, counts)
         start = new.flatten().nonzero()[:, 0]
-        return cls(ordered[new], group, index.T.contiguous(), first, order.flatten(), start)
+        return cls(
+            still, x[0, still], ordered[new], group, index.T.contiguous(), first, order.flatten(), start
+        )
 
     def blocks(self, width: int) -> Iterator[tuple[slice, slice]]:
         """Groups, and their values, in portions that make about `_BLOCK` numbers of rows of this width."""
@@ -68,13 +75,12 @@ class Levels:
 
 def additive(known: Tensor, levels: Levels, heights: Tensor, lengths: Tensor) -> Tensor:
     """Sum over the groups of height * Matern(gap / length): the plans of ``levels`` with known (K, G) -> (P, K)."""
-    total = torch.zeros(len(levels.index), len(known), dtype=known.dtype)
     columns = known.T.contiguous()
+    near = _matern(_scaled(columns, levels.still, levels.still_values, lengths))
+    total = near.mul_(heights[levels.still, None]).sum(dim=0).repeat(len(levels.index), 1)
     for groups, rows in levels.blocks(len(known)):
-        near = _scaled(columns, levels, rows, lengths)
-        tails = near.neg().exp_()
-        near = torch.addcmul(near, near, near, value=1 / 3).add_(1.0).mul_(tails)
-        near.mul_(heights[levels.group[rows], None])
+        group = levels.group[rows]
+        near = _matern(_scaled(columns, group, levels.values[rows], lengths)).mul_(heights[group, None])
         total += embedding_bag(levels.index[:, groups] - rows.start, near, mode="sum")
     return total
 
@@ -86,18 +92,21 @@ def additive_gradient(
     by_height, by_length = torch.zeros_like(heights), torch.zeros_like(lengths)
     columns = known.T.contiguous()
     plans = len(levels.index)
-    for groups, rows in levels.blocks(len(known)):
-        near = _scaled(columns, levels, rows, lengths)
-        # What all plans of a value weigh, in one row.
-        members = levels.plans[groups.start * plans : groups.stop * plans]
-        tails = embedding_bag(members, weights, levels.start[rows] - groups.start * plans, mode="sum")
-        tails.mul_(near.neg().exp_())
+
+    def add(group: Tensor, values: Tensor, weighed: Tensor) -> None:
+        near = _scaled(columns, group, values, lengths)
+        tails = near.neg().exp_().mul_(weighed)
         squares = near.square().div_(3.0).mul_(tails)
         # Of (1 + t + t^2 / 3) exp(-t), and of t^2 (1 + t) / 3 exp(-t), which is what the logarithm of a length moves.
-        shrunk = torch.addcmul(squares, squares, near).sum(dim=1)
-        raised = torch.addcmul(tails, tails, near).add_(squares).sum(dim=1)
-        by_height.index_add_(0, levels.group[rows], raised)
-        by_length.index_add_(0, levels.group[rows], shrunk)
+        by_length.index_add_(0, group, torch.addcmul(squares, squares, near).sum(dim=1))
+        by_height.index_add_(0, group, torch.addcmul(tails, tails, near).add_(squares).sum(dim=1))
+
+    add(levels.still, levels.still_values, weights.sum(dim=0))
+    for groups, rows in levels.blocks(len(known)):
+        # What all plans of a value weigh, in one row.
+        members = levels.plans[groups.start * plans : groups.stop * plans]
+        weighed = embedding_bag(members, weights, levels.start[rows] - groups.start * plans, mode="sum")
+        add(levels.group[rows], levels.values[rows], weighed)
     return by_height * heights, by_length * heights
 
 
@@ -110,9 +119,7 @@ def distances(a: Tensor, b: Tensor, lengths: Tensor) -> Tensor:
 
 def matern(distance: Tensor) -> Tensor:
     """Matern 2.5 of distances in lengths, any shape."""
-    scaled = distance * _ROOT5
-    tails = scaled.neg().exp_()
-    return torch.addcmul(scaled, scaled, scaled, value=1 / 3).add_(1.0).mul_(tails)
+    return _matern(distance * _ROOT5)
 
 
 def lengths_gradient(x: Tensor, lengths: Tensor, distance: Tensor, weights: Tensor) -> Tensor:
@@ -128,8 +135,13 @@ def lengths_gradient(x: Tensor, lengths: Tensor, distance: Tensor, weights: Tens
     return 2.0 * gaps / lengths.square()
 
 
-def _scaled(columns: Tensor, levels: Levels, rows: slice, lengths: Tensor) -> Tensor:
-    """sqrt(5) gap / length (m, K) of some of the levels to the known plans, whose values are columns (G, K)."""
-    group = levels.group[rows]
-    gap = columns[group].sub_(levels.values[rows, None]).abs_()
+def _matern(scaled: Tensor) -> Tensor:
+    """Of sqrt(5) distances."""
+    tails = scaled.neg().exp_()
+    return torch.addcmul(scaled, scaled, scaled, value=1 / 3).add_(1.0).mul_(tails)
+
+
+def _scaled(columns: Tensor, group: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    """sqrt(5) gap / length (m, K) of values (m,) of some groups (m,) to the known plans' values, columns (G, K)."""
+    gap = columns[group].sub_(values[:, None]).abs_()
     return gap.mul_(_ROOT5 / lengths[group, None])
