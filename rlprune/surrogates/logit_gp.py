@@ -58,7 +58,7 @@ class LogitGP:
         self._shape = (-1, dense.shape[-1])
         wanted = dense if reference is None else reference
         self._dtype = dense.dtype if dense.dtype == torch.float64 else torch.float32
-        self._divergences = Divergences(wanted.reshape(self._shape).to(self._dtype))
+        self._divergences = Divergences(wanted.reshape(self._shape).to("cpu", self._dtype))
         self._dense, self._dense_shift = self._centred(dense)
         self.known: dict[Widths, float] = {}
         """The plans whose logits are known, and their divergences; the dense model aside."""
@@ -156,7 +156,8 @@ class LogitGP:
         return self._divergences.expected(torch.addmm(self._dense, weights, self._y), variance)
 
     def _centred(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        return self._divergences.centred(logits.reshape(self._shape).to(self._dtype))
+        # Wherever the model runs: the process is float64 algebra of a few hundred plans.
+        return self._divergences.centred(logits.reshape(self._shape).to("cpu", self._dtype))
 
     def _ratios(self, plans: Ints) -> Tensor:
         return torch.from_numpy(np.log(np.maximum(plans, 0.5) / self._widths))
