@@ -22,25 +22,23 @@ from torch import Tensor, nn
 from ..pruning.history import PlanLike, Widths, as_widths
 from ..pruning.space import PruningSpace
 from ..utils.arrays import Floats, Ints
+from .divergence import Divergences
+from .factor import Factor
+from .kernels import Levels
+from .logit_changes import Changes
+from .logit_kernel import LogitKernel, adapted, first_scales
 
 Build = Callable[[PlanLike], nn.Module]
 """Widths (G,) -> the cut and recovered model."""
 # Images that are read: of the calibration and of the train split, and logits in all (which are kept for every build).
 BATCH, MOST_LOGITS = 256, 2**18
-# Prior of the kernel's logarithms (centre of each kind, one spread) and where the first fit starts.
-_CENTRES = {"alone": -2.0, "alone_length": 0.5, "joint": -1.0, "joint_length": 1.0, "noise": -6.0}
-_STARTS = {"alone": 0.0, "alone_length": 0.0, "joint": 0.0, "joint_length": 0.7, "noise": -4.0}
-_SPREAD = 1.5
-# Logits of one model hang together: they count as so many independent outputs.
-_OUTPUTS = 30.0
-_FIRST_STEPS, _STEPS = 60, 20
+# Steps of a fit of the hyperparameters at most: the first one, which starts anywhere, and later ones.
+_FIRST_STEPS, _STEPS = 40, 20
 # The hyperparameters are fitted again when this many times more plans are known, to so many of them at most: a step
 # costs their number cubed. The predictions use all.
 _GROWTH = 1.1
 _FIT_PLANS = 400
 _CHUNK = 64
-# What the uncertainty of the logits adds to a divergence is averaged over draws, on so many images or tokens at most.
-_DRAWS, _NOISY_IMAGES = 16, 128
 
 
 class LogitGP:
@@ -51,41 +49,46 @@ class LogitGP:
 
     Args:
         widths: (G,) of the dense model.
-        dense: its logits (N, ..., C) after the recovery that the plans get.
+        dense: its logits (N, ..., C) after the recovery that the plans get; float64 ones make a process in float64.
         reference: logits (N, ..., C) that divergences are measured from; ``dense`` where it is not given.
     """
 
     def __init__(self, widths: Ints, dense: Tensor, reference: Tensor | None = None) -> None:
         self._widths = np.asarray(widths, dtype=np.int64)
-        self._dense = dense.reshape(-1, dense.shape[-1])
+        self._shape = (-1, dense.shape[-1])
         wanted = dense if reference is None else reference
-        self._log_dense = wanted.reshape(self._dense.shape).log_softmax(dim=-1)
+        self._dtype = dense.dtype if dense.dtype == torch.float64 else torch.float32
+        self._divergences = Divergences(wanted.reshape(self._shape).to("cpu", self._dtype))
+        self._dense, self._dense_shift = self._centred(dense)
         self.known: dict[Widths, float] = {}
         """The plans whose logits are known, and their divergences; the dense model aside."""
         self._rows = [self._ratios(self._widths[None])]
-        self._changes = _Changes(self._dense.numel())
-        self._scales = _per_group(_STARTS, len(self._widths))
+        self._changes = Changes(len(self._dense), dense.shape[-1], self._dtype)
+        self._kernel = LogitKernel(first_scales(len(self._widths)))
         self._fitted = 0
+        self._factor: Factor | None = None
+        self._told: dict[bytes, tuple[float, float]] = {}
 
     def learn(self, widths: PlanLike, logits: Tensor) -> float:
         """Take in the logits (N, ..., C) of a plan (G,) and return its mean KL(reference || plan) in nats."""
         key = as_widths(widths)
         # What has diverged says no more than that it is far away.
-        logits = torch.nan_to_num(logits.reshape(self._dense.shape).float(), nan=0.0, posinf=1e3, neginf=-1e3)
-        self.known[key] = float(self._divergence(logits[None])[0])
+        centred, shift = self._centred(torch.nan_to_num(logits, nan=0.0, posinf=1e3, neginf=-1e3))
+        self.known[key] = float(self._divergences.of(centred[None])[0])
         self._rows.append(self._ratios(np.array([key])))
-        self._changes.append((logits - self._dense).flatten())
+        self._changes.append(centred - self._dense, shift - self._dense_shift)
         return self.known[key]
 
     @property
     def state(self) -> list[float]:
         """What the next fit starts from: how many plans the kernel was adapted to, and its logarithms."""
-        return [float(self._fitted), *self._scales.tolist()]
+        return [float(self._fitted), *self._kernel.scales.tolist()]
 
     @state.setter
     def state(self, value: Sequence[float]) -> None:
         self._fitted = int(value[0])
-        self._scales = torch.tensor(value[1:], dtype=torch.float64)
+        self._kernel = LogitKernel(torch.tensor(value[1:], dtype=torch.float64))
+        self._factor = None
 
     def best(self, count: int = 1) -> Ints:
         """The known plans (count, G) of the smallest divergence, the best first."""
@@ -96,45 +99,65 @@ class LogitGP:
         self._x, self._y = torch.cat(self._rows), self._changes.rows
         gram = self._changes.gram()
         self._unit = max(float(gram.diagonal().mean()), 1e-12)
+        self._told.clear()
         if adapt and len(self._x) >= _GROWTH * self._fitted:
             steps = _STEPS if self._fitted else _FIRST_STEPS
             self._fitted = len(self._x)
             some = torch.linspace(0, self._fitted - 1, min(self._fitted, _FIT_PLANS)).long()
-            self._scales = _adapted(self._scales, self._x[some], gram[some][:, some] / self._unit, steps)
-        self._lower = torch.linalg.cholesky(_noisy_kernel(self._scales, self._x))
+            scales = adapted(self._kernel.scales, self._x[some], gram[some][:, some] / self._unit, steps)
+            self._kernel, self._factor = LogitKernel(scales), None
+        self._condition()
+
+    def _condition(self) -> None:
+        """Bring the factor to all known plans: at once those that the kernel was adapted to, the later ones in turn."""
+        x, kernel = self._x, self._kernel
+        if self._factor is None:
+            first = x[: max(1, self._fitted)]
+            self._factor = Factor(kernel(first, first), kernel.noise)
+        self._factor.extend(len(x), lambda k: (kernel(x[:k], x[k : k + 1])[:, 0], kernel.own))
 
     def expected(self, widths: ArrayLike) -> tuple[Floats, Floats]:
         """Of plans (P, G): the divergence (P,) of the expected logits, and what their uncertainty adds to it (P,).
 
-        Their sum is the divergence that is to be expected.
+        Their sum is the divergence that is to be expected. What has been asked since the last fit is looked up.
         """
         plans = np.asarray(widths, dtype=np.int64)
-        parts = [self._chunk(plans[i : i + _CHUNK]) for i in range(0, len(plans), _CHUNK)]
-        centre, spread = (torch.cat(column).double().numpy() for column in zip(*parts, strict=True))
-        return centre, spread
+        keys = [plan.tobytes() for plan in plans]
+        new = {key: row for row, key in enumerate(keys) if key not in self._told}
+        rows = list(new.values())
+        parts = [self._chunk(plans[rows[i : i + _CHUNK]]) for i in range(0, len(rows), _CHUNK)]
+        pairs = (
+            pair for centre, added in parts for pair in zip(centre.tolist(), added.tolist(), strict=True)
+        )
+        self._told.update(zip(new, pairs, strict=True))
+        found = np.array([self._told[key] for key in keys], dtype=np.float64).reshape(-1, 2)
+        return found[:, 0], found[:, 1]
 
     def correlation(self, widths: ArrayLike) -> Floats:
         """How far what is not known of plans (P, G) is the same unknown: correlations (P, P) of their logits."""
         x = self._ratios(np.asarray(widths, dtype=np.int64))
-        solved = torch.linalg.solve_triangular(self._lower, _kernel(self._scales, self._x, x), upper=False)
-        covariance = (_kernel(self._scales, x, x) - solved.T @ solved).numpy()
+        factor, levels = self._conditioned, Levels.of(x)
+        half = factor.half(self._kernel(self._x, x, levels))
+        covariance = (self._kernel(x, x, levels) - half.T @ half).numpy()
         deviation = np.sqrt(np.maximum(np.diagonal(covariance), 1e-12))
         found: Floats = covariance / np.outer(deviation, deviation)
         return found
 
-    def _chunk(self, plans: Ints) -> tuple[Tensor, Tensor]:
-        x = self._ratios(plans)
-        cross = _kernel(self._scales, self._x, x)
-        weights = torch.cholesky_solve(cross, self._lower).T.to(self._y.dtype)
-        logits = self._dense + (weights @ self._y).reshape(len(plans), *self._dense.shape)
-        solved = torch.linalg.solve_triangular(self._lower, cross, upper=False)
-        variance = (_own(self._scales) - (solved**2).sum(dim=0)).clamp_min(0.0) * self._unit
-        return self._divergence(logits), _added(logits, variance)
+    @property
+    def _conditioned(self) -> Factor:
+        assert self._factor is not None, "fit comes first"
+        return self._factor
 
-    def _divergence(self, logits: Tensor) -> Tensor:
-        """Mean KL(dense || other) over the images: logits (P, N, C) -> (P,)."""
-        difference = self._log_dense - logits.log_softmax(dim=-1)
-        return (self._log_dense.exp() * difference).sum(dim=-1).mean(dim=-1)
+    def _chunk(self, plans: Ints) -> tuple[Tensor, Tensor]:
+        factor = self._conditioned
+        half = factor.half(self._kernel(self._x, self._ratios(plans)))
+        weights = factor.rest(half).T.to(self._y.dtype)
+        variance = (self._kernel.own - half.square().sum(dim=0)).clamp_min(0.0) * self._unit
+        return self._divergences.expected(torch.addmm(self._dense, weights, self._y), variance)
+
+    def _centred(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        # Wherever the model runs: the process is float64 algebra of a few hundred plans.
+        return self._divergences.centred(logits.reshape(self._shape).to("cpu", self._dtype))
 
     def _ratios(self, plans: Ints) -> Tensor:
         return torch.from_numpy(np.log(np.maximum(plans, 0.5) / self._widths))
@@ -171,108 +194,7 @@ class LogitProbes(LogitGP):
         return len(self._images)
 
 
-class _Changes:
-    """Rows (K, L) that grow by one at a time, and their second moments (K, K); the first row is zero."""
-
-    def __init__(self, length: int) -> None:
-        self._all, self._count = torch.zeros(16, length), 1
-        self._moments = torch.zeros(0, 0, dtype=torch.float64)
-
-    def append(self, row: Tensor) -> None:
-        if self._count == len(self._all):
-            self._all = torch.cat([self._all, torch.empty_like(self._all)])
-        self._all[self._count] = row
-        self._count += 1
-
-    @property
-    def rows(self) -> Tensor:
-        return self._all[: self._count]
-
-    def gram(self) -> Tensor:
-        """Means of products of the rows, of which only those of new rows are computed.
-
-        One row at a time: sums of floats depend on how many rows are multiplied at once, and a resumed search, which
-        takes all in at once, has to expect the same to the bit.
-        """
-        before = len(self._moments)
-        if before < self._count:
-            moments = torch.zeros(self._count, self._count, dtype=torch.float64)
-            moments[:before, :before] = self._moments
-            for i in range(before, self._count):
-                products = (self._all[: i + 1] @ self._all[i]).double() / self._all.shape[1]
-                moments[i, : i + 1] = moments[: i + 1, i] = products
-            self._moments = moments
-        return self._moments
-
-
-def _added(logits: Tensor, variance: Tensor) -> Tensor:
-    """What Gaussian noise of a variance (P,) on every one of the logits (P, N, C) adds to the mean divergence (P,).
-
-    E[KL] - KL of the means is E[logsumexp] - logsumexp of the means, here over fixed draws, which come in pairs of
-    opposite sign. The second-order expansion (half the variance times 1 - sum q^2) is far too small where the means
-    are certain of a class and the variance is large: what is unknown would be as good as the dense model.
-    """
-    some = logits[:, :: max(1, -(-logits.shape[1] // _NOISY_IMAGES))]
-    half = torch.randn(_DRAWS // 2, 1, logits.shape[-1], generator=torch.Generator().manual_seed(0))
-    draws = torch.cat([half, -half]).to(logits.dtype)
-    means = some.logsumexp(dim=-1).mean(dim=-1)
-    found = torch.stack(
-        [
-            (m + v.sqrt() * draws).logsumexp(dim=-1).mean()
-            for m, v in zip(some, variance.to(some.dtype), strict=True)
-        ]
-    )
-    return (found - means).clamp_min(0.0)
-
-
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
     model.eval()
     with torch.no_grad():
         return torch.cat([model(part).float().cpu() for part in images.split(BATCH)])
-
-
-def _per_group(values: dict[str, float], groups: int) -> Tensor:
-    """Logarithms of the kernel's hyperparameters (3 G + 2,): each group's height and length, then the joint ones."""
-    counts = {"alone": groups, "alone_length": groups, "joint": 1, "joint_length": groups, "noise": 1}
-    return torch.cat([torch.full((n,), values[name], dtype=torch.float64) for name, n in counts.items()])
-
-
-def _kernel(scales: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Covariance (K, P) of plans a (K, G) with plans b (P, G)."""
-    groups = a.shape[1]
-    alone, length, joint, joint_length, _ = scales.exp().split([groups, groups, 1, groups, 1])
-    gap = a[:, None] - b[None]
-    additive = (_matern(gap.abs() / length) * alone).sum(dim=-1)
-    # The small offset keeps the gradient of a distance of zero finite.
-    distance = ((gap / joint_length).square().sum(dim=-1) + 1e-12).sqrt()
-    return additive + joint * _matern(distance)
-
-
-def _noisy_kernel(scales: Tensor, x: Tensor) -> Tensor:
-    return _kernel(scales, x, x) + (scales[-1].exp() + 1e-5) * torch.eye(len(x), dtype=x.dtype)
-
-
-def _own(scales: Tensor) -> Tensor:
-    """Covariance of a plan with itself."""
-    groups = (len(scales) - 2) // 3
-    return scales[:groups].exp().sum() + scales[2 * groups].exp()
-
-
-def _matern(distance: Tensor) -> Tensor:
-    d = 5.0**0.5 * distance
-    return (1.0 + d + d**2 / 3.0) * torch.exp(-d)
-
-
-def _adapted(scales: Tensor, x: Tensor, gram: Tensor, steps: int) -> Tensor:
-    """Hyperparameters nearer to the highest posterior; gram (K, K) is the logits' second moment over plans."""
-    scales = scales.clone().requires_grad_()
-    centre = _per_group(_CENTRES, x.shape[1])
-    optimizer = torch.optim.Adam([scales], lr=0.1)
-    for _ in range(steps):
-        lower = torch.linalg.cholesky(_noisy_kernel(scales, x))
-        fit = 0.5 * torch.cholesky_solve(gram, lower).diagonal().sum() + lower.diagonal().log().sum()
-        loss = _OUTPUTS * fit + 0.5 * (((scales - centre) / _SPREAD) ** 2).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return scales.detach()

@@ -6,13 +6,16 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
+from scipy.linalg import solve_triangular
 from torch import Tensor
 
 from ..envs.task import Task
 from ..pruning.budget import BudgetLike
 from ..pruning.space import PruningSpace
 from ..utils.arrays import Floats, Ints
+from .kernels import distances, matern
 from .logit_gp import Build, LogitProbes
 
 # Distances to the dense score are told apart between these (nats, or losses).
@@ -49,20 +52,20 @@ class ProbedModel:
         self._x = log_ratios(self._task, widths)
         prior, unsure = self._prior(widths)
         gram = self._kernel(self._x, self._x) + np.diag(unsure + _NOISE)
-        self._inverse = np.linalg.inv(gram)
-        self._weights = self._inverse @ (log_distance(self._task, scores) - prior)
+        self._lower = np.linalg.cholesky(gram)
+        self._solved = self._half((log_distance(self._task, scores) - prior)[:, None])[:, 0]
 
     def predict(self, widths: Ints) -> tuple[Floats, Floats]:
         """Mean (P,) and standard deviation (P,) of the target."""
-        mean, unsure, cross = self._cross(widths)
-        variance = _LEVEL + _OWN + unsure - np.einsum("np,nm,mp->p", cross, self._inverse, cross)
+        mean, unsure, half = self._cross(widths)
+        variance = _LEVEL + _OWN + unsure - (half**2).sum(axis=0)
         return mean, np.sqrt(np.maximum(variance, 1e-12))
 
     def covariance(self, widths: Ints) -> tuple[Floats, Floats]:
         """Mean (P,) and joint covariance (P, P)."""
-        mean, unsure, cross = self._cross(widths)
+        mean, unsure, half = self._cross(widths)
         x = log_ratios(self._task, widths)
-        return mean, self._kernel(x, x) + np.diag(unsure) - cross.T @ self._inverse @ cross
+        return mean, self._kernel(x, x) + np.diag(unsure) - half.T @ half
 
     def ready(self, known: int) -> bool:
         return True
@@ -76,8 +79,13 @@ class ProbedModel:
 
     def _cross(self, widths: Ints) -> tuple[Floats, Floats, Floats]:
         prior, unsure = self._prior(widths)
-        cross = self._kernel(self._x, log_ratios(self._task, widths))
-        return prior + cross.T @ self._weights, unsure, cross
+        half = self._half(self._kernel(self._x, log_ratios(self._task, widths)))
+        return prior + half.T @ self._solved, unsure, half
+
+    def _half(self, cross: Floats) -> Floats:
+        """lower^-1 cross, (N, P), of the factor of the N known plans' covariance."""
+        found: Floats = solve_triangular(self._lower, cross, lower=True) if len(cross) else cross
+        return found
 
     def _prior(self, widths: Ints) -> tuple[Floats, Floats]:
         """Expected target (P,), and its variance (P,) because the logits are not known for certain."""
@@ -88,8 +96,8 @@ class ProbedModel:
         return -np.log(total), (spread / total) ** 2
 
     def _kernel(self, a: Floats, b: Floats) -> Floats:
-        distance = np.sqrt(5.0 * ((a[:, None] - b[None]) ** 2).sum(axis=-1)) / _LENGTH
-        return _LEVEL + _OWN * (1.0 + distance + distance**2 / 3.0) * np.exp(-distance)
+        same = torch.full((b.shape[1],), _LENGTH, dtype=torch.float64)
+        return _LEVEL + _OWN * matern(distances(torch.from_numpy(a), torch.from_numpy(b), same)).numpy()
 
 
 @runtime_checkable

@@ -38,6 +38,11 @@ def neighbours(
 
     A few groups of a parent give up more or less; the projection takes from or returns to the others.
     """
+    return task.space.project(_changed(task, parents, count, generator), budget, task.metric)
+
+
+def _changed(task: Task, parents: Ints, count: int, generator: np.random.Generator) -> Floats:
+    """Shares (count, G) that changes of parents (P, G) give up, before the projection."""
     groups = len(task.space.groups)
     chosen = parents[generator.integers(len(parents), size=count)]
     shares = 1.0 - chosen / task.space.widths
@@ -46,27 +51,42 @@ def neighbours(
         generator.random((count, groups)) < generator.choice([1.5, 3.0, groups], size=(count, 1)) / groups
     )
     shares = shares + scale * touched * generator.normal(size=(count, groups))
-    shares = np.clip(shares, 1e-4, None)
-    return task.space.project(shares, budget, task.metric)
+    changed: Floats = np.clip(shares, 1e-4, None)
+    return changed
 
 
 def climb(
     task: Task,
     parents: Ints,
     budget: BudgetLike,
-    acquisition: Callable[[Ints], Floats],
+    predict: Callable[[Ints], tuple[Floats, Floats]],
+    kappas: Sequence[float],
     generator: np.random.Generator,
     *,
     rounds: int = 12,
     width: int = 48,
     keep: int = 8,
 ) -> Ints:
-    """Local search on the surrogate: the best ``keep`` plans of each round are the next round's parents."""
-    pool = np.unique(parents, axis=0)
+    """Local searches on the surrogate, one for each weight of the deviation, in step: (at most keep x kappas, G).
+
+    The best ``keep`` plans of each round are the next round's parents. Plans of all searches are projected and
+    predicted together: many at once cost less than as many calls.
+
+    Args:
+        predict: plans (P, G) -> mean (P,) and deviation (P,), of which mean + kappa * deviation is climbed.
+    """
+    pools = [np.unique(parents, axis=0) for _ in kappas]
     for _ in range(rounds):
-        pool = np.unique(np.vstack([pool, neighbours(task, pool, budget, width, generator)]), axis=0)
-        pool = pool[np.argsort(-acquisition(pool), kind="stable")[:keep]]
-    return pool
+        shares = np.vstack([_changed(task, pool, width, generator) for pool in pools])
+        changed = np.split(task.space.project(shares, budget, task.metric), len(pools))
+        pools = [np.unique(np.vstack(pair), axis=0) for pair in zip(pools, changed, strict=True)]
+        mean, deviation = predict(np.vstack(pools))
+        end = 0
+        for i, (pool, kappa) in enumerate(zip(pools, kappas, strict=True)):
+            rows = slice(end, end + len(pool))
+            end += len(pool)
+            pools[i] = pool[np.argsort(-(mean[rows] + kappa * deviation[rows]), kind="stable")[:keep]]
+    return np.vstack(pools)
 
 
 def fresh(plans: Ints, known: Collection[History]) -> Ints:

@@ -1,22 +1,21 @@
-"""A model of the score, and a vectorised environment that pays its predictions instead of real scores.
+"""A model of the score: a Gaussian process over the widths.
 
-Shape legend: N plans, G groups, B environments.
+Shape legend: N plans, G groups.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.optimize import minimize
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
 from ..utils.arrays import Floats, Ints
+from .kernels import distances, lengths_gradient, matern
 
 # Scores below this quantile (and below the first start) are told apart no further.
 _TAIL = 0.2
@@ -27,6 +26,11 @@ _LENGTH = 2.0
 _LENGTH_SPREAD = 0.8
 # Spread of the logarithm of the factors by which the expected costs of groups are off, in targets' spreads.
 _FACTOR = 2.0
+# Where the first fit starts: the signal's variance, the lengths (_LENGTH), the noise's variance; and what each is
+# kept between.
+_SIGNAL, _NOISE = 1.0, 1e-2
+_SIGNALS, _LENGTHS, _NOISES = (1e-2, 1e2), (0.1, 50.0), (1e-5, 0.5)
+_JITTER = 1e-8
 # L-BFGS steps per fit; each fit starts from the hyperparameters of the last one.
 _FIT_STEPS = 25
 # Plans that the hyperparameters are fitted to, at most: a step costs their number cubed. The predictions use all.
@@ -78,20 +82,13 @@ class ScoreGP:
             self._trend[1] = np.quantile(y - self._trend[0] * expected, _PRIOR)
             y = y - self._trend[0] * expected - self._trend[1]
         self._shares = shares
-        groups = x.shape[1]
-        kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(np.full(groups, _LENGTH), (0.1, 50.0), nu=2.5)
-        kernel = kernel + WhiteKernel(1e-2, (1e-5, 0.5))
-        if self._theta is not None:
-            kernel = kernel.clone_with_theta(self._theta)
-        regressor = GaussianProcessRegressor(kernel, alpha=1e-8, optimizer=_optimise)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            some = np.unique(np.linspace(0, len(x) - 1, min(len(x), _FIT_PLANS)).astype(np.int64))
-            regressor.fit(x[some], (y - _explained(shares, y))[some])
-        self._theta = regressor.kernel_.theta.copy()
-        self._kernel, self._noise = regressor.kernel_.k1, float(regressor.kernel_.k2.noise_level)
+        some = np.unique(np.linspace(0, len(x) - 1, min(len(x), _FIT_PLANS)).astype(np.int64))
+        evidence = Evidence(x[some], (y - _explained(shares, y))[some])
+        self._theta = _optimise(evidence, _start(x.shape[1]) if self._theta is None else self._theta)
+        self._kernel = ScoreKernel(self._theta)
+        self._noise = self._kernel.noise
         self._x = x
-        gram = self._kernel(x) + _linear(shares, shares) + (self._noise + 1e-8) * np.eye(len(x))
+        gram = self._kernel(x, x) + _linear(shares, shares) + (self._noise + _JITTER) * np.eye(len(x))
         self._lower = cholesky(gram, lower=True)
         self._weights = cho_solve((self._lower, True), y)
 
@@ -107,7 +104,7 @@ class ScoreGP:
         mean = cross.T @ self._weights + self._trend[0] * expected + self._trend[1]
         solved = solve_triangular(self._lower, cross, lower=True)
         own = 0.0 if shares is None else _FACTOR**2 * (shares**2).sum(axis=1)
-        variance = self._kernel.diag(x) + own - (solved**2).sum(axis=0)
+        variance = self._kernel.signal + own - (solved**2).sum(axis=0)
         return mean, np.sqrt(np.maximum(variance, 1e-12))
 
     def covariance(self, widths: Ints) -> tuple[Floats, Floats]:
@@ -117,7 +114,7 @@ class ScoreGP:
         cross = self._kernel(self._x, x) + _linear(self._shares, shares)
         solved = solve_triangular(self._lower, cross, lower=True)
         mean = cross.T @ self._weights + self._trend[0] * expected + self._trend[1]
-        return mean, self._kernel(x) + _linear(shares, shares) - solved.T @ solved
+        return mean, self._kernel(x, x) + _linear(shares, shares) - solved.T @ solved
 
     def ready(self, known: int) -> bool:
         """Never: a first batch is drawn without it."""
@@ -193,10 +190,69 @@ def _explained(shares: Floats | None, target: Floats) -> Floats | float:
     return gram @ np.linalg.solve(gram + 0.1 * np.eye(len(gram)), target)
 
 
-def _optimise(
-    objective: Callable[[Floats], tuple[float, Floats]], start: Floats, bounds: Floats
-) -> tuple[Floats, float]:
-    """Scikit-learn's optimiser with fewer steps and a prior: each fit starts where the last one ended.
+@dataclass(frozen=True)
+class ScoreKernel:
+    """Matern 2.5 with a length a group.
+
+    Args:
+        theta: logarithms (G + 2,) of the signal's variance, the lengths and the noise's variance.
+    """
+
+    theta: Floats
+
+    def __call__(self, a: Floats, b: Floats) -> Floats:
+        """Covariance (N, M) of inputs a (N, G) with b (M, G)."""
+        lengths = torch.from_numpy(np.exp(self.theta[1:-1]))
+        found: Floats = (
+            self.signal * matern(distances(torch.from_numpy(a), torch.from_numpy(b), lengths)).numpy()
+        )
+        return found
+
+    @property
+    def signal(self) -> float:
+        return float(np.exp(self.theta[0]))
+
+    @property
+    def noise(self) -> float:
+        return float(np.exp(self.theta[-1]))
+
+
+class Evidence:
+    """Minus the logarithm of the marginal likelihood of a target (N,) over inputs x (N, G)."""
+
+    def __init__(self, x: Floats, target: Floats) -> None:
+        self._x, self._target = torch.from_numpy(x), torch.from_numpy(target)
+
+    def __call__(self, theta: Floats) -> tuple[float, Floats]:
+        """Its value and its gradient (G + 2,) by :attr:`ScoreKernel.theta`, in closed form."""
+        signal, noise = float(np.exp(theta[0])), float(np.exp(theta[-1]))
+        lengths = torch.from_numpy(np.exp(theta[1:-1]))
+        distance = distances(self._x, self._x, lengths)
+        alike = matern(distance).mul_(signal)
+        covariance = alike.clone()
+        covariance.diagonal().add_(noise + _JITTER)
+        lower, failed = torch.linalg.cholesky_ex(covariance)
+        if failed:
+            return np.inf, np.zeros_like(theta)
+        inverse = torch.cholesky_inverse(lower)
+        solved = inverse @ self._target
+        value = 0.5 * float(self._target @ solved) + float(lower.diagonal().log().sum())
+        weights = 0.5 * (inverse - torch.outer(solved, solved))
+        gradient = [
+            float((weights * alike).sum()),
+            *(signal * lengths_gradient(self._x, lengths, distance, weights)).tolist(),
+            float(weights.diagonal().sum()) * noise,
+        ]
+        return value + 0.5 * len(solved) * float(np.log(2 * np.pi)), np.array(gradient)
+
+
+def _start(groups: int) -> Floats:
+    """Logarithms of the hyperparameters (G + 2,) where the first fit starts."""
+    return np.log(np.concatenate([[_SIGNAL], np.full(groups, _LENGTH), [_NOISE]]))
+
+
+def _optimise(evidence: Evidence, start: Floats) -> Floats:
+    """A few steps of L-BFGS with a prior: each fit starts where the last one ended.
 
     Without the log-normal prior on the length scales, dozens of points in as many dimensions are
     explained by scales at their bounds, and the predictions are worth nothing.
@@ -206,13 +262,14 @@ def _optimise(
     weight[[0, -1]] = 0.0  # signal and noise are free
 
     def penalised(theta: Floats) -> tuple[float, Floats]:
-        value, gradient = objective(theta)
+        value, gradient = evidence(theta)
         off = theta - centre
         return value + 0.5 * float((weight * off**2).sum()), gradient + weight * off
 
+    bounds = np.log([_SIGNALS, *[_LENGTHS] * (len(start) - 2), _NOISES])
     options = {"maxiter": _FIT_STEPS}
-    result = minimize(penalised, start, method="L-BFGS-B", jac=True, bounds=bounds, options=options)
-    return result.x, float(result.fun)
+    found: Floats = minimize(penalised, start, method="L-BFGS-B", jac=True, bounds=bounds, options=options).x
+    return found
 
 
 class Predictor(Protocol):

@@ -289,8 +289,31 @@ def test_proposals_meet_the_budget_and_climbing_climbs():
     def value(plans):
         return np.array([task.evaluator.evaluate(p).score for p in plans])
 
-    climbed = climb(task, start, 0.4, value, rng)
+    asked = []
+
+    def predict(plans):
+        asked.append(len(plans))
+        return value(plans), np.zeros(len(plans))
+
+    climbed = climb(task, start, 0.4, predict, (0.0,), rng)
     assert value(climbed)[0] > value(start).max()
+    asked.clear()
+    several = climb(task, start, 0.4, predict, (0.0, 1.0, 2.0), rng, rounds=5, keep=4)
+    assert len(asked) == 5, "all climbs are predicted together"
+    assert len(several) == 12
+    for own in np.split(several, 3):
+        assert value(own)[0] > value(start).max()
+
+
+def test_climbs_go_for_the_deviation_by_their_weights():
+    task = make_synthetic_task(8, budget=0.4)
+    start = random_plans(task, 0.4, 5, np.random.default_rng(0))
+
+    def predict(plans):
+        return plans[:, 0].astype(float), -2.0 * plans[:, 0].astype(float)
+
+    sure, unsure = np.split(climb(task, start, 0.4, predict, (0.0, 1.0), np.random.default_rng(1), keep=4), 2)
+    assert sure[0, 0] > start[:, 0].max() > start[:, 0].min() > unsure[0, 0]
 
 
 def test_the_surrogate_environment_pays_what_the_model_predicts():

@@ -18,6 +18,8 @@ from rlprune.experiments.prepare import Experiment, prepare_experiment
 from rlprune.language.judge import OUTPUT_TOKENS, bucketed
 from rlprune.surrogates import logit_gp as expectation
 from rlprune.surrogates.composite import CompositeGP
+from rlprune.surrogates.divergence import Divergences
+from rlprune.surrogates.logit_changes import Changes
 from rlprune.surrogates.logit_gp import LogitGP
 from rlprune.surrogates.proposals import choose_batch, random_plans
 
@@ -143,14 +145,16 @@ def test_a_bucket_is_left_where_the_tokens_are_the_vocabulary() -> None:
 def test_moments_do_not_depend_on_when_they_are_asked_for() -> None:
     """A resumed search takes all of its plans in at once."""
     rows = torch.randn(40, 3000, generator=torch.Generator().manual_seed(0))
-    often, once = expectation._Changes(3000), expectation._Changes(3000)
-    for i, row in enumerate(rows):
-        often.append(row)
-        once.append(row)
+    shifts = torch.randn(40, 300, generator=torch.Generator().manual_seed(1))
+    often, once = Changes(3000, 10), Changes(3000, 10)
+    for i, (row, shift) in enumerate(zip(rows, shifts, strict=True)):
+        often.append(row, shift)
+        once.append(row, shift)
         if i % 6 == 0:
             often.gram()
     assert torch.equal(often.gram(), once.gram())
-    assert torch.allclose(once.gram()[1:, 1:], (rows @ rows.T).double() / 3000, atol=1e-5)
+    raw = rows + shifts.repeat(1, 10)
+    assert torch.allclose(once.gram()[1:, 1:], (raw @ raw.T).double() / 3000, atol=1e-5)
 
 
 def test_one_model_serves_a_range_of_budgets(experiment: Experiment) -> None:
@@ -171,13 +175,13 @@ def test_the_kernel_is_fitted_to_so_many_plans_at_most(monkeypatch: pytest.Monke
     generator = torch.Generator().manual_seed(0)
     effects, dense = torch.randn(2, 20, 3, generator=generator), torch.randn(20, 3, generator=generator)
     model = LogitGP(np.array([64, 64]), dense)
-    seen, adapted = [], expectation._adapted
+    seen, adapted = [], expectation.adapted
 
     def spy(scales: torch.Tensor, x: torch.Tensor, *rest: Any) -> torch.Tensor:
         seen.append(len(x))
         return adapted(scales, x, *rest)
 
-    monkeypatch.setattr(expectation, "_adapted", spy)
+    monkeypatch.setattr(expectation, "adapted", spy)
     monkeypatch.setattr(expectation, "_FIT_PLANS", 12)
     plans = [(a, b) for a in (8, 20, 32, 44, 60) for b in (8, 20, 32, 44, 60)]
     for count, plan in enumerate(plans):
@@ -188,7 +192,9 @@ def test_the_kernel_is_fitted_to_so_many_plans_at_most(monkeypatch: pytest.Monke
     assert seen[0] == 2 and max(seen) == seen[-1] == 12
     centre, _ = model.expected(plans)
     assert centre == pytest.approx([model.known[p] for p in plans], rel=0.05, abs=1e-3)
-    assert torch.allclose(model._changes.gram(), (model._y @ model._y.T).double() / 60, rtol=1e-5)
+    changes = torch.stack([sum((1 - w / 64) * e for w, e in zip(p, effects, strict=True)) for p in plans])
+    changes = changes.flatten(1)
+    assert torch.allclose(model._changes.gram()[1:, 1:], (changes @ changes.T).double() / 60, rtol=1e-4)
 
 
 def test_what_is_kept_of_many_classes_is_bounded() -> None:
@@ -217,21 +223,25 @@ def test_a_diverged_plan_is_only_far_away() -> None:
     assert all(np.isfinite(part).all() for part in model.expected([[3, 3], [8, 8]]))
 
 
-@pytest.mark.parametrize("variance", [0.0, 0.01, 1.0, 25.0])
+@pytest.mark.parametrize("variance", [0.0, 0.01, 1.0, 25.0, 400.0])
 @pytest.mark.parametrize("certain", [0.0, 8.0])
 def test_what_uncertain_logits_add_is_what_sampling_them_adds(variance: float, certain: float) -> None:
     generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(1, 100, 10, generator=generator)
+    logits = torch.randn(100, 10, generator=generator)
     logits[..., 3] += certain
     noise = torch.randn(4000, 100, 10, generator=generator) * variance**0.5
-    log_p = logits[0].log_softmax(dim=-1)
+    log_p = logits.log_softmax(dim=-1)
 
     def divergence(others: torch.Tensor) -> torch.Tensor:
         return (log_p.exp() * (log_p - others.log_softmax(dim=-1))).sum(dim=-1).mean(dim=-1)
 
     sampled = float((divergence(logits + noise) - divergence(logits)).mean())
-    found = float(expectation._added(logits, torch.tensor([variance], dtype=torch.float64))[0])
-    assert found == pytest.approx(sampled, rel=0.25, abs=2e-3)
+    divergences = Divergences(logits)
+    centred = divergences.centred(logits)[0][None].repeat(2, 1)
+    # Beside a plan whose exponents leave float32.
+    found = divergences.expected(centred, torch.tensor([variance, 1e5], dtype=torch.float64))[1]
+    assert float(found[0]) == pytest.approx(sampled, rel=0.25, abs=2e-3)
+    assert float(found[1]) == pytest.approx(1e5**0.5 * 1.54, rel=0.3)  # the largest of ten normal numbers
 
 
 def test_a_plan_that_is_like_no_known_one_is_not_expected_to_be_good() -> None:

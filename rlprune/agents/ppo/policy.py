@@ -158,10 +158,12 @@ class GroupPolicy(CustomPolicy):
     def _both(self, obs: PyTorchObs) -> tuple[Distribution, Tensor]:
         assert isinstance(obs, Tensor)
         table = obs.float().reshape(len(obs), self.action_space.shape[0], -1)
-        encoded, context, mask = self.network.encode(table)
+        # With one model under one budget every observation is the same, and is encoded once.
+        same = len(table) > 1 and bool((table[1:] == table[0]).all())
+        encoded, context, mask = self.network.encode(table[:1] if same else table)
         means = self.reach * self.network.means(encoded, context, self.bias)
-        distribution = MaskedGaussian().proba_distribution(means, self.network.log_std, mask)
-        return distribution, self.network.critic(context)
+        means, values, mask = (t.expand(len(table), -1) for t in (means, self.network.critic(context), mask))
+        return MaskedGaussian().proba_distribution(means, self.network.log_std, mask), values
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Actions (B, G), values (B, 1) and log-probabilities (B,) for flat observations (B, G * F)."""

@@ -25,7 +25,7 @@ from ...surrogates.composite import CompositeGP
 from ...surrogates.probes import ProbedModel
 from ...surrogates.proposals import choose_batch, climb, fresh, neighbours, random_plans
 from ...surrogates.score_gp import ScoreGP
-from ...utils.arrays import Floats, Floats32, Ints
+from ...utils.arrays import Floats32, Ints
 from ..base import SearchResult, TrialRecorder
 from ..sb3_internals import reset_before_rollout
 from .behaviour_cloning import COMMON_PLANS, clone_behaviour, demonstrations
@@ -43,9 +43,10 @@ from .trainer import (
 from .transfer import can_build, collect
 
 MODE = "surrogate"
-# PPO on the surrogate: steps are cheap and an update is not, so its rollouts are long and its epochs few.
+# PPO on the surrogate: steps are cheap and an update is not, so its rollouts are long (about so many steps, as many
+# as make up what is asked for), their minibatches few, and its epochs too.
 _ROLLOUT = 256
-_MINIBATCH = 128
+_MINIBATCHES = 2
 _EPOCHS = 4
 # Logarithm of the first deviation: the surrogate is asked thousands of times, so it can be wide.
 _LOG_STD = -1.0
@@ -81,9 +82,10 @@ class SurrogateTrainer:
         self.venv = SurrogateVecEnv(
             search.env, self.models, envs, settings.kappa, derived_seed(search.seed, 3)
         )
-        n_steps = max(1, _ROLLOUT // envs)
+        rollouts = max(1, round(self.steps / _ROLLOUT))
+        n_steps = max(1, -(-self.steps // (rollouts * envs)))
         rollout = n_steps * envs
-        batch = max(d for d in range(1, rollout + 1) if rollout % d == 0 and d <= _MINIBATCH)
+        batch = max(d for d in range(1, rollout + 1) if rollout % d == 0 and d <= rollout // _MINIBATCHES)
         self.ppo = make_ppo(
             search, self.venv, n_steps=n_steps, batch_size=batch, n_epochs=_EPOCHS, log_std_init=_LOG_STD
         )
@@ -245,14 +247,7 @@ def next_plans(
     samples = _policy_plans(trainer, index, budget)
     mode = fresh(samples[:1], recorder.known)
     parents = np.vstack([_parents(task, recorder, budget, samples), model.promising(_PROMISING)])
-
-    def acquisition(kappa: float, plans: Ints) -> Floats:
-        mean, std = model.predict(plans)
-        return mean + kappa * std
-
-    climbed = np.vstack(
-        [climb(task, parents, budget, partial(acquisition, k), generator) for k in model.climbs]
-    )
+    climbed = climb(task, parents, budget, model.predict, model.climbs, generator)
     changed = neighbours(task, parents, budget, _NEIGHBOURS, generator)
     pool = fresh(np.vstack([mode, climbed, parents, samples, changed]), recorder.known)
     if not len(pool):  # a space that is smaller than the account

@@ -12,7 +12,7 @@ Shape legend: N plans, P new plans, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,13 +155,8 @@ def _look_around(model: LogitProbes, task: Task, budget: BudgetLike, most: int) 
     while model.builds < most:
         before = model.builds
         for hope in _LOOK if before < _LAST * most else _SURE:
-
-            def promise(plans: Ints, hope: float = hope) -> Floats:
-                centre, spread = model.expected(plans)
-                return hope * spread - centre
-
             if model.builds < most:
-                _measure_new(model, task, budget, promise, generator)
+                _measure_new(model, task, budget, hope, generator)
         if model.builds == before:
             break  # the neighbourhood of the best plans is exhausted
         model.fit()
@@ -171,12 +166,21 @@ def _measure_new(
     model: LogitProbes,
     task: Task,
     budget: BudgetLike,
-    promise: Callable[[Ints], Floats],
+    hope: float,
     generator: np.random.Generator,
 ) -> None:
-    """Build the new plan of the highest promise, or one beside the best ones where the highest are all known."""
+    """Build the new plan of the highest promise, or one beside the best ones where the highest are all known.
+
+    Args:
+        hope: how much of what the uncertainty adds to a divergence is counted, against it where negative.
+    """
     best, known = model.best(_PARENTS), [(plan,) for plan in model.known]
-    found = fresh(climb(task, best, budget, promise, generator, width=_WIDTH), known)
+
+    def promise(plans: Ints) -> tuple[Floats, Floats]:
+        centre, spread = model.expected(plans)
+        return -centre, spread
+
+    found = fresh(climb(task, best, budget, promise, (hope,), generator, width=_WIDTH), known)
     if not len(found):
         found = fresh(neighbours(task, best, budget, _WIDTH, generator), known)
     if len(found):
