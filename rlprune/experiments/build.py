@@ -23,6 +23,7 @@ from ..pruning.plan import Plan
 from ..recovery.finetune import FitResult, Progress
 from ..tracing.trace import TraceOptions
 from ..utils.cache import cache_folder
+from ..utils.checkpoints import forget
 from ..utils.files import write_tensors_atomic
 from ..utils.named_objects import named_object
 from ..workloads.adapter import ModelAdapter
@@ -112,13 +113,14 @@ def train_dense(workload: Workload, settings: ModelConfig, progress: Progress | 
         return
     key = _dense_key(workload, settings)
     path = cache_folder() / "dense" / f"{key}.safetensors"
+    state = path.with_suffix(".state")
     if path.is_file():
         try:
             put_weights(workload.model, load_checkpoint(path), f"cached weights {path}")
+            forget(state)  # a kill after the weights leaves it
             return
         except ArtifactError:
             path.unlink(missing_ok=True)  # a broken cache file is made again
-    state = path.with_suffix(".state")
     result = workload.train(settings, state, progress)
     if not math.isfinite(result.loss):
         state.unlink(missing_ok=True)
