@@ -58,9 +58,11 @@ def fresh_folder(target: Path, kind: str = NEW) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            if lock is not None:
+                os.close(lock)
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
