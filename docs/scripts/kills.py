@@ -22,7 +22,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import version
@@ -36,6 +36,7 @@ from rlprune.report import markdown_table
 
 DOCS = Path(__file__).resolve().parents[1]
 KILLED = 137
+KILLS = 4
 # What a clock or a process number says, and pages that show it. Fidelity recommends the fastest of equal recoveries.
 CLOCKS = {
     "seconds",
@@ -54,8 +55,8 @@ NETWORK = (
     "data.calibration=32", "data.validation=50", "device=cpu", "threads=1",
 )  # fmt: skip
 SEARCH = (
-    "search.evaluations=8", "search.batch=4", "finish.rules=false", "search.ppo.surrogate_steps=128", "search.ppo.surrogate_envs=8",
-    "finish.epochs=1", "finish.candidates=2", "data.test=50",
+    "search.evaluations=8", "search.batch=4", "finish.rules=false", "finish.epochs=1",
+    "search.ppo.surrogate_steps=128", "search.ppo.surrogate_envs=8", "finish.candidates=2", "data.test=50",
 )  # fmt: skip
 LLAMA = (
     "model.arguments.layers=2", "model.train.epochs=1", "data.train=32", "data.calibration=8", "data.validation=8",
@@ -125,20 +126,29 @@ CASES = {
 
 @dataclass
 class Killer:
-    """Ends the process at a moment; ``at`` counts from 0, None lets it live. Counts what happens below ``root``."""
+    """Ends the process at a moment; ``at`` counts from 0, None lets it live. Counts what happens below ``root``.
+
+    With ``keep`` the disk as it is at every moment is copied into that folder: what a kill there would leave.
+    """
 
     root: Path
     at: int | None = None
+    keep: Path | None = None
     moments: list[str] = field(default_factory=list)
 
-    def here(self, what: str, path: object, before_death: Callable[[], object] = lambda: None) -> None:
-        """A moment, if the path lies below the root."""
+    def here(self, what: str, path: object, torn: bool = False) -> None:
+        """A moment, if the path lies below the root; ``torn``: the last bytes of the file are not on the disk yet."""
         place = Path(os.path.abspath(os.fsdecode(path)))  # type: ignore[arg-type]
         if self.root not in place.parents:
             return
-        if len(self.moments) == self.at:
-            before_death()
+        number = len(self.moments)
+        if number == self.at:
+            tear(place, torn)
             os._exit(KILLED)
+        if self.keep is not None:
+            copy = self.keep / str(number)
+            shutil.copytree(self.root, copy)
+            tear(copy / place.relative_to(self.root), torn)
         self.moments.append(f"{what} {tidy(str(place.relative_to(self.root)))}")
 
     def install(self) -> None:
@@ -156,7 +166,7 @@ class Killer:
             path = os.readlink(f"/proc/self/fd/{number}")
             if path.endswith(".jsonl"):
                 # The line is in the file; a power cut may leave a part of it.
-                self.here("half of a line in", path, lambda: os.truncate(path, os.path.getsize(path) - 9))
+                self.here("half of a line in", path, torn=True)
             self.here("wait for", path)
             fsync(handle)
 
@@ -185,12 +195,19 @@ class Killer:
         setattr(os, name, wrapped)
 
 
+def tear(path: Path, wanted: bool) -> None:
+    if wanted:
+        os.truncate(path, path.stat().st_size - 9)
+
+
 def tidy(path: str) -> str:
     """A path without what is drawn at random, or counted, in it."""
     return re.sub(r"rlprune-(new|old)-\w{8}", r"rlprune-\1-*", path)
 
 
-def child(words: Sequence[str], root: Path, at: int | None) -> tuple[int, list[str], list[str]]:
+def child(
+    words: Sequence[str], root: Path, at: int | None = None, keep: Path | None = None
+) -> tuple[int, list[str], list[str]]:
     """Run a command of rlprune in the folder ``root``: its exit code, its moments, the modules that it imported."""
     log, note = root.with_suffix(".log"), root.with_suffix(".note")
     note.unlink(missing_ok=True)
@@ -203,7 +220,7 @@ def child(words: Sequence[str], root: Path, at: int | None) -> tuple[int, list[s
                 os.dup2(file.fileno(), 2)
             os.chdir(root)
             os.environ["RLPRUNE_CACHE"] = str(root / "cache")
-            killer = Killer(root, at)
+            killer = Killer(root, at, keep)
             killer.install()
             code = command(words)
             note.write_text(json.dumps([killer.moments, sorted(sys.modules)]))
@@ -271,7 +288,7 @@ def differences(found: Mapping[str, object], wanted: Mapping[str, object]) -> li
 class Tried:
     """One command with all that is needed to kill it: a folder to start from, and what an uninterrupted run leaves."""
 
-    def __init__(self, case: Case, place: Path) -> None:
+    def __init__(self, case: Case, place: Path, keep: bool = False) -> None:
         self.case, self.place = case, place
         self.start = place / "start"
         self.start.mkdir(parents=True)
@@ -280,7 +297,8 @@ class Tried:
         if not case.cold and not case.before:
             raise ValueError("a case that starts warm needs a command before it")
         whole = self._copy("whole")
-        _, self.moments, modules = self._must(case.words, whole)
+        self.kept = place / "moments" if keep else None
+        _, self.moments, modules = self._must(case.words, whole, self.kept)
         self.wanted = tree(whole)
         for name in modules:  # so that the children need not
             with contextlib.suppress(Exception):
@@ -293,15 +311,29 @@ class Tried:
         return differences(tree(again), self.wanted)
 
     def kill(self, moment: int) -> list[str]:
-        """Kill at a moment and go on; what differs then from an uninterrupted run."""
-        here = self._copy("killed")
-        code, _, _ = child(self.case.words, here, moment)
-        if code != KILLED:
-            return [f"was not killed: exit code {code}"]
-        code, _, _ = child((*self.case.words, *self.case.again), here, None)
+        """Kill at a moment, or take what was kept of it, and go on; what differs then from an uninterrupted run."""
+        if self.kept is not None:
+            here = self.kept / str(moment)
+        else:
+            here = self._copy("killed")
+            code, _, _ = child(self.case.words, here, moment)
+            if code != KILLED:
+                return [f"was not killed: exit code {code}"]
+        code, _, _ = child((*self.case.words, *self.case.again), here)
         if code != 0:
             return [f"exit code {code}: {here.with_suffix('.log').read_text().strip().splitlines()[-1]}"]
         return differences(tree(here), self.wanted)
+
+    def same_as_killed(self, moment: int) -> list[str]:
+        """Whether a process that is ended at a moment leaves what was kept of it: differences, before going on."""
+        assert self.kept is not None
+        here = self._copy("killed")
+        child(self.case.words, here, moment)
+        found, wanted = (
+            {tidy(name): content for name, content in tree(root).items()}
+            for root in (here, self.kept / str(moment))
+        )
+        return differences(found, wanted)
 
     def _copy(self, name: str) -> Path:
         target = self.place / name
@@ -309,8 +341,10 @@ class Tried:
         shutil.copytree(self.start, target)
         return target
 
-    def _must(self, words: Sequence[str], root: Path) -> tuple[int, list[str], list[str]]:
-        found = child(words, root, None)
+    def _must(
+        self, words: Sequence[str], root: Path, keep: Path | None = None
+    ) -> tuple[int, list[str], list[str]]:
+        found = child(words, root, keep=keep)
         if found[0] != 0:
             raise RuntimeError(
                 f"{' '.join(words)}: exit code {found[0]}: {root.with_suffix('.log').read_text()}"
@@ -333,11 +367,12 @@ def study(name: str, record: Path, most: int | None, until: float) -> dict[str, 
     """Try all moments of a case that are not on record; what was found, moment by moment."""
     kept = json.loads(record.read_text()) if record.is_file() else {}
     with place() as folder:
-        tried = Tried(CASES[name], folder)
+        tried = Tried(CASES[name], folder, keep=most is None)
         if kept.get("moments") != tried.moments:
             kept = {"moments": tried.moments, "found": {}, "seconds": 0.0}
         if most is None and "twice" not in kept:
             kept["twice"] = tried.twice()
+            kept["killed"] = {str(m): tried.same_as_killed(m) for m in sample(len(tried.moments), KILLS)}
         for moment in sample(len(tried.moments), most or len(tried.moments)):
             if str(moment) in kept["found"] or time.monotonic() > until:
                 continue
