@@ -6,7 +6,6 @@ Nothing here holds more than one tensor at a time, so memory does not grow with 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, ConfigError, near_miss, one_line
-from ..utils.files import read_json, write_json_atomic, writing
+from ..utils.files import read_json, safetensors_header, write_json_atomic, writing
 from .documents import PlanDocument
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -175,8 +174,8 @@ def _write_file(
     tensors: Iterator[tuple[str, Tensor]],
     metadata: Mapping[str, str],
 ) -> None:
-    """One safetensors file: length of the header, header, tensors (https://huggingface.co/docs/safetensors)."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    """One safetensors file: header and tensors."""
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     position = 0
     for name, entry in entries.items():
         if entry.dtype not in _CODES:
@@ -186,10 +185,8 @@ def _write_file(
         ends = [position, position + entry.nbytes]
         header[name] = {"dtype": _CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": ends}
         position = ends[1]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the numbers start at a multiple of eight bytes
     with writing(path), path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(safetensors_header(header))
         for (name, entry), (given, tensor) in zip(entries.items(), tensors, strict=True):
             if given != name or entry_of(tensor) != entry:
                 raise ArtifactError(

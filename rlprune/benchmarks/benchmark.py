@@ -26,7 +26,17 @@ from ..utils.files import lock_run, write_text_atomic
 from ..utils.progress import Callback
 from ..workloads.adapter import adapter_named
 from ..workloads.base import Workload
-from .cells import DENSE, Cell, PreparedExperiments, cell_key, compute, finished, reason, with_checkpoint
+from .cells import (
+    DENSE,
+    Cell,
+    PreparedExperiments,
+    cell_key,
+    compute,
+    finished,
+    forget_finished,
+    reason,
+    with_checkpoint,
+)
 from .outcome import Outcome, page, write
 from .pool import Pool, Worker
 from .schedule import Schedule
@@ -145,6 +155,7 @@ class _Work:
     def run(self) -> None:
         """Take what is finished, compute the rest; failures are kept in ``failed``."""
         self.cells.mkdir(exist_ok=True)
+        forget_finished(self.cells)
         self.content = {cell: found for cell in self.wanted if (found := self._finished(cell))}
         pending = [cell for cell in self.wanted if cell not in self.content]
         self.schedule = Schedule(min(self.jobs, max(1, len(pending))))

@@ -7,7 +7,6 @@ benchmark goes on where it was and one with more methods, seeds or budgets reuse
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +24,7 @@ from ..experiments.prepare import Experiment, prepare_experiment
 from ..experiments.train import results_of
 from ..plugins import fingerprint, fingerprint_of_settings
 from ..rules import RULES
-from ..utils.checkpoints import settings_key
+from ..utils.checkpoints import forget, settings_key
 from ..utils.dotted import flat
 from ..utils.files import read_json, write_json_atomic
 from ..utils.machine import library_versions
@@ -127,6 +126,13 @@ def finished(folder: Path, config: Config, cell: Cell, callback: Callback) -> di
     return None
 
 
+def forget_finished(folder: Path) -> None:
+    """Remove the states of cells that are finished: a kill after a cell's file leaves its state."""
+    for state in folder.glob("*.state"):
+        if state.with_suffix(".json").is_file():
+            forget(state)
+
+
 def compute(
     experiments: PreparedExperiments,
     cell: Cell,
@@ -161,7 +167,7 @@ def compute(
         "seconds": round(time.perf_counter() - started, 2),
     }
     write_json_atomic(folder / f"{_name(config, cell)}.json", content)
-    shutil.rmtree(state, ignore_errors=True)
+    forget(state)
 
 
 def _name(config: Config, cell: Cell) -> str:

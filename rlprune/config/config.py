@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 from ..errors import ConfigError, near_miss
-from ..utils.values import LARGEST
+from ..utils.values import LARGEST, NO_DOUBLES
 from .names import COST_METRICS, RECOVERY_STEPS, SCORE_KINDS, recovery_order
 from .schema import (
     Section,
@@ -355,7 +355,7 @@ class Config(Section):
     search: SearchConfig = setting(SearchConfig, "The search.")
     finish: FinishConfig = setting(FinishConfig, "The finish.")
     seed: int = setting(0, "Seed of the search and of the final fine-tune.", low=0, high=LARGEST)
-    device: str = setting("auto", "`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`.")
+    device: str = setting("auto", "`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`.")
     threads: int | None = setting(None, "CPU threads of torch; null leaves torch's own choice.", low=1)
 
     def __post_init__(self) -> None:
@@ -370,8 +370,9 @@ class Config(Section):
                     raise ConfigError(f"{path}: required (or give a `workload`, as module:function)")
         elif not re.fullmatch(r"[\w.]+:\w+", self.workload):
             raise ConfigError(f"workload: must look like module:function, got {show(self.workload)}")
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
-            raise ConfigError(f"device: allowed are auto, cpu, cuda, cuda:N and mps, got {show(self.device)}")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            why = f" ({NO_DOUBLES[self.device]})" if self.device in NO_DOUBLES else ""
+            raise ConfigError(f"device: allowed are auto, cpu, cuda and cuda:N, got {show(self.device)}{why}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Self:

@@ -96,9 +96,11 @@ def recalibrate(model: nn.Module, batches: Batches) -> None:
     with torch.no_grad(), evaluating(model):
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # the plain average over all batches
             norm.train()
-        for inputs, _ in batches:
+        for number, (inputs, _) in enumerate(batches, start=1):
+            for norm in norms:
+                # The plain average over all batches. torch's own (None) reads a counter from the device in every layer.
+                norm.momentum = 1.0 / number
             call(model, inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from ..pruning.plan import Plan
 from ..rules import RULES, rules_for
 from ..rules.blocks import block_cosines, block_count
 from ..utils.arrays import Ints
+from ..utils.checkpoints import forget
 from ..utils.progress import Callback, Console
 from ..workloads.base import Workload
 from ..workloads.checks import check_workload
@@ -293,7 +293,7 @@ def prune_stages(
     )
     callback.close()
     experiment.workload.save(found.model, found.plan, out)
-    shutil.rmtree(state, ignore_errors=True)
+    forget(state)
     total, name = experiment.space.dense_cost(experiment.metric), experiment.workload.metric_name
     lines = [f"{'stage':<8} {experiment.metric + ' kept':>18} {'loss':>8} {name:>10}"]
     dense = experiment.workload.evaluate(experiment.workload.model, "validation")

@@ -22,6 +22,7 @@ from ..pruning.plan import Plan
 from ..recovery.finetune import FitResult, Progress
 from ..tracing.trace import TraceOptions
 from ..utils.cache import cache_folder
+from ..utils.checkpoints import forget
 from ..utils.digest import hash_tensors
 from ..utils.files import write_tensors_atomic
 from ..utils.named_objects import named_object
@@ -112,13 +113,14 @@ def train_dense(workload: Workload, settings: ModelConfig, progress: Progress | 
         return
     key = _dense_key(workload, settings)
     path = cache_folder() / "dense" / f"{key}.safetensors"
+    state = path.with_suffix(".state")
     if path.is_file():
         try:
             put_weights(workload.model, load_checkpoint(path), f"cached weights {path}")
+            forget(state)  # a kill after the weights leaves it
             return
         except ArtifactError:
             path.unlink(missing_ok=True)  # a broken cache file is made again
-    state = path.with_suffix(".state")
     result = workload.train(settings, state, progress)
     if not math.isfinite(result.loss):
         state.unlink(missing_ok=True)
@@ -148,8 +150,6 @@ def resolve_device(name: str) -> torch.device:
         if (device.index or 0) >= count:
             raise ConfigError(f"device: {name} asked for, but torch sees {count} CUDA devices")
         return torch.device("cuda", device.index or 0)  # with its number, as tensors report it
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("device: mps asked for, but torch sees no such device")
     return device
 
 

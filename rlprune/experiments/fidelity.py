@@ -224,16 +224,16 @@ class _Study:
         config, experiment = self.config, self.experiment
         finish = dataclasses.replace(config.finish, candidates=1, rules=True)
         key = self._key("final", config.recovery, finish, config.seed, plan)
+        training = self.folder / f"final-{key[:16]}.state"
         cell = self.cells.get(key)
         if cell is None:
             started = time.perf_counter()
             slim = experiment.evaluator.build(plan)
-            training = self.folder / f"final-{key[:16]}.state"
             job = TuneJob(config.seed, state=training, progress=self.callback.training, phase=label)
             experiment.workload.fine_tune(slim, config.finish, job)
             cell = self._quality(slim) | {"seconds": time.perf_counter() - started}
             self.cells.put(key, cell)
-            forget(training)
+        forget(training)
         return {name: cell[name] for name in ("loss", "metric")} | {"final_seconds": cell["seconds"]}
 
     def _quality(self, slim: nn.Module) -> dict[str, Any]:

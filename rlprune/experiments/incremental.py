@@ -201,6 +201,7 @@ class _Rounds:
         """The facts of a finished round; with the last of them ``now`` becomes the model that it left."""
         if self._last is None or stage > len(self._done):
             return None
+        self._forget_before(stage)
         # The rounds before the last give their widths only: their weights are gone, and nobody needs them.
         now.kept = tuple(np.array(k, dtype=np.int64) for k in self._done[stage - 1]["kept"])
         if stage == len(self._done) and self._folder is not None:
@@ -219,8 +220,13 @@ class _Rounds:
         write_tensors_atomic(self._folder / f"round-{stage}.safetensors", tensors)
         self._done.append(facts | {"kept": [k.tolist() for k in now.kept]})
         write_json_atomic(self._folder / "rounds.json", {"key": self._key, "rounds": self._done})
-        (self._folder / f"round-{stage - 1}.safetensors").unlink(missing_ok=True)
-        forget(self._folder / f"round-{stage}.state")
+        self._forget_before(stage)
+
+    def _forget_before(self, stage: int) -> None:
+        """Remove what a finished round no longer needs: its training's state, and the weights that it started from."""
+        if self._folder is not None:
+            forget(self._folder / f"round-{stage - 1}.safetensors")
+            forget(self._folder / f"round-{stage}.state")
 
 
 def _rounds(content: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:

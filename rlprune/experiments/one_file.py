@@ -12,7 +12,6 @@ import inspect
 import io
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from ..errors import ArtifactError, first_line, one_line
 from ..utils import pytrees
 from ..utils.pytrees import Inputs
+from ..utils.unfinished import fresh_folder
 
 CHECKED_BATCHES = (1, 2, 5)
 TOLERANCE = 1e-4  # of the largest output; other runtimes sum in another order, in float32
@@ -193,8 +193,8 @@ def export_model(
     first: ArtifactError | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-            fresh = Path(folder) / target.name
+        with fresh_folder(target) as folder:
+            fresh = folder / target.name
             for writer, free in ways:
                 try:
                     _attempt(model, example, fresh, writer, read, free)

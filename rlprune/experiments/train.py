@@ -21,6 +21,7 @@ from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
 from ..report import html as report
 from ..rules import rules_for
+from ..utils.checkpoints import forget
 from ..utils.dotted import flat
 from ..utils.files import lock_run, write_json_atomic, write_text_atomic
 from ..utils.machine import hardware
@@ -70,6 +71,7 @@ def run(
         if (folder / "results.json").is_file():
             callback.note(f"{folder}: this run is complete; nothing to resume")
             report.build(folder)
+            _forget_models(folder / "state")
             return PruningResult.read(folder)
         experiments = prepared(folder)
         experiment = experiments[0]
@@ -85,10 +87,15 @@ def run(
         finished = _finish_all(experiment, rules, chosen, state, callback)
         plan = _save_outcome(experiment, folder, found, finished)
         _write_results(experiment, folder, finished, _curve(experiment, rules, found))
-        for kept in state.glob("finish-*"):  # the models of all methods: only an unfinished run needs them
-            kept.unlink()
+        _forget_models(state)
     model = next(done.model for done in finished if done.row["kind"] == "agent")
     return PruningResult(folder, experiment.workload, plan, model)
+
+
+def _forget_models(state: Path) -> None:
+    """Remove the models of all methods: only an unfinished run needs them."""
+    for kept in state.glob("finish-*"):
+        forget(kept)
 
 
 @contextlib.contextmanager

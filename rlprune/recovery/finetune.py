@@ -220,8 +220,7 @@ class _Loop:
         self.step = 0
         self.epoch_start = generator.get_state()  # the epoch in progress is drawn again from here
         self.epoch_batches = 0
-        precision = torch.float32 if self.device.type == "mps" else torch.float64  # mps has no doubles
-        self.sum = torch.zeros((), dtype=precision, device=self.device)  # of this epoch's losses
+        self.sum = torch.zeros((), dtype=torch.float64, device=self.device)  # of this epoch's losses
         self.mean = math.nan
 
     def run(self, state: _State | None, progress: Progress | None, phase: str) -> float:

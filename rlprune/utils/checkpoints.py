@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from ..errors import ArtifactError, one_line
 from .files import replacing_file
+from .unfinished import CONTENT, fresh_folder
 
 
 class StateFile:
@@ -75,8 +76,12 @@ def settings_key(facts: object, default: Callable[[Any], object] | None = None) 
 
 
 def forget(state: Path | None) -> None:
-    """Remove the state of what is done: a file or a folder, where there is one."""
+    """Remove the state of what is done: a file or a folder, where there is one.
+
+    A folder loses its name first: half of a state that a kill has left is never taken for one.
+    """
     if state is not None and state.is_dir():
-        shutil.rmtree(state)
+        with fresh_folder(state) as gone:
+            os.rename(state, gone / CONTENT)
     elif state is not None:
         state.unlink(missing_ok=True)

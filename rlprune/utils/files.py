@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,8 +17,10 @@ from torch import Tensor
 
 from ..errors import ArtifactError, RlpruneError, one_line
 from .exits import is_exit
+from .locks import take_lock
 from .reading import read_json as read_json  # one place to read and write JSON from
 from .reading import refuse_links, refuse_special
+from .unfinished import CONTENT, OLD, fresh_file, fresh_folder, sweep_below
 
 LOCK_NAME = ".rlprune.lock"
 
@@ -38,23 +39,20 @@ def writing(path: Path) -> Iterator[None]:
 def replacing_file(path: str | Path) -> Iterator[IO[bytes]]:
     """A fresh file to write into that takes the place of ``path`` when the block ends without an error.
 
-    The path holds the old or the new content at every moment, a power cut included.
+    The path holds the old or the new content at every moment, a power cut included. What a kill leaves beside it is
+    removed by whoever writes there next.
     """
     target = Path(path)
     refuse_special(target)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        try:
+        with fresh_file(target) as (handle, fresh):
             with os.fdopen(handle, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+            os.chmod(fresh, 0o666 & ~_umask())
+            os.replace(fresh, target)
         _sync_folder(target.parent)
 
 
@@ -91,9 +89,28 @@ def write_json_atomic(path: str | Path, value: object) -> None:
 def write_tensors_atomic(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """`write_bytes_atomic` for a safetensors file; tensors that share memory are stored once each."""
+    """`write_bytes_atomic` for a safetensors file; tensors that share memory are stored once each.
+
+    Equal tensors and metadata give equal bytes.
+    """
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_bytes_atomic(path, safetensors.torch.save(copies, metadata))
+    data = safetensors.torch.save(copies, metadata)
+    del copies
+    # The library writes the metadata in the order of a hash table, another one in every process.
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    if metadata:
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    with replacing_file(path) as file:
+        file.write(safetensors_header(header))
+        file.write(memoryview(data)[8 + size :])
+
+
+def safetensors_header(header: Mapping[str, object]) -> bytes:
+    """The head of a safetensors file: its length, then JSON (https://huggingface.co/docs/safetensors)."""
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers start at a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -143,22 +160,18 @@ def replacing_folder(folder: str | Path, marker: str) -> Iterator[Path]:
     target = target.resolve()
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
-        try:
-            os.chmod(fresh, 0o777 & ~_umask())
-            yield fresh
-            for path in sorted(fresh.rglob("*")):
-                if path.is_file():
-                    _sync_file(path)
-            _sync_folder(fresh)
-            _swap(fresh, target)
-        except ArtifactError as error:
-            shutil.rmtree(fresh, ignore_errors=True)
-            # The person knows the folder that was asked for, not the one beside it.
-            raise type(error)(str(error).replace(str(fresh), str(target))) from error
-        except BaseException:
-            shutil.rmtree(fresh, ignore_errors=True)
-            raise
+        with fresh_folder(target) as fresh:
+            try:
+                os.chmod(fresh, 0o777 & ~_umask())
+                yield fresh
+                for path in sorted(fresh.rglob("*")):
+                    if path.is_file():
+                        _sync_file(path)
+                _sync_folder(fresh)
+                _swap(fresh, target)
+            except ArtifactError as error:
+                # The person knows the folder that was asked for, not the one beside it.
+                raise type(error)(str(error).replace(str(fresh), str(target))) from error
 
 
 @contextlib.contextmanager
@@ -178,7 +191,7 @@ def lock_run(folder: str | Path, worth: str = "ledger.jsonl") -> Iterator[Path]:
         new = not (target / LOCK_NAME).exists()
         handle = os.open(target / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        if not _take_lock(handle):
+        if not take_lock(handle):
             owner = os.pread(handle, 32, 0).decode("ascii", "replace").strip()
             raise ArtifactError(
                 f"{target}: another rlprune run is writing into this folder (process {owner or 'unknown'}); "
@@ -188,6 +201,7 @@ def lock_run(folder: str | Path, worth: str = "ledger.jsonl") -> Iterator[Path]:
             with writing(target / LOCK_NAME):
                 os.ftruncate(handle, 0)
                 os.write(handle, str(os.getpid()).encode())
+            sweep_below(target)
             yield target
         except BaseException as error:
             if (isinstance(error, RlpruneError) or is_exit(error)) and new and not (target / worth).exists():
@@ -206,7 +220,7 @@ def exclusive(path: str | Path, poll_seconds: float = 0.2) -> Iterator[None]:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(target, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        while not _take_lock(handle):
+        while not take_lock(handle):
             time.sleep(poll_seconds)
         yield
     finally:
@@ -223,27 +237,6 @@ def _empty_folder(folder: Path, remove: bool) -> None:
     if remove:
         with contextlib.suppress(OSError):
             folder.rmdir()
-
-
-def _take_lock(handle: int) -> bool:
-    """Whether this process now holds the lock of an open file."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: byte 100, so that the number at the start stays readable
-        import msvcrt
-
-        os.lseek(handle, 100, os.SEEK_SET)
-        try:
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        except OSError:
-            return False
-        os.lseek(handle, 0, os.SEEK_SET)
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def _refuse_foreign(target: Path, marker: str) -> None:
@@ -265,15 +258,13 @@ def _swap(fresh: Path, target: Path) -> None:
     if not target.exists():
         os.rename(fresh, target)
     else:
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-        os.rename(target, old / "content")
-        try:
-            os.rename(fresh, target)
-        except BaseException:
-            os.rename(old / "content", target)
-            raise
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
+        with fresh_folder(target, OLD) as old:
+            os.rename(target, old / CONTENT)
+            try:
+                os.rename(fresh, target)
+            except BaseException:
+                os.rename(old / CONTENT, target)
+                raise
     _sync_folder(target.parent)
 
 

@@ -11,6 +11,8 @@ _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxoth
 
 LARGEST = 2**63 - 1
 """The largest whole number that numpy's and torch's integers hold."""
+NO_DOUBLES = {"mps": "it has no float64, in which unit scores, closed forms and divergences are computed"}
+"""Kinds of devices that models cannot be pruned on, with the reason."""
 
 
 def is_whole(value: object, most: int = LARGEST) -> TypeGuard[int]:

@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import ArtifactError, DataError, GraphError, described
 from ..utils.modes import evaluating
 from ..utils.pytrees import batch_size, call, shapes
+from ..utils.values import NO_DOUBLES
 from .base import SPLITS, Workload
 
 
@@ -43,6 +44,11 @@ def check_workload(workload: object) -> Workload:
         raise DataError(f"expected a rlprune.Workload, got {type(workload).__name__}")
     if not isinstance(getattr(workload, "model", None), nn.Module):
         raise DataError(f"workload {workload.name!r} must set .model to a Module")
+    if (kind := workload.device.type) in NO_DOUBLES:
+        raise DataError(
+            f"workload {workload.name!r}: its model is on {kind}, where models cannot be pruned "
+            f"({NO_DOUBLES[kind]}); move it to the CPU"
+        )
     if not hasattr(workload, "example_inputs"):
         raise DataError(
             f"workload {workload.name!r} must set .example_inputs to a tensor, a tuple of arguments or a dict of them"

@@ -97,7 +97,8 @@ class TaskJudge(Judge):
         workload = self._workload
         scores: list[Tensor] = []
         rows: list[Tensor | None] = []
-        loss, count, meter = 0.0, 0, self.new_meter()
+        losses: list[tuple[Tensor, int]] = []
+        meter = self.new_meter()
         dense = self._dense_outputs() if self._compares else []
         with torch.no_grad(), evaluating(model):
             for i, part, inputs, targets, size in self._parts(start, stop):
@@ -109,28 +110,31 @@ class TaskJudge(Judge):
                 mean = self._gather(meter, outputs, targets, size)
                 own = -batch_loss if self._kind == "loss" else torch.tensor(mean)
                 scores.append(self._scores(read, targets, like, own, size))
-                loss += float(batch_loss) * size
-                count += size
+                losses.append((torch.as_tensor(batch_loss).detach().reshape(()), size))
+            count = sum(size for _, size in losses)
             if not count:
                 raise DataError(f"workload {workload.name!r}: the split 'validation' is empty")
             whole = workload.whole_metric(model, "validation")
         metric = whole if meter is None else meter.value()
         assert metric is not None
-        found = torch.cat(scores).double()
+        found = torch.cat(scores).cpu().double()
         if self._kind == "accuracy" and not isinstance(meter, SumMeter):
             found = torch.full_like(found, metric)
         logits = [row for row in rows if row is not None]
         answers = torch.cat(logits) if len(logits) == len(rows) else None
+        # The numbers leave the device at the end: waiting for them in every batch would let a GPU idle.
+        means = torch.stack([mean for mean, _ in losses]).cpu().tolist()
+        loss = sum(mean * size for mean, (_, size) in zip(means, losses, strict=True))
         return Judgement(found, loss / count, metric, count, answers, meter)
 
     def new_meter(self) -> Meter | None:
         return self._workload.new_meter()
 
     def _gather(self, meter: Meter | None, outputs: Outputs, targets: Targets, size: int) -> float:
-        """Let the meter take in a batch; returns the batch's own mean where the metric is one, else NaN."""
+        """Let the meter take in a batch; returns the batch's own mean where that is the score, else NaN."""
         if meter is None:
             return math.nan
-        if not isinstance(meter, SumMeter):
+        if not isinstance(meter, SumMeter) or self._kind != "accuracy":
             self._workload.feed_meter(meter, outputs, targets, size)
             return math.nan
         one = self.new_meter()
@@ -163,8 +167,8 @@ class TaskJudge(Judge):
     def _scores(self, read: Read, targets: Targets, dense: Read, own: Tensor, size: int) -> Tensor:
         """A score for each sample of a batch, (B,); ``own`` is what a batch has for each of its samples."""
         if dense is not None:
-            return -self._task.divergence(dense, read, self._scale).cpu()
-        return own.detach().cpu().reshape(1).expand(size)
+            return -self._task.divergence(dense, read, self._scale)
+        return own.detach().reshape(1).expand(size)
 
     def _kept(self, read: Read) -> Read:
         """What is kept of the dense model's outputs."""

@@ -39,9 +39,9 @@ class BiasCompensation:
                 kept = indices[consumer.axis]
                 if kept is None or consumer.module not in modules:
                     continue
-                gone = torch.from_numpy(np.setdiff1d(np.arange(len(mean)), kept)).to(mean.device)
                 weights = consumer.matrix(self._model)
-                change = mean[gone].double() @ weights[gone.to(weights.device)].double()
+                gone = torch.from_numpy(np.setdiff1d(np.arange(len(mean)), kept)).to(weights.device)
+                change = mean.to(weights.device)[gone].double() @ weights[gone].double()
                 rows = None if consumer.rows is None else indices[consumer.rows]
                 if rows is not None:
                     change = change[torch.from_numpy(rows).to(change.device)]
