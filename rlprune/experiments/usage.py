@@ -156,7 +156,13 @@ RULES = (
     Rule(("model.train.*",), _not_by("inspect"), "{command} trains nothing", "the commands that prune use it"),
     Rule(("seed",), _not_by("inspect", "evaluate", "export"), "nothing in {command} is random",
          "model.seed and data.seed are others"),
+    Rule(("execution.*",), _by(*SEARCHING, "fidelity"), "{command} computes in this process alone",
+         "`rlprune train`, `benchmark`, `fidelity` and `apply --refine` use it"),
     # What the other settings leave of use.
+    Rule(("execution.workers",), lambda run: run.config.execution.engine != "serial",
+         "execution.engine is serial", "give execution.engine=processes", ("execution.engine",)),
+    Rule(("execution.address",), lambda run: run.config.execution.engine == "ray",
+         "execution.engine is not ray", "give execution.engine=ray", ("execution.engine",)),
     Rule(("search.stages",), lambda run: run.foreign or ("ppo" in run.agents and run.config.search.mode == "direct"),
          "only the agent ppo in search.mode=direct prunes in stages",
          "give search.mode=direct with it, or the agent ppo_stages",
