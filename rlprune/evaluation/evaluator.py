@@ -331,6 +331,10 @@ class Evaluator:
         return self._dtype
 
     @property
+    def recovery_settings(self) -> RecoveryConfig:
+        return self._recovery_settings
+
+    @property
     def recovery(self) -> Recovery:
         """What a candidate of one stage receives before it is scored."""
         return self._dense_stage.recovery

@@ -6,11 +6,17 @@ import itertools
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Generic, ParamSpec, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
+
+from ..errors import RunError
+
+
+class NoWorkers(RunError):
+    """Not one worker could be started."""
+
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
-Arguments = ParamSpec("Arguments")
 
 _numbers = itertools.count()
 Preparation = Callable[[], object]

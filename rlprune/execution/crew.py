@@ -23,7 +23,7 @@ import cloudpickle
 
 from ..errors import RlpruneError, RunError, described, one_line
 from ..utils.progress import logger
-from .base import Result, Shared, Value, preparations
+from .base import NoWorkers, Result, Shared, Value, preparations
 from .worker import Reply, Start, packed_message, packed_start, packed_work, unpacked
 
 # Workers that may die over a piece of work before it is given up.
@@ -110,7 +110,7 @@ class Crew:
     def submit(self, work: Callable[..., Result], *arguments: object) -> Future[Result]:
         """See :class:`Executor`.
 
-        The future raises RunError where no worker can be started, or where three have died over this work.
+        The future raises NoWorkers where none can be started, and RunError where three have died over this work.
         """
         payloads = {a.number: self._payload(a) for a in arguments if isinstance(a, Shared)}
         piece = _Piece(packed_work(work, arguments), payloads, Future())
@@ -246,7 +246,7 @@ class Crew:
         while self._waiting:
             piece = self._waiting.popleft()
             if piece.lost or piece.future.set_running_or_notify_cancel():
-                piece.future.set_exception(RunError(why))
+                piece.future.set_exception(NoWorkers(why))
 
     def _lost(self, place: _Place, error: BaseException) -> None:
         """A worker has died: what it had in hand is done again by another one."""
