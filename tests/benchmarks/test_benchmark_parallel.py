@@ -162,9 +162,7 @@ def test_a_worker_that_cannot_start_is_said_in_one_line(
 
     monkeypatch.setattr(base, "_PREPARATIONS", [broken])
     with pytest.raises(RunError, match=r"no worker could be started: .*what no worker can do") as error:
-        verb.benchmark(
-            small_digits, ["uniform"], seeds=1, evaluations=6, out=tmp_path / "run", jobs=2
-        )
+        verb.benchmark(small_digits, ["uniform"], seeds=1, evaluations=6, out=tmp_path / "run", jobs=2)
     assert "\n" not in str(error.value)
 
 
