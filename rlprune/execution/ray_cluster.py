@@ -7,12 +7,16 @@ cluster on this machine, which ends with us.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from ..errors import ConfigError, one_line
 from . import worker
+
+
+_REACH_SECONDS = 10.0
 
 
 class Actor:
@@ -101,6 +105,8 @@ class RayEngine:
 
 
 def _connect(ray: Any, address: str | None, workers: int | None, threads: int) -> None:
+    if address is not None:
+        _check_reachable(address)
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address is None:
@@ -109,4 +115,16 @@ def _connect(ray: Any, address: str | None, workers: int | None, threads: int) -
         else:
             ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"execution.address: no Ray cluster at {address!r} ({one_line(error)})") from error
+
+
+def _check_reachable(address: str) -> None:
+    """ConfigError where nobody answers at a host and port: Ray would try for minutes, and then end the program."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdigit():
+        return  # `auto` and the like, which Ray looks up
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_SECONDS):
+            pass
+    except (OSError, OverflowError) as error:
         raise ConfigError(f"execution.address: no Ray cluster at {address!r} ({one_line(error)})") from error
