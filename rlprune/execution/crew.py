@@ -222,10 +222,11 @@ class Crew:
         reply = Reply(error=error) if error is not None else unpacked(answer.result())
         if reply.error is None:
             place.ready = True
-        elif error is None and isinstance(reply.error, RlpruneError):
-            self._remove(place, one_line(reply.error, None))
+        elif error is None:
+            ours = isinstance(reply.error, RlpruneError)
+            self._remove(place, one_line(reply.error, None) if ours else described(reply.error, None))
         else:
-            self._remove(place, self._why(place, reply.error))
+            self._remove(place, self._why(place, error))
 
     def _why(self, place: _Place, error: BaseException) -> str:
         said = ""
