@@ -47,9 +47,100 @@ WANTED = {"random": 1.7, "evopress": 1.7, "ppo": 1.6}
 SLEEP = {"random": (2.0, 10), "evopress": (2.0, 10), "ppo": (20.0, 4)}
 MANY = (8, 16, 64)
 QUALITY = {"digits": "0.3", "tiny_llama": "0.5"}
-AHEAD = (0, 1, 3)
-PAGE = """TODO
+# `search.ahead`, and what else is set: with half a batch, as many plans are in flight as in a whole one.
+AHEAD = {
+    "0": [],
+    "1": ["search.ahead=1"],
+    "1, batch 3": ["search.ahead=1", "search.batch=3", "search.ppo.surrogate_steps=154"],
+    "3, batch 3": ["search.ahead=3", "search.batch=3", "search.ppo.surrogate_steps=154"],
+}
+PAGE = """# Searches on several workers
+
+    rlprune train CONFIG --engine processes --workers 4
+    rlprune train CONFIG --engine ray --address auto
+
+- `serial`, the default: this process.
+- `processes`: processes of this machine (joblib's loky). `--workers` says how many, a core each by default.
+- `ray`: the machines of a [Ray](https://docs.ray.io) cluster, `--address auto` or `host:6379`; without an address
+  Ray starts a cluster on this machine. It needs `pip install 'rlprune[ray]'`, and rlprune and the data on every
+  machine.
+
+`train`, `benchmark`, `fidelity` and `apply --refine` take the three options; in a config file they are
+`execution.engine`, `execution.workers` and `execution.address`, in Python settings like all others. (`rlprune
+benchmark --jobs N` is short for `--engine processes --workers N`.)
+
+## What is computed at the same time
+
+- `train`, `apply --refine`, `rlprune.search`: the rules, the starts, probes of the sensitivity rule, each batch of
+  candidates, the finalists on the whole validation split.
+- `benchmark`: cells, a method, seed and budget each.
+- `fidelity`: scores of the plans under a recovery, then their fine-tunes.
+
+A batch is what an agent asks for before it needs a score: everything that is left (`random`), the offspring of a
+generation (`evopress`), a round (`rl_pruner`), the masks of a step (`bypass`), a batch of `ppo`. The others ask for
+one plan at a time, and `ppo` waits for a batch before it fits and trains. Two settings change that, and with it what
+is searched:
+
+- `search.ahead: 1` lets `ppo` (mode surrogate) fit, train and choose while 1 batch is being scored; more for many
+  workers. What is being scored counts as known at its expected score. `search.batch` says how large a batch is, 6 at
+  most where logits are modelled.
+- `search.environments: 4` lets `amc`, `ppo_sequential`, `sac`, `td3`, `a2c`, `sb3`, `cma_es`, `tpe` and `gp` propose
+  4 plans before they know a score. Updates stay as frequent by evaluation; `ARS` takes one environment only.
+
+Both decide the result, and workers do not: a search with these settings is the same in one process.
+
+## The same result
+
+The run's own process writes the ledger, in the order of a search in one process, and charges for a plan when the
+search asks for it. Ledger, plan and weights are those of `serial`, to the bit, where the machines are alike and have
+as many threads (`threads`: where it is null, the workers of a machine share its cores out among them, and `serial`
+leaves the choice to torch). `tests/integration/test_engines.py` runs `random`, `evopress` and `ppo` on all engines,
+Ray on two nodes, and compares. Each worker gets the prepared evaluator once, or prepares one from the settings where
+the workload cannot be sent; before it scores anything, its dense candidate has to have our score, loss, metric and
+cost (within a thousandth; other last digits are logged).
+
+A worker that is killed, and a node that goes away, cost what they had in hand, which another worker does again;
+after the third death over the same work the run ends with the reason. A run that is killed itself takes its
+processes along, and `--resume` goes on, on any engine. With several GPUs and `device: auto` or `cuda`, workers take
+them in turn; `cuda:1` keeps all of them on that one. Each worker holds an evaluator of its own: weights, calibration
+statistics and data, as many times as there are workers on a machine.
+
+## Two workers on two cores
+
+{speed_evaluations} evaluations of the digits at 32 pixels by a ResNet-20, the starts among them; each search in one
+process and with two workers, in turns, a thread each; the median of the rounds' ratios. Workers have begun before
+the clock starts. The last column is the machine's load at the end of a search, 1 to 2 where nothing else runs; with
+more, the workers have less than the two cores. On {machine}.
+
+{speed}
+
+## Many workers
+
+Candidates of a small model that sleep for the rest of a fixed time; each worker is a thread of one process and
+stands for a machine, so that what is measured is how well a search feeds them: the share of the workers' time that
+went into candidates.
+{many_note}
+
+{many}
+
+## Batches ahead
+
+PPO with {evaluations} evaluations and three seeds (the same for each row); scores are minus the divergence from the
+dense model, higher is better. The third row has batches of three, so that as many plans are in flight as in one
+batch of six.
+
+{quality}
+
+{quality_note}
+
+Written by `python docs/scripts/parallel.py --write` from what `python docs/scripts/parallel.py speed many quality`
+has measured.
 """
+MANY_NOTE = (
+    "`evopress` and `ppo` as shipped ask for 8 and 6 plans at a time, which keeps no more workers busy than that.\n"
+    "PPO's own work between two batches, the fit and its steps, is done by the run's own process, a batch at a time:\n"
+    "candidates have to take long enough for it. Here they take 20 seconds."
+)
 
 
 def kept(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -162,7 +253,7 @@ def many(out: Path) -> None:
                 config = load_config(
                     "digits", [*small, "threads=1", f"search.evaluations={each * workers + 14}", *settings]
                 )
-                name = label.replace(" ", "-").replace(",", "") or "as-shipped"
+                name = slug(label) or "as-shipped"
                 kept(
                     out / f"many-{agent}-{workers}-{name}.json",
                     lambda c=config, w=workers, s=seconds, a=agent: asleep(experiment, c, a, w, s),  # type: ignore[misc]
@@ -190,14 +281,18 @@ def quality(out: Path, seeds: int, evaluations: int) -> None:
         settings = [f"budget.target={budget}", f"search.evaluations={evaluations}", "threads=1"]
         experiment: Experiment | None = None
         for seed in range(seeds):
-            for ahead in AHEAD:
-                path = out / f"quality-{name}-{evaluations}-{ahead}-{seed}.json"
+            for label, more in AHEAD.items():
+                path = out / f"quality-{name}-{evaluations}-{slug(label)}-{seed}.json"
                 if path.exists():
                     continue
                 experiment = experiment or prepare_experiment(load_config(name, settings))
-                config = load_config(name, [*settings, f"search.ahead={ahead}"])
+                config = load_config(name, [*settings, *more])
                 here = replace(experiment, config=config, evaluator=experiment.evaluator.fork())
                 kept(path, lambda e=here, s=seed: searched(e, "ppo", s) | {"ledger": []})  # type: ignore[misc]
+
+
+def slug(label: str) -> str:
+    return label.replace(" ", "-").replace(",", "")
 
 
 def read(out: Path, pattern: str) -> list[dict[str, Any]]:
@@ -235,7 +330,7 @@ def many_table(out: Path) -> str:
         labels: dict[str, dict[int, dict[str, Any]]] = {}
         for workers in MANY:
             for label, _ in wide(agent, workers):
-                name = label.replace(" ", "-").replace(",", "") or "as-shipped"
+                name = slug(label) or "as-shipped"
                 path = out / f"many-{agent}-{workers}-{name}.json"
                 if path.exists():
                     general = label.replace(str(2 * workers), "2 a worker") if agent == "evopress" else label
@@ -250,22 +345,38 @@ def many_table(out: Path) -> str:
     return markdown_table(["agent", "settings", "a candidate", *(f"{w} workers" for w in MANY)], rows)
 
 
+def quality_of(out: Path, evaluations: int) -> Iterator[tuple[str, str, list[float], list[float]]]:
+    """Workload, label, best scores by seed, and their differences to those without batches ahead."""
+    for name in QUALITY:
+        base = [r["score"] for r in read(out, f"quality-{name}-{evaluations}-0-[0-9].json")]
+        for label in AHEAD:
+            found = [r["score"] for r in read(out, f"quality-{name}-{evaluations}-{slug(label)}-[0-9].json")]
+            if found and len(found) == len(base):
+                yield name, label, found, [a - b for a, b in zip(found, base, strict=True)]
+
+
 def quality_table(out: Path, evaluations: int) -> str:
     rows = []
-    for name in QUALITY:
-        base = read(out, f"quality-{name}-{evaluations}-0-*")
-        for ahead in AHEAD:
-            found = read(out, f"quality-{name}-{evaluations}-{ahead}-*")
-            if not found or len(found) != len(base):
-                continue
-            differences = [a["score"] - b["score"] for a, b in zip(found, base, strict=True)]
-            scores = ", ".join(f"{a['score']:.4f}" for a in found)
-            mean = statistics.mean(a["score"] for a in found)
-            worst = f"{min(differences):+.4f} to {max(differences):+.4f}" if ahead else ""
-            rows.append([name, str(ahead), f"{mean:.4f}", scores, worst])
-    return markdown_table(
-        ["workload", "`search.ahead`", "mean best score", "each seed", "against 0, by seed"], rows
-    )
+    for name, label, found, differences in quality_of(out, evaluations):
+        scores = ", ".join(f"{score:.4f}" for score in found)
+        against = "" if label == "0" else ", ".join(f"{d:+.4f}" for d in differences)
+        mean = statistics.mean(differences)
+        rows.append(
+            [name, label, f"{statistics.mean(found):.4f}", scores, against, f"{mean:+.4f}" if against else ""]
+        )
+    head = ["workload", "`search.ahead`", "mean best score", "each seed", "against 0, by seed", "mean"]
+    return markdown_table(head, rows)
+
+
+def quality_note(out: Path, evaluations: int) -> str:
+    """Where scores fall with batches ahead, in words."""
+    parts = []
+    for name, label, found, differences in quality_of(out, evaluations):
+        if label != "0":
+            worse = sum(d < 0 for d in differences)
+            verdict = "no worse on the mean" if statistics.mean(differences) >= 0 else "worse on the mean"
+            parts.append(f"{name}, {label}: {verdict} ({worse} of {len(found)} seeds below)")
+    return "; ".join(parts) + "." if parts else ""
 
 
 def page(out: Path, evaluations: int) -> str:
@@ -277,7 +388,9 @@ def page(out: Path, evaluations: int) -> str:
         machine=machine,
         speed=speed_table(out),
         many=many_table(out),
+        many_note=MANY_NOTE,
         quality=quality_table(out, evaluations),
+        quality_note=quality_note(out, evaluations),
         evaluations=evaluations,
         speed_evaluations=SPEED_EVALUATIONS,
     )
