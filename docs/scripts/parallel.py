@@ -76,7 +76,7 @@ benchmark --jobs N` is short for `--engine processes --workers N`.)
 - `benchmark`: cells, a method, seed and budget each.
 - `fidelity`: scores of the plans under a recovery, then their fine-tunes.
 
-A batch is what an agent asks for before it needs a score: everything that is left (`random`), the offspring of a
+A batch is what an agent asks for before it needs a score: eight plans a worker (`random`), the offspring of a
 generation (`evopress`), a round (`rl_pruner`), the masks of a step (`bypass`), a batch of `ppo`. The others ask for
 one plan at a time, and `ppo` waits for a batch before it fits and trains. Two settings change that, and with it what
 is searched:
