@@ -44,7 +44,7 @@ SLOW = (
 SPEED_EVALUATIONS = 40
 WANTED = {"random": 1.7, "evopress": 1.7, "ppo": 1.6}
 # Workers that sleep: seconds of a candidate, and candidates for each worker.
-SLEEP = {"random": (2.0, 10), "evopress": (2.0, 10), "ppo": (20.0, 4)}
+SLEEP = {"random": (2.0, 10), "evopress": (2.0, 10), "ppo": (10.0, 4)}
 MANY = (8, 16, 64)
 QUALITY = {"digits": "0.3", "tiny_llama": "0.5"}
 # `search.ahead`, and what else is set: with half a batch, as many plans are in flight as in a whole one.
@@ -139,7 +139,7 @@ has measured.
 MANY_NOTE = (
     "`evopress` and `ppo` as shipped ask for 8 and 6 plans at a time, which keeps no more workers busy than that.\n"
     "PPO's own work between two batches, the fit and its steps, is done by the run's own process, a batch at a time:\n"
-    "candidates have to take long enough for it. Here they take 20 seconds."
+    "candidates have to take long enough for it. Here they take 10 seconds."
 )
 
 
@@ -227,19 +227,20 @@ class Sleepers:
         self._pool.shutdown()
 
 
-def wide(agent: str, workers: int) -> Iterator[tuple[str, list[str]]]:
-    """Settings with enough to do for so many workers, with a label each."""
+def wide(agent: str, workers: int) -> Iterator[tuple[str, list[str], int]]:
+    """A label, settings that give so many workers enough to do, and candidates to be scored."""
+    count = SLEEP[agent][1] * workers
     if agent == "random":
-        yield "", []
+        yield "", [], count
     elif agent == "evopress":
-        yield "", []
-        yield f"offspring {2 * workers}", [f"search.evopress.offspring={2 * workers}"]
+        yield "", [], 48
+        yield f"offspring {2 * workers}", [f"search.evopress.offspring={2 * workers}"], count
     else:
-        yield "", []
+        yield "", [], 18
         ahead = -(-workers // 6)
-        yield f"ahead {ahead}", [f"search.ahead={ahead}"]
+        yield f"ahead {ahead}", [f"search.ahead={ahead}"], count
         scores = ["search.ppo.surrogate=scores", f"search.batch={workers}", "search.ahead=1"]
-        yield f"scores, batch {workers}, ahead 1", scores
+        yield f"scores, batch {workers}, ahead 1", scores, count
 
 
 def many(out: Path) -> None:
@@ -247,11 +248,11 @@ def many(out: Path) -> None:
     small = ["model.arguments.width=4", "model.train.epochs=2", "data.calibration=64", "data.validation=100"]
     experiment = prepare_experiment(load_config("digits", [*small, "threads=1"]))
     for agent in AGENTS:
-        seconds, each = SLEEP[agent]
+        seconds = SLEEP[agent][0]
         for workers in MANY:
-            for label, settings in wide(agent, workers):
+            for label, settings, count in wide(agent, workers):
                 config = load_config(
-                    "digits", [*small, "threads=1", f"search.evaluations={each * workers + 14}", *settings]
+                    "digits", [*small, "threads=1", f"search.evaluations={count + 14}", *settings]
                 )
                 name = slug(label) or "as-shipped"
                 kept(
@@ -329,7 +330,7 @@ def many_table(out: Path) -> str:
     for agent in AGENTS:
         labels: dict[str, dict[int, dict[str, Any]]] = {}
         for workers in MANY:
-            for label, _ in wide(agent, workers):
+            for label, _, _ in wide(agent, workers):
                 name = slug(label) or "as-shipped"
                 path = out / f"many-{agent}-{workers}-{name}.json"
                 if path.exists():
