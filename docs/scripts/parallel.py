@@ -44,7 +44,7 @@ SLOW = (
 SPEED_EVALUATIONS = 40
 WANTED = {"random": 1.7, "evopress": 1.7, "ppo": 1.6}
 # Workers that sleep: seconds of a candidate, and candidates for each worker.
-SLEEP = {"random": (2.0, 10), "evopress": (2.0, 10), "ppo": (10.0, 4)}
+SLEEP = {"random": (5.0, 6), "evopress": (5.0, 6), "ppo": (10.0, 4)}
 MANY = (8, 16, 64)
 QUALITY = {"digits": "0.3", "tiny_llama": "0.5"}
 # `search.ahead`, and what else is set: with half a batch, as many plans are in flight as in a whole one.
@@ -110,7 +110,8 @@ statistics and data, as many times as there are workers on a machine.
 {speed_evaluations} evaluations of the digits at 32 pixels by a ResNet-20, the starts among them; each search in one
 process and with two workers, in turns, a thread each; the median of the rounds' ratios. Workers have begun before
 the clock starts. The last column is the machine's load at the end of a search, 1 to 2 where nothing else runs; with
-more, the workers have less than the two cores. On {machine}.
+more, the workers have less than the two cores.
+On {machine}.
 
 {speed}
 

@@ -15,7 +15,6 @@ from typing import Any
 from ..errors import ConfigError, one_line
 from . import worker
 
-
 _REACH_SECONDS = 10.0
 
 
