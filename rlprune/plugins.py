@@ -14,8 +14,9 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +26,7 @@ from .agents import AGENTS
 from .config.config import Config
 from .config.names import COST_METRICS, DATA_SETS, RECOVERY_STEPS, SCORE_KINDS
 from .errors import ConfigError, RlpruneError, near_miss
+from .execution import in_every_worker
 from .importance.importance import IMPORTANCES
 from .language import families
 from .rules import RULES
@@ -95,6 +97,13 @@ def loaded() -> list[str]:
     """Names for :func:`load` that give another process the plugins of this one, in the same order."""
     load_installed()
     return list(_LOADED)
+
+
+def _preparation() -> Callable[[], object]:
+    return partial(load, loaded())
+
+
+in_every_worker(_preparation)
 
 
 def fingerprint(method: str) -> str | None:

@@ -16,6 +16,7 @@ FLOORS = {
     "errors": 1,
     "utils": 2,
     "config": 2.5,
+    "execution": 2.7,
     "pruning": 3,
     "tracing": 4,
     "importance": 4,

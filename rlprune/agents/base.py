@@ -117,10 +117,22 @@ class TrialRecorder:
         What halving drops is charged and known, but has no score to be compared with the others'.
         """
         if not self.halves:
+            self.prefetch(plans)
             for plan in plans:
                 self.evaluate(plan)
         elif len(plans):
             self._halve([as_history(plan) for plan in plans])
+
+    def prefetch(self, plans: Sequence[PlanLike] | Ints) -> None:
+        """Plans that will be asked for next, in this order: where there are workers, they begin with them."""
+        begin = getattr(self.account, "prefetch", None)
+        if begin is not None:
+            begin(list(plans))
+
+    @property
+    def workers(self) -> int:
+        """Candidates that are scored at the same time."""
+        return int(getattr(getattr(self.account, "evaluator", None), "workers", 1))
 
     @property
     def halves(self) -> bool:
@@ -147,6 +159,7 @@ class TrialRecorder:
         plans = list(starts)
         if policy is not None:
             plans.insert(0, policy.widths(task, task.highest_budget, task.metric))
+        self.prefetch(plans)
         for plan in plans:
             if self.account.left > 0:
                 self.evaluate(plan)

@@ -9,6 +9,7 @@ pruned, so methods are compared in pairs of one seed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from ..agents import AGENTS, make_agent
 from ..config.config import Config
 from ..config.search import SB3Config, SearchConfig
 from ..errors import ConfigError, RunError, near_miss
+from ..execution import Executor, Shared, make_executor
+from ..execution.base import NoWorkers
 from ..experiments.prepare import dense_model
-from ..plugins import loaded
 from ..pruning.space import PruningSpace
 from ..report.results import Results
 from ..rules import RULES, rules_for
@@ -34,11 +36,13 @@ from .cells import (
     compute,
     finished,
     forget_finished,
+    keep,
     reason,
+    told,
     with_checkpoint,
+    work,
 )
 from .outcome import Outcome, page, write
-from .pool import Pool, Worker
 from .schedule import Schedule
 from .statistics import bootstrap, summarise
 
@@ -53,7 +57,6 @@ def run(
     out: str | Path,
     *,
     budgets: Sequence[str | float] = (),
-    jobs: int = 1,
     checkpoints: int = 1,
     callback: Callback | None = None,
 ) -> Results:
@@ -64,40 +67,41 @@ def run(
         seeds: number of seeds, from `config.seed` upwards.
         evaluations: distinct plans that each agent may have scored, its starts included.
         budgets: as in `budget.target`, which is taken where there are none.
-        jobs: processes that compute cells at the same time, each with `config.threads` threads (1 by default).
-            With one job this process computes them, and torch chooses its threads.
         checkpoints: dense models that the seeds take in turn, each trained with other seeds, on other splits.
+
+    The workers of ``config.execution`` compute cells at the same time, each with `config.threads` threads (1 by
+    default). In engine `serial` this process computes them, and torch chooses its threads.
 
     Returns the content of results.json: its rows are one per method, seed and budget, its `summary` one per
     method and budget.
 
     Raises:
-        ConfigError: an unknown method or one that cannot run here, or no seed, evaluation or job.
+        ConfigError: an unknown method or one that cannot run here, or no seed or evaluation.
         BudgetError: a budget that is malformed or not feasible.
         RunError: cells have failed; the others are finished, and what they gave is written.
     """
     _checked(methods, [*RULES, *AGENTS])  # a wrong name is said before anything is trained
-    for option, number in (("seeds", seeds), ("evaluations", evaluations), ("jobs", jobs)):
+    for option, number in (("seeds", seeds), ("evaluations", evaluations)):
         if number < 1:
             raise ConfigError(f"--{option} {number}: must be at least 1")
     asked = [config.override([f"budget.target={budget}"]).budget.target for budget in budgets]
     asked = asked or [config.budget.target]
     _check_checkpoints(config, checkpoints, seeds)
-    config = _settled(config, evaluations, asked[0], jobs)
+    config = _settled(config, evaluations, asked[0])
     unable = unable_agents(methods, config.search)
     _refuse(methods, unable)
     callback = callback or Callback()
     with lock_run(out, worth="cells") as folder:
-        experiments = PreparedExperiments(config, callback) if jobs == 1 else None
+        experiments = PreparedExperiments(config, callback) if config.execution.engine == "serial" else None
         workload, space = _dense(config, experiments, checkpoints, callback)
         _check_budgets(space, asked, config.budget.metric)
         names, left_out = applicable(methods, space, unable)
         wanted = _cells(names, range(config.seed, config.seed + seeds), asked, checkpoints)
         write_text_atomic(folder / "config.yaml", config.to_yaml())
-        work = _Work(config, folder, callback, wanted, experiments, jobs, tuple(loaded()))
+        work = _Work(config, folder, callback, wanted, experiments)
         work.run()
         protocol: dict[str, object] = {"seeds": seeds, "checkpoints": checkpoints}
-        protocol |= {"evaluations": evaluations, "jobs": jobs, "methods": names, "left_out": left_out}
+        protocol |= {"evaluations": evaluations, "jobs": work.jobs, "methods": names, "left_out": left_out}
         protocol |= {"failed": {str(cell): why for cell, why in work.failed.items()}}
         content = {cell: work.content[cell] for cell in wanted if cell in work.content}
         outcome = Outcome(config, workload, space, asked, protocol, content)
@@ -147,8 +151,7 @@ class _Work:
     callback: Callback
     wanted: Sequence[Cell]
     experiments: PreparedExperiments | None
-    jobs: int
-    plugins: tuple[str, ...]
+    jobs: int = 1
     content: dict[Cell, dict[str, Any]] = field(default_factory=dict)
     failed: dict[Cell, str] = field(default_factory=dict)
 
@@ -158,7 +161,7 @@ class _Work:
         forget_finished(self.cells)
         self.content = {cell: found for cell in self.wanted if (found := self._finished(cell))}
         pending = [cell for cell in self.wanted if cell not in self.content]
-        self.schedule = Schedule(min(self.jobs, max(1, len(pending))))
+        self.schedule = Schedule()
         for cell, found in self.content.items():
             self.schedule.took(cell, found["seconds"])
         if len(pending) < len(self.wanted):
@@ -167,10 +170,11 @@ class _Work:
         if not pending:
             return
         try:
-            if self.experiments is not None:
-                self._serial(self.experiments, pending)
-            else:
-                self._parallel(pending)
+            executor = make_executor(self.config, logs=self.folder)
+            try:
+                self._compute(executor, pending)
+            finally:
+                executor.close()
         except KeyboardInterrupt:
             self.callback.close()
             self.callback.note(f"{self.folder} holds what has been done; the same command goes on from there")
@@ -183,36 +187,46 @@ class _Work:
     def _finished(self, cell: Cell) -> dict[str, Any] | None:
         return finished(self.cells, self.config, cell, self.callback)
 
-    def _serial(self, experiments: PreparedExperiments, pending: Sequence[Cell]) -> None:
-        left = list(pending)
-        while left:
-            cell = self.schedule.take(left)
-            left.remove(cell)
-            why = None
-            try:
-                compute(experiments, cell, self.cells, self.callback)
-            except Exception as error:
-                why = reason(error)
-            self._ended(cell, why)
-
-    def _parallel(self, pending: Sequence[Cell]) -> None:
-        order = {
-            "config": self.config.to_dict(),
-            "cells": str(self.cells),
-            "plugins": list(self.plugins),
-        }
-        threads = self.config.threads or 1
-        self.callback.note(f"{len(pending)} cells in {self.schedule.jobs} processes of {threads} threads")
-        with Pool(order, self.schedule.jobs, threads, self.folder) as pool:
-            pool.run(pending, self.schedule.take, self._ended, self._progress)
+    def _compute(self, executor: Executor, pending: Sequence[Cell]) -> None:
+        """As many cells at a time as there are workers; one that fails is not tried again, and the others go on."""
+        self.jobs = self.schedule.jobs = min(executor.workers, len(pending))
+        left, running = list(pending), dict[Future[dict[str, Any]], Cell]()
+        shared = Shared(self.experiments or PreparedExperiments(self.config))
+        if self.experiments is None:
+            threads = self.config.threads
+            self.callback.note(
+                f"{len(pending)} cells by {self.jobs} workers ({executor.name}) of {threads} threads"
+            )
+        while left or running:
+            while left and len(running) < self.jobs:
+                cell = self.schedule.take(left)
+                left.remove(cell)
+                running[self._begun(executor, shared, cell)] = cell
+            for future in wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done:
+                self._ended(running.pop(future), future)
+            if running:
+                self._progress(list(running.values()))
         self.callback.close()
 
-    def _ended(self, cell: Cell, why: str | None) -> None:
+    def _begun(
+        self, executor: Executor, shared: Shared[PreparedExperiments], cell: Cell
+    ) -> Future[dict[str, Any]]:
+        if self.experiments is not None:
+            return executor.submit(compute, shared, cell, self.cells, self.callback)
+        return executor.submit(work, shared, cell, self.cells.absolute())
+
+    def _ended(self, cell: Cell, future: Future[dict[str, Any]]) -> None:
         """Take the cell's content, and say in a line how far everything is."""
-        found = self._finished(cell) if why is None else None
-        if found is None:
-            self.failed[cell] = why or "its file is missing"
+        error, found = future.exception(), None
+        if isinstance(error, NoWorkers):
+            raise error
+        if error is not None:
+            self.failed[cell] = reason(error)
         else:
+            found = self._finished(cell)
+            if found is None:  # a worker on a machine that does not share our folder
+                keep(self.cells, self.config, cell, future.result())
+                found = future.result()
             self.content[cell] = found
             self.schedule.took(cell, found["seconds"])
         done = len(self.content) + len(self.failed)
@@ -222,15 +236,18 @@ class _Work:
         self.callback.close()
         self.callback.note(f"{done}/{len(self.wanted)} {cell}: {what}{best}{self.schedule.time_left(left)}")
 
-    def _progress(self, workers: Sequence[Worker]) -> None:
+    def _progress(self, running: Sequence[Cell]) -> None:
         done = len(self.content) + len(self.failed)
-        facts = [f"{w.cell.method} {w.progress[0]}/{w.progress[1]}" for w in workers if w.cell and w.progress]
+        states = {cell: told(self.cells, self.config, cell) for cell in running}
+        facts = [
+            f"{cell.method} {state[0]}/{state[1]}" for cell, state in states.items() if state is not None
+        ]
         self.callback.status("cells", done, len(self.wanted), ", ".join(facts))
 
 
-def _settled(config: Config, evaluations: int, budget: str | float, jobs: int) -> Config:
+def _settled(config: Config, evaluations: int, budget: str | float) -> Config:
     """The settings of all cells; the first budget stands for the others, a worker has one thread by default."""
-    threads = config.threads if jobs == 1 else config.threads or 1
+    threads = config.threads if config.execution.engine == "serial" else config.threads or 1
     first = replace(config.budget, target=budget)
     search = replace(config.search, evaluations=evaluations)
     return replace(config, search=search, budget=first, threads=threads)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..agents import AGENTS
 from ..agents.callbacks import Progress
@@ -26,14 +28,16 @@ from ..plugins import fingerprint, fingerprint_of_settings
 from ..rules import RULES
 from ..utils.checkpoints import forget, settings_key
 from ..utils.dotted import flat
+from ..utils.exits import own_exits_named
 from ..utils.files import read_json, write_json_atomic
 from ..utils.machine import library_versions
 from ..utils.progress import Callback
 
 DENSE = "dense"
+_TELL_SECONDS = 1.0
 # Settings that say how a run is shown or where it runs, not what comes out of a cell.
 _NOT_DETERMINING = (
-    "name", "device", "threads", "seed", "search.baselines", "search.tensorboard", "finish.rules",
+    "name", "device", "threads", "seed", "search.baselines", "search.tensorboard", "finish.rules", "execution",
 )  # fmt: skip
 
 
@@ -139,19 +143,21 @@ def compute(
     folder: Path,
     callback: Callback,
     progress: Callable[[Progress], None] | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Search, choose, fine-tune, look at test, and write the cell's file; a killed try is continued.
 
     Args:
         experiments: prepared under the benchmark's settings; their budget is replaced by the cell's.
         progress: called as `Agent.search` calls it; the callback where it is not given.
+
+    Returns the content of the file.
     """
     config, experiment = experiments.config, experiments.of(cell.checkpoint)
     started = time.perf_counter()
     settings = replace(experiment.config, budget=replace(config.budget, target=cell.budget))
     here = replace(experiment, config=settings, evaluator=experiment.evaluator.fork())
     state = folder / f"{_name(config, cell)}.state"
-    state.mkdir(exist_ok=True)
+    state.mkdir(parents=True, exist_ok=True)
     ledger = EvaluationLog(state / "ledger.jsonl")
     chosen = None
     if cell.method != DENSE:
@@ -166,8 +172,42 @@ def compute(
         "ledger": ledger.rows,
         "seconds": round(time.perf_counter() - started, 2),
     }
-    write_json_atomic(folder / f"{_name(config, cell)}.json", content)
+    keep(folder, config, cell, content)
     forget(state)
+    return content
+
+
+def work(experiments: PreparedExperiments, cell: Cell, folder: Path) -> dict[str, Any]:
+    """`compute` in a worker, which tells how far it is in a file beside the cell's state."""
+    torch.set_num_threads(experiments.config.threads or 1)
+    told, last = _told(folder, experiments.config, cell), 0.0
+
+    def tell(state: Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _TELL_SECONDS:
+            last = time.monotonic()
+            write_json_atomic(told, [state.spent, state.limit])
+
+    with own_exits_named():
+        return compute(experiments, cell, folder, Callback(), tell)
+
+
+def told(folder: Path, config: Config, cell: Cell) -> tuple[int, int] | None:
+    """Evaluations done and to be done of a cell that a worker computes; None where it has not said."""
+    try:
+        spent, limit = read_json(_told(folder, config, cell))
+        return int(spent), int(limit)
+    except (ArtifactError, TypeError, ValueError):
+        return None
+
+
+def keep(folder: Path, config: Config, cell: Cell, content: Mapping[str, Any]) -> None:
+    """Write the content of a finished cell."""
+    write_json_atomic(folder / f"{_name(config, cell)}.json", dict(content))
+
+
+def _told(folder: Path, config: Config, cell: Cell) -> Path:
+    return folder / f"{_name(config, cell)}.state" / "progress.json"
 
 
 def _name(config: Config, cell: Cell) -> str:
@@ -195,11 +235,6 @@ def _found(
     return run_agent(
         cell.method, [experiment], ledger, seed=cell.seed, state=state / "search", progress=progress
     )
-
-
-def to_message(cell: Cell) -> dict[str, Any]:
-    """A cell as plain values, for another process; `Cell(**message)` turns them back."""
-    return asdict(cell)
 
 
 def reason(error: BaseException) -> str:

@@ -15,7 +15,7 @@ class Schedule:
     longer than anything that has been measured, and a rule as shorter.
     """
 
-    def __init__(self, jobs: int) -> None:
+    def __init__(self, jobs: int = 1) -> None:
         self.jobs = jobs
         self._seconds: dict[str, list[float]] = {}
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..config.config import Config
+from ..errors import ConfigError
 from ..experiments.usage import check_usage
 from ..report.results import Results
 from ..utils.progress import Callback
@@ -26,7 +28,7 @@ def benchmark(
     out: str | Path | None = None,
     budgets: Sequence[str | float] = (),
     checkpoints: int = 1,
-    jobs: int = 1,
+    jobs: int | None = None,
     callback: Callback | None = None,
 ) -> Results:
     """Compare rules and agents under the same budget, recovery, evaluations and fine-tune, with paired seeds.
@@ -38,17 +40,19 @@ def benchmark(
         out: folder of the tables, plots and finished cells, which are reused; ``runs/NAME-benchmark`` when not given.
         budgets: several budgets, instead of that of the settings.
         checkpoints: dense models, which the seeds take in turn.
-        jobs: processes.
+        jobs: short for the settings ``execution.engine: processes`` with so many ``execution.workers``.
         callback: is told of the progress; nothing is shown without one.
 
     Returns:
         The content of results.json: ``rows`` (one for each method, seed and budget) and ``summary``.
 
     Raises:
-        ConfigError: an unknown method, or one that cannot run here; or a setting that nothing uses.
+        ConfigError: an unknown method, or one that cannot run here; or a setting that nothing uses; or jobs beside an
+            engine.
         RunError: cells have failed; the others are finished.
     """
     check_usage(config, "benchmark", methods=methods)
+    config = _with_jobs(config, jobs)
     folder = default_folder(config) if out is None else Path(out)
     asked = config.search.evaluations if evaluations is None else evaluations
     return run(
@@ -58,7 +62,21 @@ def benchmark(
         asked,
         folder,
         budgets=budgets,
-        jobs=jobs,
         checkpoints=checkpoints,
         callback=callback or Callback(),
     )
+
+
+def _with_jobs(config: Config, jobs: int | None) -> Config:
+    if jobs is None:
+        return config
+    if jobs < 1:
+        raise ConfigError(f"--jobs {jobs}: must be at least 1")
+    engine = config.execution.engine
+    if engine != "serial":
+        raise ConfigError(
+            f"--jobs {jobs}: is short for processes, and the engine is {engine}; give --workers"
+        )
+    if jobs == 1:
+        return config
+    return replace(config, execution=replace(config.execution, engine="processes", workers=jobs))

@@ -19,6 +19,7 @@ from .catalogue import KINDS, rows
 from .options import (
     Subparsers,
     add_config,
+    add_execution,
     add_force,
     add_out,
     add_plugin,
@@ -103,6 +104,7 @@ def _add_train(commands: Subparsers) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="continue the run in --out where it was stopped"
     )
+    add_execution(parser)
     add_seed(parser)
     parser.set_defaults(action=_train)
 
@@ -147,11 +149,12 @@ def _add_benchmark(commands: Subparsers) -> None:
         "--checkpoints": {"metavar": "N", "type": number, "default": 1, "help": "dense models, for seeds in turn (1)"},
         "--evaluations": {"metavar": "N", "type": number, "help": "instead of search.evaluations"},
         "--budgets": {"metavar": "B", "nargs": "+", "default": [], "help": "several, instead of budget.target"},
-        "--jobs": {"metavar": "N", "type": number, "default": 1, "help": "processes, each of --threads threads (1)"},
+        "--jobs": {"metavar": "N", "type": number, "help": "short for --engine processes --workers N"},
         "--out": {"metavar": "DIR", "type": Path, "help": "folder (runs/NAME-benchmark); what it holds is reused"},
     }  # fmt: skip
     for option, options in arguments.items():
         parser.add_argument(option, **options)
+    add_execution(parser)
     add_seed(parser)
     parser.set_defaults(action=_benchmark)
 
@@ -198,6 +201,7 @@ def _add_fidelity(commands: Subparsers) -> None:
     parser.add_argument(
         "--out", metavar="DIR", type=Path, help="folder (runs/NAME-fidelity); what it holds is reused"
     )
+    add_execution(parser)
     add_seed(parser)
     parser.set_defaults(action=_fidelity)
 

@@ -11,6 +11,15 @@ from ..config.config import Config, load_config
 from ..errors import ConfigError
 from .catalogue import check_names, check_wing
 
+_FIELDS = {
+    "budget": "budget.target",
+    "seed": "seed",
+    "threads": "threads",
+    "engine": "execution.engine",
+    "workers": "execution.workers",
+    "address": "execution.address",
+}
+"""Options that stand for a setting."""
 # argparse has no public name for what `add_subparsers` returns.
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -86,10 +95,26 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", metavar="B", help='what may be left: 0.5, "50%%" or "150M"')
 
 
+def add_execution(parser: argparse.ArgumentParser) -> None:
+    """--engine, --workers and --address."""
+    parser.add_argument(
+        "--engine", metavar="NAME", help="where to compute: serial (default), processes, or ray (a cluster)"
+    )
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=whole_number(1),
+        help="processes, or actors of the cluster (one a core)",
+    )
+    parser.add_argument(
+        "--address", metavar="A", help="ray: the cluster's, as auto or host:port (a local one is started)"
+    )
+
+
 def read_config(args: argparse.Namespace) -> Config:
     """The settings of a command: the file or shipped name, then --set, then the options of their own."""
     overrides = list(args.overrides)
-    for option, field in (("budget", "budget.target"), ("seed", "seed"), ("threads", "threads")):
+    for option, field in _FIELDS.items():
         value = getattr(args, option, None)
         if value is not None:
             overrides.append(f"{field}={value}")

@@ -11,6 +11,7 @@ from .options import (
     Subparsers,
     add_budget,
     add_config,
+    add_execution,
     add_out,
     add_seed,
     check_packages,
@@ -49,6 +50,7 @@ def add_apply(commands: Subparsers) -> None:
     parser.add_argument(
         "--refine", metavar="N", type=whole_number(0), default=0, help="then spend N evaluations"
     )
+    add_execution(parser)
     add_out(parser, "pruned/NAME of the config")
     add_seed(parser)
     parser.set_defaults(action=_apply)

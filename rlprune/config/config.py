@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from ..errors import ConfigError, near_miss
 from ..utils.values import LARGEST, NO_DOUBLES
+from .execution import ExecutionConfig
 from .names import COST_METRICS, RECOVERY_STEPS, SCORE_KINDS, recovery_order
 from .schema import (
     Section,
@@ -354,6 +355,7 @@ class Config(Section):
     score: ScoreConfig = setting(ScoreConfig, "The score.")
     search: SearchConfig = setting(SearchConfig, "The search.")
     finish: FinishConfig = setting(FinishConfig, "The finish.")
+    execution: ExecutionConfig = setting(ExecutionConfig, "Where it is computed.")
     seed: int = setting(0, "Seed of the search and of the final fine-tune.", low=0, high=LARGEST)
     device: str = setting("auto", "`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`.")
     threads: int | None = setting(None, "CPU threads of torch; null leaves torch's own choice.", low=1)

@@ -283,6 +283,20 @@ class SearchConfig(Section):
         "Surrogate mode: real evaluations between two fits; 6 a model at most where logits are modelled.",
         low=1,
     )
+    ahead: int = setting(
+        0,
+        "Surrogate mode: batches that are being scored while the next one is chosen, so that workers are never idle; "
+        "0 waits for each.",
+        low=0,
+        high=1_000,
+    )
+    environments: int = setting(
+        1,
+        "Agents of stable-baselines3 that score one plan an episode, and optuna's: plans that are proposed before the "
+        "scores of the others are known, so that workers score them at the same time.",
+        low=1,
+        high=10_000,
+    )
     checkpoints: tuple[str, ...] = setting(
         (), "Further checkpoints of the model that the policy is trained on."
     )

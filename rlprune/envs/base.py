@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError
 from ..pruning.budget import BudgetLike
+from ..pruning.history import History
 from ..utils.arrays import Floats, Floats32, Ints
 from .render import draw
 from .task import Scored, Source, Task, TaskBudget, make_task
@@ -87,6 +88,10 @@ class PruningEnv(gymnasium.Env[Floats32, Floats32]):
         self._budget = options.get("budget", self.task.draw_budget(self.np_random))
         self._history = []
         self._distribution = None
+
+    def plan(self, action: Floats32) -> History | None:
+        """The plan that a step with this action would score; None where it would score none. Nothing is changed."""
+        raise NotImplementedError
 
     def _info(self, widths: Ints, candidate: Scored | None) -> dict[str, Any]:
         """``metric`` and ``score`` are None where nothing was scored in this step."""

@@ -9,6 +9,7 @@ import numpy as np
 from gymnasium import spaces
 
 from ..errors import ConfigError
+from ..pruning.history import History, as_history
 from ..utils.arrays import Floats, Floats32, Ints
 from .base import PruningEnv, ResetOptions, Snapshot, Sources, resolve_tasks
 from .observation import BOUND, pad
@@ -70,11 +71,14 @@ class DistributionEnv(PruningEnv):
         self._reward = 0.0
         return self._observation(), self._info(self._now(), None)
 
+    def plan(self, action: Floats32) -> History:
+        return as_history([*self._history, self._widths(self._own(action))])
+
     def step(self, action: Floats32) -> tuple[Floats32, float, bool, bool, dict[str, Any]]:
         """Project, build, recover, score; ``info`` tells widths, cost, metric, score and seconds."""
         task = self.task
         scale = task.scale(self._budget)
-        own = np.clip(np.asarray(action, dtype=np.float64), -1.0, 1.0)[: len(task.space.groups)]
+        own = self._own(action)
         widths = self._widths(own)
         candidate = task.evaluate([*self._history, widths])
         self._distribution = deviate(task.base(self._budget), own)
@@ -84,6 +88,11 @@ class DistributionEnv(PruningEnv):
         info = self._info(widths, candidate)
         info["reward"] = self._reward
         return self._observation(), float(reward), done, False, info
+
+    def _own(self, action: Floats32) -> Floats:
+        """The task's part of an action."""
+        own: Floats = np.clip(np.asarray(action, dtype=np.float64), -1.0, 1.0)[: len(self.task.space.groups)]
+        return own
 
     def _widths(self, action: Floats) -> Ints:
         if self.stages == 1:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from ..pruning.history import History, as_history
 from ..utils.arrays import Floats32, Ints
 from .base import PruningEnv, ResetOptions, Snapshot, Sources, resolve_tasks
 from .observation import BOUND
@@ -49,13 +50,16 @@ class SequentialEnv(PruningEnv):
         self._last = 0.0
         return self._observation(), self._info(self._now(), None)
 
+    def plan(self, action: Floats32) -> History | None:
+        if len(self._history) + 1 < len(self.task.space.groups):
+            return None
+        return as_history(self._fill(self._decided(action)))
+
     def step(self, action: Floats32) -> tuple[Floats32, float, bool, bool, dict[str, Any]]:
         """Decide one group; after the last one the plan is scored."""
         task, space = self.task, self.task.space
         g = len(self._history)
-        share = (float(np.clip(np.asarray(action).reshape(-1)[0], -1.0, 1.0)) + 1.0) / 2.0
-        widths = self._now().copy()
-        widths[g] = self._reachable(g, widths, share)
+        widths = self._decided(action)
         most = 1.0 - space.minimums[g] / space.widths[g]
         taken = 1.0 - widths[g] / space.widths[g]
         self._last = float(2.0 * taken / most - 1.0) if most > 0 else -1.0
@@ -68,6 +72,14 @@ class SequentialEnv(PruningEnv):
         scale = task.scale(self._budget)
         candidate = task.evaluate([widths])
         return self._observation(), scale(candidate.score), True, False, self._info(widths, candidate)
+
+    def _decided(self, action: Floats32) -> Ints:
+        """Widths (G,) with what the action makes of the group at hand."""
+        g = len(self._history)
+        share = (float(np.clip(np.asarray(action).reshape(-1)[0], -1.0, 1.0)) + 1.0) / 2.0
+        widths = self._now().copy()
+        widths[g] = self._reachable(g, widths, share)
+        return widths
 
     def _reachable(self, group: int, widths: Ints, share: float) -> int:
         """The allowed width nearest to the one asked for, from which the budget can still be met exactly.

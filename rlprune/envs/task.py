@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from ..errors import BudgetError, ConfigError, near_miss
 from ..evaluation.evaluator import Evaluator
+from ..evaluation.parallel import ScoresAhead
 from ..pruning.budget import BudgetLike, Limits, project
 from ..pruning.cost import formula
 from ..pruning.history import PlanLike, as_history
@@ -197,6 +198,11 @@ class Task:
             return scorer.evaluate(history[0])
         return scorer.evaluate_staged(as_history(history))
 
+    def prefetch(self, plans: Sequence[Ints] | Ints) -> None:
+        """Plans that will be evaluated next: where the evaluator has workers, they begin with them."""
+        if isinstance(self.evaluator, ScoresAhead):
+            self.evaluator.prefetch(list(plans))
+
     def base(self, budget: BudgetLike) -> Floats:
         """Base distribution (G,) of the named rule at a budget."""
         return self._cached(("base", budget), lambda: self._rule(self.base_rule, budget))
@@ -279,7 +285,9 @@ class Task:
 
     def _rule_scores(self, budget: BudgetLike) -> list[float]:
         """Scores of the rules that cost nothing to compute; charged like everything else."""
-        return [self.evaluate([plan]).score for plan in self.rule_plans(budget)]
+        plans = self.rule_plans(budget)
+        self.prefetch(plans)
+        return [self.evaluate([plan]).score for plan in plans]
 
     def _static(self) -> Floats32:
         space = self.space
@@ -292,12 +300,16 @@ class Task:
         space = self.space
         dense = self.evaluator.dense.score
         losses = np.zeros((len(space.groups), 2))
+        probes = {}
         for column, share in enumerate(self.sensitivity):
             wanted = space.limits.floor(space.widths.astype(np.float64) * (1.0 - share))
             for g in range(len(space.groups)):
                 widths = space.widths.copy()
                 widths[g] = wanted[g]
-                losses[g, column] = dense - self.evaluate([widths]).score
+                probes[g, column] = widths
+        self.prefetch([*probes.values()])
+        for place, widths in probes.items():
+            losses[place] = dense - self.evaluate([widths]).score
         return losses if math.isfinite(losses.sum()) else np.nan_to_num(losses)
 
 

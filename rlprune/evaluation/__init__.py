@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .evaluator import Evaluator
     from .importance import compute
     from .ledger import BudgetExhausted, EvaluationBudget, EvaluationLog
+    from .parallel import Workers, workers_of
     from .recovery import Recovery
 
 __getattr__, __dir__ = lazy_names(
@@ -25,7 +26,9 @@ __getattr__, __dir__ = lazy_names(
         "EvaluationLog": "ledger",
         "Evaluator": "evaluator",
         "Recovery": "recovery",
+        "Workers": "parallel",
         "compute": "importance",
+        "workers_of": "parallel",
     },
 )
 
@@ -36,5 +39,7 @@ __all__ = [
     "EvaluationLog",
     "Evaluator",
     "Recovery",
+    "Workers",
     "compute",
+    "workers_of",
 ]

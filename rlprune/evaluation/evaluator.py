@@ -38,6 +38,7 @@ from .candidate import Candidate
 from .checks import ENOUGH, check_whole, equal_scores
 from .format_trial import FormatTrial, kept_trial, trial_key, trial_samples, try_format
 from .logit_cache import LogitCache
+from .parallel import Ahead, Answer, Asked, Key, Workers
 from .recovery import Recovery
 
 Probes = TypeVar("Probes")
@@ -119,12 +120,13 @@ class Evaluator:
         self.importance, recover = self._prepared(self.calibration, given)
         self._dense_stage = _Stage(workload.model, None, self.space, self.importance, recover)
         # What has been scored for this evaluator's forks, by plan, split (whole or not) and samples.
-        self._bank: dict[tuple[History, bool, int | None], Candidate] = {}
+        self._bank: dict[Key, Candidate] = {}
         self._memo: dict[History, Candidate] = {}
         self._full: dict[History, Candidate] = {}
         self._partial: dict[tuple[History, int], Candidate] = {}
         self._begun: dict[History, list[Judgement]] = {}
         self._last: dict[History, _Stage] = {}
+        self._ahead: Ahead | None = None
         self.reused = 0.0
         self._prepared_names = self.calibration.names
         self._visible: frozenset[str] | None = None
@@ -139,9 +141,62 @@ class Evaluator:
         other = copy.copy(self)
         other._memo, other._full, other._partial, other._begun, other._last = {}, {}, {}, {}, {}
         other._logit_probes, other._logit_cache = {}, None
+        other._ahead = None if self._ahead is None else self._ahead.fork()
         other.reused = 0.0
         other._visible = self._prepared_names
         return other
+
+    def bare(self) -> Evaluator:
+        """A fork that knows no candidate, for another process."""
+        other = self.fork()
+        other._bank, other._ahead = {}, None
+        return other
+
+    def use_workers(self, workers: Workers | None) -> None:
+        """Let workers score what `prefetch` is told of (see `evaluation.parallel`); None: this process alone."""
+        self._ahead = None if workers is None else Ahead(workers)
+
+    @property
+    def workers(self) -> int:
+        """Candidates that are scored at the same time."""
+        return 1 if self._ahead is None else self._ahead.workers.executor.workers
+
+    def prefetch(self, plans: Sequence[PlanLike], *, full: bool = False, samples: int | None = None) -> None:
+        """Let workers begin with plans that will be asked for: on the whole split, or on a rung's ``samples``.
+
+        Without workers nothing happens. What is known is left out, and `evaluate` and its like give what they would
+        give without: candidates are charged, checked and kept when they are asked for.
+        """
+        if self._ahead is None:
+            return
+        images = self.score_settings.samples
+        full = full and images is not None and images < self.workload.size("validation")
+        if samples is not None and samples >= self.samples:
+            samples = None
+        known = (
+            self._full
+            if full
+            else self._memo
+            if samples is None
+            else {k for k, n in self._partial if n == samples}
+        )
+        for key in map(as_history, plans):
+            if key not in known and (key, full, samples) not in self._bank:
+                begun = () if full else self._begun.get(key, ())
+                logits = self._logit_cache is not None and not full
+                self._ahead.ask(Asked(key, full, samples, tuple(begun), logits))
+
+    def answer(self, asked: Asked) -> Answer:
+        """In a worker: score a candidate, and hand over what the evaluator that asked keeps of it."""
+        cache = self.logit_cache() if asked.logits else None
+        self._begun[asked.history] = list(asked.parts)
+        candidate = self._scored(asked.history, full=asked.full, samples=asked.samples)
+        parts = self._begun.pop(asked.history, [])
+        return Answer(
+            candidate,
+            parts if asked.samples is not None else (),
+            None if cache is None or asked.full else cache.take(asked.history),
+        )
 
     def _new_judge(self, limit: int | None) -> Judge:
         settings = self.score_settings
@@ -280,6 +335,7 @@ class Evaluator:
             workload=self.workload,
             probe=probe or (lambda widths: self.evaluate(widths).loss),
             seed=self.seed,
+            expect=self.prefetch,
             calibration=self.calibration,
         )
 
@@ -346,6 +402,10 @@ class Evaluator:
         whole = self.workload.whole_score(self.score_settings.kind) is not None
         found = self._judges[False](slim, 0, None if whole else validation)
         return float(found.scores.mean()), clock() - started
+
+    @property
+    def recovery_settings(self) -> RecoveryConfig:
+        return self._recovery_settings
 
     @property
     def recovery(self) -> Recovery:
@@ -429,10 +489,23 @@ class Evaluator:
         asked = (history, full, samples)
         if asked in self._bank:
             self.reused += self._bank[asked].seconds
+        elif (answer := None if self._ahead is None else self._ahead.take(asked)) is not None:
+            self._bank[asked] = self._taken(asked, answer)
         else:
             limit = {} if samples is None else {"samples": samples}
             self._bank[asked] = self._scored(history, full=full, **limit)
         return self._bank[asked]
+
+    def _taken(self, asked: Key, answer: Answer) -> Candidate:
+        """A worker's candidate, with all that scoring it here would have left."""
+        history, full, samples = asked
+        if not full:
+            self._begun.pop(history, None)
+        if samples is not None:
+            self._begun[history] = list(answer.parts)
+        if self._logit_cache is not None and answer.logits is not None:
+            self._logit_cache.keep_rows(history, answer.logits)
+        return answer.candidate
 
     def _scored(self, history: History, *, full: bool, samples: int | None = None) -> Candidate:
         started = time.perf_counter()

@@ -14,6 +14,7 @@ from ..utils.files import append_line, whole_lines
 from ..utils.reading import parse_json
 from ..utils.values import is_number, is_whole, show_value
 from .candidate import Candidate
+from .parallel import ScoresAhead
 
 
 class BudgetExhausted(Exception):
@@ -250,13 +251,29 @@ class EvaluationBudget:
             if key not in self.plans and key not in self.dropped:
                 alive.append(key)
         for rung in self.evaluator.rungs:
+            self._begin(alive, rung)
             for key in alive:
                 self.dropped[key] = self._recorded_or_new(key, self.evaluator.evaluate_partial(key, rung))
             # The first of equals stays, so that a resumed search halves as the first one did.
             alive = sorted(alive, key=lambda k: -self.dropped[k].score)[: -(-len(alive) // 2)]
+        self._begin(alive)
         for key in alive:
             self._finished(key)
         return [self.plans.get(key) or self.dropped[key] for key in keys]
+
+    def prefetch(self, plans: Sequence[PlanLike]) -> None:
+        """Let the evaluator's workers, if it has any, begin with what of a batch is new and can be paid.
+
+        Nothing is charged or written before a plan is asked for: `evaluate` of each, in this order, gives what it
+        would give without.
+        """
+        if self.left > 0 and not self.evaluator.rungs:
+            new = dict.fromkeys(key for key in map(as_history, plans) if key not in self.plans)
+            self._begin([*new][: self.limit - self.spent])
+
+    def _begin(self, keys: Sequence[History], rung: int | None = None) -> None:
+        if isinstance(self.evaluator, ScoresAhead):
+            self.evaluator.prefetch(keys, samples=rung)
 
     def _payable(self, keys: Sequence[History]) -> int:
         """How many of these plans, from the first on, the account can still pay for."""

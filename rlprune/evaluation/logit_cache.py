@@ -30,6 +30,10 @@ class LogitCache:
         """Keep those of a plan that has just been scored."""
         self._kept[history] = self._part(outputs)
 
+    def keep_rows(self, history: History, rows: Tensor) -> None:
+        """Keep what `take` of another process's cache has handed over."""
+        self._kept[history] = rows
+
     def take(self, history: History) -> Tensor:
         """Hand over those of a scored plan; what is not kept (any more) is computed again and is the same."""
         kept = self._kept.pop(history, None)

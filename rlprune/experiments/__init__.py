@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .methods import MethodResult, run_agent, score_rule
     from .prepare import Experiment, prepare_experiment
     from .result import PruningResult
+    from .workers import working
 
 __getattr__, __dir__ = lazy_names(
     __name__,
@@ -33,6 +34,7 @@ __getattr__, __dir__ = lazy_names(
         "refined": "apply",
         "run_agent": "methods",
         "score_rule": "methods",
+        "working": "workers",
     },
     modules=("fidelity", "fidelity_table"),
 )
@@ -51,4 +53,5 @@ __all__ = [
     "refined",
     "run_agent",
     "score_rule",
+    "working",
 ]

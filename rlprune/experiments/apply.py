@@ -18,6 +18,7 @@ from ..artifacts.policy import POLICY_FILE
 from ..config.config import Config, load_config
 from ..errors import ConfigError
 from ..evaluation.ledger import EvaluationLog
+from ..execution import with_threads
 from ..language.files.uniform import equal_widths, plain_obstacle
 from ..pruning.history import final_widths
 from ..pruning.plan import Plan
@@ -32,6 +33,7 @@ from .incremental import incremental
 from .methods import finalists, run_agent
 from .prepare import Experiment, config_of, find_rule, prepare_experiment
 from .usage import check_usage
+from .workers import working
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ def apply(
     known = policy if isinstance(policy, PortablePolicy) else load_policy(_policy_folder(Path(policy)))
     config = _settings_of(workload, budget, metric, settings or {})
     check_usage(config, "apply --refine" if refine else "apply")
+    config = with_threads(config)
     own = None if isinstance(workload, Config) else check_workload(workload)
     watcher = callback or Callback()
     experiment = prepare_experiment(
@@ -108,7 +111,8 @@ def apply(
     ]
     plans.append(("policy", widths))
     if refine:
-        found = refined(experiment, known, refine, EvaluationLog(), watcher)
+        with working(config, [experiment]):
+            found = refined(experiment, known, refine, EvaluationLog(), watcher)
         widths = final_widths(found.history)
         plans.append((f"policy + {refine} evaluations", widths))
     origin: dict[str, Any] = {"method": "policy", "budget": str(asked), "metric": experiment.metric}

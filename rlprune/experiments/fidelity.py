@@ -15,10 +15,11 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import nn
@@ -27,6 +28,7 @@ from ..config.config import Config, RecoveryConfig
 from ..envs.task import Task
 from ..errors import BudgetError, ConfigError
 from ..evaluation.evaluator import Evaluator
+from ..execution import Executor, Shared, make_executor, with_threads
 from ..report import plots
 from ..report.comparison import IN_NATS, score_unit
 from ..surrogates.proposals import random_plans
@@ -81,13 +83,17 @@ def run(config: Config, candidates: int, out: str | Path, steps: int | None = No
     expected = expected_adapter(config)
     if expected is not None:  # before anything is trained
         _length(config, expected)
-    callback = Console(True)
+    callback, config = Console(True), with_threads(config)
     with lock_run(out, worth="cells.jsonl") as folder:
         experiment = prepare_experiment(config, callback=callback)
         length = _length(config, experiment.workload.adapter)
-        study = _Study(experiment, folder, callback)
         rows = tiers(config, experiment.workload.adapter.ladder, steps)
-        points = study.points(rows, candidates)
+        executor = make_executor(config, logs=folder)
+        try:
+            study = _Study(experiment, folder, callback, executor)
+            points = study.points(rows, candidates)
+        finally:
+            executor.close()
         content = {"version": 2, "hardware": hardware(), "length": length, "candidates": len(points)}
         content |= study.facts() | summarise(points, own_tier(config).name, study.samples)
         write_json_atomic(folder / "fidelity.json", content | {"points": points})
@@ -115,17 +121,14 @@ def tiers(config: Config, ladder: RecoveryLadder, steps: int | None = None) -> l
 class _Study:
     """The measurements of one experiment, each of them made once and kept in a folder."""
 
-    def __init__(self, experiment: Experiment, folder: Path, callback: Callback) -> None:
+    def __init__(self, experiment: Experiment, folder: Path, callback: Callback, executor: Executor) -> None:
         self.experiment, self.config = experiment, experiment.config
-        self.folder, self.callback = folder, callback
+        self.folder, self.callback, self.executor = folder, callback, executor
         check_halves(experiment.workload, self.config.score.kind)
         self.cells = _Cells(folder / "cells.jsonl")
         self.half = experiment.workload.size("validation") // 2
         if self.half < 2:
             raise ConfigError("data.validation: must be at least 4 to be halved")
-        # Other programs stretch the time on the wall, but not a CPU's own count of it.
-        on_cpu = experiment.workload.device.type == "cpu"
-        self.clock = time.process_time if on_cpu else time.perf_counter
         self.samples = min(self.config.score.samples or self.half, self.half)
         # Sizes at which the score is looked at, the one of the settings among them.
         self.sizes = sorted({self.samples, *(max(1, self.half >> k) for k in range(4))})
@@ -147,12 +150,12 @@ class _Study:
                 "choose another budget or a smaller prune.round_to"
             )
         scores = {tier.name: self._scores(tier, plans) for tier in rows}
-        found = []
-        for i, plan in enumerate(plans):
-            final = self._final(plan, f"fine-tune {i + 1}/{len(plans)}")
-            found.append({"widths": plan, "scores": {n: s[i] for n, s in scores.items()}, **final})
+        finals = self._finals(plans)
         self.callback.close()
-        return found
+        return [
+            {"widths": plan, "scores": {n: s[i] for n, s in scores.items()}, **finals[i]}
+            for i, plan in enumerate(plans)
+        ]
 
     def facts(self) -> dict[str, Any]:
         """What the table says about the workload."""
@@ -169,86 +172,163 @@ class _Study:
 
     def _scores(self, tier: Tier, plans: Sequence[list[int]]) -> list[dict[str, Any]]:
         """Scores of all plans under one tier; only one tier's statistics are in memory at a time."""
-        config, kept = self.config, []
+        config = self.config
         keys = [self._key("score", tier.recovery, config.score, self.sizes, plan) for plan in plans]
-        evaluator = judge = None
-        show = self.callback.counting(f"scores, {tier.name}", len(plans))
-        for key, plan in zip(keys, plans, strict=True):
-            cell = self.cells.get(key)
-            if cell is None:
-                if evaluator is None or judge is None:
-                    evaluator, judge = self._evaluator(tier)
-                cell = self._score(tier, evaluator, judge, plan)
-                self.cells.put(key, cell)
-            kept.append(cell)
-            show(len(kept))
-        return kept
+        return self._measured(
+            keys,
+            plans,
+            f"scores, {tier.name}",
+            lambda: TierScorer(self._evaluator(tier), self.sizes, self.half),
+        )
 
-    def _evaluator(self, tier: Tier) -> tuple[Evaluator, Judge]:
+    def _finals(self, plans: Sequence[list[int]]) -> list[dict[str, Any]]:
+        """Loss and metric on both halves after the final fine-tune of each plan, as a winner would get it."""
+        config = self.config
+        finish = dataclasses.replace(config.finish, candidates=1, rules=True)
+        keys = [self._key("final", config.recovery, finish, config.seed, plan) for plan in plans]
+        evaluator = self.experiment.evaluator
+        watched = self.callback if self.executor.name == "serial" else None
+        cells = self._measured(
+            keys,
+            plans,
+            "fine-tunes",
+            lambda: Finisher(evaluator.bare(), config, self.folder.absolute(), watched),
+        )
+        return [
+            {name: cell[name] for name in ("loss", "metric")} | {"final_seconds": cell["seconds"]}
+            for cell in cells
+        ]
+
+    def _measured(
+        self, keys: Sequence[str], plans: Sequence[list[int]], label: str, make: Callable[[], Measure]
+    ) -> list[dict[str, Any]]:
+        """What is measured of each plan: taken from the folder, or now, on all workers, and kept as it comes."""
+        shared, waiting = None, dict[Future[dict[str, Any]], str]()
+        missing = [i for i, key in enumerate(keys) if self.cells.get(key) is None]
+        for key in self.cells.found.keys() & set(keys):  # a kill after the cell was kept leaves its state
+            forget(training_state(self.folder, key))
+        done = len(keys) - len(missing)
+        show = self.callback.counting(label, len(keys))
+        try:
+            while missing or waiting:
+                while missing and len(waiting) < self.executor.workers:
+                    shared = shared or Shared(make())
+                    number = missing.pop(0)
+                    told = f"fine-tune {number + 1}/{len(plans)}"
+                    work = self.executor.submit(measured, shared, plans[number], keys[number], told)
+                    waiting[work] = keys[number]
+                for work in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    key = waiting.pop(work)
+                    self.cells.put(key, work.result())
+                    forget(training_state(self.folder, key))
+                    done += 1
+                    show(done)
+        finally:
+            if shared is not None:
+                self.executor.drop(shared)
+        return [self.cells.found[key] for key in keys]
+
+    def _evaluator(self, tier: Tier) -> Evaluator:
         own, score = self.experiment.evaluator, self.config.score
-        evaluator = Evaluator(
+        return Evaluator(
             own.workload, own.space, importance=own.importance, recovery=tier.recovery, score=score
         )
-        judge = own.workload.judge(score.kind, None, top_k=score.top_k)
-        # The dense model's answers and the first call's allocations are nobody's cost.
-        judge(evaluator.build(own.space.widths, scoring=True))
-        return evaluator, judge
-
-    def _score(self, tier: Tier, evaluator: Evaluator, judge: Judge, plan: list[int]) -> dict[str, Any]:
-        started = self.clock()
-        slim = evaluator.build(plan, scoring=True)
-        built = self.clock()
-        values: dict[str, list[float]] = {str(n): [] for n in self.sizes}
-        for first in (0, self.half):
-            parts = []
-            for start, stop in zip([0, *self.sizes], self.sizes, strict=False):
-                parts.append(judge(slim, first + start, first + stop))
-                values[str(stop)].append(_finite(float(judge.merge(parts).scores.mean()), -_WORST))
-        judged = self.clock() - built
-        return {
-            "values": values,
-            "seconds": built - started,
-            "per_sample": judged / (2 * self.half),
-            "reads": self._reads(tier.recovery),
-        }
-
-    def _reads(self, recovery: RecoveryConfig) -> int:
-        """Samples that the recovery of one candidate runs through it, beside those of the score."""
-        size = self.experiment.workload.size("calibration")
-        batch = self.experiment.workload.adapter.ladder.batch
-        calibration = min(recovery.samples or size, size) if "bn" in recovery.steps else 0
-        return calibration + batch * recovery.finetune_steps
-
-    def _final(self, plan: list[int], label: str) -> dict[str, Any]:
-        """Loss and metric on both halves after the final fine-tune of the plan, as a winner would get it."""
-        config, experiment = self.config, self.experiment
-        finish = dataclasses.replace(config.finish, candidates=1, rules=True)
-        key = self._key("final", config.recovery, finish, config.seed, plan)
-        training = self.folder / f"final-{key[:16]}.state"
-        cell = self.cells.get(key)
-        if cell is None:
-            started = time.perf_counter()
-            slim = experiment.evaluator.build(plan)
-            job = TuneJob(config.seed, state=training, progress=self.callback.training, phase=label)
-            experiment.workload.fine_tune(slim, config.finish, job)
-            cell = self._quality(slim) | {"seconds": time.perf_counter() - started}
-            self.cells.put(key, cell)
-        forget(training)
-        return {name: cell[name] for name in ("loss", "metric")} | {"final_seconds": cell["seconds"]}
-
-    def _quality(self, slim: nn.Module) -> dict[str, Any]:
-        judge = self.experiment.workload.judge("loss", None)
-        halves = [judge(slim, first, first + self.half) for first in (0, self.half)]
-        return {
-            "loss": [_finite(half.loss, _WORST) for half in halves],
-            "metric": [_finite(half.metric, 0.0) for half in halves],
-        }
 
     def _key(self, kind: str, *parts: object) -> str:
         """Hash of everything that determines a measurement."""
         config = self.config
         whole = [kind, config.workload, config.model, config.data, config.prune, library_versions(), *parts]
         return settings_key(whole, dataclasses.asdict)
+
+
+class Measure(Protocol):
+    """What is measured of a plan; sent to workers as it is."""
+
+    def measure(self, plan: list[int], key: str, label: str) -> dict[str, Any]:
+        """The measurement, kept under ``key`` afterwards; ``label`` is shown meanwhile."""
+
+
+def measured(measure: Measure, plan: list[int], key: str, label: str) -> dict[str, Any]:
+    """The work of a worker."""
+    return measure.measure(plan, key, label)
+
+
+def training_state(folder: Path, key: str) -> Path:
+    """Where a fine-tune that is not finished keeps itself."""
+    return folder / f"final-{key[:16]}.state"
+
+
+class TierScorer:
+    """Scores plans under one recovery, on both halves of the validation split and on parts of them."""
+
+    def __init__(self, evaluator: Evaluator, sizes: Sequence[int], half: int) -> None:
+        self._evaluator, self._sizes, self._half = evaluator, sizes, half
+        self._judge: Judge | None = None
+
+    def measure(self, plan: list[int], key: str, label: str) -> dict[str, Any]:
+        judge = self._judge or self._warmed_up()
+        # Other programs stretch the time on the wall, but not a CPU's own count of it.
+        on_cpu = self._evaluator.workload.device.type == "cpu"
+        clock = time.process_time if on_cpu else time.perf_counter
+        started = clock()
+        slim = self._evaluator.build(plan, scoring=True)
+        built = clock()
+        values: dict[str, list[float]] = {str(n): [] for n in self._sizes}
+        for first in (0, self._half):
+            parts = []
+            for start, stop in zip([0, *self._sizes], self._sizes, strict=False):
+                parts.append(judge(slim, first + start, first + stop))
+                values[str(stop)].append(_finite(float(judge.merge(parts).scores.mean()), -_WORST))
+        judged = clock() - built
+        return {
+            "values": values,
+            "seconds": built - started,
+            "per_sample": judged / (2 * self._half),
+            "reads": self._reads(),
+        }
+
+    def _warmed_up(self) -> Judge:
+        evaluator, score = self._evaluator, self._evaluator.score_settings
+        self._judge = evaluator.workload.judge(score.kind, None, top_k=score.top_k)
+        # The dense model's answers and the first call's allocations are nobody's cost.
+        self._judge(evaluator.build(evaluator.space.widths, scoring=True))
+        return self._judge
+
+    def _reads(self) -> int:
+        """Samples that the recovery of one candidate runs through it, beside those of the score."""
+        workload, recovery = self._evaluator.workload, self._evaluator.recovery_settings
+        size = workload.size("calibration")
+        calibration = min(recovery.samples or size, size) if "bn" in recovery.steps else 0
+        return calibration + workload.adapter.ladder.batch * recovery.finetune_steps
+
+
+class Finisher:
+    """Fine-tunes plans as a winner would be; a killed one goes on in its middle."""
+
+    def __init__(
+        self, evaluator: Evaluator, config: Config, folder: Path, callback: Callback | None = None
+    ) -> None:
+        self._evaluator, self._config, self._folder = evaluator, config, folder
+        self._callback = callback
+
+    def measure(self, plan: list[int], key: str, label: str) -> dict[str, Any]:
+        started = time.perf_counter()
+        slim = self._evaluator.build(plan)
+        self._folder.mkdir(parents=True, exist_ok=True)  # on another machine it need not be there
+        progress = (self._callback or Callback()).training
+        state = training_state(self._folder, key)
+        job = TuneJob(self._config.seed, state=state, progress=progress, phase=label)
+        self._evaluator.workload.fine_tune(slim, self._config.finish, job)
+        return self._quality(slim) | {"seconds": time.perf_counter() - started}
+
+    def _quality(self, slim: nn.Module) -> dict[str, Any]:
+        workload = self._evaluator.workload
+        judge, half = workload.judge("loss", None), workload.size("validation") // 2
+        halves = [judge(slim, first, first + half) for first in (0, half)]
+        return {
+            "loss": [_finite(part.loss, _WORST) for part in halves],
+            "metric": [_finite(part.metric, 0.0) for part in halves],
+        }
 
 
 def check_halves(workload: Workload, kind: str) -> None:

@@ -47,6 +47,7 @@ def choose(
     """
     count = experiment.config.finish.candidates
     histories = finalists(experiment, found.account, count)
+    experiment.evaluator.prefetch([*histories, *(other.history for other in fallback)], full=True)
     scores = {h: experiment.evaluator.evaluate_full(h).score for h in histories}
     best = max(histories, key=scores.__getitem__)
     chosen = replace(found, history=best)

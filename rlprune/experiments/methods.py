@@ -51,9 +51,11 @@ def score_rule(experiment: Experiment, rule: str, ledger: EvaluationLog, seed: i
 
 def best_start_rule(experiments: Sequence[Experiment]) -> str:
     """The rule with the best mean score over the experiments; all of them are among the starts, and charged."""
+    names = experiments[0].start_rules()
+    for experiment in experiments:
+        experiment.prefetch_rules(names)
     scores = {
-        n: float(np.mean([p.evaluator.evaluate(p.rule_widths(n)).score for p in experiments]))
-        for n in experiments[0].start_rules()
+        n: float(np.mean([p.evaluator.evaluate(p.rule_widths(n)).score for p in experiments])) for n in names
     }
     return max(scores, key=scores.__getitem__)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..config.config import Config
 from ..errors import ConfigError, near_miss
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.ledger import EvaluationBudget, EvaluationLog
+from ..evaluation.parallel import Rebuild
 from ..latency.profile import TABLE_FILE, Progress, machine, read_table, with_latency
 from ..pruning.space import PruningSpace
 from ..rules import RULES, Rule, rules_for
@@ -37,6 +39,8 @@ class Experiment:
     name: str = ""
     stop: Callable[[], bool] | None = field(default=None, repr=False, compare=False)
     """Asked before each evaluation of a search: whether it is to end early."""
+    rebuild: Rebuild | None = field(default=None, repr=False, compare=False)
+    """Prepares the same evaluator in another process; None where the workload was given as an object."""
 
     @property
     def space(self) -> PruningSpace:
@@ -68,6 +72,11 @@ class Experiment:
         context = self.evaluator.context(budget, self.metric, probe)
         widths: Ints = self.space.project(find_rule(rule).function(context), budget, self.metric)
         return widths
+
+    def prefetch_rules(self, names: Sequence[str]) -> None:
+        """Let the evaluator's workers, if it has any, begin with what rules give at the budget."""
+        if self.evaluator.workers > 1:
+            self.evaluator.prefetch([self.rule_widths(name) for name in names])
 
     def starts(self, budgets: Sequence[Any] = ()) -> list[Ints]:
         """Plans that every search starts from and pays for: uniform and the other rules, probes included.
@@ -134,6 +143,7 @@ def prepare_experiment(
     """
     if model_seed is not None:
         config = replace(config, model=replace(config.model, seed=model_seed))
+    rebuild = None if workload is not None else partial(_rebuilt, config, checkpoint, run)
     workload, space = dense_model(
         config, checkpoint=checkpoint, callback=callback, run=run, workload=workload
     )
@@ -149,7 +159,12 @@ def prepare_experiment(
     if searches and (trial := evaluator.settle_format(config.budget.target)) is not None:
         (callback or Callback()).note(f"{workload.name}: {trial}")
     stop = None if callback is None else callback.should_stop
-    return Experiment(config, workload, evaluator, name, stop)
+    return Experiment(config, workload, evaluator, name, stop, rebuild)
+
+
+def _rebuilt(config: Config, checkpoint: str | Path | None, run: Path | None) -> Evaluator:
+    """What `prepare_experiment` prepares, in a worker."""
+    return prepare_experiment(config, checkpoint=checkpoint, run=run).evaluator
 
 
 def config_of(workload: Workload, settings: Mapping[str, Any], named: dict[str, Any]) -> Config:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..config.config import Config
 from ..errors import ConfigError, DataError
+from ..execution import with_threads
 from ..utils.progress import Callback
 from ..utils.pytrees import Inputs
 from ..workloads.base import Workload
@@ -78,7 +79,7 @@ def search(
         },
     )
     check_usage(config, "train")
-    return _run(config, workloads, out, resume, callback or Callback())
+    return _run(with_threads(config), workloads, out, resume, callback or Callback())
 
 
 def _run(

@@ -13,6 +13,7 @@ from ..agents.ppo.policy import PortablePolicy, portable_state, save_policy
 from ..config.config import Config, load_config
 from ..errors import ConfigError
 from ..evaluation.ledger import EvaluationLog
+from ..execution import with_threads
 from ..latency.cost import TableCost
 from ..latency.profile import TABLE_FILE
 from ..pruning.cost import plain_amount
@@ -29,9 +30,10 @@ from ..utils.progress import Callback, log_to, logger
 from ..workloads.base import Workload
 from .finish import FinalModel, add_latency, choose, finish
 from .methods import MethodResult, run_agent, score_rule
-from .prepare import Experiment, prepare_experiment
+from .prepare import Experiment, find_rule, prepare_experiment
 from .result import PruningResult
 from .usage import check_usage
+from .workers import working
 
 _CURVE = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
@@ -52,7 +54,7 @@ def train(
             that nothing of the run uses.
     """
     check_usage(config, "train")
-    callback = callback or Callback()
+    callback, config = callback or Callback(), with_threads(config)
     return run(config, lambda folder: _experiments(config, callback, folder), Path(out), resume, callback)
 
 
@@ -76,14 +78,9 @@ def run(
         experiments = prepared(folder)
         experiment = experiments[0]
         _note_experiment(experiment, callback)
-        ledger = EvaluationLog(folder / "ledger.jsonl")
         state = folder / "state"
-        rules = _scored_rules(experiment, ledger, config.seed, callback)
-        best = max(rules, key=lambda r: r.best.score)
-        callback.note(f"best rule: {best.method}, score {best.best.score:.4f}")
-        found = [_searched(name, experiments, ledger, folder, callback) for name in _agents(config)]
-        experiment.evaluator.refuse_equal_scores(least=3)
-        chosen = [choose(experiment, f, rules if f.kind == "agent" else ()) for f in found]
+        with working(config, experiments, logs=state):
+            rules, found, chosen = _search_all(config, experiments, folder, callback)
         finished = _finish_all(experiment, rules, chosen, state, callback)
         plan = _save_outcome(experiment, folder, found, finished)
         _write_results(experiment, folder, finished, _curve(experiment, rules, found))
@@ -96,6 +93,19 @@ def _forget_models(state: Path) -> None:
     """Remove the models of all methods: only an unfinished run needs them."""
     for kept in state.glob("finish-*"):
         forget(kept)
+
+
+def _search_all(
+    config: Config, experiments: Sequence[Experiment], folder: Path, callback: Callback
+) -> tuple[list[MethodResult], list[MethodResult], list[MethodResult]]:
+    """The rules, what each agent found, and for each agent what is finished."""
+    experiment, ledger = experiments[0], EvaluationLog(folder / "ledger.jsonl")
+    rules = _scored_rules(experiment, ledger, config.seed, callback)
+    best = max(rules, key=lambda r: r.best.score)
+    callback.note(f"best rule: {best.method}, score {best.best.score:.4f}")
+    found = [_searched(name, experiments, ledger, folder, callback) for name in _agents(config)]
+    experiment.evaluator.refuse_equal_scores(least=3)
+    return rules, found, [choose(experiment, f, rules if f.kind == "agent" else ()) for f in found]
 
 
 @contextlib.contextmanager
@@ -121,7 +131,11 @@ def _run_folder(config: Config, folder: Path, resume: bool) -> Iterator[Path]:
 def _same_settings(before: Config, now: Config, folder: Path) -> None:
     ours, theirs = flat(now.to_dict()), flat(before.to_dict())
     free = ("threads", "search.tensorboard", "recovery.spill")  # they change nothing of the result
-    changed = [key for key in theirs if theirs[key] != ours.get(key) and key not in free]
+    changed = [
+        key
+        for key in theirs
+        if theirs[key] != ours.get(key) and key not in free and not key.startswith("execution.")
+    ]
     if changed:
         key = changed[0]
         raise ConfigError(f"--resume: {folder} was started with {key}={theirs[key]!r}, not {ours.get(key)!r}")
@@ -173,6 +187,7 @@ def _scored_rules(
 ) -> list[MethodResult]:
     names = rules_for(experiment.space)
     show, rules = callback.counting("rules", len(names)), []
+    experiment.prefetch_rules([name for name in names if not find_rule(name).probes])
     for name in names:
         rules.append(score_rule(experiment, name, ledger, seed))
         show(len(rules))

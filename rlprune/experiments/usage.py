@@ -24,6 +24,8 @@ SEARCHING = ("train", "benchmark", "apply --refine")
 TUNING = ("train", "benchmark", "fidelity", "prune --stages", "prune --steps", "tune")
 LOOKING = ("inspect", "evaluate", "export", "tune")
 """Commands that score no candidate."""
+SEVERAL = ("amc", "ppo_sequential", "sac", "td3", "a2c", "sb3", "cma_es", "tpe", "gp")
+"""Agents that may propose several plans before they know a score."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,10 @@ RULES = (
          "`rlprune train` and `benchmark` use it"),
     *(_section(name) for name in ("ppo", "ppo_sequential", "ppo_stages", "amc", "sb3", "cma_es", "tpe", "gp",
                                   "evopress", "rl_pruner", "bypass")),
-    Rule(("search.mode", "search.batch"), lambda run: run.foreign or "ppo" in run.agents,
+    Rule(("search.mode", "search.batch", "search.ahead"), lambda run: run.foreign or "ppo" in run.agents,
          "{agents}", "give search.agent=ppo, or --methods ppo of `rlprune benchmark`"),
+    Rule(("search.environments",), lambda run: run.foreign or not set(SEVERAL).isdisjoint(run.agents),
+         "{agents}", f"give search.agent=amc, or another of {', '.join(SEVERAL)}"),
     Rule(("finish.*",), _by(*TUNING), "{command} does no fine-tune",
          "`rlprune train`, `benchmark`, `fidelity` and `prune --stages` use it"),
     Rule(("finish.candidates",), _by("train", "benchmark"), "{command} chooses no winner",
@@ -156,7 +160,13 @@ RULES = (
     Rule(("model.train.*",), _not_by("inspect"), "{command} trains nothing", "the commands that prune use it"),
     Rule(("seed",), _not_by("inspect", "evaluate", "export"), "nothing in {command} is random",
          "model.seed and data.seed are others"),
+    Rule(("execution.*",), _by(*SEARCHING, "fidelity"), "{command} computes in this process alone",
+         "`rlprune train`, `benchmark`, `fidelity` and `apply --refine` use it"),
     # What the other settings leave of use.
+    Rule(("execution.workers",), lambda run: run.config.execution.engine != "serial",
+         "execution.engine is serial", "give execution.engine=processes", ("execution.engine",)),
+    Rule(("execution.address",), lambda run: run.config.execution.engine == "ray",
+         "execution.engine is not ray", "give execution.engine=ray", ("execution.engine",)),
     Rule(("search.stages",), lambda run: run.foreign or ("ppo" in run.agents and run.config.search.mode == "direct"),
          "only the agent ppo in search.mode=direct prunes in stages",
          "give search.mode=direct with it, or the agent ppo_stages",
@@ -164,7 +174,7 @@ RULES = (
     Rule(("search.ppo.n_steps", "search.ppo.batch_size", "search.ppo.n_epochs"),
          lambda run: run.foreign or not run.modes or "direct" in run.modes, "search.mode is surrogate",
          "give search.mode=direct", ("search.agent", "search.mode", "search.baselines")),
-    Rule(("search.ppo.kappa", "search.ppo.surrogate*", "search.batch"),
+    Rule(("search.ppo.kappa", "search.ppo.surrogate*", "search.batch", "search.ahead"),
          lambda run: run.foreign or not run.modes or "surrogate" in run.modes, "search.mode is direct",
          "give search.mode=surrogate", ("search.agent", "search.mode", "search.baselines")),
     Rule(("recovery.finetune_lr", "recovery.distill"),

@@ -31,9 +31,10 @@ class Context:
     ``importance`` holds one array of unit scores a group (higher is kept). ``budget`` and ``metric`` are
     those of ``PruningSpace.project``. ``probe(widths)`` returns the loss of a built candidate (lower is
     better) and is charged to the rule; without it a rule that needs losses measures them on the
-    workload's validation split. ``calibration`` remembers what is slow to measure and depends on the model, the
-    space's groups and the calibration data alone; give all contexts of one model the same one (it is made where none
-    is given).
+    workload's validation split. ``expect(plans)`` may be told of the probes that will follow, which are scored at the
+    same time then, where there are workers. ``calibration`` remembers what is slow to measure and depends on the
+    model, the space's groups and the calibration data alone; give all contexts of one model the same one (it is made
+    where none is given).
     """
 
     space: PruningSpace
@@ -44,6 +45,7 @@ class Context:
     workload: Workload | None = None
     probe: Callable[[Ints], float] | None = None
     seed: int = 0
+    expect: Callable[[Sequence[Ints]], None] | None = field(default=None, repr=False, compare=False)
     calibration: CalibrationCache | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:

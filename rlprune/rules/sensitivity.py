@@ -44,17 +44,23 @@ def sensitivity(context: Context) -> Floats:
     """
     probe = context.probe or _validation_loss(context)
     space = context.space
-    dense = probe(space.widths)
     full = space.widths.astype(np.float64)
     ratios = _ratios(space)
     added = np.zeros((len(space.groups), len(ratios)))
     shares = np.zeros_like(added)
+    probes: dict[tuple[int, int], Ints] = {}
     for g in np.flatnonzero(context.active):
         for i, ratio in enumerate(ratios):
             widths = space.widths.copy()
             widths[g] = space.limits.floor(full * (1.0 - ratio))[g]
             shares[g, i] = 1.0 - widths[g] / space.widths[g]
-            added[g, i] = probe(widths) - dense if shares[g, i] > 0 else 0.0
+            if shares[g, i] > 0:
+                probes[int(g), i] = widths
+    if context.expect is not None:
+        context.expect([space.widths, *probes.values()])
+    dense = probe(space.widths)
+    for place, widths in probes.items():
+        added[place] = probe(widths) - dense
     added = np.nan_to_num(added, nan=np.inf, posinf=np.inf)
     worst = added[np.isfinite(added)].max(initial=0.0)
     added = np.minimum(added, 100.0 * max(worst, 1e-6))  # a collapsed probe is very bad, but comparable

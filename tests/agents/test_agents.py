@@ -33,6 +33,7 @@ ONE_BUDGET = ("cma_es", "tpe", "gp", "evopress", "rl_pruner", "bypass")
 CONFIGS = {
     "random": ("random", SearchConfig(ppo=SMALL)),
     "surrogate": ("ppo", SearchConfig(ppo=SMALL, batch=8)),
+    "ahead": ("ppo", SearchConfig(ppo=SMALL, batch=5, ahead=2)),
     "untrained": ("ppo", SearchConfig(ppo=replace(SMALL, surrogate_steps=0), batch=8)),
     "direct": ("ppo", SearchConfig(ppo=SMALL, mode="direct")),
     "staged": ("ppo", SearchConfig(ppo=SMALL, mode="direct", stages=2)),
@@ -41,6 +42,9 @@ CONFIGS = {
     "amc": ("amc", SearchConfig(amc=AMCConfig(hidden=16, batch_size=16))),
     **{name: (name, SearchConfig()) for name in ("sac", "td3", "a2c")},
     "sb3": ("sb3", SearchConfig(sb3=SB3Config(algorithm="PPO", arguments={"n_steps": 8, "batch_size": 8}))),
+    "amc_several": ("amc", SearchConfig(amc=AMCConfig(hidden=16, batch_size=16), environments=3)),
+    **{f"{name}_several": (name, SearchConfig(environments=4)) for name in ("sac", "a2c", "ppo_sequential")},
+    "sb3_several": ("sb3", SearchConfig(sb3=SB3Config(algorithm="PPO"), environments=3)),
     # A fit of the process takes its time: most plans here come before the first one.
     **{name: (name, SearchConfig(gp=GPConfig(startup=18))) for name in ONE_BUDGET},
 }

@@ -15,7 +15,7 @@ from helpers.synthetic import FakeAccount, FakeEvaluator, make_synthetic_task
 from rlprune.agents import SearchRequest, make_agent
 from rlprune.agents.base import TrialRecorder
 from rlprune.agents.baselines.amc import FinalRewardBuffer, truncated_normal
-from rlprune.agents.baselines.episodes import Episodes
+from rlprune.agents.baselines.episodes import Episodes, Turns
 from rlprune.agents.baselines.sb3 import DEFAULTS, SB3Agent, check_arguments, find_algorithm
 from rlprune.cli.catalogue import check_names
 from rlprune.config.config import load_config
@@ -128,7 +128,7 @@ def test_episodes_go_to_the_tasks_in_turn_and_end_when_nothing_new_comes():
     tasks = [make_synthetic_task(4, seed) for seed in (0, 1)]
     recorders = [TrialRecorder(FakeAccount(t.evaluator, 10)) for t in tasks]
     charged = [t.with_scorer(r) for t, r in zip(tasks, recorders, strict=True)]
-    episodes = Episodes(SequentialEnv(tasks=charged), recorders)
+    episodes = Episodes(SequentialEnv(tasks=charged), Turns(charged, recorders))
     turns = []
     with pytest.raises(BudgetExhausted):
         for _ in range(200):

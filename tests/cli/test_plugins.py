@@ -306,8 +306,9 @@ def test_the_processes_of_a_benchmark_know_installed_plugins(
     Path("plug_here.py").write_text(HALF + ALL)
     site = install(tmp_path / "plug_here.py", {"mine": "plug_here"}, monkeypatch)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")]))
-    config = small_digits.override(["score.kind=plug_score", "recovery.steps=[plug_step]"])
-    found = benchmark.run(config, ["first_half", "uniform"], 1, 4, jobs=2, out=tmp_path / "compared")
+    workers = ["execution.engine=processes", "execution.workers=2"]
+    config = small_digits.override(["score.kind=plug_score", "recovery.steps=[plug_step]", *workers])
+    found = benchmark.run(config, ["first_half", "uniform"], 1, 4, out=tmp_path / "compared")
     assert {row["method"]: row["score"] for row in found["rows"]} == {
         "dense": 0,
         "first_half": 0,

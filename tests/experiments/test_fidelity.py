@@ -141,9 +141,11 @@ def test_finished_measurements_are_not_made_again(
     out, text, content = done
     trained: list[str] = []
     scored: list[list[int]] = []
-    score = fidelity._Study._score
+    score = fidelity.TierScorer.measure
     monkeypatch.setattr(Workload, "fine_tune", lambda *args: trained.append(args[-1].phase))
-    monkeypatch.setattr(fidelity._Study, "_score", lambda *a: scored.append(a[-1]) or score(*a))
+    monkeypatch.setattr(
+        fidelity.TierScorer, "measure", lambda self, plan, *a: scored.append(plan) or score(self, plan, *a)
+    )
     assert fidelity.run(small_digits.override(["threads=1", "finish.candidates=3"]), 4, out, steps=2) == text
     assert trained == [] and scored == []
     fidelity.run(small_digits, 5, out, steps=2)

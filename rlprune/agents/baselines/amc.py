@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from ...config.search import AMCConfig
 from ...envs.sequential import SequentialEnv
 from ...envs.task import Task
+from ...errors import ConfigError
 from ...utils.arrays import Bools, Floats32
 from ..sb3_internals import CustomDDPG
 from .episodes import Episodes, EpisodicAgent
@@ -95,7 +96,8 @@ class NoisyDDPG(CustomDDPG):
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
         """Called at the end of every episode after the warm-up."""
         super().train(gradient_steps, batch_size)
-        self._decays = max(0, self._decays + (-1 if self._episodes.repeats else 1))
+        last = self._episodes.turns.fresh[-self.n_envs :]
+        self._decays = max(0, self._decays + sum(1 if new else -1 for new in last))
 
     def explore_action(self, observations: Floats32, warm_up: bool, count: int) -> Floats32:
         if warm_up:
@@ -116,9 +118,14 @@ class AMC(EpisodicAgent):
 
     def algorithm(self, env: DummyVecEnv, episodes: Episodes, seed: int) -> NoisyDDPG:
         settings = self.settings.amc
-        count = max(1, sum(recorder.account.left for recorder in episodes.recorders))
+        count = max(1, sum(recorder.account.left for recorder in episodes.turns.recorders))
         warmup = settings.warmup or max(1, count * _PAPER_WARMUP // _PAPER_EPISODES)
         groups = max(len(task.space.groups) for task in episodes.tasks)
+        if env.num_envs > 1 and any(len(task.space.groups) != groups for task in episodes.tasks):
+            raise ConfigError(
+                "search.environments: more than 1 of amc need models with as many groups each, whose episodes end "
+                "together"
+            )
         model = NoisyDDPG(
             "MlpPolicy",
             env,
@@ -127,7 +134,8 @@ class AMC(EpisodicAgent):
             batch_size=settings.batch_size,
             tau=settings.tau,
             gamma=settings.gamma,
-            train_freq=(1, "episode"),
+            # Episodes of several environments end together.
+            train_freq=(1, "episode") if env.num_envs == 1 else (groups, "step"),
             gradient_steps=-1,  # as many as the episode had steps
             replay_buffer_class=FinalRewardBuffer,
             replay_buffer_kwargs={"baseline": settings.baseline},

@@ -54,8 +54,10 @@ class Bypass(GradientFree):
             before = recorder.account.spent
             masks = generator.random((settings.masks, len(keep))) < keep
             found = []
-            for mask in masks[: recorder.account.left]:
-                found.append(-recorder.evaluate(shift.widths(mask)).score)
+            plans = [shift.widths(mask) for mask in masks[: recorder.account.left]]
+            recorder.prefetch(plans)
+            for plan in plans:
+                found.append(-recorder.evaluate(plan).score)
             delta = float(np.mean(losses)) if losses else float(np.mean(found))
             losses.append(float(np.mean(found)))
             weights = np.array(found) - delta

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import ClassVar
 
@@ -13,13 +13,17 @@ from ...config.search import SearchConfig
 from ...envs.task import Task
 from ...errors import ConfigError
 from ...evaluation.ledger import BudgetExhausted
-from ...pruning.history import PlanLike
+from ...pruning.budget import BudgetLike
+from ...pruning.history import PlanLike, as_history
 from ...surrogates.proposals import fresh, random_plans
+from ...utils.arrays import Ints
 from ..base import SearchRequest, SearchResult, TrialRecorder
 from ..callbacks import SearchLogger
 
 # A space so small that this many proposals in a row bring nothing new is exhausted.
 PATIENCE = 200
+# Random plans that each worker is given at once.
+_AHEAD = 8
 
 
 class GradientFree(ABC):
@@ -60,11 +64,29 @@ def spend_rest(
     task: Task, recorder: TrialRecorder, plans: Sequence[PlanLike], generator: np.random.Generator
 ) -> None:
     """Score plans, then, where a method ends before its account does, random ones."""
+    recorder.prefetch(plans)
     for plan in plans:
         if recorder.account.left > 0:
             recorder.evaluate(plan)
-    idle = 0
-    while recorder.account.left > 0 and idle < PATIENCE:
-        found = fresh(random_plans(task, task.highest_budget, 1, generator), recorder.known)
-        recorder.evaluate_batch(found)
-        idle = 0 if len(found) else idle + 1
+    spend_on_random(task, recorder, lambda: task.highest_budget, generator)
+
+
+def spend_on_random(
+    task: Task, recorder: TrialRecorder, budget: Callable[[], BudgetLike], generator: np.random.Generator
+) -> None:
+    """Score random plans until the account is empty, or nothing new is found; ``budget()`` is that of the next one.
+
+    Workers get several at once. Each is drawn as if it had been asked for after the one before it was scored.
+    """
+    ahead = 1 if recorder.workers == 1 or recorder.halves else _AHEAD * recorder.workers
+    while recorder.account.left > 0:
+        found: list[Ints] = []
+        known, idle = recorder.known, 0
+        while len(found) < min(ahead, recorder.account.left) and idle < PATIENCE:
+            drawn = fresh(random_plans(task, budget(), 1, generator), known)
+            known |= {as_history(plan) for plan in drawn}
+            found += list(drawn)
+            idle = 0 if len(drawn) else idle + 1
+        if not found:
+            return
+        recorder.evaluate_batch(np.array(found))

@@ -64,7 +64,7 @@ class OptunaSearch(GradientFree):
         with warnings.catch_warnings():  # optuna calls its older parts experimental, its newer ones too
             warnings.simplefilter("ignore")
             study = _Study(self, task, recorder, self.sampler(int(generator.integers(2**31))))
-            size = _HALVED if recorder.halves else 1
+            size = _HALVED if recorder.halves else self.settings.environments
             idle = 0
             while recorder.account.left > 0:
                 before = recorder.account.spent

@@ -89,7 +89,15 @@ class SB3Agent(EpisodicAgent):
             **DEFAULTS[chosen.algorithm],
             **check_arguments(self._class, chosen.arguments),
         }
+        self._check_environments()
         self._make(DummyVecEnv([_Trial]), 0)
+
+    def _check_environments(self) -> None:
+        name = self._class.__name__
+        if self.settings.environments > 1 and name == "ARS":
+            raise ConfigError(
+                "search.environments: must be 1 for ARS, which runs each of its policies through whole episodes"
+            )
 
     def environment(self, tasks: tuple[Task, ...]) -> DistributionEnv:
         return DistributionEnv(tasks=tasks)
@@ -99,6 +107,8 @@ class SB3Agent(EpisodicAgent):
 
     def _make(self, env: DummyVecEnv, seed: int) -> BaseAlgorithm:
         arguments = copy.deepcopy(self._arguments)  # the libraries write into policy_kwargs
+        if env.num_envs > 1:
+            arguments |= _for_several(arguments, self.settings.sb3.arguments, env.num_envs)
         if self._class.__name__ in ("DDPG", "TD3"):
             actions = np.zeros(env.action_space.shape or ())
             arguments["action_noise"] = NormalActionNoise(actions, actions + self.settings.sb3.noise)
@@ -109,6 +119,22 @@ class SB3Agent(EpisodicAgent):
             raise ConfigError(
                 f"search.sb3.arguments: {self._class.__name__} does not take them ({one_line(error)})"
             ) from error
+
+
+def _for_several(
+    arguments: Mapping[str, Any], given: Mapping[str, object], environments: int
+) -> dict[str, Any]:
+    """What keeps updates as frequent as with one environment, of what the settings leave open."""
+    found = {}
+    if "n_steps" in arguments and "n_steps" not in given:
+        found["n_steps"] = max(2, arguments["n_steps"] // environments)
+        rollout = found["n_steps"] * environments
+        if "batch_size" in arguments and "batch_size" not in given:
+            most = min(arguments["batch_size"], rollout)
+            found["batch_size"] = max(d for d in range(2, most + 1) if rollout % d == 0)
+    if arguments.get("gradient_steps", -1) > 0 and "gradient_steps" not in given:
+        found["gradient_steps"] = arguments["gradient_steps"] * environments
+    return found
 
 
 class _Named(SB3Agent):

@@ -10,6 +10,8 @@ with one process; at the end the policy is taught the best plan of each, and tho
 from __future__ import annotations
 
 import contextlib
+from collections import deque
+from collections.abc import Sequence
 from functools import partial
 from typing import TypedDict, cast
 
@@ -19,7 +21,7 @@ import torch
 from ...envs.task import Task
 from ...evaluation.ledger import BudgetExhausted
 from ...pruning.budget import BudgetLike
-from ...pruning.history import all_final_widths, final_widths
+from ...pruning.history import History, all_final_widths, as_history, final_widths
 from ...surrogates.base import Surrogate
 from ...surrogates.composite import CompositeGP
 from ...surrogates.probes import ProbedModel
@@ -66,6 +68,7 @@ class _State(TypedDict):
     batch: int
     training: TrainingState
     thetas: list[list[float] | None]
+    pending: list[list[list[History]]]
 
 
 class SurrogateTrainer:
@@ -77,6 +80,8 @@ class SurrogateTrainer:
         if self.plan_memory is not None and not all(can_build(t) for t in search.tasks):
             self.plan_memory = None
         self.models = [self._model(task) for task in search.tasks]
+        # Batches that have been chosen and not scored, the oldest first: of each task its plans.
+        self.pending: deque[list[list[History]]] = deque()
         settings = search.settings.ppo
         envs = max(2, settings.surrogate_envs, len(search.tasks))
         self.venv = SurrogateVecEnv(
@@ -126,11 +131,24 @@ class SurrogateTrainer:
         assert isinstance(policy, GroupPolicy)
         return policy
 
+    def pending_of(self, index: int) -> list[History]:
+        """Plans of a task that have been chosen and not scored."""
+        return [plan for chosen in self.pending for plan in chosen[index]]
+
+    def known(self, index: int) -> set[History]:
+        """Plans of a task that were asked for, or will be."""
+        return self.search.recorders[index].known | set(self.pending_of(index))
+
+    def left(self, index: int) -> int:
+        """Evaluations that a task's next batches can spend."""
+        return max(0, self.search.recorders[index].account.left - len(self.pending_of(index)))
+
     def save(self, batch: int) -> None:
         contents: _State = {
             "batch": batch,
             "training": training_state(self.ppo),
             "thetas": [model.theta for model in self.models],
+            "pending": list(self.pending),
         }
         self.search.save(MODE, contents)
 
@@ -138,7 +156,21 @@ class SurrogateTrainer:
         restore_training(self.ppo, saved["training"])
         for model, theta in zip(self.models, saved["thetas"], strict=True):
             model.theta = theta
+        for chosen in saved.get("pending", []):  # states of older versions have none
+            self.pending.append([[as_history(plan) for plan in plans] for plans in chosen])
+            self.begin(self.pending[-1])
         return int(saved["batch"])
+
+    def begin(self, chosen: Sequence[Sequence[History]]) -> None:
+        """Let workers begin with a batch."""
+        for recorder, plans in zip(self.search.recorders, chosen, strict=True):
+            recorder.prefetch(plans)
+
+    def score_oldest(self) -> None:
+        """Score the batch that was chosen first among those that are pending."""
+        chosen = self.pending.popleft()
+        for recorder, plans in zip(self.search.recorders, chosen, strict=True):
+            recorder.evaluate_batch(plans)
 
     def fit(self) -> None:
         for model, recorder in zip(self.models, self.search.recorders, strict=True):
@@ -184,12 +216,16 @@ def surrogate_search(search: Search) -> SearchResult:
         else:
             with search.restoring():
                 batch = trainer.restore(cast("_State", saved))
-        while any(recorder.account.left > 0 for recorder in search.recorders):
+        while trainer.pending or any(recorder.account.left > 0 for recorder in search.recorders):
             trainer.save(batch)
             before = sum(recorder.account.spent for recorder in search.recorders)
-            _run_batch(trainer, batch)
+            found = _choose_batch(trainer, batch)
             batch += 1
-            if sum(recorder.account.spent for recorder in search.recorders) == before:
+            while trainer.pending and (len(trainer.pending) > search.settings.ahead or not found):
+                trainer.score_oldest()
+                found = True
+            spent = sum(recorder.account.spent for recorder in search.recorders)
+            if spent == before and not trainer.pending:
                 break  # nothing left that has not been scored: the space is smaller than the account
     except BudgetExhausted:
         pass
@@ -201,22 +237,29 @@ def surrogate_search(search: Search) -> SearchResult:
     return search.result(trainer.policy)
 
 
-def _run_batch(trainer: SurrogateTrainer, batch: int) -> None:
+def _choose_batch(trainer: SurrogateTrainer, batch: int) -> bool:
+    """Train on what is known, and add a batch to the pending ones; whether there is anything in it."""
     search = trainer.search
     generator = np.random.default_rng([search.seed, 5, batch])
     per_task = max(1, trainer.batch // len(search.tasks))
-    informed = batch > 0 or trainer.informed
+    informed = batch > search.settings.ahead or trainer.informed
+    if not any(trainer.left(index) for index in range(len(search.tasks))):
+        return False
     if informed:
         trainer.fit()
         trainer.train(batch)
-    for index, (task, recorder) in enumerate(zip(search.tasks, search.recorders, strict=True)):
-        count = min(per_task, recorder.account.left)
+    chosen: list[list[History]] = []
+    for index, task in enumerate(search.tasks):
+        count = min(per_task, trainer.left(index))
         budget = trainer.budget(task, batch + index)
         if not informed:
             plans = first_plans(trainer, index, budget, count, generator)
         else:
             plans = next_plans(trainer, index, budget, count, generator)
-        recorder.evaluate_batch(plans[:count])
+        chosen.append([as_history(plan) for plan in plans[:count]])
+    trainer.pending.append(chosen)
+    trainer.begin(chosen)
+    return any(chosen)
 
 
 def first_plans(
@@ -229,13 +272,14 @@ def first_plans(
     """
     task, recorder = trainer.search.tasks[index], trainer.search.recorders[index]
     seed_everything(trainer.search.seed, 6, index)
-    around = fresh(_policy_plans(trainer, index, budget), recorder.known)[: -(-count // 2)]
+    known = trainer.known(index)
+    around = fresh(_policy_plans(trainer, index, budget), known)[: -(-count // 2)]
     parents = _parents(task, recorder, budget, around)
     if trainer.models[index].informed(parents):
         anywhere = neighbours(task, parents, budget, 4 * count, generator)
     else:
         anywhere = random_plans(task, budget, 4 * count, generator)
-    return fresh(np.vstack([around, anywhere]), recorder.known)
+    return fresh(np.vstack([around, anywhere]), known)
 
 
 def next_plans(
@@ -245,17 +289,23 @@ def next_plans(
     task, recorder = trainer.search.tasks[index], trainer.search.recorders[index]
     model = trainer.models[index]
     samples = _policy_plans(trainer, index, budget)
-    mode = fresh(samples[:1], recorder.known)
+    known, pending = trainer.known(index), all_final_widths(trainer.pending_of(index))
+    mode = fresh(samples[:1], known)
     parents = np.vstack([_parents(task, recorder, budget, samples), model.promising(_PROMISING)])
     climbed = climb(task, parents, budget, model.predict, model.climbs, generator)
     changed = neighbours(task, parents, budget, _NEIGHBOURS, generator)
-    pool = fresh(np.vstack([mode, climbed, parents, samples, changed]), recorder.known)
+    pool = fresh(np.vstack([mode, climbed, parents, samples, changed]), known)
     if not len(pool):  # a space that is smaller than the account
         return pool
     # Few evaluations are spent with experience, and it knows better than the policy what is worth them.
     chosen: list[int] = [0] if len(mode) and trainer.plan_memory is None else []
-    picks = choose_batch(model, pool, count, _KAPPAS, chosen)
-    return pool[picks]
+    if not len(pending):
+        return pool[choose_batch(model, pool, count, _KAPPAS, chosen)]
+    # What is being scored counts as known, as the picks of one batch do for each other.
+    before = len(pending)
+    first = [*range(before), *(before + row for row in chosen)]
+    picks = choose_batch(model, np.vstack([pending, pool]), before + count, _KAPPAS, first)
+    return pool[[pick - before for pick in picks[before:]]]
 
 
 def _parents(task: Task, recorder: TrialRecorder, budget: BudgetLike, samples: Ints) -> Ints:

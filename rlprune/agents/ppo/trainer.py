@@ -67,8 +67,8 @@ class Search:
         calls, identity = saved.get("calls"), saved.get("identity")
         if not isinstance(identity, dict) or not isinstance(calls, list) or len(calls) != len(self.recorders):
             raise ArtifactError(f"{state.file}: damaged: not the state of this search; delete it")
-        # States from before there was another version of the features say none.
-        require_same(state.file, {"feature_version": 1} | identity, self.identity(mode))
+        # States from before there was another version of the features say none, nor of batches ahead.
+        require_same(state.file, {"feature_version": 1, "ahead": 0} | identity, self.identity(mode))
         for recorder, own in zip(self.recorders, calls, strict=True):
             recorder.repeat(own)
         self.watcher.resumed()
@@ -98,6 +98,7 @@ class Search:
             "fingerprints": [task.space.fingerprint for task in self.tasks],
             "budgets": [str(task.budget) for task in self.tasks],
             "stages": self.env.stages,
+            "ahead": self.settings.ahead,
             "feature_version": self.tasks[0].feature_version,
             "hidden": self.settings.ppo.hidden,
             "refines": self.policy is not None,

@@ -1,0 +1,441 @@
+"""Searches with workers: time with two, efficiency with many, quality of batches ahead -> docs/parallel.md.
+
+    python docs/scripts/parallel.py speed [--rounds 2]     # two processes against one, in turns: 4 minutes a round
+    python docs/scripts/parallel.py many                   # candidates that sleep, 8 to 64 at a time: 10 minutes
+    python docs/scripts/parallel.py quality                # search.ahead at equal evaluations, three seeds: 10 minutes
+    python docs/scripts/parallel.py --write                # the page, from what is there
+
+What has been measured is kept in --out, a file each, and not measured again: all of it can be stopped and goes on.
+Run `speed` while nothing else runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlprune import load_config
+from rlprune.evaluation import EvaluationLog, workers_of
+from rlprune.execution import Shared
+from rlprune.experiments import Experiment, prepare_experiment, run_agent, working
+from rlprune.report import markdown_table
+
+DOCS = Path(__file__).resolve().parents[1]
+AGENTS = ("random", "evopress", "ppo")
+# A candidate of 1 to 2 seconds on one thread: the digits at 32 pixels, a ResNet-20 of twice the width.
+SLOW = (
+    "data.image_size=32", "model.arguments.width=24", "model.train.epochs=1", "data.validation=400",
+    "data.calibration=256", "threads=1",
+)  # fmt: skip
+SPEED_EVALUATIONS = 40
+WANTED = {"random": 1.7, "evopress": 1.7, "ppo": 1.6}
+# Workers that sleep: seconds of a candidate, and candidates for each worker.
+SLEEP = {"random": (5.0, 6), "evopress": (5.0, 6), "ppo": (10.0, 4)}
+MANY = (8, 16, 64)
+QUALITY = {"digits": "0.3", "tiny_llama": "0.5"}
+# `search.ahead`, and what else is set: with half a batch, as many plans are in flight as in a whole one.
+AHEAD = {
+    "0": [],
+    "1": ["search.ahead=1"],
+    "1, batch 3": ["search.ahead=1", "search.batch=3", "search.ppo.surrogate_steps=154"],
+    "3, batch 3": ["search.ahead=3", "search.batch=3", "search.ppo.surrogate_steps=154"],
+}
+PAGE = """# Searches on several workers
+
+    rlprune train CONFIG --engine processes --workers 4
+    rlprune train CONFIG --engine ray --address auto
+
+- `serial`, the default: this process.
+- `processes`: processes of this machine (joblib's loky). `--workers` says how many, a core each by default.
+- `ray`: the machines of a [Ray](https://docs.ray.io) cluster, `--address auto` or `host:6379`; without an address
+  Ray starts a cluster on this machine. It needs `pip install 'rlprune[ray]'`, and rlprune and the data on every
+  machine.
+
+`train`, `benchmark`, `fidelity` and `apply --refine` take the three options; in a config file they are
+`execution.engine`, `execution.workers` and `execution.address`, in Python settings like all others. (`rlprune
+benchmark --jobs N` is short for `--engine processes --workers N`.)
+
+## What is computed at the same time
+
+- `train`, `apply --refine`, `rlprune.search`: the rules, the starts, probes of the sensitivity rule, each batch of
+  candidates, the finalists on the whole validation split.
+- `benchmark`: cells, a method, seed and budget each.
+- `fidelity`: scores of the plans under a recovery, then their fine-tunes.
+
+A batch is what an agent asks for before it needs a score: eight plans a worker (`random`), the offspring of a
+generation (`evopress`), a round (`rl_pruner`), the masks of a step (`bypass`), a batch of `ppo`. The others ask for
+one plan at a time, and `ppo` waits for a batch before it fits and trains. Two settings change that, and with it what
+is searched:
+
+- `search.ahead: 1` lets `ppo` (mode surrogate) fit, train and choose while 1 batch is being scored; more for many
+  workers. What is being scored counts as known at its expected score. `search.batch` says how large a batch is, 6 at
+  most where logits are modelled.
+- `search.environments: 4` lets `amc`, `ppo_sequential`, `sac`, `td3`, `a2c`, `sb3`, `cma_es`, `tpe` and `gp` propose
+  4 plans before they know a score. Updates stay as frequent by evaluation; `ARS` takes one environment only.
+
+Both decide the result, and workers do not: a search with these settings is the same in one process.
+
+## The same result
+
+The run's own process writes the ledger, in the order of a search in one process, and charges for a plan when the
+search asks for it. Ledger, plan and weights are those of `serial`, to the bit, where the machines are alike and have
+as many threads (`threads`: where it is null, the workers of a machine share its cores out among them, and `serial`
+leaves the choice to torch). `tests/integration/test_engines.py` runs `random`, `evopress` and `ppo` on all engines,
+Ray on two nodes, and compares. Each worker gets the prepared evaluator once, or prepares one from the settings where
+the workload cannot be sent; before it scores anything, its dense candidate has to have our score, loss, metric and
+cost (within a thousandth; other last digits are logged).
+
+A worker that is killed, and a node that goes away, cost what they had in hand, which another worker does again;
+after the third death over the same work the run ends with the reason. A run that is killed itself takes its
+processes along, and `--resume` goes on, on any engine. With several GPUs and `device: auto` or `cuda`, workers take
+them in turn; `cuda:1` keeps all of them on that one. Each worker holds an evaluator of its own: weights, calibration
+statistics and data, as many times as there are workers on a machine.
+
+## Two workers on two cores
+
+{speed_evaluations} evaluations of the digits at 32 pixels by a ResNet-20, the starts among them; each search in one
+process and with two workers, in turns, a thread each; the median of the rounds' ratios. Workers have begun before
+the clock starts. The last column is the machine's load at the end of a search, 1 to 2 where nothing else runs; with
+more, the workers have less than the two cores.
+On {machine}.
+
+{speed}
+
+## Many workers
+
+Candidates of a small model that sleep for the rest of a fixed time; each worker is a thread of one process and
+stands for a machine, so that what is measured is how well a search feeds them: the share of the workers' time that
+went into candidates.
+{many_note}
+
+{many}
+
+## Batches ahead
+
+PPO with {evaluations} evaluations and three seeds (the same for each row); scores are minus the divergence from the
+dense model, higher is better. The third row has batches of three, so that as many plans are in flight as in one
+batch of six.
+
+{quality}
+
+{quality_note}
+
+Written by `python docs/scripts/parallel.py --write` from what `python docs/scripts/parallel.py speed many quality`
+has measured.
+"""
+MANY_NOTE = (
+    "`evopress` and `ppo` as shipped ask for 8 and 6 plans at a time, which keeps no more workers busy than that.\n"
+    "PPO's own work between two batches, the fit and its steps, is done by the run's own process, a batch at a time:\n"
+    "candidates have to take long enough for it. Here they take 10 seconds."
+)
+
+
+def kept(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a file holds, or what is measured now and put there."""
+    if not path.exists():
+        found = measure()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found), encoding="utf-8")
+        print(
+            path.stem,
+            {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items() if k != "ledger"},
+            flush=True,
+        )
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def searched(experiment: Experiment, agent: str, seed: int = 0) -> dict[str, Any]:
+    """One search: seconds on the wall, the ledger, and the best score."""
+    ledger = EvaluationLog()
+    started = time.perf_counter()
+    found = run_agent(agent, [experiment], ledger, seed=seed)
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in ledger.rows]
+    seconds = [row["seconds"] for row in ledger.rows]
+    return {
+        "seconds": time.perf_counter() - started,
+        "candidate": statistics.median(seconds),
+        "evaluations": len(rows),
+        "score": found.best.score,
+        "load": os.getloadavg()[0],
+        "ledger": rows,
+    }
+
+
+def speed(out: Path, rounds: int, evaluations: int) -> None:
+    """Each search in one process and with two workers, in turns."""
+    config = load_config("digits", [*SLOW, f"search.evaluations={evaluations}"])
+    parallel = replace(config, execution=replace(config.execution, engine="processes", workers=2))
+    experiment = prepare_experiment(config)
+    for number in range(rounds):
+        for agent in AGENTS:
+            here = replace(experiment, evaluator=experiment.evaluator.bare())
+            kept(out / f"speed-{agent}-serial-{number}.json", lambda e=here, a=agent: searched(e, a))  # type: ignore[misc]
+            there = replace(experiment, evaluator=experiment.evaluator.bare())
+            path = out / f"speed-{agent}-processes-{number}.json"
+            if not path.exists():
+                with working(parallel, [there]):
+                    warm(there)
+                    kept(path, lambda e=there, a=agent: searched(e, a))  # type: ignore[misc]
+
+
+def warm(experiment: Experiment) -> None:
+    """Both workers have begun and proved their dense model: a search of a candidate a minute would not see it."""
+    widths = [experiment.rule_widths("uniform", budget=budget) for budget in (0.9, 0.91, 0.92, 0.93)]
+    experiment.evaluator.prefetch(widths)
+    for plan in widths:
+        experiment.evaluator.evaluate(plan)
+
+
+class Sleepers:
+    """Machines whose candidates take a fixed time; each is a thread, and the real work is done by one at a time."""
+
+    name = "sleepers"
+
+    def __init__(self, workers: int, seconds: float) -> None:
+        self.workers, self.seconds = workers, seconds
+        self._pool, self._lock = ThreadPoolExecutor(workers), threading.Lock()
+
+    def submit(self, work: Callable[..., Any], *arguments: object) -> Future[Any]:
+        plain = [a.value if isinstance(a, Shared) else a for a in arguments]
+        return self._pool.submit(self._run, work, plain)
+
+    def _run(self, work: Callable[..., Any], arguments: list[object]) -> Any:
+        started = time.perf_counter()
+        with self._lock:
+            found = work(*arguments)
+        time.sleep(max(0.0, self.seconds - (time.perf_counter() - started)))
+        return found
+
+    def drop(self, shared: Shared[Any]) -> None:
+        """Nothing is kept."""
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+def wide(agent: str, workers: int) -> Iterator[tuple[str, list[str], int]]:
+    """A label, settings that give so many workers enough to do, and candidates to be scored."""
+    count = SLEEP[agent][1] * workers
+    if agent == "random":
+        yield "", [], count
+    elif agent == "evopress":
+        yield "", [], 48
+        yield f"offspring {2 * workers}", [f"search.evopress.offspring={2 * workers}"], count
+    else:
+        yield "", [], 18
+        ahead = -(-workers // 6)
+        yield f"ahead {ahead}", [f"search.ahead={ahead}"], count
+        scores = ["search.ppo.surrogate=scores", f"search.batch={workers}", "search.ahead=1"]
+        yield f"scores, batch {workers}, ahead 1", scores, count
+
+
+def many(out: Path) -> None:
+    """Efficiency of searches whose candidates sleep."""
+    small = ["model.arguments.width=4", "model.train.epochs=2", "data.calibration=64", "data.validation=100"]
+    experiment = prepare_experiment(load_config("digits", [*small, "threads=1"]))
+    for agent in AGENTS:
+        seconds = SLEEP[agent][0]
+        for workers in MANY:
+            for label, settings, count in wide(agent, workers):
+                config = load_config(
+                    "digits", [*small, "threads=1", f"search.evaluations={count + 14}", *settings]
+                )
+                name = slug(label) or "as-shipped"
+                kept(
+                    out / f"many-{agent}-{workers}-{name}.json",
+                    lambda c=config, w=workers, s=seconds, a=agent: asleep(experiment, c, a, w, s),  # type: ignore[misc]
+                )
+
+
+def asleep(experiment: Experiment, config: Any, agent: str, workers: int, seconds: float) -> dict[str, Any]:
+    here = replace(experiment, config=config, evaluator=experiment.evaluator.bare())
+    names = here.start_rules()
+    for name in names:  # every search has these; they cost nothing here
+        here.evaluator.evaluate(here.rule_widths(name))
+    known = len({tuple(here.rule_widths(name)) for name in names})
+    executor = Sleepers(workers, seconds)
+    here.evaluator.use_workers(workers_of(here.evaluator, executor))
+    found = searched(here, agent)
+    executor.close()
+    slept = seconds * (found["evaluations"] - known)
+    found |= {"efficiency": slept / workers / found["seconds"], "workers": workers, "ledger": []}
+    return found
+
+
+def quality(out: Path, seeds: int, evaluations: int) -> None:
+    """The best score of PPO's search with batches ahead, by equal evaluations and seeds."""
+    for name, budget in QUALITY.items():
+        settings = [f"budget.target={budget}", f"search.evaluations={evaluations}", "threads=1"]
+        experiment: Experiment | None = None
+        for seed in range(seeds):
+            for label, more in AHEAD.items():
+                path = out / f"quality-{name}-{evaluations}-{slug(label)}-{seed}.json"
+                if path.exists():
+                    continue
+                experiment = experiment or prepare_experiment(load_config(name, settings))
+                config = load_config(name, [*settings, *more])
+                here = replace(experiment, config=config, evaluator=experiment.evaluator.fork())
+                kept(path, lambda e=here, s=seed: searched(e, "ppo", s) | {"ledger": []})  # type: ignore[misc]
+
+
+def slug(label: str) -> str:
+    return label.replace(" ", "-").replace(",", "")
+
+
+def read(out: Path, pattern: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob(pattern))]
+
+
+def speed_table(out: Path) -> str:
+    rows = []
+    for agent in AGENTS:
+        serial, both = read(out, f"speed-{agent}-serial-*"), read(out, f"speed-{agent}-processes-*")
+        pairs = list(zip(serial, both, strict=False))
+        if not pairs:
+            continue
+        ratio = statistics.median(a["seconds"] / b["seconds"] for a, b in pairs)
+        same = all(a["ledger"] == b["ledger"] for a, b in pairs)
+        met = "met" if ratio >= WANTED[agent] else "missed"
+        rows.append(
+            [
+                agent,
+                f"{statistics.median(a['candidate'] for a in serial):.2f} s",
+                f"{statistics.median(a['seconds'] for a in serial):.1f} s",
+                f"{statistics.median(b['seconds'] for b in both):.1f} s",
+                f"{ratio:.2f} (required: {WANTED[agent]}; {met})",
+                "yes" if same else "NO",
+                f"{max(r['load'] for r in serial + both):.1f}",
+            ]
+        )
+    head = ["agent", "a candidate", "one process", "two workers", "ratio", "equal ledgers", "load"]
+    return markdown_table(head, rows)
+
+
+def many_table(out: Path) -> str:
+    rows = []
+    for agent in AGENTS:
+        labels: dict[str, dict[int, dict[str, Any]]] = {}
+        for workers in MANY:
+            for label, _, _ in wide(agent, workers):
+                name = slug(label) or "as-shipped"
+                path = out / f"many-{agent}-{workers}-{name}.json"
+                if path.exists():
+                    general = label.replace(str(2 * workers), "2 a worker") if agent == "evopress" else label
+                    if agent == "ppo":
+                        general = general.replace(f"ahead {-(-workers // 6)}", "ahead: workers / 6")
+                        general = general.replace(f"batch {workers}", "batch: one a worker")
+                    found = json.loads(path.read_text(encoding="utf-8"))
+                    labels.setdefault(general or "as shipped", {})[workers] = found
+        for label, found in labels.items():
+            cells = [f"{found[w]['efficiency']:.0%}" if w in found else "" for w in MANY]
+            rows.append([agent, label, f"{SLEEP[agent][0]:.0f} s", *cells])
+    return markdown_table(["agent", "settings", "a candidate", *(f"{w} workers" for w in MANY)], rows)
+
+
+def quality_of(out: Path, evaluations: int) -> Iterator[tuple[str, str, list[float], list[float]]]:
+    """Workload, label, best scores by seed, and their differences to those without batches ahead."""
+    for name in QUALITY:
+        base = [r["score"] for r in read(out, f"quality-{name}-{evaluations}-0-[0-9].json")]
+        for label in AHEAD:
+            found = [r["score"] for r in read(out, f"quality-{name}-{evaluations}-{slug(label)}-[0-9].json")]
+            if found and len(found) == len(base):
+                yield name, label, found, [a - b for a, b in zip(found, base, strict=True)]
+
+
+def quality_table(out: Path, evaluations: int) -> str:
+    rows = []
+    for name, label, found, differences in quality_of(out, evaluations):
+        scores = ", ".join(f"{score:.4f}" for score in found)
+        against = "" if label == "0" else ", ".join(f"{d:+.4f}" for d in differences)
+        mean = statistics.mean(differences)
+        rows.append(
+            [name, label, f"{statistics.mean(found):.4f}", scores, against, f"{mean:+.4f}" if against else ""]
+        )
+    head = ["workload", "`search.ahead`", "mean best score", "each seed", "against 0, by seed", "mean"]
+    return markdown_table(head, rows)
+
+
+def quality_note(out: Path, evaluations: int) -> str:
+    """Where scores fall with batches ahead, in words."""
+    parts = []
+    for name, label, found, differences in quality_of(out, evaluations):
+        if label != "0":
+            worse = sum(d < 0 for d in differences)
+            verdict = "no worse on the mean" if statistics.mean(differences) >= 0 else "worse on the mean"
+            parts.append(f"{name}, {label}: {verdict} ({worse} of {len(found)} seeds below)")
+    return "; ".join(parts) + "." if parts else ""
+
+
+def page(out: Path, evaluations: int) -> str:
+    machine = (
+        f"{os.cpu_count()} cores, {platform.machine()} ({cpu()}), no GPU; torch {torch.__version__}, "
+        f"Python {platform.python_version()}, joblib {version('joblib')}"
+    )
+    return PAGE.format(
+        machine=machine,
+        speed=speed_table(out),
+        many=many_table(out),
+        many_note=MANY_NOTE,
+        quality=quality_table(out, evaluations),
+        quality_note=quality_note(out, evaluations),
+        evaluations=evaluations,
+        speed_evaluations=SPEED_EVALUATIONS,
+    )
+
+
+def cpu() -> str:
+    lines = (
+        Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help="speed, many, quality")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--evaluations", type=int, default=100, help="of `quality`")
+    parser.add_argument("--out", type=Path, default=Path("runs/parallel"))
+    parser.add_argument("--write", action="store_true", help="write docs/parallel.md")
+    arguments = parser.parse_args()
+    unknown = set(arguments.parts) - {"speed", "many", "quality"}
+    if unknown:
+        parser.error(f"unknown part {sorted(unknown)[0]!r}; allowed: speed, many, quality")
+    torch.set_num_threads(1)
+    if "speed" in arguments.parts:
+        speed(arguments.out, arguments.rounds, SPEED_EVALUATIONS)
+    if "many" in arguments.parts:
+        many(arguments.out)
+    if "quality" in arguments.parts:
+        quality(arguments.out, arguments.seeds, arguments.evaluations)
+    text = page(arguments.out, arguments.evaluations)
+    if arguments.write:
+        (DOCS / "parallel.md").write_text(text, encoding="utf-8")
+    else:
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
