@@ -97,12 +97,7 @@ def apply(
         config, checkpoint=checkpoint, callback=watcher, run=run, workload=own, searches=refine > 0
     )
     asked = config.budget.target
-    if builds is not None and builds < 2:
-        known = PortablePolicy(known.network, known.meta)
-    elif builds is not None and _plan_memory(experiment, known) is None:
-        raise ConfigError(
-            f"--builds {builds}: only for a policy of several checkpoints and an image model; allowed here: 0"
-        )
+    known = _with_builds(known, experiment, builds)
     widths = known.plan(experiment.evaluator, asked, experiment.metric, builds=builds).widths
     plans = [
         (name, experiment.rule_widths(name))
@@ -120,6 +115,19 @@ def apply(
     plan, model = experiment.evaluator.plan(widths, origin), experiment.evaluator.build(widths)
     notes = _probes_note(experiment, str(known.meta["base_rule"])) + _plan_memory_note(experiment, known)
     return AppliedPolicy(experiment.workload, plan, model, _score_table(experiment, plans), notes)
+
+
+def _with_builds(known: PortablePolicy, experiment: Experiment, builds: int | None) -> PortablePolicy:
+    """The policy, or its network alone where it may build fewer than two models; ConfigError where it can build none."""
+    if builds is None:
+        return known
+    if builds < 2:
+        return PortablePolicy(known.network, known.meta)
+    if _plan_memory(experiment, known) is None:
+        raise ConfigError(
+            f"--builds {builds}: only for a policy of several checkpoints and an image model; allowed here: 0"
+        )
+    return known
 
 
 def _settings_of(
