@@ -118,7 +118,7 @@ def apply(
 
 
 def _with_builds(known: PortablePolicy, experiment: Experiment, builds: int | None) -> PortablePolicy:
-    """The policy, or its network alone where it may build fewer than two models; ConfigError where it can build none."""
+    """The policy, or its network alone where it may build fewer than two models; ConfigError: it can build none."""
     if builds is None:
         return known
     if builds < 2:
