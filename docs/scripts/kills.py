@@ -203,7 +203,8 @@ def tear(path: Path, wanted: bool) -> None:
 
 def tidy(path: str) -> str:
     """A path without what is drawn at random, or counted, in it."""
-    return re.sub(r"rlprune-(new|old)-\w{8}", r"rlprune-\1-*", path)
+    path = re.sub(r"rlprune-(new|old)-\w{8}", r"rlprune-\1-*", path)
+    return re.sub(r"[0-9a-f]{32}", "*", path)  # names in the cache: `network` is part of them
 
 
 def child(
@@ -260,10 +261,18 @@ def content(path: Path) -> object:
     if path.suffix == ".json":
         return timeless(json.loads(path.read_bytes()))
     if path.suffix == ".jsonl":
-        return [timeless(json.loads(line)) for line in path.read_text().splitlines()]
+        return [row(line) for line in path.read_text().splitlines()]
     if path.suffix == ".pt":
         return timeless(torch.load(path, weights_only=True))
     return path.read_bytes()
+
+
+def row(line: str) -> object:
+    """A line of JSON without what a clock says; half of one is just that."""
+    try:
+        return timeless(json.loads(line))
+    except ValueError:
+        return "half of a line"
 
 
 def timeless(value: object) -> object:
@@ -367,7 +376,7 @@ def place() -> Iterator[Path]:
 def study(name: str, record: Path, most: int | None, until: float) -> dict[str, Any]:
     """Try all moments of a case that are not on record; what was found, moment by moment."""
     kept = json.loads(record.read_text()) if record.is_file() else {}
-    if "killed" in kept and time.monotonic() >= until:
+    if kept and time.monotonic() >= until:
         return dict(kept)
     with place() as folder:
         tried = Tried(CASES[name], folder, keep=most is None)
@@ -422,8 +431,9 @@ def page(found: Mapping[str, Mapping[str, Any]]) -> str:
     for name, kept in found.items():
         wrong = sum(map(bool, kept["found"].values()))
         verdict = "all equal" if not wrong else f"{wrong} not equal"
-        twice = "equal" if not kept["twice"] else "; ".join(kept["twice"])
-        ended = f"{sum(not lines for lines in kept['killed'].values())} of {len(kept['killed'])} equal"
+        twice = "; ".join(kept["twice"]) or "equal" if "twice" in kept else "not compared"
+        killed = kept.get("killed", {})
+        ended = f"{sum(not lines for lines in killed.values())} of {len(killed)} equal"
         rows.append([f"`{name}`" if "," not in name and "over" not in name else name, str(len(kept["moments"])),
                      str(len(kept["found"])), verdict, ended, twice, f"{kept['seconds'] / 60:.1f} min"])  # fmt: skip
         for moment in kept["moments"]:
