@@ -374,9 +374,9 @@ def place() -> Iterator[Path]:
 
 
 def study(name: str, record: Path, most: int | None, until: float) -> dict[str, Any]:
-    """Try all moments of a case that are not on record; what was found, moment by moment."""
+    """Try the moments of a case that are not on record; what was found of each. {} where there is no time."""
     kept = json.loads(record.read_text()) if record.is_file() else {}
-    if kept and time.monotonic() >= until:
+    if time.monotonic() >= until:
         return dict(kept)
     with place() as folder:
         tried = Tried(CASES[name], folder, keep=most is None)
@@ -473,7 +473,10 @@ def main() -> None:
     until = time.monotonic() + 60 * args.minutes
     found = {}
     for name in args.only:
-        kept = found[name] = study(name, args.record / f"{name.replace(' ', '-')}.json", args.sample, until)
+        kept = study(name, args.record / f"{name.replace(' ', '-')}.json", args.sample, until)
+        if not kept:
+            continue
+        found[name] = kept
         wrong = [m for m, lines in kept["found"].items() if lines]
         print(
             f"{name}: {len(kept['found'])} of {len(kept['moments'])} moments tried, {len(wrong)} not equal",
