@@ -94,8 +94,8 @@ the workload cannot be sent; before it scores anything, its dense candidate has 
 cost (within a thousandth; other last digits are logged).
 
 A worker that is killed, and a node that goes away, cost what they had in hand, which another worker does again;
-after the third death over the same work the run ends with the reason. A run that is killed itself takes its
-processes along, and `--resume` goes on, on any engine. With several GPUs and `device: auto` or `cuda`, workers take
+after the third death over the same work the run ends with the reason. A run that is killed itself, or whose own Ray
+node goes away, takes its processes along, and `--resume` goes on, on any engine. With several GPUs and `device: auto` or `cuda`, workers take
 them in turn; `cuda:1` keeps all of them on that one. Each worker holds an evaluator of its own: weights, calibration
 statistics and data, as many times as there are workers on a machine.
 
