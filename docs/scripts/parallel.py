@@ -95,9 +95,9 @@ cost (within a thousandth; other last digits are logged).
 
 A worker that is killed, and a node that goes away, cost what they had in hand, which another worker does again;
 after the third death over the same work the run ends with the reason. A run that is killed itself, or whose own Ray
-node goes away, takes its processes along, and `--resume` goes on, on any engine. With several GPUs and `device: auto` or `cuda`, workers take
-them in turn; `cuda:1` keeps all of them on that one. Each worker holds an evaluator of its own: weights, calibration
-statistics and data, as many times as there are workers on a machine.
+node goes away, takes its processes along, and `--resume` goes on, on any engine. With several GPUs and `device:
+auto` or `cuda`, workers take them in turn; `cuda:1` keeps all of them on that one. Each worker holds an evaluator of
+its own: weights, calibration statistics and data, as many times as there are workers on a machine.
 
 ## Two workers on two cores
 
@@ -294,6 +294,12 @@ def read(out: Path, pattern: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob(pattern))]
 
 
+def table_of(part: str, head: list[str], rows: list[list[str]]) -> str:
+    return (
+        markdown_table(head, rows) if rows else f"Not measured yet: `python docs/scripts/parallel.py {part}`."
+    )
+
+
 def speed_table(out: Path) -> str:
     rows = []
     for agent in AGENTS:
@@ -316,7 +322,7 @@ def speed_table(out: Path) -> str:
             ]
         )
     head = ["agent", "a candidate", "one process", "two workers", "ratio", "equal ledgers", "load"]
-    return markdown_table(head, rows)
+    return table_of("speed", head, rows)
 
 
 def many_table(out: Path) -> str:
@@ -337,7 +343,8 @@ def many_table(out: Path) -> str:
         for label, found in labels.items():
             cells = [f"{found[w]['efficiency']:.0%}" if w in found else "" for w in MANY]
             rows.append([agent, label, f"{SLEEP[agent][0]:.0f} s", *cells])
-    return markdown_table(["agent", "settings", "a candidate", *(f"{w} workers" for w in MANY)], rows)
+    head = ["agent", "settings", "a candidate", *(f"{w} workers" for w in MANY)]
+    return table_of("many", head, rows)
 
 
 def quality_of(out: Path, evaluations: int) -> Iterator[tuple[str, int, list[float], list[float]]]:
@@ -367,7 +374,7 @@ def quality_table(out: Path, evaluations: int) -> str:
             ]
         )
     head = ["workload", "`search.ahead`", "mean best score", "each seed", "against 0, by seed", "mean"]
-    return markdown_table(head, rows)
+    return table_of("quality", head, rows)
 
 
 def quality_note(out: Path, evaluations: int) -> str:
