@@ -47,13 +47,7 @@ WANTED = {"random": 1.7, "evopress": 1.7, "ppo": 1.6}
 SLEEP = {"random": (5.0, 6), "evopress": (5.0, 6), "ppo": (10.0, 4)}
 MANY = (8, 16, 64)
 QUALITY = {"digits": "0.3", "tiny_llama": "0.5"}
-# `search.ahead`, and what else is set: with half a batch, as many plans are in flight as in a whole one.
-AHEAD = {
-    "0": [],
-    "1": ["search.ahead=1"],
-    "1, batch 3": ["search.ahead=1", "search.batch=3", "search.ppo.surrogate_steps=154"],
-    "3, batch 3": ["search.ahead=3", "search.batch=3", "search.ppo.surrogate_steps=154"],
-}
+AHEAD = (0, 1, 3)
 PAGE = """# Searches on several workers
 
     rlprune train CONFIG --engine processes --workers 4
@@ -81,9 +75,9 @@ generation (`evopress`), a round (`rl_pruner`), the masks of a step (`bypass`), 
 one plan at a time, and `ppo` waits for a batch before it fits and trains. Two settings change that, and with it what
 is searched:
 
-- `search.ahead: 1` lets `ppo` (mode surrogate) fit, train and choose while 1 batch is being scored; more for many
-  workers. What is being scored counts as known at its expected score. `search.batch` says how large a batch is, 6 at
-  most where logits are modelled.
+- `search.ahead: 1` lets `ppo` (mode surrogate) fit, train and choose while one batch is being scored; more for many
+  workers. What is being scored counts as known at its expected score. A batch is half as large then as without, three
+  plans where logits are modelled: `search.ahead: 3` keeps twelve plans in flight.
 - `search.environments: 4` lets `amc`, `ppo_sequential`, `sac`, `td3`, `a2c`, `sb3`, `cma_es`, `tpe` and `gp` propose
   4 plans before they know a score. Updates stay as frequent by evaluation; `ARS` takes one environment only.
 
@@ -100,10 +94,10 @@ the workload cannot be sent; before it scores anything, its dense candidate has 
 cost (within a thousandth; other last digits are logged).
 
 A worker that is killed, and a node that goes away, cost what they had in hand, which another worker does again;
-after the third death over the same work the run ends with the reason. A run that is killed itself takes its
-processes along, and `--resume` goes on, on any engine. With several GPUs and `device: auto` or `cuda`, workers take
-them in turn; `cuda:1` keeps all of them on that one. Each worker holds an evaluator of its own: weights, calibration
-statistics and data, as many times as there are workers on a machine.
+after the third death over the same work the run ends with the reason. A run that is killed itself, or whose own Ray
+node goes away, takes its processes along, and `--resume` goes on, on any engine. With several GPUs and `device:
+auto` or `cuda`, workers take them in turn; `cuda:1` keeps all of them on that one. Each worker holds an evaluator of
+its own: weights, calibration statistics and data, as many times as there are workers on a machine.
 
 ## Two workers on two cores
 
@@ -127,8 +121,7 @@ went into candidates.
 ## Batches ahead
 
 PPO with {evaluations} evaluations and three seeds (the same for each row); scores are minus the divergence from the
-dense model, higher is better. The third row has batches of three, so that as many plans are in flight as in one
-batch of six.
+dense model, higher is better.
 
 {quality}
 
@@ -238,7 +231,7 @@ def wide(agent: str, workers: int) -> Iterator[tuple[str, list[str], int]]:
         yield f"offspring {2 * workers}", [f"search.evopress.offspring={2 * workers}"], count
     else:
         yield "", [], 18
-        ahead = -(-workers // 6)
+        ahead = -(-workers // 3) - 1
         yield f"ahead {ahead}", [f"search.ahead={ahead}"], count
         scores = ["search.ppo.surrogate=scores", f"search.batch={workers}", "search.ahead=1"]
         yield f"scores, batch {workers}, ahead 1", scores, count
@@ -283,12 +276,12 @@ def quality(out: Path, seeds: int, evaluations: int) -> None:
         settings = [f"budget.target={budget}", f"search.evaluations={evaluations}", "threads=1"]
         experiment: Experiment | None = None
         for seed in range(seeds):
-            for label, more in AHEAD.items():
-                path = out / f"quality-{name}-{evaluations}-{slug(label)}-{seed}.json"
+            for ahead in AHEAD:
+                path = out / f"quality-{name}-{evaluations}-{ahead}-{seed}.json"
                 if path.exists():
                     continue
                 experiment = experiment or prepare_experiment(load_config(name, settings))
-                config = load_config(name, [*settings, *more])
+                config = load_config(name, [*settings, f"search.ahead={ahead}"])
                 here = replace(experiment, config=config, evaluator=experiment.evaluator.fork())
                 kept(path, lambda e=here, s=seed: searched(e, "ppo", s) | {"ledger": []})  # type: ignore[misc]
 
@@ -299,6 +292,12 @@ def slug(label: str) -> str:
 
 def read(out: Path, pattern: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob(pattern))]
+
+
+def table_of(part: str, head: list[str], rows: list[list[str]]) -> str:
+    return (
+        markdown_table(head, rows) if rows else f"Not measured yet: `python docs/scripts/parallel.py {part}`."
+    )
 
 
 def speed_table(out: Path) -> str:
@@ -323,7 +322,7 @@ def speed_table(out: Path) -> str:
             ]
         )
     head = ["agent", "a candidate", "one process", "two workers", "ratio", "equal ledgers", "load"]
-    return markdown_table(head, rows)
+    return table_of("speed", head, rows)
 
 
 def many_table(out: Path) -> str:
@@ -337,47 +336,55 @@ def many_table(out: Path) -> str:
                 if path.exists():
                     general = label.replace(str(2 * workers), "2 a worker") if agent == "evopress" else label
                     if agent == "ppo":
-                        general = general.replace(f"ahead {-(-workers // 6)}", "ahead: workers / 6")
+                        general = general.replace(f"ahead {-(-workers // 3) - 1}", "ahead: workers / 3")
                         general = general.replace(f"batch {workers}", "batch: one a worker")
                     found = json.loads(path.read_text(encoding="utf-8"))
                     labels.setdefault(general or "as shipped", {})[workers] = found
         for label, found in labels.items():
             cells = [f"{found[w]['efficiency']:.0%}" if w in found else "" for w in MANY]
             rows.append([agent, label, f"{SLEEP[agent][0]:.0f} s", *cells])
-    return markdown_table(["agent", "settings", "a candidate", *(f"{w} workers" for w in MANY)], rows)
+    head = ["agent", "settings", "a candidate", *(f"{w} workers" for w in MANY)]
+    return table_of("many", head, rows)
 
 
-def quality_of(out: Path, evaluations: int) -> Iterator[tuple[str, str, list[float], list[float]]]:
-    """Workload, label, best scores by seed, and their differences to those without batches ahead."""
+def quality_of(out: Path, evaluations: int) -> Iterator[tuple[str, int, list[float], list[float]]]:
+    """Workload, batches ahead, best scores by seed, and their differences to those without batches ahead."""
     for name in QUALITY:
         base = [r["score"] for r in read(out, f"quality-{name}-{evaluations}-0-[0-9].json")]
-        for label in AHEAD:
-            found = [r["score"] for r in read(out, f"quality-{name}-{evaluations}-{slug(label)}-[0-9].json")]
+        for ahead in AHEAD:
+            found = [r["score"] for r in read(out, f"quality-{name}-{evaluations}-{ahead}-[0-9].json")]
             if found and len(found) == len(base):
-                yield name, label, found, [a - b for a, b in zip(found, base, strict=True)]
+                yield name, ahead, found, [a - b for a, b in zip(found, base, strict=True)]
 
 
 def quality_table(out: Path, evaluations: int) -> str:
     rows = []
-    for name, label, found, differences in quality_of(out, evaluations):
+    for name, ahead, found, differences in quality_of(out, evaluations):
         scores = ", ".join(f"{score:.4f}" for score in found)
-        against = "" if label == "0" else ", ".join(f"{d:+.4f}" for d in differences)
+        against = "" if ahead == 0 else ", ".join(f"{d:+.4f}" for d in differences)
         mean = statistics.mean(differences)
         rows.append(
-            [name, label, f"{statistics.mean(found):.4f}", scores, against, f"{mean:+.4f}" if against else ""]
+            [
+                name,
+                str(ahead),
+                f"{statistics.mean(found):.4f}",
+                scores,
+                against,
+                f"{mean:+.4f}" if against else "",
+            ]
         )
     head = ["workload", "`search.ahead`", "mean best score", "each seed", "against 0, by seed", "mean"]
-    return markdown_table(head, rows)
+    return table_of("quality", head, rows)
 
 
 def quality_note(out: Path, evaluations: int) -> str:
     """Where scores fall with batches ahead, in words."""
     parts = []
-    for name, label, found, differences in quality_of(out, evaluations):
-        if label != "0":
+    for name, ahead, found, differences in quality_of(out, evaluations):
+        if ahead:
             worse = sum(d < 0 for d in differences)
             verdict = "no worse on the mean" if statistics.mean(differences) >= 0 else "worse on the mean"
-            parts.append(f"{name}, {label}: {verdict} ({worse} of {len(found)} seeds below)")
+            parts.append(f"{name}, {ahead}: {verdict} ({worse} of {len(found)} seeds below)")
     return "; ".join(parts) + "." if parts else ""
 
 

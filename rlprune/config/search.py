@@ -285,8 +285,8 @@ class SearchConfig(Section):
     )
     ahead: int = setting(
         0,
-        "Surrogate mode: batches that are being scored while the next one is chosen, so that workers are never idle; "
-        "0 waits for each.",
+        "Surrogate mode: batches, half as large then, that are being scored while the next one is chosen, so that "
+        "workers are not idle; 0 waits for each.",
         low=0,
         high=1_000,
     )

@@ -101,6 +101,7 @@ class Crew:
         self._places: list[_Place] = []
         self._payloads: dict[int, object] = {}
         self._closing = False
+        self._failed_starts = 0
         self._thread: threading.Thread | None = None
 
     @property
@@ -221,10 +222,19 @@ class Crew:
         error = answer.exception()
         reply = Reply(error=error) if error is not None else unpacked(answer.result())
         if reply.error is None:
-            place.ready = True
+            place.ready, self._failed_starts = True, 0
         elif error is None:
             ours = isinstance(reply.error, RlpruneError)
             self._remove(place, one_line(reply.error, None) if ours else described(reply.error, None))
+        elif (
+            self._failed_starts < MOST_LOST - 1
+        ):  # it may have been the machine's fault: another one may begin
+            self._failed_starts += 1
+            logger.warning(
+                "a worker was lost before it began (%s); another one starts", self._why(place, error)
+            )
+            self._places.remove(place)
+            place.worker.end()
         else:
             self._remove(place, self._why(place, error))
 

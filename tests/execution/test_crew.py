@@ -207,8 +207,14 @@ def test_workers_that_cannot_begin_are_not_tried_for_ever() -> None:
     executor.close()
 
 
-def test_one_that_cannot_begin_leaves_the_work_to_the_others() -> None:
-    executor = Crew(Play(("begin", 1)), 2)
+def test_one_that_is_lost_before_it_begins_is_replaced() -> None:
+    executor = Crew(Play(("begin", 1), ("begin", 2)), 1)
+    assert executor.submit(operator.add, 1, 1).result(SECONDS) == 2
+    executor.close()
+
+
+def test_those_that_cannot_begin_leave_the_work_to_the_others() -> None:
+    executor = Crew(Play(*(("begin", i) for i in (1, 2, 3))), 2)
     assert [w.result(SECONDS) for w in [executor.submit(operator.add, i, 1) for i in range(5)]] == [
         1,
         2,

@@ -155,8 +155,9 @@ def test_ray_survives_the_death_of_a_worker_a_node_and_the_driver(
     if killed == "node":
         cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
-    if killed == "driver":
-        assert process.returncode == -signal.SIGKILL and rows_of(out) < rows_of(long), output
+    # The driver of a node that goes away ends with it.
+    if killed == "driver" or (killed == "node" and "Raylet is terminated" in output):
+        assert process.returncode != 0 and rows_of(out) < rows_of(long), output
         output, _ = (process := started([*arguments, "--resume"])).communicate(timeout=SECONDS)
     assert process.returncode == 0, output
     assert left(out) == left(long)

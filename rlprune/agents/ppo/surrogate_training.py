@@ -111,7 +111,9 @@ class SurrogateTrainer:
         """Evaluations between two fits."""
         asked = self.search.settings.batch
         most = [asked if model.batch is None else model.batch for model in self.models]
-        return min(asked, sum(most))
+        batch = min(asked, sum(most))
+        # With one half being scored while the other is chosen, a plan is chosen with as few unknown as in a whole one.
+        return -(-batch // 2) if self.search.settings.ahead else batch
 
     @property
     def steps(self) -> int:
