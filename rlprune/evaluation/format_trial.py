@@ -157,6 +157,7 @@ def trial_key(
         *(space.fingerprint, [group.name for group in space.groups]),
         *([repr(each) for each in formats], [repr(each) for each in settings]),
         *(torch.__version__, workload.device.type, torch.backends.cpu.get_cpu_capability()),
+        *(FASTER, AGREEMENT, PLANS, SAMPLES, MACS),
     ]
     return settings_key(about)[:24]
 
