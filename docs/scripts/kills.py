@@ -419,6 +419,8 @@ What a kill leaves at a moment is the disk as it is then: one run is copied at a
 
 {table}
 
+A row of which not all moments are tried is not finished; the same command goes on there.
+
 Moments by what happens in them: {kinds}.
 
 What is saved does not depend on the process either: `tests/integration/test_reproducible.py` runs `train`, `apply`,
