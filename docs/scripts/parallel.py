@@ -200,10 +200,11 @@ class Sleepers:
     name = "sleepers"
 
     def __init__(self, workers: int, seconds: float) -> None:
-        self.workers, self.seconds = workers, seconds
+        self.workers, self.seconds, self.asked = workers, seconds, 0
         self._pool, self._lock = ThreadPoolExecutor(workers), threading.Lock()
 
     def submit(self, work: Callable[..., Any], *arguments: object) -> Future[Any]:
+        self.asked += 1
         plain = [a.value if isinstance(a, Shared) else a for a in arguments]
         return self._pool.submit(self._run, work, plain)
 
@@ -260,12 +261,12 @@ def asleep(experiment: Experiment, config: Any, agent: str, workers: int, second
     names = here.start_rules()
     for name in names:  # every search has these; they cost nothing here
         here.evaluator.evaluate(here.rule_widths(name))
-    known = len({tuple(here.rule_widths(name)) for name in names})
     executor = Sleepers(workers, seconds)
     here.evaluator.use_workers(workers_of(here.evaluator, executor))
+    executor.asked = 0
     found = searched(here, agent)
     executor.close()
-    slept = seconds * (found["evaluations"] - known)
+    slept = seconds * executor.asked
     found |= {"efficiency": slept / workers / found["seconds"], "workers": workers, "ledger": []}
     return found
 
