@@ -3,7 +3,7 @@
     python docs/scripts/memory.py --model FILE.gguf --valid TEXT --test TEXT --out runs/memory --doc docs/memory.md
 
 Every measurement runs in a process of its own, on one thread, and leaves a file in --out; what is there is not measured
-again. Peaks are the resident set's high-water mark above what the process takes after the imports.
+again. Peaks are those of anonymous memory above what the process takes after the imports.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import json
 import resource
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,12 +64,32 @@ class Noise(Workload):
             yield ids, ids
 
 
-def resident(field: str) -> float:
-    """VmRSS or VmHWM (high-water mark) of this process in MiB."""
+class Peak:
+    """The most anonymous memory of this process since `restart`, looked at every few milliseconds.
+
+    The high-water mark of the resident set would count the pages of libraries too, which the system takes back when
+    other programs need memory.
+    """
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def restart(self) -> None:
+        self.value = anonymous()
+
+    def _look(self) -> None:
+        while True:
+            self.value = max(self.value, anonymous())
+            time.sleep(0.004)
+
+
+def anonymous() -> float:
+    """Resident memory of this process that belongs to no file, in MiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
+        if line.startswith("RssAnon:"):
             return int(line.split()[1]) / 1024
-    raise RuntimeError(f"{field} is not in /proc/self/status")
+    raise RuntimeError("RssAnon is not in /proc/self/status")
 
 
 def smol(args: argparse.Namespace, importance: str) -> Config:
@@ -110,18 +132,18 @@ def measured(args: argparse.Namespace, what: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     for name in (*IMPORTED, "rlprune.agents", "rlprune.rules", "rlprune.language.build"):
         importlib.import_module(name)
-    base = resident("VmRSS")
+    base, peak = anonymous(), Peak()
     workload = None
     if what == "1B":
         config, workload = billion()
     else:
         config = smol(args, what.partition(" ")[2])
     experiment = prepare_experiment(config, workload=workload)
-    facts: dict[str, Any] = {"imports": base, "prepare": resident("VmHWM") - base}
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    facts: dict[str, Any] = {"imports": base, "prepare": peak.value - base}
+    peak.restart()
     search(experiment, 6 if what == "1B" else args.evaluations)
-    facts["search"] = resident("VmHWM") - base
-    facts["whole process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    facts["search"] = peak.value - base
+    facts["whole process, resident"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     model = experiment.workload.model
     first = next(model.parameters())
     facts["weights"] = sum(p.numel() * p.element_size() for p in model.parameters()) / MIB
@@ -218,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(measured(args, args.measure)))
         return
     facts = {}
-    for what in ("SmolLM2-135M obs_fisher", "SmolLM2-135M wanda_sp", "1B"):
+    for what in ("SmolLM2-135M wanda_sp", "SmolLM2-135M obs_fisher", "1B"):
         file = args.out / f"{what.replace(' ', '-')}.json"
         if not file.exists():
             words = [
