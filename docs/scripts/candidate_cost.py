@@ -310,7 +310,7 @@ Where the time went:
 
 Ranks of {plans} random plans at half of the MACs, scored in float32 and in bfloat16 on the same images. The largest
 change is that of a score, the mean change apart, over the standard deviation of the scores. `score.dtype: auto` asks
-for 1.3 times the speed and for Spearman 0.99 in a trial of 12 plans on 112 images.
+for 1.3 times the speed and for Spearman 0.99 in a trial of 12 plans on 112 images or more.
 
 {ranks}
 
