@@ -177,7 +177,8 @@ def _convolution(
     if counts:
         known = {outs: gives, ins: takes}
         rest = math.prod(n for d, n in enumerate(weight.shape) if known.get(d) is None)
-        places = math.prod((x if transposed else out).shape[2:])
+        # What a model makes one sample into, frames or regions, counts; x is (N, C, *places).
+        places = math.prod((x if transposed else out).shape[2:]) * x.shape[0] / flow.batch
         flow.multiply(origin, float(places * rest), [row for row in (gives, takes) if row is not None])
     name = None if origin is None else origin[0]
     if name is not None and read is not None:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 import rlprune
 from rlprune.errors import GraphError
 from rlprune.pruning import PruningSpace
+from rlprune.pruning.cost_terms import OUTSIDE
 from rlprune.pruning.plan import Plan
+from rlprune.tracing import count_macs
 from rlprune.tracing.proof import Proof
 
 
@@ -326,3 +328,26 @@ def test_costs_may_depend_on_what_a_model_finds() -> None:
     assert names(rlprune.trace(Finder(), x)) == ["body", "head"]
     space = rlprune.trace(Finder(honest=False), x)
     assert "its macs do not follow the formula" in space.protected["head"]
+
+
+class Frames(nn.Module):
+    """Folds the frames of a film into the batch: its convolutions see more samples than it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2)
+        self.up, self.head = nn.ConvTranspose2d(8, 6, 2), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t = x.shape[:2]
+        x = self.up(torch.relu(self.second(torch.relu(self.first(x.flatten(0, 1))))))
+        return self.head(x.mean(dim=(2, 3)).reshape(n, t, -1).mean(dim=1))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_frames_count_for_the_sample_that_they_are_of(batch: int) -> None:
+    x = torch.randn(batch, 5, 3, 8, 8)
+    space = rlprune.trace(Frames(), x)
+    assert names(space) == ["first", "second", "up"]
+    assert space.dense_cost("macs") == count_macs(Frames(), x)
+    assert not [part for part in space.protected_shares("macs") if part.name == OUTSIDE]
