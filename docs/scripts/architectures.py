@@ -40,10 +40,9 @@ from torch import Tensor, nn
 
 import rlprune
 from rlprune import masked
-from rlprune.pruning.cost_terms import NarrowSpaceWarning, layer_ratios
+from rlprune.pruning import NarrowSpaceWarning, layer_ratios
 from rlprune.report import markdown_table
-from rlprune.tracing import UnusedModuleWarning, count_macs
-from rlprune.tracing.counting import macs_of_layers, wrong_layer
+from rlprune.tracing import UnusedModuleWarning, count_macs, macs_of_layers, wrong_layer
 from rlprune.utils import call, tensors, to_double
 from rlprune.vision import base_of, build_model, example_for
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..utils.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .cost_terms import NarrowSpaceWarning, ProtectedShare
+    from .cost_terms import NarrowSpaceWarning, ProtectedShare, layer_ratios
     from .plan import Plan, make_plan
     from .space import Group, PruningSpace
     from .surgery import masked, prune
@@ -23,6 +23,7 @@ __getattr__, __dir__ = lazy_names(
         "Plan": "plan",
         "ProtectedShare": "cost_terms",
         "PruningSpace": "space",
+        "layer_ratios": "cost_terms",
         "make_plan": "plan",
         "masked": "surgery",
         "prune": "surgery",
@@ -35,6 +36,7 @@ __all__ = [
     "Plan",
     "ProtectedShare",
     "PruningSpace",
+    "layer_ratios",
     "make_plan",
     "masked",
     "prune",

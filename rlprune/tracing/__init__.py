@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..utils.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .counting import macs_of_layers, wrong_layer
     from .trace import BranchWarning, TraceOptions, UnusedModuleWarning, count_macs
 
 __getattr__, __dir__ = lazy_names(
@@ -19,6 +20,8 @@ __getattr__, __dir__ = lazy_names(
         "TraceOptions": "trace",
         "UnusedModuleWarning": "trace",
         "count_macs": "trace",
+        "macs_of_layers": "counting",
+        "wrong_layer": "counting",
     },
 )
 
@@ -27,4 +30,6 @@ __all__ = [
     "TraceOptions",
     "UnusedModuleWarning",
     "count_macs",
+    "macs_of_layers",
+    "wrong_layer",
 ]
