@@ -389,8 +389,18 @@ def summary(results: Mapping[str, str]) -> str:
     return "\n".join([line("all", list(results)), *(line(label, names) for label, names in groups.items())])
 
 
-def page(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """The page for all models of the list; those without facts are named as not run."""
+def age(found: Mapping[str, object], current: Mapping[str, object]) -> str:
+    """How many lines were made by the code as it stands."""
+    if len(current) >= len(found):
+        return "All lines were made by the code as it stands."
+    return (
+        f"{len(current)} of the {len(found)} lines were made by the code as it stands, the others before its last "
+        "change to tracing, pruning, models or files (the cache file says which)."
+    )
+
+
+def page(found: Mapping[str, Mapping[str, Any]], current: Mapping[str, object]) -> str:
+    """The page for all models of the list; those without facts are named as not run, and how old the lines are."""
     every = {name: found.get(name, {}) for name in ARCHITECTURES}
     times = sorted(facts["seconds"] for facts in every.values() if "seconds" in facts)
     middle = times[len(times) // 2] if times else 0.0
@@ -400,14 +410,14 @@ def page(found: Mapping[str, Mapping[str, Any]]) -> str:
         reasons="\n".join(said for name, facts in every.items() if (said := reason(name, facts))) or "- none",
         exact=EXACT, narrow=f"{NARROW:.0%}", left=f"{LEFT:.0%}", limit=f"{TRACE_SECONDS:g}", samples=SAMPLES,
         times=f"{middle:.1f} s in the middle, {times[-1] if times else 0.0:.1f} s at most",
-        torch=torch.__version__, python=platform.python_version(),
+        torch=torch.__version__, python=platform.python_version(), age=age(found, current),
     )  # fmt: skip
 
 
 PAGE = """# Architectures
 
 Written by `python docs/scripts/architectures.py` (torch {torch}, Python {python}, one CPU thread, random weights,
-float64) from the list `docs/scripts/architectures.yaml`.
+float64) from the list `docs/scripts/architectures.yaml`. {age}
 
 {summary}
 
@@ -472,7 +482,8 @@ def main() -> int:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     found = known(arguments.cache, None if arguments.page or arguments.only else mark)
-    (DOCS / "architectures.md").write_text(page(found), encoding="utf-8")
+    current = known(arguments.cache, mark)
+    (DOCS / "architectures.md").write_text(page(found, current), encoding="utf-8")
     return 0
 
 
