@@ -300,7 +300,7 @@ Where the time went:
 
 - glibc maps every block above 32 MiB anew and the system clears its pages; now the process keeps them
   (`keep_large_blocks`), so that plain forwards are faster too. That takes memory: see the peaks (of today's process,
-  which holds two evaluators). With `MALLOC_TRIM_THRESHOLD_=134217728` in the environment it is as it was.
+  which holds two evaluators). With any `MALLOC_` variable in the environment glibc's settings are left alone.
 - Convolutions' weights lie channels last.
 - Batch norms are folded into convolutions for the judge, in float32.
 - All plans of a ranking share one factor of the closed form (`rlprune/recovery/prefixes.py`).
