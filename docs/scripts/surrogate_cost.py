@@ -132,7 +132,7 @@ def whole(groups: int, known: int) -> dict[str, float]:
 
 
 def search(budget: str, seed: int) -> dict[str, float]:
-    """PPO on digits with a dense model, a split and a seed of its own, as `rlprune benchmark --checkpoints` has them."""
+    """PPO on digits with a dense model, a split and a seed of its own, as `rlprune benchmark --checkpoints`."""
     shipped = load_config("digits")
     seeds = [f"model.seed={shipped.model.seed + seed}", f"data.seed={shipped.data.seed + seed}"]
     settings = [f"budget.target={budget}", f"search.evaluations={EVALUATIONS}", "threads=1", *seeds]
