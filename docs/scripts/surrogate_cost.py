@@ -132,11 +132,11 @@ def whole(groups: int, known: int) -> dict[str, float]:
 
 
 def search(budget: str, seed: int) -> dict[str, float]:
-    """PPO on digits with a dense model and a seed of its own."""
-    config = load_config(
-        "digits", [f"budget.target={budget}", f"search.evaluations={EVALUATIONS}", "threads=1"]
-    )
-    experiment = prepare_experiment(config, model_seed=config.model.seed + seed)
+    """PPO on digits with a dense model, a split and a seed of its own, as `rlprune benchmark --checkpoints`."""
+    shipped = load_config("digits")
+    seeds = [f"model.seed={shipped.model.seed + seed}", f"data.seed={shipped.data.seed + seed}"]
+    settings = [f"budget.target={budget}", f"search.evaluations={EVALUATIONS}", "threads=1", *seeds]
+    experiment = prepare_experiment(load_config("digits", settings))
     start = time.process_time()
     outcome = run_agent("ppo", [experiment], EvaluationLog(), seed=seed)
     return {
