@@ -37,10 +37,7 @@ DOCS = Path(__file__).resolve().parents[1]
 MODELS = ("mobilenet_v2", "resnet50")
 # In the proportion of the shipped config image_folder_mobilenet_v2 (512 to 2,000).
 # A ResNet-50 takes its time: with half of the images, what a candidate costs beside its passes counts twice.
-IMAGES = {
-    "mobilenet_v2": {"calibration": 100, "validation": 400},
-    "resnet50": {"calibration": 50, "validation": 200},
-}
+IMAGES = {"calibration": 100, "validation": 400}
 BATCH = 64
 PLANS = 24
 
@@ -51,7 +48,7 @@ class Noise(rlprune.Workload):
     def __init__(self, name: str, pixels: int = 224, images: dict[str, int] | None = None) -> None:
         torch.manual_seed(0)
         self.known: rlprune.workloads.Judge | None = None
-        self.counts = images or IMAGES[name]
+        self.counts = images or IMAGES
         self.model = build_model(name, classes=1000).eval()
         self.example_inputs = torch.randn(1, 3, pixels, pixels)
         self.images = torch.randn(max(self.counts.values()), 3, pixels, pixels)
@@ -289,7 +286,7 @@ on both cores. Seconds are those of the processor; a ratio is the median of the 
 MACs, both sides in one call, in turns, each in a process of its own.
 
 A candidate is built, repaired (`reconstruct`, `bn`) and scored (`kl`) on 100 calibration and 400 validation images of
-224 x 224 pixels in batches of 64, those of ResNet-50 on half as many, so that what is no pass counts twice there. A
+224 x 224 pixels in batches of 64. A
 plain forward is inference of the same cut model over the same images, in the same format and layout, batch norms not
 folded. What is made once for a checkpoint (trace, importances, Gram matrices, their factors, the dense model's
 outputs) is in neither.
