@@ -42,6 +42,18 @@ def test_a_missing_inside_is_named() -> None:
         inside("torch", "x.py", "torch.nn", "_Nothing")
 
 
+def test_lokys_limit_on_the_memory_of_a_worker_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlprune.execution.loky_internals import keep_this_worker
+
+    module = "joblib.externals.loky.process_executor"
+    limit = inside("joblib", "execution/loky_internals.py", module, "_MAX_MEMORY_LEAK_SIZE")
+    process_executor = importlib.import_module(module)
+    assert "_MAX_MEMORY_LEAK_SIZE" in inspect.getsource(process_executor._process_worker)
+    monkeypatch.setattr(process_executor, "_MAX_MEMORY_LEAK_SIZE", limit)
+    keep_this_worker()
+    assert limit < process_executor._MAX_MEMORY_LEAK_SIZE
+
+
 class TestStableBaselines3:
     holder = "agents/sb3_internals.py"
 

@@ -227,6 +227,7 @@ OF_LIBRARIES = {
 }  # fmt: skip
 INTERNALS = (
     "agents.sb3_internals",
+    "execution.loky_internals",
     "utils.torch_internals",
     "language.transformers_internals",
 )

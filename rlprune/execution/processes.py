@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from joblib.externals.loky import ProcessPoolExecutor
 
 from . import worker
+from .loky_internals import keep_this_worker
 
 
 class ProcessWorker:
@@ -19,7 +20,7 @@ class ProcessWorker:
         self._pool = ProcessPoolExecutor(max_workers=1, env=environment)
 
     def begin(self, message: bytes) -> Future[bytes]:
-        return self._submit(worker.begin, message)
+        return self._submit(_begin, message)
 
     def work(self, message: bytes, payloads: Sequence[object]) -> Future[bytes]:
         return self._submit(worker.work, message, *payloads)
@@ -38,6 +39,11 @@ class ProcessWorker:
                 more = " (out of memory?)" if code.name == "SIGKILL" else ""
                 return f"its process was ended by {code.name}{more}"
         return f"its process ended ({type(error).__name__})"
+
+
+def _begin(message: bytes) -> bytes:
+    keep_this_worker()
+    return worker.begin(message)
 
 
 class ProcessEngine:

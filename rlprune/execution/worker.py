@@ -21,6 +21,7 @@ from .base import Preparation, Shared
 
 _KEPT: dict[int, object] = {}
 _WATCH_SECONDS = 0.5
+_FORGOT = 70
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,10 @@ def work(message: bytes, *payloads: bytes) -> bytes:
             del _KEPT[number]
         for number, payload in zip(new, payloads, strict=True):
             _KEPT[number] = cloudpickle.loads(payload)
+        if any(number not in _KEPT for number in kept):
+            os._exit(
+                _FORGOT
+            )  # a fresh process in the place of one that was told: it counts as lost, and is told anew
         function, arguments = cloudpickle.loads(content)
         filled = [_KEPT[a.number] if isinstance(a, Reference) else a for a in arguments]
         return _packed(Reply(function(*filled)))

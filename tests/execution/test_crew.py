@@ -57,6 +57,26 @@ def die_once(mark: Path) -> str:
     return "done"
 
 
+_HELD: list[bytes] = []
+
+
+def hold(value: dict[str, int]) -> int:
+    """Memory that grows, as that of a worker does that is given a model."""
+    _HELD.append(b"x" * 400_000_000)
+    time.sleep(1.2)  # loky looks once a second
+    return os.getpid() + 0 * value["a"]
+
+
+def forget_all(value: dict[str, int]) -> int:
+    """What a process knows that has just been put in the place of another one."""
+    worker._KEPT.clear()
+    return os.getpid()
+
+
+def pid_of(value: dict[str, int]) -> int:
+    return os.getpid() + 0 * value["a"]
+
+
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -285,3 +305,25 @@ def test_no_such_cluster_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"execution.address: no Ray cluster at '127.0.0.1:1'") as error:
         make_executor(settings("execution.engine=ray", "execution.address=127.0.0.1:1"))
     assert "\n" not in str(error.value)
+
+
+def test_a_worker_whose_memory_grows_stays() -> None:
+    with_one = make_executor(settings("execution.workers=1"))
+    assert isinstance(with_one, Crew)
+    try:
+        shared = Shared({"a": 1})
+        pids = [with_one.submit(hold, shared).result(SECONDS) for _ in range(4)]
+        assert len(set(pids)) == 1
+    finally:
+        with_one.close()
+
+
+def test_a_worker_that_knows_nothing_counts_as_lost_and_is_told_anew() -> None:
+    with_one = make_executor(settings("execution.workers=1"))
+    assert isinstance(with_one, Crew)
+    try:
+        shared = Shared({"a": 1})
+        first = with_one.submit(forget_all, shared).result(SECONDS)
+        assert with_one.submit(pid_of, shared).result(SECONDS) != first
+    finally:
+        with_one.close()
