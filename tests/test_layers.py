@@ -193,7 +193,7 @@ def insides(tree: ast.AST) -> Iterator[str]:
         "torch_pruning",
         "tp",
     }
-    libraries |= {"transformers", "peft", "accelerate"}
+    libraries |= {"transformers", "peft", "accelerate", "joblib", "loky", "process_executor"}
     private = re.compile(r"(^|\.)_[a-z]\w*(\.|$)", re.I)
     own = {
         ast.unparse(n)
