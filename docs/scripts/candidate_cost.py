@@ -1,7 +1,7 @@
 """What a candidate of a model of images costs beside a plain forward pass, and which format ranks plans alike.
 
-    git worktree add /tmp/before f31af48
-    python docs/scripts/candidate_cost.py --before /tmp/before --cifar cifar10-jpeg --checkpoint FILE
+    git worktree add ../before f31af48
+    python docs/scripts/candidate_cost.py --before ../before --cifar cifar10-jpeg --checkpoint FILE
 
 Both sides run in one call, in turns, each in a process of its own; seconds are those of the processor, so that other
 programs count for little. What has been measured is kept in --state, and the same command goes on from there.

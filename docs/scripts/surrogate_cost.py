@@ -1,7 +1,7 @@
 """What the model of the score costs a search, before and after -> docs/surrogate-cost.md.
 
-    git worktree add /tmp/before f31af48
-    python docs/scripts/surrogate_cost.py --before /tmp/before [--only costs whole searches] [--write]
+    git worktree add ../before f31af48
+    python docs/scripts/surrogate_cost.py --before ../before [--only costs whole searches] [--write]
 
 Every measurement is a process of its own and is kept in --out, so that a stopped run goes on; the two versions take
 turns. Seconds are the processor's, of one thread. Three things are measured:
@@ -46,8 +46,6 @@ from rlprune.utils import hardware
 
 DOCS = Path(__file__).resolve().parents[1]
 COSTS = ((12, 300), (54, 300), (120, 300), (120, 1000), (300, 1000))
-# What issue 16 measured of the version before, whole batches: seconds an evaluation.
-ISSUE = {(12, 300): 0.29, (54, 300): 2.3, (120, 300): 4.9, (120, 1000): 13.0, (300, 1000): 35.0}
 WANTED = {(120, 300): 0.5, (300, 1000): 2.0}
 WHOLE = ((12, 300), (120, 300), (300, 1000))
 BUDGETS, SEEDS, EVALUATIONS = ("0.5", "0.3"), 5, 300
@@ -195,7 +193,6 @@ def costs_table(arguments: argparse.Namespace) -> str:
         lines.append(
             [
                 *map(str, cell),
-                f"{ISSUE[cell]:g}",
                 per_evaluation(before, "fit", "predict"),
                 per_evaluation(after, "fit"),
                 per_evaluation(after, "predict"),
@@ -204,7 +201,7 @@ def costs_table(arguments: argparse.Namespace) -> str:
                 wanted,
             ]
         )
-    heads = ["G", "N", "issue, whole", "before", "fit", "predictions", "after", "times faster", "at most"]
+    heads = ["G", "N", "before", "fit", "predictions", "after", "times faster", "at most"]
     return markdown_table(heads, lines)
 
 

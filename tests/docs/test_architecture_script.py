@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from helpers.pages import DOCS
+from helpers.scripts import load_script
 from rlprune.vision import base_of
 
-
-def _script() -> ModuleType:
-    path = DOCS / "scripts" / "architectures.py"
-    spec = importlib.util.spec_from_file_location("docs_architecture_page", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-script = _script()
+script = load_script("architectures")
 
 GOOD: dict[str, Any] = {
     "input": "1x3x64x64", "seconds": 1.0, "groups": 3, "protected": 1, "left": [],

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
 import sys
 import tomllib
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ import yaml
 
 import rlprune
 from helpers.pages import EACH_PAGE, blocks, command_lines
+from helpers.scripts import load_script
 from helpers.synthetic import FakeEvaluator
 from rlprune.cli import main as cli
 from rlprune.config.config import RENAMED, Config, settings_reference, shipped_configs
@@ -30,20 +29,6 @@ DOCS = Path(__file__).parent.parent.parent / "docs"
 SCRIPTS = sorted((DOCS / "scripts").glob("*.py"))
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(DOCS / "scripts"))  # as Python does for a script: its siblings are importable
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(DOCS / "scripts"))
-    return module
-
-
 @pytest.mark.parametrize(
     "script", [p for p in SCRIPTS if "def main(" in p.read_text()], ids=lambda path: path.stem
 )
@@ -52,7 +37,7 @@ def test_every_script_starts(
 ) -> None:
     monkeypatch.setattr(sys, "argv", [script.name, "--help"])
     with pytest.raises(SystemExit) as ended:
-        load(script.stem).main()
+        load_script(script.stem).main()
     assert ended.value.code == 0
     assert "usage:" in capsys.readouterr().out
 
@@ -64,7 +49,7 @@ def test_the_index_names_every_script_and_document() -> None:
 
 
 def test_the_budget_curve_of_several_seeds_is_that_of_their_means() -> None:
-    script = load("budget_curve")
+    script = load_script("budget_curve")
     own, policy = "a search of its own", "policy"
     seeds = [
         [
@@ -80,7 +65,7 @@ def test_the_budget_curve_of_several_seeds_is_that_of_their_means() -> None:
 
 
 def test_the_share_of_a_gain_is_relative_to_the_best_rule() -> None:
-    transfer = load("transfer")
+    transfer = load_script("transfer")
     scores = {"uniform": -3.0, "best rule": -2.0, "policy": -1.5, "full search": -1.0}
     found = {name: transfer.Way((1, 2), score, 2 * score, 0.5) for name, score in scores.items()}
     assert [transfer.share([found], way, "score") for way in found] == [-1.0, 0.0, 0.5, 1.0]
@@ -96,7 +81,7 @@ def test_the_share_of_a_gain_is_relative_to_the_best_rule() -> None:
 
 
 def test_a_view_hides_columns_and_adds_probes() -> None:
-    script = load("features")
+    script = load_script("features")
     columns = {name: i for i, name in enumerate(script.FEATURES)}
 
     def seen(name: str) -> np.ndarray:
@@ -114,7 +99,7 @@ def test_a_view_hides_columns_and_adds_probes() -> None:
 
 
 def test_a_way_that_is_on_record_is_not_measured_again(tmp_path: Path) -> None:
-    transfer = load("transfer")
+    transfer = load_script("transfer")
     record, asked = tmp_path / "ways-7.json", []
 
     def way(name: str, score: float) -> transfer.Way:
@@ -130,7 +115,7 @@ def test_a_way_that_is_on_record_is_not_measured_again(tmp_path: Path) -> None:
 
 
 def test_the_summary_of_places_leaves_out_what_a_place_has_not() -> None:
-    script = load("transfer_elsewhere")
+    script = load_script("transfer_elsewhere")
 
     def result(**scores: float) -> dict[str, dict[str, object]]:
         names = {
@@ -154,7 +139,7 @@ def test_the_summary_of_places_leaves_out_what_a_place_has_not() -> None:
 
 
 def test_the_fidelity_page_says_what_is_open_and_what_is_below_the_best() -> None:
-    script = load("fidelity")
+    script = load_script("fidelity")
     row = {"recovery": "bn", "used": True, "spearman": 0.3, "low": 0.1, "high": 0.5, "difference": -0.5}
     row |= {
         "difference_low": -0.8,

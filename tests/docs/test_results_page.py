@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shlex
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 
 from helpers.run_fixture import write_run
+from helpers.scripts import load_script
 from rlprune.benchmarks.benchmark import summarise
 from rlprune.config.config import load_config
 
@@ -22,12 +21,7 @@ PNG = b"\x89PNG"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("results_script", DOCS / "scripts" / "results.py")
-    assert spec is not None and spec.loader is not None
-    # Dataclasses look their module up.
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("results")
 
 
 def test_few_seeds_or_evaluations_leave_a_workload_open(script: ModuleType) -> None:

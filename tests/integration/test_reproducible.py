@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from helpers.scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 DIGITS = (
@@ -44,13 +45,7 @@ for words in {COMMANDS!r}:
 @pytest.fixture(scope="module")
 def kills() -> ModuleType:
     """docs/scripts/kills.py, which knows what a clock says in each file."""
-    spec = importlib.util.spec_from_file_location("docs_kills", ROOT / "docs" / "scripts" / "kills.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("kills")
 
 
 def test_two_processes_write_the_same_bytes(tmp_path: Path, kills: ModuleType) -> None:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 import torch
 
 import rlprune
+from helpers.scripts import load_script
 
-SCRIPT = Path(__file__).parent.parent.parent / "docs" / "scripts" / "architectures.py"
 FAST = (
     *(
         "cifar_resnet20",
@@ -32,17 +27,7 @@ SLOW = (
 )
 
 
-def _script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_architectures", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-script = _script()
+script = load_script("architectures")
 
 
 def _check(name: str) -> None:
