@@ -7,7 +7,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -16,61 +15,31 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ..config.config import RecoveryConfig, ScoreConfig
-from ..errors import BudgetError, ConfigError
-from ..importance.calibration_cache import CURVES, CalibrationCache
-from ..importance.importance import find_importance
-from ..importance.unit_scores import Scores
+from ..errors import ConfigError
+from ..importance.calibration_cache import CURVES
 from ..pruning.budget import BudgetLike
-from ..pruning.history import History, PlanLike, as_history, final_widths
+from ..pruning.history import History, PlanLike, as_history
 from ..pruning.plan import Plan, make_plan
 from ..pruning.space import PruningSpace
-from ..pruning.surgery import prune
-from ..recovery.folding import Pair, fold, foldable_pairs
 from ..rules.context import Context
 from ..tracing.trace import TraceOptions
 from ..utils.arrays import Floats, Ints
-from ..utils.modes import evaluating
 from ..utils.timing import quiet_clock
 from ..workloads.base import Workload
-from ..workloads.judge import Judge, Judgement
+from ..workloads.judge import Judgement
 from ..workloads.scoring_format import ScoringFormat
+from .builder import Builder
 from .candidate import Candidate
 from .checks import ENOUGH, check_whole, equal_scores
 from .format_trial import FormatTrial, kept_trial, trial_key, trial_samples, try_format
+from .judging import Judging
 from .logit_cache import LogitCache
 from .parallel import Ahead, Answer, Asked, Key, Workers
 from .recovery import Recovery
+from .unlabelled import Rows, unlabelled
 
 Probes = TypeVar("Probes")
 Build = Callable[[PlanLike], nn.Module]
-UNLABELLED = {"calibration": 256, "train": 768}
-"""Images of each split that plans are compared on without labels."""
-
-
-@dataclass
-class _Stage:
-    """A model after some stages of incremental pruning, the matrices that its candidates share, and what is folded."""
-
-    model: nn.Module
-    plan: Plan | None
-    space: PruningSpace
-    importance: Scores
-    recovery: Recovery
-    shared: dict[str, Tensor] = field(default_factory=dict)
-    foldable: list[Pair] | None = None
-
-
-class _Rows(nn.Module):
-    """A model that returns its rows of logits."""
-
-    def __init__(self, model: nn.Module, workload: Workload) -> None:
-        super().__init__()
-        self._model, self._workload = model, workload
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        found = self._workload.logit_rows(self._model, inputs)
-        assert found is not None
-        return found
 
 
 class Evaluator:
@@ -105,27 +74,21 @@ class Evaluator:
         self.score_settings = score or ScoreConfig()
         self.seed = seed
         check_whole(workload, self.score_settings)
-        self._recovery_settings = recovery or RecoveryConfig()
-        self._importance_name = importance if isinstance(importance, str) else None
         self.adapter.keep_memory()
         self._formats = self.adapter.scoring_formats(workload, space, self.score_settings.dtype)
         self._format = self._formats[-1]
         self.format_trial: FormatTrial | None = None
-        self._judges = {False: self._new_judge(self.score_settings.samples)}
+        self._judging = Judging(workload, self.score_settings)
         self._logit_probes: dict[float, object] = {}
         self._logit_cache: LogitCache | None = None
-        given = None if isinstance(importance, str) else [np.asarray(s, dtype=np.float64) for s in importance]
-        # What importances and rules measure once, for all contexts.
-        self.calibration = self._calibration(workload.model, self.space)
-        self.importance, recover = self._prepared(self.calibration, given)
-        self._dense_stage = _Stage(workload.model, None, self.space, self.importance, recover)
+        self._builder = Builder(workload, space, importance, recovery or RecoveryConfig(), seed)
+        self.calibration, self.importance = self._builder.calibration, self._builder.dense.importance
         # What has been scored for this evaluator's forks, by plan, split (whole or not) and samples.
         self._bank: dict[Key, Candidate] = {}
         self._memo: dict[History, Candidate] = {}
         self._full: dict[History, Candidate] = {}
         self._partial: dict[tuple[History, int], Candidate] = {}
         self._begun: dict[History, list[Judgement]] = {}
-        self._last: dict[History, _Stage] = {}
         self._ahead: Ahead | None = None
         self.reused = 0.0
         self._prepared_names = self.calibration.names
@@ -139,7 +102,8 @@ class Evaluator:
         not depend on who came before, and ``has_measured`` only what the preparation has measured.
         """
         other = copy.copy(self)
-        other._memo, other._full, other._partial, other._begun, other._last = {}, {}, {}, {}, {}
+        other._memo, other._full, other._partial, other._begun = {}, {}, {}, {}
+        other._builder = self._builder.fork()
         other._logit_probes, other._logit_cache = {}, None
         other._ahead = None if self._ahead is None else self._ahead.fork()
         other.reused = 0.0
@@ -198,39 +162,6 @@ class Evaluator:
             None if cache is None or asked.full else cache.take(asked.history),
         )
 
-    def _new_judge(self, limit: int | None) -> Judge:
-        settings = self.score_settings
-        return self.workload.judge(settings.kind, limit, top_k=settings.top_k)
-
-    def _calibration(self, model: nn.Module, space: PruningSpace) -> CalibrationCache:
-        settings = self._recovery_settings
-        return self.adapter.calibration(
-            self.workload,
-            space,
-            model,
-            seed=self.seed,
-            ridge=settings.ridge,
-            recovery_limit=settings.samples,
-            recovery=settings,
-        )
-
-    def _prepared(self, calibration: CalibrationCache, given: Scores | None) -> tuple[Scores, Recovery]:
-        """Unit scores (computed unless ``given``) and the recovery of a model; what is measured serves both."""
-        if given is None:
-            assert self._importance_name is not None
-            found = find_importance(self._importance_name).function(calibration)
-            given = [np.asarray(s, dtype=np.float64) for s in found]
-        recovery = Recovery(
-            self.workload,
-            calibration.space,
-            self._recovery_settings,
-            calibration.model,
-            importance=given,
-            calibration=calibration,
-        )
-        self.adapter.release_memory()
-        return given, recovery
-
     @property
     def dense(self) -> Candidate:
         """The dense model under the same recovery."""
@@ -281,14 +212,12 @@ class Evaluator:
     @property
     def samples(self) -> int:
         """Validation samples (images, sequences) that a whole score in the search reads."""
-        size = int(self.workload.size("validation"))
-        return size if self.score_settings.samples is None else min(self.score_settings.samples, size)
+        return self._judging.samples
 
     @property
     def rungs(self) -> tuple[int, ...]:
         """Sample counts at which successive halving may drop a candidate, rising, all below ``samples``."""
-        rungs = self.score_settings.rungs
-        return tuple(r for r in sorted(set(rungs)) if r < self.samples) if rungs else ()
+        return self._judging.rungs
 
     def evaluate_full(self, widths: PlanLike) -> Candidate:
         """Score on the whole validation split (the search may look at its first images only)."""
@@ -315,11 +244,11 @@ class Evaluator:
         ``scoring``: as a candidate is scored, not for keeps: where there is a scoring format, the model is in it and
         shares what no plan cuts.
         """
-        return self._built(as_history(widths), self._format if scoring else None)[0]
+        return self._builder(as_history(widths), self._format if scoring else None)[0]
 
     def staged_plan(self, history: PlanLike, origin: Mapping[str, object] | None = None) -> Plan:
         """The plan, in units of the dense model, that a history of stages ends in."""
-        plan = self._built(as_history(history))[1]
+        plan = self._builder(as_history(history))[1]
         return dataclasses.replace(plan, origin=dict(origin or {}))
 
     def context(
@@ -379,10 +308,10 @@ class Evaluator:
             return self.format_trial
         if self._bank:
             raise ConfigError("settle_format: comes before the first score")
-        about = (self.score_settings, self._recovery_settings, str(budget), self.metric)
+        about = (self.score_settings, self._builder.settings, str(budget), self.metric)
         names = [*map(self._named, self._formats)]
         size = self.workload.size("calibration")
-        samples = trial_samples(self.space, min(self._recovery_settings.samples or size, size), self.samples)
+        samples = trial_samples(self.space, min(self._builder.settings.samples or size, size), self.samples)
         key = trial_key(self.workload, self.space, self.importance, self._formats, about)
         self.format_trial = kept_trial(
             key,
@@ -398,19 +327,19 @@ class Evaluator:
         """Score and seconds of a rough candidate in a format, that nothing remembers."""
         clock = quiet_clock(self.workload.device)
         started = clock()
-        slim = self._built(as_history(widths), chosen, calibration)[0]
+        slim = self._builder(as_history(widths), chosen, calibration)[0]
         whole = self.workload.whole_score(self.score_settings.kind) is not None
-        found = self._judges[False](slim, 0, None if whole else validation)
+        found = self._judging.of(False)(slim, 0, None if whole else validation)
         return float(found.scores.mean()), clock() - started
 
     @property
     def recovery_settings(self) -> RecoveryConfig:
-        return self._recovery_settings
+        return self._builder.settings
 
     @property
     def recovery(self) -> Recovery:
         """What a candidate of one stage receives before it is scored."""
-        return self._dense_stage.recovery
+        return self._builder.dense.recovery
 
     def has_measured(self, name: str) -> bool:
         """Whether something that an importance or a rule measures of the dense model is there (see `fork`)."""
@@ -442,24 +371,13 @@ class Evaluator:
         if not self.adapter.unlabelled_builds:
             return None
         if target not in self._logit_probes:
-            images = self._unlabelled()
+            images = unlabelled(self.workload)
             self._logit_probes[target] = None if images is None else make(self.space, self._rows_of, images)
         return cast("Probes | None", self._logit_probes[target])
 
-    def _unlabelled(self) -> Tensor | None:
-        """Inputs of the calibration and the train split in one tensor; None where they are no tensors of one shape, or
-        the outputs no rows of logits."""
-        every = [x for split, n in UNLABELLED.items() for x, _ in self.workload.batches(split, n)]
-        inputs = [x for x in every if isinstance(x, Tensor)]
-        if len(inputs) < len(every) or len({x.shape[1:] for x in inputs}) > 1:
-            return None
-        with torch.no_grad(), evaluating(self.workload.model):
-            rows = self.workload.logit_rows(self.workload.model, inputs[0][:1])
-        return None if rows is None else torch.cat(inputs)
-
     def _rows_of(self, widths: PlanLike) -> nn.Module:
         """The model of some widths as a function of inputs that gives its rows of logits."""
-        return _Rows(self.build(widths), self.workload)
+        return Rows(self.build(widths), self.workload)
 
     def logit_cache(self) -> LogitCache | None:
         """The logits of what is scored from the first call on; None where a search cannot do with them.
@@ -468,14 +386,14 @@ class Evaluator:
         a rung may drop a candidate half-scored.
         """
         if self._logit_cache is None and not self.rungs:
-            dense = self._judges[False](self.workload.model).outputs
+            dense = self._judging.of(False)(self.workload.model).outputs
             if dense is not None and self.score_settings.kind == "kl":
                 self._logit_cache = LogitCache(dense, self._outputs)
         return self._logit_cache
 
     def _outputs(self, history: History) -> Tensor:
-        model = self._built(history, self._format)[0]
-        found: Tensor = self._judge(model, [], full=False, samples=None).outputs
+        model = self._builder(history, self._format)[0]
+        found: Tensor = self._judging(model, [], full=False, samples=None).outputs
         del model
         self.adapter.release_memory()
         return found
@@ -510,11 +428,10 @@ class Evaluator:
     def _scored(self, history: History, *, full: bool, samples: int | None = None) -> Candidate:
         started = time.perf_counter()
         parts = [] if full else self._begun.pop(history, [])
-        for span in self._spans(parts, full, samples):
-            self._judge_of(full).ask_dense(*span)
-        slim, plan = self._built(history, self._format)
+        self._judging.ask_dense(parts, full, samples)
+        slim, plan = self._builder(history, self._format)
         self.adapter.release_memory()  # what cutting has left behind is not to lie below the activations
-        joint = self._judge(slim, parts, full, samples)
+        joint = self._judging(slim, parts, full, samples)
         if samples is not None:
             self._begun[history] = parts
         del slim
@@ -534,75 +451,3 @@ class Evaluator:
             seconds=time.perf_counter() - started,
             samples=len(values),
         )
-
-    def _judge(self, model: nn.Module, parts: list[Judgement], full: bool, samples: int | None) -> Judgement:
-        """Judge on what ``parts`` have not read, up to ``samples``, and add to them; always cut at the rungs,
-        so that the result does not depend on where a candidate paused."""
-        judge = self._judge_of(full)
-        for start, stop in self._spans(parts, full, samples):
-            part = judge(model, start, stop)
-            # Nobody keeps the outputs of what may be dropped half-scored.
-            parts.append(dataclasses.replace(part, outputs=None) if self.rungs else part)
-        return judge.merge(parts)
-
-    def _judge_of(self, full: bool) -> Judge:
-        """The judge of the search's samples, or of the whole validation split."""
-        if full not in self._judges:
-            self._judges[full] = self._new_judge(None)
-        return self._judges[full]
-
-    def _spans(
-        self, parts: Sequence[Judgement], full: bool, samples: int | None
-    ) -> list[tuple[int, int | None]]:
-        """What is left to judge after some parts, up to ``samples``, cut at the rungs."""
-        rungs = () if full else self.rungs
-        spans: list[tuple[int, int | None]] = list(zip((0, *rungs), (*rungs, None), strict=True))
-        return [span for span in spans[len(parts) :] if samples is None or span[0] < samples]
-
-    def _built(
-        self, history: History, chosen: ScoringFormat | None = None, limit: int | None = None
-    ) -> tuple[nn.Module, Plan]:
-        """Cut and recovered model, and its plan in units of the dense model.
-
-        ``chosen``: in that format and cheap, not for keeps; ``limit``: see `Recovery`.
-        """
-        stage = self._dense_stage if len(history) == 1 else self._after(history[:-1])
-        widths = final_widths(history)
-        if widths.shape != stage.space.widths.shape or (widths > stage.space.widths).any():
-            raise BudgetError(
-                f"widths {list(history[-1])} do not fit the model; allowed: up to {stage.space.widths}"
-            )
-        cut = make_plan(stage.space, importance=stage.importance, widths=widths)
-        slim = prune(stage.model, cut) if chosen is None else self._for_scoring(stage, cut, chosen)
-        stage.recovery(slim, cut, limit)
-        if chosen is not None and chosen.folded:
-            if stage.foldable is None:
-                stage.foldable = foldable_pairs(stage.model, self.workload.example_inputs)
-            fold(slim, stage.foldable)
-        if stage.plan is None:
-            return slim, cut
-        kept = tuple(before[now] for before, now in zip(stage.plan.kept, cut.kept, strict=True))
-        return slim, Plan(self.space, widths, kept)
-
-    def _for_scoring(self, stage: _Stage, cut: Plan, chosen: ScoringFormat) -> nn.Module:
-        """A candidate in a scoring format; where that casts weights, without copies of what is never cut."""
-        if chosen.weights is None or stage.recovery.changes_all:  # also what would be shared
-            return chosen.put_on(prune(stage.model, cut, dtype=chosen.weights))
-        slim = prune(stage.model, cut, dtype=chosen.weights, shared=stage.shared)
-        # Matrices that other plans cut would add up to a second model.
-        for name in {c.tensor for c in stage.space.cuts}:
-            stage.shared.pop(name, None)
-        return chosen.put_on(slim)
-
-    def _after(self, history: History) -> _Stage:
-        """The stage that a history leaves; the latest one is kept, as an episode asks for it again."""
-        if history not in self._last:
-            model, plan = self._built(history)
-            space = self.space.after(plan.kept)
-            given = None
-            if self._importance_name is None:
-                given = [s[k] for s, k in zip(self.importance, plan.kept, strict=True)]
-            importance, recovery = self._prepared(self._calibration(model, space), given)
-            self._last = {h: s for h, s in self._last.items() if h == history[:-1]}
-            self._last[history] = _Stage(model, plan, space, importance, recovery)
-        return self._last[history]

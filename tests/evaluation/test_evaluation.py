@@ -88,8 +88,7 @@ class TestEvaluator:
     def test_diverged_candidates_are_the_worst_not_a_hole(self):
         workload = Images(build("Residual"))
         judge = Evaluator(workload, importance="l1")
-        judge._recovery_settings = None
-        judge._dense_stage.recovery = lambda slim, plan, limit: slim.head.weight.data.fill_(float("inf"))
+        judge._builder.dense.recovery = lambda slim, plan, limit: slim.head.weight.data.fill_(float("inf"))
         assert judge.evaluate(plans(judge, 1)[0]).score == -1e9
 
 

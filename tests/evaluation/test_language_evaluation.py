@@ -65,7 +65,7 @@ class TestEvaluator:
         one, two = (evaluator.build(w, scoring=True) for w in plans(evaluator, 2))
         assert one.model.embed_tokens.weight.data_ptr() == two.model.embed_tokens.weight.data_ptr()
         assert one.model.embed_tokens.weight.dtype == torch.bfloat16
-        assert set(evaluator._dense_stage.shared) == {"model.embed_tokens.weight", "lm_head.weight"}
+        assert set(evaluator._builder.dense.shared) == {"model.embed_tokens.weight", "lm_head.weight"}
 
     def test_a_candidate_that_is_trained_shares_nothing(self, workload):
         before = {k: v.clone() for k, v in workload.model.state_dict().items()}
@@ -120,9 +120,9 @@ class TestEvaluator:
     def test_the_dense_model_is_asked_before_a_candidate_is_in_memory(self, workload, monkeypatch):
         fresh = workload_of(tiny_lm("llama"))
         evaluator = evaluator_of(fresh, rungs=(3, 5))
-        judge, built, known = evaluator._judges[False], evaluator._built, []
+        judge, built, known = evaluator._judging.of(False), evaluator._builder, []
         monkeypatch.setattr(
-            evaluator, "_built", lambda *a, **k: (known.append(judge._answers._known), built(*a, **k))[1]
+            evaluator, "_builder", lambda *a, **k: (known.append(judge._answers._known), built(*a, **k))[1]
         )
         first, second = plans(evaluator, 2)
         evaluator.evaluate_partial(first, 3)

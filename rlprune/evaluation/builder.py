@@ -1,0 +1,148 @@
+"""From a plan to a cut and repaired model, in one stage or in several."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+
+from ..config.config import RecoveryConfig
+from ..errors import BudgetError
+from ..importance.calibration_cache import CalibrationCache
+from ..importance.importance import find_importance
+from ..importance.unit_scores import Scores
+from ..pruning.history import History, final_widths
+from ..pruning.plan import Plan, make_plan
+from ..pruning.space import PruningSpace
+from ..pruning.surgery import prune
+from ..recovery.folding import Pair, fold, foldable_pairs
+from ..workloads.base import Workload
+from ..workloads.scoring_format import ScoringFormat
+from .recovery import Recovery
+
+
+@dataclass
+class Stage:
+    """A model after some stages of incremental pruning, the matrices that its candidates share, and what is folded."""
+
+    model: nn.Module
+    plan: Plan | None
+    space: PruningSpace
+    importance: Scores
+    recovery: Recovery
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    foldable: list[Pair] | None = None
+
+
+class Builder:
+    """Builds models of one workload from plans; what all of them share is measured once.
+
+    Args:
+        importance: a name (``rlprune list importances``) or G arrays of unit scores.
+        settings: what every candidate receives after its cut.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        space: PruningSpace,
+        importance: str | Sequence[ArrayLike],
+        settings: RecoveryConfig,
+        seed: int,
+    ) -> None:
+        self._workload, self._space, self._seed = workload, space, seed
+        self.settings = settings
+        self._importance_name = importance if isinstance(importance, str) else None
+        given = None if isinstance(importance, str) else [np.asarray(s, dtype=np.float64) for s in importance]
+        # What importances and rules measure once, for all contexts.
+        self.calibration = self._calibration(workload.model, space)
+        scores, recovery = self._prepared(self.calibration, given)
+        self.dense = Stage(workload.model, None, space, scores, recovery)
+        self._last: dict[History, Stage] = {}
+
+    def fork(self) -> Builder:
+        """One that shares what was measured of the dense model, and no stage after it."""
+        other = copy.copy(self)
+        other._last = {}
+        return other
+
+    def _calibration(self, model: nn.Module, space: PruningSpace) -> CalibrationCache:
+        settings = self.settings
+        return self._workload.adapter.calibration(
+            self._workload,
+            space,
+            model,
+            seed=self._seed,
+            ridge=settings.ridge,
+            recovery_limit=settings.samples,
+            recovery=settings,
+        )
+
+    def _prepared(self, calibration: CalibrationCache, given: Scores | None) -> tuple[Scores, Recovery]:
+        """Unit scores (computed unless ``given``) and the recovery of a model; what is measured serves both."""
+        if given is None:
+            assert self._importance_name is not None
+            found = find_importance(self._importance_name).function(calibration)
+            given = [np.asarray(s, dtype=np.float64) for s in found]
+        recovery = Recovery(
+            self._workload,
+            calibration.space,
+            self.settings,
+            calibration.model,
+            importance=given,
+            calibration=calibration,
+        )
+        self._workload.adapter.release_memory()
+        return given, recovery
+
+    def __call__(
+        self, history: History, chosen: ScoringFormat | None = None, limit: int | None = None
+    ) -> tuple[nn.Module, Plan]:
+        """Cut and recovered model, and its plan in units of the dense model.
+
+        ``chosen``: in that format and cheap, not for keeps; ``limit``: see `Recovery`.
+        """
+        stage = self.dense if len(history) == 1 else self._after(history[:-1])
+        widths = final_widths(history)
+        if widths.shape != stage.space.widths.shape or (widths > stage.space.widths).any():
+            raise BudgetError(
+                f"widths {list(history[-1])} do not fit the model; allowed: up to {stage.space.widths}"
+            )
+        cut = make_plan(stage.space, importance=stage.importance, widths=widths)
+        slim = prune(stage.model, cut) if chosen is None else self._for_scoring(stage, cut, chosen)
+        stage.recovery(slim, cut, limit)
+        if chosen is not None and chosen.folded:
+            if stage.foldable is None:
+                stage.foldable = foldable_pairs(stage.model, self._workload.example_inputs)
+            fold(slim, stage.foldable)
+        if stage.plan is None:
+            return slim, cut
+        kept = tuple(before[now] for before, now in zip(stage.plan.kept, cut.kept, strict=True))
+        return slim, Plan(self._space, widths, kept)
+
+    def _for_scoring(self, stage: Stage, cut: Plan, chosen: ScoringFormat) -> nn.Module:
+        """A candidate in a scoring format; where that casts weights, without copies of what is never cut."""
+        if chosen.weights is None or stage.recovery.changes_all:  # also what would be shared
+            return chosen.put_on(prune(stage.model, cut, dtype=chosen.weights))
+        slim = prune(stage.model, cut, dtype=chosen.weights, shared=stage.shared)
+        # Matrices that other plans cut would add up to a second model.
+        for name in {c.tensor for c in stage.space.cuts}:
+            stage.shared.pop(name, None)
+        return chosen.put_on(slim)
+
+    def _after(self, history: History) -> Stage:
+        """The stage that a history leaves; the latest one is kept, as an episode asks for it again."""
+        if history not in self._last:
+            model, plan = self(history)
+            space = self._space.after(plan.kept)
+            given = None
+            if self._importance_name is None:
+                given = [s[k] for s, k in zip(self.dense.importance, plan.kept, strict=True)]
+            importance, recovery = self._prepared(self._calibration(model, space), given)
+            self._last = {h: s for h, s in self._last.items() if h == history[:-1]}
+            self._last[history] = Stage(model, plan, space, importance, recovery)
+        return self._last[history]
