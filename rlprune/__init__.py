@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from .evaluation.evaluator import Evaluator
     from .experiments.apply import AppliedPolicy, apply
     from .experiments.build import build_workload
-    from .experiments.export import export_format
+    from .experiments.formats import export_format
     from .experiments.result import PruningResult
     from .experiments.search import search
     from .experiments.train import train
@@ -85,7 +85,7 @@ _NAMES = {
     "compose": "pruning.compose",
     "cost_metric": "pruning.cost_metrics",
     "data_set": "vision.data",
-    "export_format": "experiments.export",
+    "export_format": "experiments.formats",
     "load": "api",
     "load_config": "config.config",
     "load_plan": "api",

@@ -41,7 +41,7 @@ def rows(kind: str) -> list[tuple[str, str]]:
 def _registry(kind: str) -> Registry[Any]:
     """The complete registry of a kind."""
     from ..agents import AGENTS
-    from ..experiments.export import FORMATS
+    from ..experiments.formats import FORMATS
     from ..rules import RULES
     from ..workloads.tasks import TASK_TYPES
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from . import fidelity, fidelity_table
     from .apply import refined
     from .build import build_workload
-    from .export import Export, Written
     from .finish import choose
+    from .formats import Export, Written
     from .methods import MethodResult, run_agent, score_rule
     from .prepare import Experiment, prepare_experiment
     from .result import PruningResult
@@ -24,8 +24,8 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "Experiment": "prepare",
-        "Export": "export",
-        "Written": "export",
+        "Export": "formats",
+        "Written": "formats",
         "MethodResult": "methods",
         "PruningResult": "result",
         "build_workload": "build",

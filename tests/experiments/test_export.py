@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from rlprune.api import load, save, trace
 from rlprune.errors import ArtifactError, ConfigError
-from rlprune.experiments import export as module
-from rlprune.experiments.export import export, find_example, read_program, write_program
+from rlprune.experiments.export import export
+from rlprune.experiments.formats.onnx import read_onnx, write_onnx
+from rlprune.experiments.formats.single import find_example
+from rlprune.experiments.formats.torch_export import read_program, write_program
 from rlprune.experiments.one_file import Runner, export_model, named_inputs, random_inputs
 from rlprune.pruning.plan import make_plan
 from rlprune.pruning.surgery import prune
@@ -134,7 +136,7 @@ def test_nests_of_inputs_and_outputs_are_exported(name: str, tmp_path: Path) -> 
     def batch(count: int) -> Any:
         return random_inputs(inputs, count, torch.Generator().manual_seed(7))
 
-    note = export_model(model, inputs, tmp_path / "a.onnx", module._write_onnx, module._read_onnx)
+    note = export_model(model, inputs, tmp_path / "a.onnx", write_onnx, read_onnx)
     assert note == ("" if free else "takes one sample at a time: its argument is a list")
     session = runtime.InferenceSession(tmp_path / "a.onnx")
     assert sorted(entry.name for entry in session.get_inputs()) == sorted(input_names)
