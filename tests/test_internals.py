@@ -223,7 +223,7 @@ class TestTransformers:
         )
 
     def test_caches_that_count_tokens_without_width(self) -> None:
-        holder = "pruning/families.py"
+        holder = "language/dropped.py"
         layer = inside("transformers", holder, "transformers.cache_utils", "DynamicLayer")
         inside("transformers", holder, "transformers.cache_utils", "DynamicLayer", "_layer_type")
         empty = layer()

@@ -19,7 +19,8 @@ from ..errors import ArtifactError, ConfigError, DataError, GraphError, near_mis
 from ..utils.files import read_json
 from ..utils.hub import HUB_ID, local_config, quiet
 from ..utils.values import are_texts, show_value
-from .families import UnsupportedModel, family_of, tensor_of
+from .families import UnsupportedModel, family_of
+from .linear import tensor_of
 from .text import help_texts
 
 if TYPE_CHECKING:

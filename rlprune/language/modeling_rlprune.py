@@ -1,6 +1,6 @@
 """Causal language models whose layers differ in size, for ``trust_remote_code=True``; made by rlprune.
 
-This file and ``families.py`` stand in every folder of a pruned language model and need torch and
+This file and those that it imports stand in every folder of a pruned language model and need torch and
 transformers only. ``config.json`` is the dense model's, with transformers' own ``per_layer_config``
 ({layer: {attribute: value}}, sparse) for the layers that were cut. Stock families either refuse such a
 file or do not look at it, so for each supported family there are two subclasses here, made when they are
@@ -20,7 +20,8 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .families import FAMILIES, resize
+from .families import FAMILIES
+from .sizes import resize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -35,8 +35,11 @@ from ..pruning.space import (
 from ..tracing.trace import TraceOptions
 from ..utils.arrays import Ints
 from . import families
+from .dropped import drop
 from .families import Block
+from .linear import feature_names, features, is_conv1d, is_linear, set_attribute
 from .proof import prove
+from .sizes import hidden_dims, hidden_size
 
 _CACHE_BYTES = 2 * 2  # keys and values, two bytes each (bfloat16)
 
@@ -141,7 +144,7 @@ def _ignored(model: nn.Module, blocks: Sequence[Block], patterns: Sequence[str])
 
 
 def _size_rule(module: str, attribute: str, axis: int, factor: int) -> AttributeRule:
-    return AttributeRule(module, attribute, axis, factor, families.set_attribute)
+    return AttributeRule(module, attribute, axis, factor, set_attribute)
 
 
 class _LanguageLayout:
@@ -209,7 +212,7 @@ class _LanguageLayout:
         units = 1 if block.whole else block.kv_heads
         r, d = block.query_heads // units, block.head_dim
         kv = block.kv_heads // units
-        rows_of = {n: families.features(self.modules[n])[1] // units for n in block.qkv}
+        rows_of = {n: features(self.modules[n])[1] // units for n in block.qkv}
         members = (*(Member(n, "out", rows) for n, rows in rows_of.items()), Member(block.out, "in", r * d))
         start = self._group(block.attention, "attention", units, r * d, members, block.index, 0)
         heads = np.arange(start, start + units)
@@ -226,7 +229,7 @@ class _LanguageLayout:
         self.heads[block.index] = axis = self._axis(heads)
         for attribute, worth in families.head_attributes(self.model, block).items():
             self.rules.append(_size_rule(block.attention, attribute, axis, worth))
-        self.drops.append(DropRule(block.attention, axis, partial(families.drop, kind="attention")))
+        self.drops.append(DropRule(block.attention, axis, partial(drop, kind="attention")))
 
     def _ffn(self, block: Block, ignored: dict[str, str]) -> None:
         reason = ignored.get(block.ffn, "" if block.neurons else "already dropped")
@@ -235,7 +238,7 @@ class _LanguageLayout:
         if reason:
             self.protected[block.ffn] = reason
             return
-        halves = [families.features(self.modules[n])[1] // block.neurons for n in block.up]
+        halves = [features(self.modules[n])[1] // block.neurons for n in block.up]
         members = tuple(Member(n, "out", h) for n, h in zip(block.up, halves, strict=True))
         members += (Member(block.down, "in", 1),)
         start = self._group(block.ffn, "ffn", block.neurons, 1, members, block.index, 1)
@@ -246,15 +249,15 @@ class _LanguageLayout:
         self._cut_linear(block.down, "in", axis)
         for attribute, worth in families.neuron_attributes(self.model, block).items():
             self.rules.append(_size_rule(block.ffn, attribute, axis, worth))
-        self.drops.append(DropRule(block.ffn, axis, partial(families.drop, kind="ffn")))
+        self.drops.append(DropRule(block.ffn, axis, partial(drop, kind="ffn")))
 
     def _hidden(self) -> None:
-        tensors, attributes = families.hidden_dims(self.model)
-        size = families.hidden_size(self.model)
+        tensors, attributes = hidden_dims(self.model)
+        size = hidden_size(self.model)
         roles: dict[tuple[str, str], None] = {}
         for tensor, _, consumer in tensors:
             owner = tensor.rsplit(".", 1)[0]
-            kind = "norm" if not families.is_linear(self.modules[owner]) else "in" if consumer else "out"
+            kind = "norm" if not is_linear(self.modules[owner]) else "in" if consumer else "out"
             kind = "out" if isinstance(self.modules[owner], nn.Embedding) else kind
             roles[owner, kind] = None
         members = tuple(Member(n, role, 1) for n, role in roles)
@@ -291,8 +294,8 @@ class _LanguageLayout:
 
     def _cut_linear(self, name: str, side: str, axis: int) -> None:
         layer = self.modules[name]
-        inputs, outputs = families.feature_names(layer)
-        flipped = families.is_conv1d(layer)
+        inputs, outputs = feature_names(layer)
+        flipped = is_conv1d(layer)
         if side == "in":
             self.cuts.append(Cut(f"{name}.weight", 0 if flipped else 1, axis, True))
             self.rules.append(_size_rule(name, inputs, axis, 1))
@@ -324,7 +327,7 @@ class _LanguageLayout:
             if name.startswith(stem):
                 builders["block_params"].add(rest, *terms[name][1])
         for path, module in self.modules.items():
-            if families.is_linear(module):
+            if is_linear(module):
                 weight = self.canonical[id(module.weight)]
                 rest, axes = terms[weight]
                 builders["macs"].add(self.length * rest, *axes)

@@ -1,6 +1,6 @@
 """What fine-tuning takes from the inside of transformers.
 
-``families.py`` reaches into its caches by itself, because a copy of that file has to run where rlprune is missing.
+``dropped.py`` reaches into its caches by itself, because a copy of that file has to run where rlprune is missing.
 
 Relied on, the same in 5.17 and in 5.24:
 

@@ -17,7 +17,6 @@ from ..workloads.adapter import ModelAdapter, adapter_named
 from ..workloads.base import SPLITS, Batch, Quality, TrainedWorkload, check_split
 from ..workloads.judge import Judge
 from ..workloads.score_kinds import registered
-from .families import tensor_of
 from .judge import (
     FORWARD_TOKENS,
     DenseAnswers,
@@ -26,6 +25,7 @@ from .judge import (
     check_kind,
     token_quality,
 )
+from .linear import tensor_of
 from .logits import ChunkedLogs
 from .text import TextData
 from .tuning.loss import train_language

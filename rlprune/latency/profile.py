@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..artifacts.documents import check_fields, read_document
 from ..errors import ArtifactError, BudgetError
-from ..language import families
+from ..language.linear import features, is_linear
 from ..pruning.cost import AxisSize
 from ..pruning.space import PruningSpace
 from ..utils.arrays import Floats, Ints
@@ -210,7 +210,7 @@ def _planned(layer: _Layer, calls: int, model: nn.Module, sizes: SpaceSizes) -> 
 
 def is_weighted(module: nn.Module) -> bool:
     """Whether a layer multiplies with weights (convolution, linear), and does not just pass channels on."""
-    return isinstance(module, CONVOLUTION) or families.is_linear(module)
+    return isinstance(module, CONVOLUTION) or is_linear(module)
 
 
 def _channels(module: nn.Module, shape: Sequence[int]) -> int:
@@ -345,8 +345,8 @@ def _input(
     if not layer.dtype.is_floating_point:
         return torch.zeros(shape, dtype=layer.dtype, device=device)
     dim = _channel_dim(module, len(shape))
-    if families.is_linear(module):
-        shape[dim] = families.features(twin)[0]
+    if is_linear(module):
+        shape[dim] = features(twin)[0]
     elif isinstance(module, CONVOLUTION):
         assert isinstance(twin, CONVOLUTION)
         shape[dim] = twin.in_channels

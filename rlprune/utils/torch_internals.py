@@ -1,6 +1,6 @@
 """What rlprune takes from the inside of torch's modules.
 
-``families.py`` reaches into them by itself, because a copy of that file has to run where rlprune is missing.
+``dropped.py`` reaches into them by itself, because a copy of that file has to run where rlprune is missing.
 
 Relied on in torch 2.14:
 

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 import rlprune
 from helpers.lm import VARIANTS, tiny_config, tiny_lm, tokens
 from rlprune.language import families
+from rlprune.language.dropped import DroppedAttention, DroppedFeedForward
 from rlprune.language.proof import counted, difference, random_plan, skeleton
+from rlprune.language.sizes import hidden_size, layer_sizes, resize
 from rlprune.pruning.plan import Plan
 from rlprune.pruning.space import PruningSpace
 from rlprune.pruning.surgery import attributes, dropped, masked, prune
@@ -118,18 +120,18 @@ class TestContract:
     def test_names_ties_and_the_dense_model_stay(self, cases: dict[str, Any], name: str) -> None:
         model, space = case(cases, name)
         before = copy.deepcopy(model.state_dict())
-        sizes = families.layer_sizes(model)
+        sizes = layer_sizes(model)
         for plan in (
             random_plan(space, np.random.default_rng(1)),
             plan_of(space, {g.name: 0 for g in space.groups}),
         ):
             slim = prune(model, plan)
             assert list(slim.state_dict()) == list(before)
-            assert families.layer_sizes(model) == sizes
+            assert layer_sizes(model) == sizes
             assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
             tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
             assert (slim.get_output_embeddings().weight is slim.get_input_embeddings().weight) == tied
-            stubs = (families.DroppedAttention, families.DroppedFeedForward)
+            stubs = (DroppedAttention, DroppedFeedForward)
             found = {n for n, m in slim.named_modules() if isinstance(m, stubs)}
             assert {n for n in dropped(space, plan) if not n.endswith("fc1") or "opt" not in name} == found
 
@@ -139,11 +141,11 @@ class TestContract:
             plan = random_plan(space, np.random.default_rng(seed))
             slim = prune(model, plan)
             other = tiny_lm(name, seed=9, dtype=torch.float64)
-            families.resize(other, families.layer_sizes(slim))
+            resize(other, layer_sizes(slim))
             other.load_state_dict(slim.state_dict())
             assert torch.equal(logits(other, tokens()), logits(slim, tokens()))
             for module, values in attributes(space, plan).items():
-                if not isinstance(other.get_submodule(module), families.DroppedAttention):
+                if not isinstance(other.get_submodule(module), DroppedAttention):
                     for attribute, value in values.items():
                         owner = other.get_submodule(module)
                         for part in attribute.split("."):
@@ -161,11 +163,11 @@ class TestContract:
         slim = prune(model, plan)
         assert counted(slim, tokens(LENGTH))[1] == space.cost(widths, "macs")
         assert sum(p.numel() for p in slim.parameters()) == space.cost(widths, "params")
-        assert families.hidden_size(slim) == 20
+        assert hidden_size(slim) == 20
         out = slim.generate(tokens(4), max_new_tokens=3, do_sample=False, pad_token_id=0)
         assert out.shape == (1, 7)
         other = tiny_lm(name, seed=5)
-        families.resize(other, families.layer_sizes(slim), hidden_size=20)
+        resize(other, layer_sizes(slim), hidden_size=20)
         other.load_state_dict(slim.state_dict())
         assert torch.equal(logits(other, tokens()), logits(slim, tokens()))
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight

@@ -15,6 +15,7 @@ from helpers.lm import tiny_lm, tokens
 from rlprune import GraphError
 from rlprune.language import families
 from rlprune.language.proof import random_plan
+from rlprune.language.sizes import resize
 from rlprune.pruning.plan import Plan
 from rlprune.pruning.surgery import attributes, dropped, prune
 
@@ -171,7 +172,7 @@ def test_static_cache_generates_the_same_tokens() -> None:
 )
 def test_sizes_that_do_not_fit_are_refused(sizes: list[dict[str, int]], line: str) -> None:
     with pytest.raises(families.UnsupportedModel, match=line):
-        families.resize(tiny_lm(), sizes)
+        resize(tiny_lm(), sizes)
 
 
 # Refusals

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...pruning.plan import Plan
 from ...pruning.space import PruningSpace
 from ...pruning.surgery import axis_indices
-from ..families import tensor_of
+from ..linear import tensor_of
 from .grams import unit_consumers
 
 

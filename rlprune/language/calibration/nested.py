@@ -29,7 +29,7 @@ from ...pruning.surgery import axis_indices
 from ...recovery.prefixes import Triangle, Triangles, penalised
 from ...recovery.shelf import DiskShelf, Shelf
 from ...utils.arrays import Ints
-from ..families import tensor_of
+from ..linear import tensor_of
 from .compensation import shift_bias
 from .grams import Consumer, GramSource, InputGram, unit_consumers
 

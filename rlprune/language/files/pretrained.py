@@ -28,6 +28,8 @@ from ...utils.files import read_json, write_json_atomic
 from ...utils.values import show_value
 from ...workloads.adapter import TokenizerSource
 from .. import families
+from ..linear import tensor_of
+from ..sizes import layer_sizes
 from .tokenizers import has_tokenizer, why_unreadable, write_tokenizer
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 SOURCE = "transformers"
 CONFIG, GENERATION = "config.json", "generation_config.json"
-CODE = ("modeling_rlprune.py", "families.py")
+CODE = ("modeling_rlprune.py", "families.py", "linear.py", "dropped.py", "sizes.py")
 # What differs between config.json and the dense configuration in plan.json, or has no part in the outputs.
 _SAID_TWICE = ("added_biases", "pruned_hidden_size")
 _OWN = ("per_layer_config", *_SAID_TWICE, "auto_map", "architectures")
@@ -154,10 +156,10 @@ def dense_config(slim: PreTrainedModel, dense_fingerprint: str) -> dict[str, Any
 
 def pruned_config(slim: PreTrainedModel, base: Mapping[str, Any]) -> dict[str, Any]:
     """The content of config.json: the dense fields, the sizes of the layers that differ, added biases, the classes."""
-    sizes = families.layer_sizes(slim)
+    sizes = layer_sizes(slim)
     fields = {name: value for name, value in base.items() if name not in _OWN}
     fields |= {"per_layer_config": _sparse(sizes, fields), "dtype": one_dtype(slim)}
-    hidden = families.tensor_of(slim.get_input_embeddings(), "weight").shape[1]
+    hidden = tensor_of(slim.get_input_embeddings(), "weight").shape[1]
     if hidden < base.get("hidden_size", hidden) and "word_embed_proj_dim" not in base:
         fields["pruned_hidden_size"] = hidden
     names = set(stored_entries(skeleton(build_config(fields))))
@@ -178,7 +180,7 @@ def pruned_config(slim: PreTrainedModel, base: Mapping[str, Any]) -> dict[str, A
 
 def plan_fields(slim: nn.Module, config: Mapping[str, object]) -> dict[str, Any]:
     """What plan.json says again of config.json, so that a change in one of the two shows."""
-    fields: dict[str, Any] = {"layers": families.layer_sizes(slim)}
+    fields: dict[str, Any] = {"layers": layer_sizes(slim)}
     return fields | {name: config[name] for name in _SAID_TWICE if name in config}
 
 

@@ -28,6 +28,7 @@ from ...utils.arrays import Ints
 from ...utils.files import replacing_folder, write_json_atomic
 from ...workloads.adapter import TokenizerSource
 from .. import families
+from ..sizes import layer_sizes
 from . import pretrained
 from .tokenizers import write_tokenizer
 
@@ -118,7 +119,7 @@ def plain_obstacle(model: nn.Module) -> str:
         plain_form(slim)
     except NotUniform as reason:
         return str(reason)
-    for block, layer in zip(families.blocks_of(slim), families.layer_sizes(slim), strict=True):
+    for block, layer in zip(families.blocks_of(slim), layer_sizes(slim), strict=True):
         if not any(layer[name] for name in _cut(slim)):
             for name in (block.out, block.down):
                 bias = getattr(slim.get_submodule(name), "bias", None)
@@ -129,7 +130,7 @@ def plain_obstacle(model: nn.Module) -> str:
 
 def plain_form(slim: PreTrainedModel) -> PlainForm:
     """The plain form of a pruned causal language model; NotUniform says why there is none."""
-    sizes = families.layer_sizes(slim)
+    sizes = layer_sizes(slim)
     kept = [index for index, layer in enumerate(sizes) if any(layer[name] for name in _cut(slim))]
     if not kept:
         raise NotUniform("every block was dropped")
