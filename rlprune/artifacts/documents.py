@@ -13,18 +13,26 @@ from ..utils.files import read_json
 from ..utils.values import are_whole, is_finite, is_whole, show_value
 
 PLAN_FILE = "plan.json"
-VERSION = 1
+VERSION = 2
+# Plans with groups of several lanes are of this version, all others of version 1: what earlier readers know stays so.
+LANES_VERSION = 2
 # Numbers of an input: beyond what any sample holds, and far below what fills a machine's memory.
 _MOST = 2**31
 _DIMENSIONS = 16
 
 
 class GroupEntry(TypedDict):
-    """A group in plan.json: its dense width, and the units that it keeps, ascending."""
+    """A group in plan.json: its dense width, and the units that it keeps, ascending.
+
+    A group with ``lanes`` keeps as many in each lane that stays; unit u of lane l is the number ``l * width + u``. The
+    lanes that stay are the units that ``lane_group`` keeps, all of them where it names none.
+    """
 
     name: str
     kind: str
     width: int
+    lanes: NotRequired[int]
+    lane_group: NotRequired[str]
     kept: list[int]
 
 
@@ -82,6 +90,7 @@ def read_plan(directory: str | Path) -> PlanDocument:
     for group, width in zip(document["groups"], document["widths"], strict=True):
         _check_group(group, width, path)
     _check_names(document["groups"], path)
+    _check_lanes(document["groups"], document["widths"], path)
     _check_facts(document, path)
     _check_sizes(document, path)
     if document.get("input") is not None:
@@ -174,11 +183,35 @@ def _check_group(group: object, width: object, path: Path) -> None:
     experiment = f"{path}: damaged: group {group['name']!r}: "
     if not is_count(dense) or not is_count(width) or not isinstance(kept, list):
         raise ArtifactError(experiment + "needs whole-number widths and a list of kept units")
-    if len(kept) != width:
+    lanes, owner = group.get("lanes", 1), group.get("lane_group", "")
+    if not is_count(lanes) or lanes < 1 or not isinstance(owner, str):
+        raise ArtifactError(
+            experiment + "needs a whole number of lanes, and the name of the group that they are"
+        )
+    if lanes == 1 and len(kept) != width:
         raise ArtifactError(experiment + f"keeps {len(kept)} units but its width is {width}")
-    inside = all(is_count(unit) and unit < dense for unit in kept)
+    inside = all(is_count(unit) and unit < dense * lanes for unit in kept)
     if not inside or any(a >= b for a, b in itertools.pairwise(kept)):
-        raise ArtifactError(experiment + f"kept units must be ascending numbers below {dense}")
+        raise ArtifactError(experiment + f"kept units must be ascending numbers below {dense * lanes}")
+
+
+def _check_lanes(groups: list[dict[str, Any]], widths: list[int], path: Path) -> None:
+    """Groups with lanes keep as many units in each lane that stays."""
+    kept = {group["name"]: group["kept"] for group in groups}
+    for group, width in zip(groups, widths, strict=True):
+        owner, dense = group.get("lane_group", ""), group["width"]
+        if owner and owner not in kept:
+            raise ArtifactError(
+                f"{path}: damaged: group {group['name']!r}: lane_group: there is no group {owner!r}"
+                f"{near_miss(owner, kept)}"
+            )
+        left = kept[owner] if owner else range(group.get("lanes", 1))
+        wanted = [lane for lane in left for _ in range(width)]
+        if [unit // max(1, dense) for unit in group["kept"]] != wanted:
+            raise ArtifactError(
+                f"{path}: damaged: group {group['name']!r}: must keep {width} units in each of the {len(left)} lanes "
+                "that stay"
+            )
 
 
 def is_count(value: object) -> TypeGuard[int]:

@@ -20,7 +20,8 @@ from ..errors import ArtifactError
 from ..pruning.fingerprint import fingerprint, uncompiled
 from ..pruning.inputs import inputs_from
 from ..pruning.plan import Plan
-from ..pruning.surgery import attributes, axis_indices
+from ..pruning.space import PruningSpace
+from ..pruning.surgery import attributes, axis_indices, axis_length
 from ..utils.files import (
     lock_run,
     read_json,
@@ -32,7 +33,7 @@ from ..utils.files import (
 )
 from ..utils.machine import library_versions
 from ..utils.torch_internals import copied, unsaved_buffers
-from .documents import PLAN_FILE, VERSION, PlanDocument, read_plan
+from .documents import LANES_VERSION, PLAN_FILE, VERSION, PlanDocument, read_plan
 from .fitting import check_checksum, checksum, put_tensors, set_attributes
 from .safetensors import check_roots, check_tensors, refuse_nan
 
@@ -95,7 +96,7 @@ def plan_document(
     """The content of plan.json for a model of these tensors."""
     return {
         "format": "rlprune pruned model",
-        "version": VERSION,
+        "version": document_version(plan.space),
         "base": dict(base),
         **plan.to_dict(),
         "budget": {"target": plan.origin.get("budget"), "metric": plan.origin.get("metric", "macs")},
@@ -104,6 +105,11 @@ def plan_document(
         "tensors": {name: list(shape) for name, shape in shapes.items()},
         "libraries": library_versions(),
     }
+
+
+def document_version(space: PruningSpace) -> int:
+    """The oldest version of the format that can say what a plan of this space keeps."""
+    return LANES_VERSION if any(g.lanes > 1 or g.lane_group for g in space.groups) else 1
 
 
 def load_pruned(
@@ -187,11 +193,11 @@ def _roots(plan: Plan) -> dict[str, dict[str, Any]]:
     roots: dict[str, dict[str, Any]] = {}
     for group, first in zip(space.groups, space.offsets, strict=True):
         for cut in space.cuts:
-            slots = space.axes[cut.axis].slots
-            inside = (slots >= first) & (slots < first + group.width)
-            if inside.all() and len(slots) % group.width == 0:
+            axis = space.axes[cut.axis]
+            inside = (axis.slots >= first) & (axis.slots < first + group.units)
+            if inside.all() and axis.length % group.width == 0:
                 roots[group.name] = {
-                    "tensor": cut.tensor, "dim": int(cut.dim), "per_unit": len(slots) // group.width
+                    "tensor": cut.tensor, "dim": int(cut.dim), "per_unit": axis.length // group.width
                 }  # fmt: skip
                 break
     return roots
@@ -201,8 +207,7 @@ def check_against_plan(tensors: Mapping[str, Tensor], plan: Plan) -> None:
     """Every tensor that the plan cuts has the size that the plan gives it."""
     indices = axis_indices(plan.space, plan.kept)
     for cut in plan.space.cuts:
-        index = indices[cut.axis]
-        size = len(plan.space.axes[cut.axis].slots) if index is None else len(index)
+        size = axis_length(plan.space, cut.axis, indices)
         tensor = tensors.get(cut.tensor)
         if tensor is None or cut.dim >= tensor.ndim or tensor.shape[cut.dim] != size:
             shape = None if tensor is None else tuple(tensor.shape)

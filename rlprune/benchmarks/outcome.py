@@ -127,7 +127,7 @@ def _add_latency(outcome: Outcome, rows: Sequence[Row]) -> None:
 
 def _cut(outcome: Outcome, widths: Sequence[int], shared: dict[str, Tensor] | None) -> nn.Module:
     space = outcome.space
-    plan = make_plan(space, importance=[np.zeros(g.width) for g in space.groups], widths=np.array(widths))
+    plan = make_plan(space, importance=[np.zeros(g.units) for g in space.groups], widths=np.array(widths))
     return prune(outcome.workload.model, plan, shared=shared)
 
 

@@ -94,7 +94,7 @@ def incremental(
     if isinstance(rule, str):
         find_rule(rule)
     space = experiment.space
-    now = _Now(experiment.workload.model, space, tuple(np.arange(g.width) for g in space.groups))
+    now = _Now(experiment.workload.model, space, tuple(np.arange(g.units) for g in space.groups))
     kept = _Rounds(out, experiment, rule, stages, steps, seed)
     history: list[Widths] = []
     rounds = []

@@ -63,7 +63,7 @@ def apply_plan(source: Path, config: Config, *, checkpoint: Path | None, out: Pa
     slim = prune(workload.model, plan)
     # The kept units are the ranking: all of them before all others.
     kept = [
-        np.isin(np.arange(g.width), k).astype(float) for g, k in zip(space.groups, plan.kept, strict=True)
+        np.isin(np.arange(g.units), k).astype(float) for g, k in zip(space.groups, plan.kept, strict=True)
     ]
     Recovery(workload, space, config.recovery, importance=kept)(slim, plan)
     workload.save(slim, plan, out)

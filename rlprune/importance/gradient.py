@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import DataError
 from ..pruning.space import Cut, PruningSpace
 from ..utils.pytrees import Inputs, Nest, sample_count, take
-from .unit_scores import Batches, Forward, Loss, Scores, per_unit, plain_forward
+from .unit_scores import Batches, Forward, Loss, Scores, per_unit, plain_forward, summed_dims
 
 
 def taylor(
@@ -102,7 +102,7 @@ def saap(
     element = _per_weight(model, space, terms)
     vector = [np.abs(s) for s in per_unit(model, space, lambda c, t: terms.get(c.tensor))]
     kinds = np.array([g.kind for g in space.groups])
-    scores = [np.zeros(g.width) for g in space.groups]
+    scores = [np.zeros(g.units) for g in space.groups]
     for kind in set(kinds.tolist()):
         members = np.flatnonzero(kinds == kind)
         for part in (vector, element):
@@ -199,7 +199,7 @@ def _per_slice(model: nn.Module, space: PruningSpace, terms: dict[str, Tensor]) 
     def slices(cut: Cut, tensor: Tensor) -> Tensor | None:
         if cut.tensor not in terms:
             return None
-        others = [d for d in range(tensor.ndim) if d != cut.dim]
+        others = summed_dims(space, cut, tensor.ndim)
         return terms[cut.tensor].double().sum(dim=others, keepdim=True).abs()
 
     return per_unit(model, space, slices)

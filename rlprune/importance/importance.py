@@ -59,7 +59,7 @@ def bn_scale(model: nn.Module, space: PruningSpace) -> Scores:
 def random(model: nn.Module, space: PruningSpace, seed: int = 0) -> Scores:
     """Uniform random scores: what an importance has to beat."""
     rng = np.random.default_rng(seed)
-    return [rng.random(g.width) for g in space.groups]
+    return [rng.random(g.units) for g in space.groups]
 
 
 Function = Callable[[CalibrationCache], Scores]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GraphError
-from ..pruning.plan import Plan
+from ..pruning.plan import Plan, best_units
 from ..pruning.space import PruningSpace
 from ..pruning.surgery import masked, prune
 from ..tracing.counting import flop_counter
@@ -63,12 +63,12 @@ def _lively(twin: nn.Module) -> None:
 
 def random_plan(space: PruningSpace, rng: np.random.Generator) -> Plan:
     """Random units of every group, except of the hidden size, which cannot be cut exactly."""
-    widths, kept = space.widths.copy(), []
+    widths, scores = space.widths.copy(), []
     for index, group in enumerate(space.groups):
         if group.kind != "hidden":
             widths[index] = rng.integers(group.minimum, group.width + 1)
-        kept.append(np.sort(rng.permutation(group.width)[: widths[index]]))
-    return Plan(space, widths, tuple(kept))
+        scores.append(rng.permutation(group.units))
+    return Plan(space, widths, best_units(space, scores, widths))
 
 
 def difference(twin: nn.Module, ids: Tensor, plan: Plan) -> str | None:

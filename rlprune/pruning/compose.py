@@ -26,7 +26,7 @@ def compose(first: Plan, second: Plan) -> Plan:
     """
     kept = axis_indices(first.space, first.kept)
     left = _left(second)
-    gone = np.zeros(int(first.space.widths.sum()), dtype=bool)
+    gone = np.zeros(int(first.space.unit_counts.sum()), dtype=bool)
     stays: list[tuple[Cut, Ints]] = []
     for cut in first.space.cuts:
         slots = first.space.axes[cut.axis].slots

@@ -13,13 +13,14 @@ from numpy.typing import ArrayLike
 from ..errors import ArtifactError, BudgetError
 from ..utils.arrays import Ints
 from .budget import BudgetLike
-from .space import PruningSpace
+from .space import Group, PruningSpace
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Widths (G,) in units and, for each group, the sorted indices of the units that are kept.
 
+    Of a group with lanes these are ``width`` units in each lane that stays (`Group.lanes`, `PruningSpace.lanes_left`).
     ``origin`` says where the widths came from (method, budget, metric): plain JSON values.
     """
 
@@ -35,7 +36,7 @@ class Plan:
             "fingerprint": self.space.fingerprint,
             "input": shape if self.space.inputs is None else self.space.inputs,
             "groups": [
-                {"name": g.name, "kind": g.kind, "width": g.width, "kept": k.tolist()}
+                {"name": g.name, "kind": g.kind, "width": g.width, **_lane_facts(g), "kept": k.tolist()}
                 for g, k in zip(self.space.groups, self.kept, strict=True)
             ],
             "widths": self.widths.tolist(),
@@ -60,15 +61,27 @@ class Plan:
         return plan
 
 
+def _lane_facts(group: Group) -> dict[str, Any]:
+    """What a file says of a group with lanes, and of no other."""
+    if group.lanes == 1 and not group.lane_group:
+        return {}
+    return {"lanes": group.lanes, **({"lane_group": group.lane_group} if group.lane_group else {})}
+
+
 def _check(plan: Plan) -> None:
     groups = plan.space.groups
     if plan.widths.shape != (len(groups),) or len(plan.kept) != len(groups):
         raise ArtifactError(f"plan: holds {len(plan.kept)} groups, the model has {len(groups)}")
-    for group, width, kept in zip(groups, plan.widths, plan.kept, strict=True):
-        fits = len(kept) == width and width >= min(1, group.minimum) and kept.ndim == 1
-        if not fits or ((kept < 0) | (kept >= group.width)).any() or (np.diff(kept) <= 0).any():
+    lanes = plan.space.lanes_left(plan.kept)
+    for group, width, kept, left in zip(groups, plan.widths, plan.kept, lanes, strict=True):
+        fits = len(kept) == width * len(left) and width >= min(1, group.minimum) and kept.ndim == 1
+        if not fits or ((kept < 0) | (kept >= group.units)).any() or (np.diff(kept) <= 0).any():
             raise ArtifactError(
                 f"plan: group {group.name!r}: the kept units do not fit its {group.width} units"
+            )
+        if not np.array_equal(kept // max(1, group.width), np.repeat(left, width)):
+            raise ArtifactError(
+                f"plan: group {group.name!r}: must keep {width} units in each of the {len(left)} lanes that stay"
             )
 
 
@@ -117,13 +130,21 @@ def make_plan(
 
 
 def best_units(space: PruningSpace, importance: Sequence[ArrayLike], widths: Ints) -> tuple[Ints, ...]:
-    """Sorted indices of the ``widths[g]`` highest scores of each group; stable, so ties keep the lower index."""
+    """Sorted indices of the ``widths[g]`` highest scores of each group; stable, so ties keep the lower index.
+
+    A group with lanes has as many scores as units, lane after lane, and is ranked lane by lane.
+    """
     if len(importance) != len(space.groups):
         raise BudgetError(f"importance: {len(importance)} arrays for {len(space.groups)} groups")
-    kept = []
+    ranked = []
     for group, scores, width in zip(space.groups, importance, widths, strict=True):
         values = np.asarray(scores, dtype=np.float64)
-        if values.shape != (group.width,) or np.isnan(values).any():
-            raise BudgetError(f"importance: group {group.name!r} needs {group.width} numbers without NaN")
-        kept.append(np.sort(np.argsort(-values, kind="stable")[:width]))
-    return tuple(kept)
+        if values.shape != (group.units,) or np.isnan(values).any():
+            raise BudgetError(f"importance: group {group.name!r} needs {group.units} numbers without NaN")
+        rows = np.argsort(-values.reshape(group.lanes, -1), axis=1, kind="stable")[:, :width]
+        ranked.append(np.sort(rows, axis=1) + group.width * np.arange(group.lanes)[:, None])
+    whole = {g.name: rows.reshape(-1) for g, rows in zip(space.groups, ranked, strict=True)}
+    return tuple(
+        (rows[whole[g.lane_group]] if g.lane_group else rows).reshape(-1)
+        for g, rows in zip(space.groups, ranked, strict=True)
+    )

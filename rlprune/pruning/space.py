@@ -42,6 +42,11 @@ class Group:
     relative position in the forward pass (0 first, 1 last), ``kernel`` and ``stride`` its geometry.
     ``block`` is the transformer block that the group lies in, -1 where there are none. ``exact`` is False where no
     cut equals the masked dense model (norms cross the group): such groups are cut on request, and rules leave them.
+
+    ``lanes`` counts equal parts that lie in one tensor and are cut to one width, each at its own units (the experts of
+    a layer, whose neurons are ranked expert by expert). Units are numbered lane after lane, and a group has ``lanes *
+    width`` of them; the width is that of one lane. ``lane_group`` names the group whose units are the lanes, where
+    whole lanes can go as well: then units are kept in the lanes that stay.
     """
 
     name: str
@@ -56,13 +61,32 @@ class Group:
     stride: int
     block: int = -1
     exact: bool = True
+    lanes: int = 1
+    lane_group: str = ""
+
+    @property
+    def units(self) -> int:
+        """All units of the group, in all of its lanes."""
+        return self.lanes * self.width
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One tensor dimension with cut slots: ``slots[i]`` is the unit (numbered over all groups) or -1 (always kept)."""
+    """One tensor dimension with cut slots: ``slots[i]`` is the unit (numbered over all groups) or -1 (always kept).
+
+    With ``lanes`` above 1 the dimension is cut at other places in each entry of the tensor's first dimension, which
+    are the lanes: ``slots`` holds those of one lane after the other. ``lane_axis`` is the number of the axis that rules
+    the first dimension, -1 where all lanes stay.
+    """
 
     slots: Ints
+    lanes: int = 1
+    lane_axis: int = -1
+
+    @property
+    def length(self) -> int:
+        """Slots of the dimension: of one lane where there are several."""
+        return len(self.slots) // self.lanes
 
 
 @dataclass(frozen=True)
@@ -87,6 +111,17 @@ class AttributeRule:
     axis: int
     factor: int
     assign: Callable[[nn.Module, str, int], None] = set_size
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """What masking needs beside zeroed columns: ``mask(module, slots)`` makes a module of the dense model never use
+    some slots of an axis (a router its removed experts), and returns the way back.
+    """
+
+    module: str
+    axis: int
+    mask: Callable[[nn.Module, Ints], Callable[[], None]]
 
 
 @dataclass(frozen=True)
@@ -118,6 +153,7 @@ class PruningSpace:
     unused: tuple[str, ...] = ()
     input_shape: tuple[int, ...] | None = None
     drops: tuple[DropRule, ...] = ()
+    masks: tuple[MaskRule, ...] = ()
     wing: str = "vision"
     terms: tuple[Term, ...] = field(default=(), repr=False)
     inexact: Mapping[str, str] = field(default_factory=dict)
@@ -141,7 +177,22 @@ class PruningSpace:
     @cached_property
     def offsets(self) -> Ints:
         """Number of the first unit of each group when all units are numbered in a row, shape (G,)."""
-        return np.concatenate([[0], np.cumsum(self.widths)[:-1]]).astype(np.int64)
+        return np.concatenate([[0], np.cumsum(self.unit_counts)[:-1]]).astype(np.int64)
+
+    @cached_property
+    def lanes(self) -> Ints:
+        """Lanes of each group (`Group.lanes`), shape (G,); 1 for most."""
+        return np.array([g.lanes for g in self.groups], dtype=np.int64)
+
+    @cached_property
+    def unit_counts(self) -> Ints:
+        """Units of each group in all of its lanes, shape (G,)."""
+        return self.widths * self.lanes
+
+    def lanes_left(self, kept: Sequence[Ints]) -> list[Ints]:
+        """The lanes of each group that stay (G index arrays), when the units in ``kept`` do."""
+        units = {g.name: k for g, k in zip(self.groups, kept, strict=True)}
+        return [units[g.lane_group] if g.lane_group else np.arange(g.lanes) for g in self.groups]
 
     @cached_property
     def limits(self) -> Limits:
@@ -204,7 +255,7 @@ class PruningSpace:
 
     def axis_sizes(self) -> list[AxisSize]:
         """How many slots of each axis are left, as a function of the widths."""
-        return axis_sizes(self.axes, self.widths)
+        return axis_sizes(self.axes, self.widths, self.lanes)
 
     def with_rounding(self, round_to: int = 1, minimum: int = 1) -> PruningSpace:
         """The same space whose kept channels are multiples of ``round_to`` and at least ``minimum``."""
@@ -216,16 +267,23 @@ class PruningSpace:
         Its costs are the same formulas, because these count kept units; its units are numbered anew.
         """
         offsets = np.concatenate([[0], np.cumsum([len(k) for k in kept])]).astype(np.int64)
-        renumbered = np.full(int(self.widths.sum()) + 1, -2, dtype=np.int64)
+        renumbered = np.full(int(self.unit_counts.sum()) + 1, -2, dtype=np.int64)
         renumbered[-1] = -1  # never cut
         for g, units in enumerate(kept):
             renumbered[self.offsets[g] + units] = offsets[g] + np.arange(len(units))
         slots = [renumbered[axis.slots] for axis in self.axes]
+        lanes = [len(left) for left in self.lanes_left(kept)]
+        widths = [len(k) // n for k, n in zip(kept, lanes, strict=True)]
         groups = [
-            replace(g, width=len(k), minimum=min(g.minimum, len(k)))
-            for g, k in zip(self.groups, kept, strict=True)
+            replace(g, width=w, minimum=min(g.minimum, w), lanes=n)
+            for g, w, n in zip(self.groups, widths, lanes, strict=True)
         ]
-        return replace(self, groups=tuple(groups), axes=tuple(Axis(s[s > -2]) for s in slots))
+        left = [s[s > -2] for s in slots]
+        axes = [
+            replace(a, slots=s, lanes=len(left[a.lane_axis]) if a.lane_axis >= 0 else a.lanes)
+            for a, s in zip(self.axes, left, strict=True)
+        ]
+        return replace(self, groups=tuple(groups), axes=tuple(axes))
 
     def _checked(self, widths: ArrayLike) -> NDArray[np.generic]:
         w = np.asarray(widths)
@@ -236,27 +294,37 @@ class PruningSpace:
         return w
 
 
-def axis_sizes(axes: Sequence[Axis], widths: Sequence[int] | Ints) -> list[AxisSize]:
-    """How many slots of each axis are left, as a function of the widths; ``widths`` (G,) are the dense ones."""
+def axis_sizes(
+    axes: Sequence[Axis], widths: Sequence[int] | Ints, lanes: Sequence[int] | Ints | None = None
+) -> list[AxisSize]:
+    """How many slots of each axis are left (in one lane), as a function of the widths.
+
+    Args:
+        widths: the dense ones, (G,).
+        lanes: those of each group, (G,); None for 1.
+    """
     sizes = []
-    owner = np.repeat(np.arange(len(widths)), widths)
+    counted = np.asarray(widths) * (1 if lanes is None else np.asarray(lanes))
+    owner = np.repeat(np.arange(len(widths)), counted)
     for axis in axes:
         slope = np.zeros(len(widths))
         groups, counts = np.unique(owner[axis.slots[axis.slots >= 0]], return_counts=True)
         # A slot belongs to one unit: slots of a group are its width times the slots of a unit.
-        slope[groups] = counts / np.asarray(widths)[groups]
-        sizes.append(AxisSize(float((axis.slots < 0).sum()), slope))
+        slope[groups] = counts / np.asarray(widths)[groups] / axis.lanes
+        sizes.append(AxisSize(float((axis.slots < 0).sum()) / axis.lanes, slope))
     return sizes
 
 
 def rounded(group: Group, round_to: int, minimum: int) -> Group:
     """The group with the step and minimum width for a rounding multiple, both given in channels.
 
-    Attention heads are not rounded; a group that may be dropped whole keeps its minimum of 0.
+    Attention heads and whole experts are not rounded; a group that may be dropped whole keeps its minimum of 0.
     """
     if round_to < 1 or minimum < 1:
         name = "round_to" if round_to < 1 else "minimum"
         raise BudgetError(f"prune.{name}: must be a whole number of 1 and more")
+    if group.kind == "experts":
+        return group
     if group.kind == "attention":
         return replace(group, step=1, minimum=min(1, group.minimum))
     # A unit of several channels is cut whole: the step is the fewest units that make a multiple.

@@ -42,9 +42,10 @@ def block_exponents(context: Context) -> Floats:
     found = np.full(block_count(context.space), np.nan)
     for block, prefix in block_prefixes(context.space).items():
         matrices = [
-            p.detach()
+            matrix
             for n, p in context.model.named_parameters()
-            if n.startswith(f"{prefix}.") and p.ndim == 2
+            if n.startswith(f"{prefix}.") and p.ndim in (2, 3)
+            for matrix in (p.detach() if p.ndim == 3 else [p.detach()])  # experts lie in one tensor
         ]
         found[block] = np.mean([tail_exponent(m) for m in matrices])
     return np.where(np.isnan(found), np.nanmean(found), found)

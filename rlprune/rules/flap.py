@@ -30,7 +30,7 @@ def flap(context: Context) -> Floats:
 def _scores(context: Context) -> list[Floats]:
     """Standardised scores of the units, one array a group; zeros where a group has no consumer of its own."""
     space, moments = context.space, context.statistics().inputs
-    scores = [np.zeros(g.width) for g in space.groups]
+    scores = [np.zeros(g.units) for g in space.groups]
     for consumer in unit_consumers(space):
         squares = (weights(context, consumer) ** 2).sum(axis=1)
         fluctuation = array(moments[consumer.module].variance) * squares

@@ -16,7 +16,8 @@ def threshold_distribution(context: Context, scores: Sequence[ArrayLike]) -> Flo
     """Cut every unit whose score lies under one global threshold, the lowest that meets the budget.
 
     ``scores`` holds one array a group; those of groups that are not active do not count. Groups keep their
-    minimum and lose whole steps. Returns 1 - widths / dense, shape (G,).
+    minimum and lose whole steps, those with lanes the mean of what their lanes lose. Returns 1 - widths / dense,
+    shape (G,).
     """
     space, active = context.space, context.active
     target = space.target(context.budget, context.metric)
@@ -27,7 +28,8 @@ def threshold_distribution(context: Context, scores: Sequence[ArrayLike]) -> Flo
         """Widths when everything up to the ``index`` lowest values is cut."""
         limit = pooled[index - 1] if index else -np.inf
         kept = [len(s) - np.searchsorted(s, limit, side="right") for s in ordered]
-        return np.where(active, space.limits.floor(np.asarray(kept, dtype=np.float64)), space.widths)
+        counts = np.asarray(kept, dtype=np.float64) / space.lanes
+        return np.where(active, space.limits.floor(counts), space.widths)
 
     low, high = 0, len(pooled)  # all is kept; only the minimums are kept, which a feasible budget allows
     while low < high:

@@ -191,7 +191,7 @@ def foreign_unit(document: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda d: d.update(version=2), "newer than this rlprune reads"),
+        (lambda d: d.update(version=3), "newer than this rlprune reads"),
         (lambda d: d.update(version="1"), "version: must be a whole number"),
         (lambda d: d.update(version=True), "version: must be a whole number"),
         (lambda d: d.update(format="other"), "not a file of a rlprune pruned model"),

@@ -76,7 +76,7 @@ class _Shift:
     def __init__(self, task: Task) -> None:
         self._task = task
         self._space = task.space
-        self._group = np.repeat(np.arange(len(task.space.groups)), task.space.widths)
+        self._group = np.repeat(np.arange(len(task.space.groups)), task.space.unit_counts)
         self._target = task.space.target(task.highest_budget, task.metric)
 
     def __call__(self, keep: Floats) -> Floats:
@@ -92,8 +92,9 @@ class _Shift:
         return np.clip(keep - high, _EDGE, 1.0 - _EDGE)
 
     def counts(self, keep: Floats) -> Floats:
-        """Units kept in each group (G,), of a mask or in expectation."""
-        return np.bincount(self._group, weights=keep, minlength=len(self._space.groups)).astype(np.float64)
+        """Units kept in each group (G,), of a mask or in expectation; a mean over lanes (`Group.lanes`)."""
+        kept = np.bincount(self._group, weights=keep, minlength=len(self._space.groups)).astype(np.float64)
+        return kept / self._space.lanes
 
     def widths(self, keep: Floats) -> Ints:
         """Counts projected onto the budget, (G,)."""

@@ -6,12 +6,10 @@ dense weights are never in memory together: one tensor is read, cut, written and
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,9 +19,8 @@ from ...errors import ArtifactError, near_miss
 from ...pruning.cost_metrics import with_registered_costs
 from ...pruning.plan import Plan
 from ...pruning.space import PruningSpace, fingerprint
-from ...pruning.surgery import axis_indices, prune
+from ...pruning.surgery import axis_indices, cut_tensor, cuts_by_tensor, prune
 from ...tracing.trace import TraceOptions
-from ...utils.arrays import Ints
 from ..space import language_space
 from . import pretrained
 from .folder import write_language_model
@@ -72,14 +69,12 @@ def prune_shards(
     except Exception as error:  # a plan for other shapes fails somewhere in the slicing
         raise ArtifactError(f"{folder}: the plan does not fit this checkpoint ({error})") from error
     names = _source_names(dense, files)
-    cuts = _cuts_by_tensor(chosen)
+    cuts = cuts_by_tensor(chosen.space, axis_indices(chosen.space, chosen.kept))
     dtypes = {name: entry.dtype for name, entry in pretrained.stored_entries(slim).items()}
 
     def stream(wanted: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         for name, (found, tensor) in zip(wanted, files.read([names[n] for n in wanted]), strict=True):
-            for dim, index in cuts.get(name, ()):
-                tensor = tensor.index_select(dim, torch.from_numpy(index))
-            tensor = tensor.to(dtypes[name])
+            tensor = cut_tensor(tensor, cuts.get(name, ())).to(dtypes[name])
             pretrained.refuse_nan(found, tensor, files.where(found))
             yield name, tensor
 
@@ -134,16 +129,6 @@ def space_of(model: nn.Module, document: PlanDocument) -> PruningSpace:
         raise ArtifactError(f"{PLAN_FILE}: the model has no group {foreign[0]!r}{near_miss(foreign[0], own)}")
     left_out = [name for name in own if name not in names]
     return traced(left_out) if left_out else space
-
-
-def _cuts_by_tensor(plan: Plan) -> dict[str, list[tuple[int, Ints]]]:
-    indices = axis_indices(plan.space, plan.kept)
-    cuts: dict[str, list[tuple[int, Ints]]] = defaultdict(list)
-    for cut in plan.space.cuts:
-        index = indices[cut.axis]
-        if index is not None:
-            cuts[cut.tensor].append((cut.dim, np.ascontiguousarray(index)))
-    return cuts
 
 
 def _source_names(dense: PreTrainedModel, files: TensorFiles) -> dict[str, str]:
