@@ -257,7 +257,10 @@ def _add_export(commands: Subparsers) -> None:
     parser.add_argument("directory", metavar="DIR", type=Path, help="folder of a pruned model, or of a run")
     add_config(parser, required=False)
     parser.add_argument(
-        "--to", metavar="FORMAT", required=True, help="onnx or torch-export; hf for a language model"
+        "--to", metavar="FORMAT", required=True, help="onnx or torch-export; hf or gguf for a language model"
+    )
+    parser.add_argument(
+        "--dtype", metavar="TYPE", help="number format of a GGUF file: f32, f16, bf16 or q8_0 (16 bits by default)"
     )
     parser.add_argument("--out", metavar="PATH", type=Path, help="file to write (in DIR by default)")
     add_force(parser)
@@ -269,8 +272,12 @@ def _export(args: argparse.Namespace) -> None:
     config = read_config(args) if args.config is not None else None
     from ..experiments import export
 
-    written = export.export(args.directory, args.to, args.out, config=config, force=args.force)
+    written = export.export(
+        args.directory, args.to, args.out, config=config, force=args.force, dtype=args.dtype
+    )
     print(f"written: {written.path}" + (f" ({written.needs})" if written.needs else ""))
+    for note in written.notes:
+        print(f"  {note}")
 
 
 def _add_report(commands: Subparsers) -> None:

@@ -25,6 +25,7 @@ def export(
     base: nn.Module | None = None,
     config: Config | None = None,
     force: bool = False,
+    dtype: str | None = None,
 ) -> Written:
     """Write a saved pruned model as another format; returns the path and what it needs.
 
@@ -39,9 +40,10 @@ def export(
         base: the dense model, where the folder cannot say how to build it.
         config: settings whose workload has the dense model and its inputs; those of the run by default.
         force: a file that rlprune did not write may be replaced.
+        dtype: the number format of the weights, where the format has a choice (gguf: f32, f16, bf16, q8_0).
 
     Raises:
-        ConfigError: an unknown format, or a package that it needs is not installed.
+        ConfigError: an unknown format or number format, or a package that it needs is not installed.
         ArtifactError: the folder is unusable, the model cannot be exported, the outputs differ, or a file that rlprune
             did not write is in the way.
     """
@@ -49,8 +51,21 @@ def export(
         raise ConfigError(
             f"--to: unknown format {to!r}; use one of {', '.join(FORMATS)}{near_miss(to, FORMATS)}"
         )
+    _check_dtype(to, dtype)
     folder = find_folder(Path(directory))
-    return FORMATS[to].write(_with_workload(Export(folder, to, out, example_inputs, base, force), config))
+    return FORMATS[to].write(_with_workload(Export(folder, to, out, example_inputs, base, force, dtype), config))
+
+
+def _check_dtype(to: str, dtype: str | None) -> None:
+    allowed = FORMATS[to].dtypes
+    if dtype is None or dtype in allowed:
+        return
+    if not allowed:
+        having = ", ".join(name for name in FORMATS if FORMATS[name].dtypes)
+        raise ConfigError(f"--dtype: {to} keeps the folder's number format; only {having} has a choice")
+    raise ConfigError(
+        f"--dtype: {to} has no {dtype!r}; use one of {', '.join(allowed)}{near_miss(dtype, allowed)}"
+    )
 
 
 def find_folder(directory: Path) -> Path:

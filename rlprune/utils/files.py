@@ -56,6 +56,21 @@ def replacing_file(path: str | Path) -> Iterator[IO[bytes]]:
         _sync_folder(target.parent)
 
 
+@contextlib.contextmanager
+def replacing_path(path: str | Path) -> Iterator[Path]:
+    """`replacing_file` for libraries that open their files themselves: yields the path that they are to write."""
+    target = Path(path)
+    refuse_special(target)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with fresh_folder(target) as folder:
+            fresh = folder / target.name
+            yield fresh
+            _sync_file(fresh)
+            os.replace(fresh, target)
+        _sync_folder(target.parent)
+
+
 def keep_foreign(target: Path, is_ours: Callable[[Path], bool], force: bool = False) -> None:
     """ArtifactError where a file would be replaced that rlprune did not write, and `--force` does not say so."""
     if target.is_dir():

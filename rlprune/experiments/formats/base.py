@@ -22,36 +22,45 @@ MARK = "rlprune"
 
 @dataclass(frozen=True)
 class Written:
-    """What an export wrote: a file or folder, and in words what it takes to load it, where that is more than usual."""
+    """What an export wrote: a file or folder, and in words what it takes to load it, where that is more than usual.
+
+    ``notes``: sizes, checks and whatever else the user should know, a line each.
+    """
 
     path: Path
     needs: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Format:
-    """An export format: one line on it, and the function that writes it and checks what it wrote."""
+    """An export format: one line on it, and the function that writes it and checks what it wrote.
+
+    ``dtypes``: the number formats that it can be asked for; none where it keeps the folder's.
+    """
 
     name: str
     summary: str
     write: Callable[[Export], Written]
+    dtypes: tuple[str, ...] = ()
 
 
 FORMATS: Registry[Format] = Registry("export format", source="write")
 
 
 def export_format(
-    summary: str, *, name: str | None = None
+    summary: str, *, name: str | None = None, dtypes: Sequence[str] = ()
 ) -> Callable[[Callable[[Export], Written]], Callable[[Export], Written]]:
     """Register an export format under the name of the function below, or under ``name``.
 
     The function takes an :class:`Export`, writes the model, checks it, and says where it is. It raises ArtifactError
-    where the folder holds what it cannot write.
+    where the folder holds what it cannot write. ``dtypes`` are the number formats that ``--dtype`` may ask it for.
 
     Raises (when applied):
         ConfigError: the name is taken, or the summary is missing.
     """
-    return FORMATS.decorator("export_format", summary, lambda own, write: Format(own, summary, write), name)
+    kinds = tuple(dtypes)
+    return FORMATS.decorator("export_format", summary, lambda own, write: Format(own, summary, write, kinds), name)
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,7 @@ class Export:
     example_inputs: Inputs = None
     base: nn.Module | None = None
     force: bool = False
+    dtype: str | None = None
 
     def adapter(self) -> ModelAdapter:
         """The adapter of the saved model."""
@@ -79,7 +89,7 @@ class Export:
         return target
 
 
-def need_packages(packages: Sequence[str], to: str) -> None:
+def need_packages(packages: Sequence[str], to: str, extra: str = "export") -> None:
     """Raise ConfigError where a package that a format needs is not installed."""
     missing = []
     for package in packages:
@@ -89,5 +99,5 @@ def need_packages(packages: Sequence[str], to: str) -> None:
             missing.append(package)
     if missing:
         raise ConfigError(
-            f"--to {to}: needs {', '.join(missing)}; install it with: pip install 'rlprune[export]'"
+            f"--to {to}: needs {', '.join(missing)}; install it with: pip install 'rlprune[{extra}]'"
         )
