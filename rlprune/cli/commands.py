@@ -260,7 +260,9 @@ def _add_export(commands: Subparsers) -> None:
         "--to", metavar="FORMAT", required=True, help="onnx or torch-export; hf or gguf for a language model"
     )
     parser.add_argument(
-        "--dtype", metavar="TYPE", help="number format of a GGUF file: f32, f16, bf16 or q8_0 (16 bits by default)"
+        "--dtype",
+        metavar="TYPE",
+        help="number format of a GGUF file: f32, f16, bf16 or q8_0 (16 bits by default)",
     )
     parser.add_argument("--out", metavar="PATH", type=Path, help="file to write (in DIR by default)")
     add_force(parser)

@@ -53,7 +53,9 @@ def export(
         )
     _check_dtype(to, dtype)
     folder = find_folder(Path(directory))
-    return FORMATS[to].write(_with_workload(Export(folder, to, out, example_inputs, base, force, dtype), config))
+    return FORMATS[to].write(
+        _with_workload(Export(folder, to, out, example_inputs, base, force, dtype), config)
+    )
 
 
 def _check_dtype(to: str, dtype: str | None) -> None:

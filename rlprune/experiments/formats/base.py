@@ -60,7 +60,9 @@ def export_format(
         ConfigError: the name is taken, or the summary is missing.
     """
     kinds = tuple(dtypes)
-    return FORMATS.decorator("export_format", summary, lambda own, write: Format(own, summary, write, kinds), name)
+    return FORMATS.decorator(
+        "export_format", summary, lambda own, write: Format(own, summary, write, kinds), name
+    )
 
 
 @dataclass(frozen=True)

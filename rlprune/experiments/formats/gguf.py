@@ -1,4 +1,4 @@
-"""GGUF, which llama.cpp and what is built on it run; read back by the gguf package, and run where llama.cpp is there."""
+"""GGUF, which llama.cpp and what is built on it run: read back, and run where llama.cpp is installed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def _gguf(job: Export) -> Written:
         origin=_origin(name),
         version=__version__,
     )
-    notes = [f"{dtype}, {_megabytes(target)}; the folder's weights {_weights_size(job.directory)}", *written.notes]
+    notes = [
+        f"{dtype}, {_megabytes(target)}; the folder's weights {_weights_size(job.directory)}",
+        *written.notes,
+    ]
     notes.append(f"checked: all {len(written.layout.tensors)} tensors read back by the gguf reader")
     if not llama_cpp.is_installed():
         notes.append(f"not run: llama.cpp is not installed; {llama_cpp.INSTALL}")
@@ -55,6 +58,8 @@ def _gguf(job: Export) -> Written:
         found = llama_cpp.compare(
             slim, target, dtype, ids[:most], min(_GENERATED, most), "" if shorter else text
         )
+    except llama_cpp.WrongBuild as error:
+        return Written(target, notes=(*notes, f"not run: {error}"))
     except ArtifactError:
         target.unlink(missing_ok=True)  # what llama.cpp computes wrongly is no export
         raise

@@ -1,7 +1,7 @@
 """Writing the GGUF file of a pruned language model, and reading it back.
 
-The format is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the gguf package writes, quantises and reads it.
-Weights are written one after the other, so that a second copy of the model is never in memory.
+The format is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the gguf package writes, quantises and reads
+it. Weights are written one after the other, so that a second copy of the model is never in memory.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DTYPES: Mapping[str, tuple[Kind, gguf.LlamaFileType]] = {
     "bf16": (Kind.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
-"""{--dtype: the type of the matrices, and what the file calls itself}. Vectors are float32 always, as llama.cpp has them."""
+"""{--dtype: the type of the matrices, and what the file calls itself}; vectors are float32, as llama.cpp has them."""
 _LARGEST_HALF = 65504.0
 
 
@@ -161,7 +161,9 @@ def _write(
 def _encoded(tensor: FileTensor, kind: Kind) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
     values = _values(tensor)
     if kind == Kind.F16 and float(np.abs(values).max(initial=0.0)) > _LARGEST_HALF:
-        raise ArtifactError(f"--to gguf: {tensor.name!r} holds numbers beyond float16's; use --dtype bf16 or f32")
+        raise ArtifactError(
+            f"--to gguf: {tensor.name!r} holds numbers beyond float16's; use --dtype bf16 or f32"
+        )
     return gguf.quantize(values, kind)
 
 
@@ -196,9 +198,9 @@ def check_file(path: Path, layout: Layout, kinds: Mapping[str, Kind]) -> None:
         name = sorted(set(stored) ^ {tensor.name for tensor in layout.tensors})[0]
         raise ArtifactError(f"{path}: the tensor {name!r} was not to be written, or is missing")
     for tensor in layout.tensors:
-        entry = stored[tensor.name]
-        found = gguf.dequantize(entry.data, entry.tensor_type).reshape(tensor.shape)
-        _check_tensor(path, tensor.name, _values(tensor), found, kinds[tensor.name])
+        data, kind = stored[tensor.name].data, stored[tensor.name].tensor_type
+        numbers = gguf.dequantize(data, kind).reshape(tensor.shape)
+        _check_tensor(path, tensor.name, _values(tensor), numbers, kinds[tensor.name])
 
 
 def _check_tensor(path: Path, name: str, wanted: Floats32, found: Floats32, kind: Kind) -> None:

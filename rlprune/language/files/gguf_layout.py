@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ...errors import ArtifactError
 from .. import families
-from . import pretrained
+from ..linear import tensor_of
+from ..sizes import hidden_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,9 +34,9 @@ class Architecture:
     """What one of llama.cpp's architectures reads (its ``load_arch_tensors`` and graph in src/models).
 
     ``paired``: the two numbers that a rotation mixes stand side by side in a head (``LLAMA_ROPE_TYPE_NORM``), where
-    transformers has them half a head apart. ``per_layer``: sizes may differ from block to block. ``drops``: a block of 0
-    heads has no attention. ``square``: the heads must be as wide as the hidden size together. ``fused``: one tensor
-    holds queries, keys and values. ``own_head``: an output layer that is not the embedding is read.
+    transformers has them half a head apart. ``per_layer``: sizes may differ from block to block. ``drops``: a block
+    of 0 heads has no attention. ``square``: the heads must be as wide as the hidden size together. ``fused``: one
+    tensor holds queries, keys and values. ``own_head``: an output layer that is not the embedding is read.
     """
 
     name: str
@@ -153,7 +154,9 @@ def layout_of(slim: PreTrainedModel) -> Layout:
     blocks = [_Block.of(slim, found) for found in families.blocks_of(slim)]
     kept = [block for block in blocks if not block.empty]
     if not kept:
-        raise ArtifactError("--to gguf: every block was dropped; nothing is left that a runtime could compute")
+        raise ArtifactError(
+            "--to gguf: every block was dropped; nothing is left that a runtime could compute"
+        )
     reasons = []
     for architecture in _READERS[kind]:
         reason = _obstacle(architecture, slim, kept)
@@ -197,7 +200,9 @@ def _check_config(slim: PreTrainedModel) -> None:
             f"--to gguf: rope_type {rope['rope_type']!r} cannot be written; allowed: default, linear, llama3"
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ArtifactError("--to gguf: only part of each head is rotated, which these architectures do not read")
+        raise ArtifactError(
+            "--to gguf: only part of each head is rotated, which these architectures do not read"
+        )
 
 
 def rope_of(slim: PreTrainedModel) -> dict[str, Any]:
@@ -242,7 +247,9 @@ def _rotation_obstacle(slim: PreTrainedModel, kept: Sequence[_Block]) -> str:
     pattern = list(slim.config.no_rope_layers)
     for place, block in enumerate(kept):
         if bool(pattern[block.found.index]) != bool((place + 1) % 4):
-            return f"rotates all but every fourth block, which {block.found.path!r} as block {place} is against"
+            return (
+                f"rotates all but every fourth block, which {block.found.path!r} as block {place} is against"
+            )
     return ""
 
 
@@ -265,14 +272,12 @@ def _laid_out(
         notes.append(f"dropped parts that llama.cpp wants something for hold zeros: {', '.join(stand_ins)}")
     context, window = int(config.max_position_embeddings), _window(config)
     if window and window < context:
-        notes.append(
-            f"{architecture.name} has no sliding window: the file's context is its {window} tokens"
-        )
+        notes.append(f"{architecture.name} has no sliding window: the file's context is its {window} tokens")
         context = window
     heads, kv, neurons = zip(*sizes, strict=True)
     return Layout(
-        architecture, tuple(tensors), heads, kv, neurons, kept[0].found.head_dim, families.hidden_size(slim),
-        int(families.tensor_of(slim.get_input_embeddings(), "weight").shape[0]), context,
+        architecture, tuple(tensors), heads, kv, neurons, kept[0].found.head_dim, hidden_size(slim),
+        int(tensor_of(slim.get_input_embeddings(), "weight").shape[0]), context,
         float(config.rms_norm_eps), rope_of(slim),
         {method: float(getattr(config, name)) for name, method in _SCALES.items() if hasattr(config, name)},
         tuple(notes),
@@ -311,7 +316,7 @@ def _plain(name: str, tensor: Tensor) -> FileTensor:
 
 def _rope_factors(slim: PreTrainedModel) -> Tensor:
     """By how much every rotation (D/2) is slower than without scaling; llama.cpp divides its angles by them."""
-    scaled = families.tensor_of(slim.get_submodule("model.rotary_emb"), "inv_freq").double().cpu()
+    scaled = tensor_of(slim.get_submodule("model.rotary_emb"), "inv_freq").double().cpu()
     theta = float(rope_of(slim)["rope_theta"])
     steps = torch.arange(len(scaled), dtype=torch.float64) / len(scaled)
     return (theta**-steps / scaled).float()
@@ -320,9 +325,7 @@ def _rope_factors(slim: PreTrainedModel) -> Tensor:
 class _BlockTensors:
     """The tensors of one block under its new number, and the sizes that the reader is told."""
 
-    def __init__(
-        self, slim: PreTrainedModel, architecture: Architecture, block: _Block, place: int
-    ) -> None:
+    def __init__(self, slim: PreTrainedModel, architecture: Architecture, block: _Block, place: int) -> None:
         found = block.found
         self._slim, self._architecture, self._block, self._place = slim, architecture, block, place
         self.query_heads, self.kv_heads, self.neurons = found.query_heads, found.kv_heads, found.neurons
@@ -349,14 +352,14 @@ class _BlockTensors:
                 if f"{found.attention}.{name}.weight" in self._slim.state_dict():
                     made.append(self._norm(name, found.attention))
         made.append(self._norm("post_attention_layernorm"))
-        hidden = families.hidden_size(self._slim)
+        hidden = hidden_size(self._slim)
         for layer in found.up:
             made += self._layer(layer, (self.neurons, hidden), not found.neurons)
         made += self._layer(found.down, (hidden, self.neurons), not found.neurons)
         return made
 
     def _attention(self) -> list[FileTensor]:
-        found, hidden = self._block.found, families.hidden_size(self._slim)
+        found, hidden = self._block.found, hidden_size(self._slim)
         gone = not found.kv_heads
         counts = (self.query_heads, self.kv_heads, self.kv_heads)
         made: list[FileTensor] = []
@@ -374,10 +377,10 @@ class _BlockTensors:
         """A linear layer: its weight, of zeros where its part is gone, and its bias where that is not zero."""
         part = _PARTS[layer.rpartition(".")[2]]
         module = self._slim.get_submodule(layer)
-        weight = torch.zeros(shape) if gone else families.tensor_of(module, "weight")
+        weight = torch.zeros(shape) if gone else tensor_of(module, "weight")
         made = [self._turned(f"{part}.weight", weight, turned)]
         if part in self._block.biases:
-            made.append(self._turned(f"{part}.bias", families.tensor_of(module, "bias"), turned))
+            made.append(self._turned(f"{part}.bias", tensor_of(module, "bias"), turned))
         return made
 
     def _turned(self, name: str, tensor: Tensor, heads: int) -> FileTensor:

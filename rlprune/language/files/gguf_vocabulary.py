@@ -200,10 +200,15 @@ def _tokens(document: Any, size: int, kind: str) -> tuple[list[str], list[int]]:
             types[number] = own
     above = [number for number in texts if number >= size]
     if above:
-        raise ArtifactError(f"--to gguf: the tokenizer gives the id {max(above)}, but the model has {size} tokens")
+        raise ArtifactError(
+            f"--to gguf: the tokenizer gives the id {max(above)}, but the model has {size} tokens"
+        )
     return (
         [texts.get(i, f"[PAD{i}]") for i in range(size)],
-        [int(types.get(i, gguf.TokenType.NORMAL if i in texts else gguf.TokenType.UNUSED)) for i in range(size)],
+        [
+            int(types.get(i, gguf.TokenType.NORMAL if i in texts else gguf.TokenType.UNUSED))
+            for i in range(size)
+        ],
     )
 
 

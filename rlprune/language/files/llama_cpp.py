@@ -8,6 +8,7 @@ nothing is compared, and the export says so.
 from __future__ import annotations
 
 import importlib.util
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...errors import ArtifactError, first_line
+from ...errors import ArtifactError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +34,10 @@ _LIMIT_SECONDS = 3600
 # How far apart the logits may be, as the root mean square of the difference over that of the centred logits. Float16
 # arithmetic and a cache in float16 give up to 0.01; a wrong layout of the rotation gives about 1.
 _ALLOWED = {"f32": 0.05, "f16": 0.05, "bf16": 0.08, "q8_0": 0.15}
+
+
+class WrongBuild(ArtifactError):
+    """The installed llama.cpp uses instructions that this machine does not have; it says nothing of the file."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +108,13 @@ def ask(
         )  # fmt: skip
         command = [sys.executable, str(_WORKER), str(job), str(answer)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_SECONDS, check=False)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=_LIMIT_SECONDS, check=False
+            )
         except subprocess.TimeoutExpired as error:
             raise ArtifactError(f"{path}: llama.cpp does not answer within an hour") from error
+        if done.returncode == -signal.SIGILL:
+            raise WrongBuild(f"{path}: the installed llama.cpp was built for another processor than this one")
         if done.returncode or not answer.is_file():
             raise ArtifactError(f"{path}: llama.cpp cannot run it ({_reason(done.stderr, done.returncode)})")
         found = dict(np.load(answer))
@@ -121,9 +130,12 @@ def ask(
 
 
 def _reason(text: str, code: int) -> str:
+    """What llama.cpp said last of an error; the signal that ended it, where it said nothing."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if code < 0 and not any("error" in line.lower() or "GGML_ASSERT" in line for line in lines):
+        return f"ended by {signal.Signals(-code).name}"
     telling = [line for line in lines if "error" in line.lower() or "GGML_ASSERT" in line] or lines
-    return first_line(telling[-1])[:200] if telling else f"exit code {code}"
+    return telling[-1][:200] if telling else f"exit code {code}"
 
 
 def compare(
@@ -163,7 +175,8 @@ def compare(
 def greedy_tokens(model: PreTrainedModel, prompt: Sequence[int], count: int) -> list[int]:
     """The likeliest ``count`` tokens after a prompt, with the model's own cache; no token ends them."""
     tokens: list[int] = []
-    given, cache = torch.tensor([list(prompt)]), {}
+    given = torch.tensor([list(prompt)])
+    cache: dict[str, Any] = {}
     with torch.no_grad():
         for _ in range(count):
             out = model(input_ids=given, use_cache=True, **cache)

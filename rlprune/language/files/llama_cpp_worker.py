@@ -1,12 +1,12 @@
 """Runs in a process of its own: ``python llama_cpp_worker.py JOB.npz ANSWER.npz`` asks llama.cpp about one GGUF file.
 
-llama.cpp ends the whole process where a file breaks its assertions, so nothing of ours may live in it. This file imports
-nothing of rlprune.
+llama.cpp ends the whole process where a file breaks its assertions, so nothing of ours may live in it. This file
+imports nothing of rlprune.
 
-The job holds ``path`` and ``threads``, ``blocks`` (N, L) of token ids, ``prompt`` (P,), how many tokens to ``generate``,
-and ``text``. The answer holds ``logits`` (N, L, V) where ``keep`` asks for them, ``losses`` (N, L - 1) in nats,
-``tokens`` as generated greedily after the prompt, ``text_ids`` (the text as the file's vocabulary has it, absent without
-one), ``prefill`` and ``decode`` in tokens a second, and llama-cpp-python's ``version``.
+The job holds ``path`` and ``threads``, ``blocks`` (N, L) of token ids, ``prompt`` (P,), how many tokens to
+``generate``, ``keep``, and ``text``. The answer holds ``losses`` (N, L - 1) in nats, with ``keep`` the ``logits``
+(N, L, V), ``tokens`` as generated greedily after the prompt, ``text_ids`` (the text as the file's vocabulary has it),
+``prefill`` and ``decode`` in tokens a second, and llama-cpp-python's ``version``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def main(job_path: str, answer_path: str) -> None:
     if len(prompt):
         answer["tokens"], answer["decode"] = _greedy(model, prompt.tolist(), count)
     if str(job["text"]):
-        answer["text_ids"] = np.array(model.tokenize(str(job["text"]).encode(), add_bos=False), dtype=np.int64)
+        answer["text_ids"] = np.array(
+            model.tokenize(str(job["text"]).encode(), add_bos=False), dtype=np.int64
+        )
     np.savez(answer_path, **answer)
 
 
