@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .experiments.result import PruningResult
     from .experiments.search import search
     from .experiments.train import train
+    from .language.runtimes import runtime
     from .language.text import text_data
     from .pruning.compose import compose
     from .pruning.cost_metrics import cost_metric, parameter_cost
@@ -96,6 +97,7 @@ _NAMES = {
     "prune": "pruning.surgery",
     "recovery_step": "recovery.steps",
     "rule": "rules",
+    "runtime": "language.runtimes",
     "save": "api",
     "search": "experiments.search",
     "score_kind": "workloads.score_kinds",
@@ -186,6 +188,7 @@ __all__ = [
     "report",
     "rule",
     "rules",
+    "runtime",
     "save",
     "score_kind",
     "search",

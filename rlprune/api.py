@@ -11,6 +11,7 @@ from torch import nn
 
 from .artifacts.documents import read_plan
 from .artifacts.safetensors import MAX_SHARD_SIZE
+from .config.config import AUTO
 from .pruning.cost_terms import NarrowSpaceWarning, narrow_lines
 from .pruning.plan import Plan
 from .pruning.space import PruningSpace
@@ -22,7 +23,7 @@ def trace(
     model: nn.Module,
     example_inputs: Any,
     ignore: Sequence[str] = (),
-    round_to: int = 1,
+    round_to: int | str = AUTO,
     minimum: int = 1,
     verify: bool = True,
     max_seconds: float = 120.0,
@@ -30,6 +31,7 @@ def trace(
     drop: bool = False,
     hidden: bool = False,
     inexact: bool = False,
+    runtime: str = "any",
 ) -> PruningSpace:
     """Find what can be pruned in ``model``; the model is not changed.
 
@@ -39,7 +41,8 @@ def trace(
         example_inputs: a tensor, a list (one argument), a tuple of arguments or a dict of keyword arguments, with
             a batch dimension first; the batch size of a list of tensors is its length. Costs are those of one sample.
         ignore: names or patterns (``"layer4.*"``) of layers whose outputs keep their width.
-        round_to: kept channels are a multiple of this, where a group is cut at all.
+        round_to: kept channels are a multiple of this, where a group is cut at all. "auto": 1 for models of images; for
+            language models 32, or the largest power of two below that leaves 8 steps and divides the width.
         minimum: smallest number of channels kept in a group.
         verify: cut random units of all groups and compare with the masked dense model in float64; a
             group for which they differ is protected, with the reason, instead of being cut wrongly.
@@ -49,6 +52,7 @@ def trace(
         hidden: language models: the residual width is a group too, without an exact cut.
         inexact: other models: channels that a norm or a softmax runs over are groups too, as they are in
             Torch-Pruning; their cut changes what is kept, and `space.inexact` says why.
+        runtime: language models: where the model will run (``rlprune list runtimes``); only what loads there is cut.
 
     Warns:
         NarrowSpaceWarning: more than half of a metric stays at the smallest widths; the text names the protected
@@ -57,9 +61,10 @@ def trace(
     Raises:
         GraphError: the model's forward fails, nothing can be pruned, or a limit is reached; the layer
             and the reason are named.
+        ConfigError: a runtime that does not read the model, or not what is asked for.
     """
     options = TraceOptions(
-        ignore, round_to, minimum, verify, max_seconds, max_memory_gb, drop, hidden, inexact
+        ignore, round_to, minimum, verify, max_seconds, max_memory_gb, drop, hidden, inexact, runtime
     )
     space = adapter_of(model).trace(model, example_inputs, options)
     for line in narrow_lines(space):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.config import Config, settings_reference, shipped_configs
-from ..config.names import COST_METRICS, RECOVERY_STEPS, SCORE_KINDS, recovery_order
+from ..config.names import COST_METRICS, RECOVERY_STEPS, RUNTIMES, SCORE_KINDS, recovery_order
 from ..config.search import SB3Config
 from ..errors import ConfigError, near_miss
 from ..utils.registry import Registry
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ..importance.importance import Importance
 
 KINDS = (
-    "models", "rules", "agents", "importances", "recoveries", "costs", "scores", "tasks", "formats", "data",
-    "configs", "settings",
+    "models", "rules", "agents", "importances", "recoveries", "costs", "scores", "tasks", "formats", "runtimes",
+    "data", "configs", "settings",
 )  # fmt: skip
 
 
@@ -54,6 +54,7 @@ def _registry(kind: str) -> Registry[Any]:
         "scores": SCORE_KINDS,
         "tasks": TASK_TYPES,
         "formats": FORMATS,
+        "runtimes": RUNTIMES,
     }
     found = every[kind]
     found.complete()

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self, TypeVar
 from ..errors import ConfigError, near_miss
 from ..utils.values import LARGEST, NO_DOUBLES
 from .execution import ExecutionConfig
-from .names import COST_METRICS, RECOVERY_STEPS, SCORE_KINDS, recovery_order
+from .names import COST_METRICS, RECOVERY_STEPS, RUNTIMES, SCORE_KINDS, recovery_order
 from .schema import (
     Section,
     Setting,
@@ -36,6 +36,8 @@ from .yaml_files import dump_yaml, read_yaml
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = ("auto", "float32", "bfloat16")
+AUTO = "auto"
+"""The value of ``prune.round_to`` that leaves the multiple to the kind of model."""
 RENAMED = {"score.images": "score.samples", "recovery.images": "recovery.samples"}
 """Old names of settings, which work for one more version."""
 NAME_BYTES = 100
@@ -202,7 +204,13 @@ class PruneConfig(Section):
         "taylor", "How units are ranked within a group; see `rlprune list importances`."
     )
     ignore: tuple[str, ...] = setting((), "Name patterns (shell style) of layers that stay whole.")
-    round_to: int = setting(1, "Kept channels are a multiple of this number.", low=1)
+    round_to: str | int = setting(
+        "auto",
+        "Kept channels or neurons are a multiple of this number (heads are not rounded). `auto`: 1 for models of "
+        "images; for language models 32 where that leaves at least 8 steps, else the next smaller power of two that "
+        "does. 256 for k-quants.",
+        low=1,
+    )
     minimum: int = setting(1, "Channels that every group keeps at least.", low=1)
     drop: bool = setting(
         False, "Language models: whether an attention or a feed-forward part may be removed whole."
@@ -215,6 +223,18 @@ class PruneConfig(Section):
         "Models of images: whether channels that a norm or a softmax runs over are cut too (no exact cut: what is "
         "kept changes).",
     )
+    runtime: str = setting(
+        "any",
+        "Language models: where the pruned model will run; only what loads there is searched (`rlprune inspect` says "
+        "what).",
+        choices=RUNTIMES,
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.round_to, str) and self.round_to != AUTO:
+            raise ConfigError(
+                f"prune.round_to: {show(self.round_to)} is no whole number of 1 and more; allowed: one, or auto"
+            )
 
 
 @section

@@ -1,7 +1,7 @@
 """What a setting may name, and others may add to: recovery steps, cost metrics, kinds of scores, data sets.
 
 The functions behind the names are registered by upper floors: `rlprune.recovery_step`, `rlprune.cost_metric`,
-`rlprune.score_kind`, `rlprune.data_set`, `rlprune.text_data`.
+`rlprune.score_kind`, `rlprune.runtime`, `rlprune.data_set`, `rlprune.text_data`.
 """
 
 from __future__ import annotations
@@ -65,6 +65,31 @@ SCORE_KINDS = Registry(
             ),
             ("loss", "-validation loss"),
             ("accuracy", "the workload's metric (not for language models)"),
+        )
+    ),
+)
+RUNTIMES = Registry(
+    "runtime",
+    home="language.runtimes",
+    entries=(
+        (name, Named(name, summary, wing=wing))
+        for name, summary, wing in (
+            ("any", "every cut that is exact; what is saved needs our classes where layers differ", None),
+            (
+                "llama.cpp",
+                "GGUF: heads and neurons differ by layer (families that its `deci` fits)",
+                "language",
+            ),
+            (
+                "vllm",
+                "nemotron-nas (DeciLM) of vLLM: neurons differ by layer, whole attentions go but the first",
+                "language",
+            ),
+            (
+                "uniform",
+                "stock transformers: one number of neurons and one of key-value heads for all blocks",
+                "language",
+            ),
         )
     ),
 )

@@ -13,7 +13,7 @@ from ..pruning.history import History, as_history
 from ..utils.arrays import Floats, Floats32, Ints
 from .base import PruningEnv, ResetOptions, Snapshot, Sources, resolve_tasks
 from .observation import BOUND, pad
-from .task import Task, TaskBudget, deviate
+from .task import Task, TaskBudget
 
 
 class DistributionEnv(PruningEnv):
@@ -81,7 +81,7 @@ class DistributionEnv(PruningEnv):
         own = self._own(action)
         widths = self._widths(own)
         candidate = task.evaluate([*self._history, widths])
-        self._distribution = deviate(task.base(self._budget), own)
+        self._distribution = task.deviated(own, self._budget)
         self._history.append(widths)
         reward, self._reward = scale(candidate.score) - self._reward, scale(candidate.score)
         done = len(self._history) >= self.stages

@@ -24,7 +24,9 @@ class SequentialEnv(PruningEnv):
     Observation: features of the group at hand (its mask first), what is taken, what is left, the last
     action; float32. Action: ``Box(-1, 1, (1,))``, from "keep all" to "cut to the minimum", clipped so
     that the budget stays reachable and is used up. Reward: 0 until the last group, then R (0 is
-    uniform pruning, 1 the dense model). One evaluation an episode. Arguments as in ``DistributionEnv``.
+    uniform pruning, 1 the dense model). One evaluation an episode. Where groups have one width
+    (`PruningSpace.ties`) the first of them decides, and the actions of the others change nothing. Arguments as in
+    ``DistributionEnv``.
     """
 
     def __init__(
@@ -76,9 +78,11 @@ class SequentialEnv(PruningEnv):
     def _decided(self, action: Floats32) -> Ints:
         """Widths (G,) with what the action makes of the group at hand."""
         g = len(self._history)
+        if self.task.space.leaders[g] < g:  # decided with the first group of its width
+            return self._now().copy()
         share = (float(np.clip(np.asarray(action).reshape(-1)[0], -1.0, 1.0)) + 1.0) / 2.0
         widths = self._now().copy()
-        widths[g] = self._reachable(g, widths, share)
+        widths[self.task.space.leaders == g] = self._reachable(g, widths, share)
         return widths
 
     def _reachable(self, group: int, widths: Ints, share: float) -> int:
@@ -92,14 +96,14 @@ class SequentialEnv(PruningEnv):
         low, dense, step = space.minimums[group], space.widths[group], space.steps[group]
         multiples = np.arange(step, dense + 1, step)
         allowed = np.unique(np.concatenate([[low], multiples[multiples >= low], [dense]]))
-        later = np.arange(len(widths)) > group
+        own, later = space.leaders == group, space.leaders > group
         leanest = np.where(later, space.minimums, widths)
         rows = np.repeat(leanest[None], len(allowed), axis=0)
-        rows[:, group] = allowed
+        rows[:, own] = allowed[:, None]
         fits = space.cost(rows, metric) <= target
         highest = allowed[fits].max() if fits.any() else low
         rows = np.repeat(np.where(later, space.widths, widths)[None], len(allowed), axis=0)
-        rows[:, group] = allowed
+        rows[:, own] = allowed[:, None]
         ample = space.cost(rows, metric) >= target
         lowest = allowed[ample].min() if ample.any() else dense
         wanted = dense - share * (dense - low)
@@ -113,8 +117,7 @@ class SequentialEnv(PruningEnv):
         widths = widths.copy()
         for g in reversed(range(len(widths))):
             while widths[g] < space.widths[g]:
-                wider = widths.copy()
-                wider[g] = space.limits.above(widths)[g]
+                wider = np.where(space.leaders == space.leaders[g], space.limits.above(widths), widths)
                 if space.cost(wider, metric) > target:
                     break
                 widths = wider
@@ -125,7 +128,7 @@ class SequentialEnv(PruningEnv):
         g = min(len(self._history), len(space.groups) - 1)
         now = self._now()
         dense = space.dense_cost(task.metric)
-        later = np.arange(len(now)) >= g
+        later = space.leaders >= g
         leanest = space.cost(np.where(later, space.minimums, now), task.metric)
         cost = space.cost(now, task.metric)
         extra = [(dense - cost) / dense, (cost - leanest) / dense, self._last]

@@ -13,12 +13,11 @@ from numpy.typing import ArrayLike
 from ..errors import BudgetError, ConfigError, near_miss
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.parallel import ScoresAhead
-from ..pruning.budget import BudgetLike, Limits, project
-from ..pruning.cost import formula
+from ..pruning.budget import BudgetLike, Limits
 from ..pruning.history import PlanLike, as_history
 from ..pruning.space import PruningSpace
 from ..rules import RULES, rules_for
-from ..rules.context import Context
+from ..rules.context import Context, rule_widths
 from ..utils.arrays import Floats, Floats32, Ints
 from ..utils.randomness import isolated_randomness
 from ..workloads.base import Workload
@@ -213,8 +212,9 @@ class Task:
     def rule_plans(self, budget: BudgetLike) -> Ints:
         """What the shipped rules that need no probes give, uniform aside: (N, G)."""
         rules = {n: rule for n, rule in rules_for(self.space).items() if rule.shipped and not rule.probes}
-        names = [name for name in rules if name != "uniform"]
-        plans = [self.space.project(self._rule(n, budget), budget, self.metric) for n in names]
+        plans = [
+            rule_widths(rule, self._context(budget)) for name, rule in rules.items() if name != "uniform"
+        ]
         return np.array(plans, dtype=np.int64).reshape(-1, len(self.space.groups))
 
     def scale(self, budget: BudgetLike) -> RewardScale:
@@ -223,13 +223,18 @@ class Task:
 
     def widths(self, action: ArrayLike, budget: BudgetLike) -> Ints:
         """Widths of one action (G,) or of many (N, G)."""
-        return self.space.project(deviate(self.base(budget), action), budget, self.metric)
+        return self.space.project(self.deviated(action, budget), budget, self.metric)
+
+    def deviated(self, action: ArrayLike, budget: BudgetLike) -> Floats:
+        """The distribution of an action (G,) or of many (N, G); groups of one width share their first one's."""
+        own = self.space.led(np.asarray(action, dtype=np.float64))
+        return deviate(self.base(budget), own)
 
     def stage_widths(
         self, action: ArrayLike, budget: BudgetLike, stage: int, stages: int, before: Ints
     ) -> Ints:
         """Widths (G,) after stage 1..stages; nothing that an earlier stage cut comes back."""
-        return self.project_stage(deviate(self.base(budget), action), budget, stage, stages, before)
+        return self.project_stage(self.deviated(action, budget), budget, stage, stages, before)
 
     def project_stage(
         self, distribution: Floats, budget: BudgetLike, stage: int, stages: int, before: Ints
@@ -243,8 +248,7 @@ class Task:
         target = dense - stage / stages * (dense - self.space.target(budget, self.metric))
         target = min(target, self.space.cost(before, self.metric))
         limits = Limits(before, np.minimum(self.space.minimums, before), self.space.steps)
-        cost = formula(self.space.costs, self.metric)
-        return project(distribution, target, cost, limits, metric=self.metric)
+        return self.space.project_cost(distribution, target, self.metric, limits)
 
     def observe(self, budget: BudgetLike, widths: Ints | None = None) -> Floats32:
         """Feature table (G, F) at a budget, with what is kept now (nothing cut by default)."""
@@ -271,10 +275,12 @@ class Task:
         if not RULES.knows(name):
             allowed = ", ".join(RULES)
             raise ConfigError(f"base_rule: unknown rule {name!r}{near_miss(name, RULES)}; allowed: {allowed}")
-        # A rule that probes (sensitivity) is charged for it like everybody else.
-        context = self.evaluator.context(budget, self.metric, lambda widths: self.evaluate([widths]).loss)
-        distribution = RULES[name].function(context)
+        distribution = RULES[name].function(self._context(budget))
         return np.asarray(distribution, dtype=np.float64)
+
+    def _context(self, budget: BudgetLike) -> Context:
+        # A rule that probes (sensitivity) is charged for it like everybody else.
+        return self.evaluator.context(budget, self.metric, lambda widths: self.evaluate([widths]).loss)
 
     def _scale(self, budget: BudgetLike) -> RewardScale:
         uniform = self.evaluate([self.uniform_widths(budget)])
@@ -305,7 +311,7 @@ class Task:
             wanted = space.limits.floor(space.widths.astype(np.float64) * (1.0 - share))
             for g in range(len(space.groups)):
                 widths = space.widths.copy()
-                widths[g] = wanted[g]
+                widths[space.leaders == space.leaders[g]] = wanted[g]
                 probes[g, column] = widths
         self.prefetch([*probes.values()])
         for place, widths in probes.items():

@@ -22,7 +22,7 @@ from ..pruning.history import History, Widths, final_widths
 from ..pruning.plan import Plan, make_plan
 from ..pruning.space import PruningSpace
 from ..pruning.surgery import prune
-from ..rules.context import Context
+from ..rules.context import Context, rule_widths
 from ..utils.arrays import Ints
 from ..utils.checkpoints import forget, require_same
 from ..utils.files import read_json, read_tensors, write_json_atomic, write_tensors_atomic
@@ -142,8 +142,7 @@ def _widths(experiment: Experiment, rule: str, now: _Now, stage: int, stages: in
         workload=experiment.workload,
         seed=experiment.config.seed,
     )
-    widths: Ints = now.space.project(find_rule(rule).function(context), share, metric)
-    return widths
+    return rule_widths(find_rule(rule), context)
 
 
 def _importance(experiment: Experiment, now: _Now) -> Any:

@@ -13,7 +13,7 @@ from ..pruning.cost_terms import narrow_lines
 from ..pruning.space import PruningSpace
 from ..tracing.trace import TraceOptions
 from ..utils.progress import Console
-from ..workloads.adapter import adapter_of, adapter_of_base
+from ..workloads.adapter import Target, adapter_of, adapter_of_base
 from ..workloads.builder import Inspected, builder_of
 from .build import build_workload, resolve_device
 from .prepare import timed_space
@@ -28,7 +28,8 @@ def inspect(config: Config) -> str:
         own = build_workload(config, train=False)
         found = Inspected(own.model, own.example_inputs, own)
     adapter = adapter_of(found.model) if found.workload is None else found.workload.adapter
-    space = adapter.trace(found.model, found.example_inputs, TraceOptions.of(config.prune))
+    options = TraceOptions.of(config.prune)
+    space = adapter.trace(found.model, found.example_inputs, options)
     if config.budget.metric == "latency":
         assert found.workload is not None
         space = timed_space(config, found.workload, space)
@@ -43,6 +44,8 @@ def inspect(config: Config) -> str:
     if "latency" in space.costs:
         lines.append(_latency_line(space))
     lines.append(_budget_line(space, config))
+    target = Target(config.budget.target, config.budget.metric)
+    lines += adapter.runtime_lines(found.model, found.example_inputs, options, target)
     return "\n".join([*lines, *adapter.memory_lines(config, space, found.model, device)])
 
 

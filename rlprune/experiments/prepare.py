@@ -19,6 +19,7 @@ from ..evaluation.parallel import Rebuild
 from ..latency.profile import TABLE_FILE, Progress, machine, read_table, with_latency
 from ..pruning.space import PruningSpace
 from ..rules import RULES, Rule, rules_for
+from ..rules.context import rule_widths
 from ..tracing.trace import TraceOptions
 from ..utils.arrays import Ints
 from ..utils.progress import Callback
@@ -70,8 +71,7 @@ class Experiment:
         """Widths that a rule gives at the budget, or at another one."""
         budget = self.budget if budget is None else budget
         context = self.evaluator.context(budget, self.metric, probe)
-        widths: Ints = self.space.project(find_rule(rule).function(context), budget, self.metric)
-        return widths
+        return rule_widths(find_rule(rule), context)
 
     def prefetch_rules(self, names: Sequence[str]) -> None:
         """Let the evaluator's workers, if it has any, begin with what rules give at the budget."""
@@ -117,7 +117,7 @@ class Experiment:
         return rule.costly and self.workload.adapter.costly_passes
 
 
-def find_rule(name: str) -> Any:
+def find_rule(name: str) -> Rule:
     """A rule by name; ConfigError with the near miss for an unknown one."""
     if not RULES.knows(name):
         raise ConfigError(f"rule: unknown rule {name!r}{near_miss(name, RULES)}; allowed: {', '.join(RULES)}")

@@ -15,16 +15,19 @@ if TYPE_CHECKING:
     from .calibration.grams import Grams
     from .footprints import footprint
     from .proof import counted, random_plan
+    from .runtimes import Restriction, read_by
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "Grams": "calibration.grams",
         "LanguageCalibration": "calibration.cache",
+        "Restriction": "runtimes",
         "STATISTICS": "calibration.cache",
         "counted": "proof",
         "footprint": "footprints",
         "random_plan": "proof",
+        "read_by": "runtimes",
     },
     modules=("families", "zeroshot"),
 )
@@ -33,9 +36,11 @@ __all__ = [
     "STATISTICS",
     "Grams",
     "LanguageCalibration",
+    "Restriction",
     "counted",
     "families",
     "footprint",
     "random_plan",
+    "read_by",
     "zeroshot",
 ]

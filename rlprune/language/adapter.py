@@ -16,7 +16,7 @@ from ..artifacts.documents import PLAN_FILE, PlanDocument
 from ..artifacts.pruned_model import check_base
 from ..artifacts.safetensors import check_roots
 from ..config.config import Config, FinishConfig, RecoveryConfig
-from ..errors import ArtifactError
+from ..errors import ArtifactError, ConfigError
 from ..importance.calibration_cache import CalibrationCache
 from ..importance.unit_scores import Scores
 from ..pruning.plan import Plan
@@ -29,6 +29,7 @@ from ..workloads.adapter import (
     ModelAdapter,
     RecoveryLadder,
     Repair,
+    Target,
     TokenizerSource,
     Tuned,
     TuneJob,
@@ -58,6 +59,7 @@ from .judge import (
     token_quality,
 )
 from .logits import ChunkedLogs
+from .runtime_lines import describe_runtimes
 from .space import is_language_model, language_space
 from .task import NextToken
 from .tuning.finetune import tune
@@ -125,6 +127,11 @@ class LanguageAdapter(ModelAdapter):
         self, model: nn.Module, example_inputs: ExampleInputs, options: TraceOptions
     ) -> PruningSpace:
         if not is_language_model(model):  # a model of the user's own that reads token ids
+            if options.runtime != "any":
+                raise ConfigError(
+                    f"prune.runtime: {options.runtime!r} reads models of transformers, {type(model).__name__} is none; "
+                    "allowed here: any"
+                )
             return trace_channels(model, example_inputs, options)
         return language_space(model, example_inputs, fingerprint(model), options)
 
@@ -236,6 +243,13 @@ class LanguageAdapter(ModelAdapter):
 
     def cost_lines(self, space: PruningSpace, model: nn.Module) -> list[str]:
         return describe.cost_lines(space, model)
+
+    def runtime_lines(
+        self, model: nn.Module, example_inputs: ExampleInputs, options: TraceOptions, budget: Target
+    ) -> list[str]:
+        if not is_language_model(model):
+            return []
+        return describe_runtimes(model, example_inputs, options, budget)
 
     def memory_lines(
         self, config: Config, space: PruningSpace, model: nn.Module, device: torch.device

@@ -39,8 +39,11 @@ from .dropped import drop
 from .families import Block
 from .linear import feature_names, features, is_conv1d, is_linear, set_attribute
 from .proof import prove
+from .runtimes import restriction
 from .sizes import hidden_dims, hidden_size
 
+_MULTIPLES = (32, 16, 8, 4, 2)
+_STEPS = 8
 _CACHE_BYTES = 2 * 2  # keys and values, two bytes each (bfloat16)
 
 
@@ -66,6 +69,7 @@ def language_space(
 
     Raises:
         GraphError: no adapter knows the model, or the proof fails; the module is named.
+        ConfigError: the runtime of ``options`` does not read the model.
     """
     length = sequence_length(example_inputs)
     try:
@@ -73,9 +77,11 @@ def language_space(
     except families.UnsupportedModel as error:
         raise GraphError(str(error)) from None
     ignored = _ignored(model, blocks, options.ignore)
-    layout = _LanguageLayout(model, blocks, length, options.drop, options.hidden, ignored)
-    _check_rounding(layout.groups, options.round_to)
-    space = layout.space(fingerprint, options.round_to, options.minimum)
+    limits = restriction(model, options)
+    layout = _LanguageLayout(model, blocks, length, options.drop, options.hidden, limits.stays | ignored)
+    if options.multiple is not None:
+        _check_rounding(layout.groups, options.multiple)
+    space = limits.applied(layout.space(fingerprint, options.multiple, options.minimum), options.runtime)
     if not space.groups:
         reasons = [f"{name!r}: {why}" for name, why in space.protected.items()]
         raise GraphError(f"no part of {type(model).__name__} can be pruned; " + "; ".join(reasons[:3]))
@@ -97,6 +103,15 @@ def _check_rounding(groups: Sequence[Group], round_to: int) -> None:
                 f"prune.round_to: {round_to} is larger than the {group.width} {units} of {group.name!r}; lower "
                 "it, or name the layer in prune.ignore"
             )
+
+
+def fitting_multiple(width: int) -> int:
+    """The multiple of neurons (or hidden channels) that is kept where none is asked for: 32, or less in small layers.
+
+    Blocks of 32 numbers are what the formats q8_0 and q4_0 of llama.cpp and 4-bit kernels share a scale over. A
+    multiple has to divide the width, so that the dense model is one too, and to leave at least 8 steps.
+    """
+    return next((n for n in _MULTIPLES if width % n == 0 and width // n >= _STEPS), 1)
 
 
 def _without_hidden(model: nn.Module, length: int, drop: bool, ignored: dict[str, str]) -> PruningSpace:
@@ -182,10 +197,10 @@ class _LanguageLayout:
             self._hidden()
         self.protected["lm_head"] = "output of the model"
 
-    def space(self, fingerprint: str, round_to: int, minimum: int) -> PruningSpace:
+    def space(self, fingerprint: str, round_to: int | None, minimum: int) -> PruningSpace:
         costs = self._costs()
         return PruningSpace(
-            groups=tuple(rounded(g, round_to, minimum) for g in self.groups),
+            groups=tuple(rounded(g, round_to or fitting_multiple(g.width), minimum) for g in self.groups),
             protected=self.protected,
             fingerprint=fingerprint,
             axes=tuple(self.axes),

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from ..errors import BudgetError
 from ..utils.arrays import Floats, Ints
 from .cost import Cost, amount
+from .ties import Tied, Ties, classes
 
 _SUFFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _NUMBER = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(%|[kmgt]?)\s*$", re.IGNORECASE)
@@ -95,7 +96,13 @@ class Limits:
 
 
 def project(
-    distribution: ArrayLike, target: float, cost: Cost, limits: Limits, *, metric: str = "macs"
+    distribution: ArrayLike,
+    target: float,
+    cost: Cost,
+    limits: Limits,
+    *,
+    metric: str = "macs",
+    ties: Ties = (),
 ) -> Ints:
     """Widths whose cost is at most ``target`` and to which no step can be added.
 
@@ -103,6 +110,8 @@ def project(
         distribution: shape (G,) or (N, G); non-negative, finite, not all zero. Group g gives up the
             share ``min(s_max_g, lambda * distribution_g)`` of its units.
         target: absolute cost allowed.
+        ties: sets of groups that have one width; each of them gives up what the mean of its numbers asks for, and a
+            step is one of all of its groups.
 
     Returns:
         int64 widths of the shape of ``distribution``.
@@ -111,6 +120,12 @@ def project(
         BudgetError: malformed distribution, or a target outside of the feasible range (which is named).
     """
     shares = _checked(distribution, len(limits.dense))
+    if ties:
+        of_group = classes(ties, len(limits.dense))
+        tied = Tied(cost, of_group)
+        own = Limits(*(tied.first(values) for values in (limits.dense, limits.minimum, limits.step)))
+        found: Ints = tied.whole(project(tied.mean(shares), target, tied, own, metric=metric))
+        return found
     dense_cost, lowest = float(cost(limits.dense)), float(cost(limits.minimum))
     if target < lowest or target > dense_cost:
         side = "below the feasible minimum" if target < lowest else "above the dense model"

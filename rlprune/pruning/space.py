@@ -19,6 +19,7 @@ from .budget import BudgetLike, Limits, parse_budget, project
 from .cost import AxisSize, Cost, Term, amount, formula
 from .cost_terms import ProtectedShare, protected_shares
 from .fingerprint import fingerprint as fingerprint
+from .ties import Ties, classes
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ class PruningSpace:
     ``inexact`` names the groups whose cut is not exact (`Group.exact`), with the reason. ``input_shape`` is that of
     the example input, where this was a single tensor, ``inputs`` the record of any nest of them
     (``inputs.describe_inputs``). ``wing`` names the adapter that traced it (``ModelAdapter.wing``). ``terms`` are the
-    parts of the costs by layer, where tracing knows them.
+    parts of the costs by layer, where tracing knows them. ``ties`` are sets of groups that have one width, which a
+    projection gives them; each keeps its own units.
     """
 
     groups: tuple[Group, ...]
@@ -158,6 +160,15 @@ class PruningSpace:
     terms: tuple[Term, ...] = field(default=(), repr=False)
     inexact: Mapping[str, str] = field(default_factory=dict)
     inputs: Any = field(default=None, repr=False)
+    ties: Ties = ()
+
+    def __post_init__(self) -> None:
+        for tie in self.ties:
+            if len({(self.groups[g].width, self.groups[g].minimum, self.groups[g].step) for g in tie}) != 1:
+                names = ", ".join(self.groups[g].name for g in tie[:2])
+                raise BudgetError(
+                    f"ties: {names} and others cannot have one width: they differ in size or step"
+                )
 
     @cached_property
     def widths(self) -> Ints:
@@ -197,6 +208,20 @@ class PruningSpace:
     @cached_property
     def limits(self) -> Limits:
         return Limits(self.widths, self.minimums, self.steps)
+
+    @cached_property
+    def leaders(self) -> Ints:
+        """The first group that has the same width as each group, (G,): itself where nothing ties it."""
+        of_group = classes(self.ties, len(self.groups))
+        firsts: Ints = np.unique(of_group, return_index=True)[1][of_group].astype(np.int64)
+        return firsts
+
+    def led(self, values: Floats) -> Floats:
+        """Values (..., G) in which every group has that of its leader.
+
+        What is drawn for each group by itself means one number a tie: a mean of many draws would hardly vary.
+        """
+        return values[..., self.leaders] if self.ties else values
 
     def cost(self, widths: ArrayLike, metric: str = "macs") -> Any:
         """Cost of the whole model at these widths: a float for shape (G,), an array (N,) for (N, G).
@@ -244,7 +269,14 @@ class PruningSpace:
     def project(self, distribution: ArrayLike, budget: BudgetLike, metric: str = "macs") -> Ints:
         """Widths for a distribution of shape (G,) or (N, G) under a budget (see ``budget.project``)."""
         target = self.target(budget, metric)
-        return project(distribution, target, formula(self.costs, metric), self.limits, metric=metric)
+        return self.project_cost(distribution, target, metric)
+
+    def project_cost(
+        self, distribution: ArrayLike, target: float, metric: str = "macs", limits: Limits | None = None
+    ) -> Ints:
+        """As `project`, for an absolute cost, and within other limits than the dense model's."""
+        cost, limits = formula(self.costs, metric), limits or self.limits
+        return project(distribution, target, cost, limits, metric=metric, ties=self.ties)
 
     def unit_costs(self, widths: ArrayLike, metric: str = "macs") -> Floats:
         """Cost saved by taking one unit from each group at these widths; shape (G,) -> (G,).

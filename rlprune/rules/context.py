@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, update_wrapper
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from ..importance.calibration_cache import CalibrationCache
 from ..language.calibration.cache import language_calibration
 from ..language.calibration.statistics import Statistics
 from ..pruning.space import PruningSpace
+from ..pruning.ties import Ties
 from ..utils.arrays import Bools, Floats, Ints
 from ..utils.registry import Registry
 from ..workloads.adapter import adapter_named
@@ -96,7 +97,8 @@ class Rule:
     asks. ``wing`` names the only wing whose models have the rule (``PruningSpace.wing``), None stands for all;
     ``costly`` marks one that runs backward passes, or dozens of forward passes, over the calibration split.
     ``external`` marks another library's own method: it stands in comparisons, and no search starts from it.
-    ``shipped`` says that a rule comes
+    ``alike`` names a kind of groups that the rule gives one width, where they are as wide: what the budget leaves over
+    then stays unspent, because one step of a single group would make them differ. ``shipped`` says that a rule comes
     with rlprune: only those are among the starts of every search, so that a rule of yours changes nobody else's
     results.
     """
@@ -110,6 +112,7 @@ class Rule:
     costly: bool = False
     external: bool = False
     shipped: bool = True
+    alike: str | None = None
 
     @property
     def probes(self) -> bool:
@@ -141,6 +144,23 @@ def rules_for(space: PruningSpace, *, external: bool = False) -> dict[str, Rule]
     }
 
 
+def rule_widths(found: Rule, context: Context) -> Ints:
+    """Widths (G,) that a rule gives at the context's budget: no step more fits, where groups have one width of all."""
+    space = context.space
+    if found.alike is not None and not space.ties:
+        space = replace(space, ties=_ties(space, found.alike))
+    return space.project(found.function(context), context.budget, context.metric)
+
+
+def _ties(space: PruningSpace, kind: str) -> Ties:
+    """The groups of a kind, together where they have one width and one step."""
+    alike: dict[tuple[int, int, int], list[int]] = {}
+    for index, g in enumerate(space.groups):
+        if g.kind == kind:
+            alike.setdefault((g.width, g.minimum, g.step), []).append(index)
+    return tuple(tuple(found) for found in alike.values() if len(found) > 1)
+
+
 def rule(
     summary: str,
     *,
@@ -149,6 +169,7 @@ def rule(
     wing: str | None = None,
     costly: bool = False,
     external: bool = False,
+    alike: str | None = None,
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register a function under its own name, and check what it is given and what it returns.
 
@@ -159,6 +180,7 @@ def rule(
         wing: the only wing whose models have the rule ("language": causal language models); None for all.
         costly: the rule runs backward passes, or dozens of forward passes over the calibration split.
         external: another library's method: in comparisons only.
+        alike: a kind of groups ("ffn") that get one width, where they are as wide.
 
     Raises (when applied):
         ConfigError: the name is taken, or the summary is missing.
@@ -182,7 +204,9 @@ def rule(
 
         update_wrapper(checked, function)
         shipped = function.__module__.startswith(f"{__package__}.")
-        RULES[name] = Rule(name, summary, checked, needs_workload, probes, wing, costly, external, shipped)
+        RULES[name] = Rule(
+            name, summary, checked, needs_workload, probes, wing, costly, external, shipped, alike
+        )
         return checked
 
     return register

@@ -28,7 +28,7 @@ def random_plans(task: Task, budget: BudgetLike, count: int, generator: np.rando
     misses the budget, the projection scales the draw onto it.
     """
     shares = generator.uniform(1e-3, 1.0, size=(count, len(task.space.groups)))
-    return task.space.project(shares, budget, task.metric)
+    return task.space.project(task.space.led(shares), budget, task.metric)
 
 
 def neighbours(
@@ -51,7 +51,7 @@ def _changed(task: Task, parents: Ints, count: int, generator: np.random.Generat
         generator.random((count, groups)) < generator.choice([1.5, 3.0, groups], size=(count, 1)) / groups
     )
     shares = shares + scale * touched * generator.normal(size=(count, groups))
-    changed: Floats = np.clip(shares, 1e-4, None)
+    changed: Floats = np.clip(task.space.led(shares), 1e-4, None)
     return changed
 
 

@@ -75,7 +75,7 @@ class VisionAdapter(ModelAdapter):
     unread = dict.fromkeys(
         (
             *("finish.method", "finish.rank", "finish.alpha", "finish.dropout"),
-            *("score.top_k", "prune.drop", "prune.hidden", "recovery.shrink", "model.dtype"),
+            *("score.top_k", "prune.drop", "prune.hidden", "prune.runtime", "recovery.shrink", "model.dtype"),
             *("recovery.spill", "model.device_map"),
             *("data.files", "data.column", "data.sequence_length", "data.test_length", "data.stride"),
         ),
@@ -97,6 +97,11 @@ class VisionAdapter(ModelAdapter):
         for name in ("drop", "hidden"):
             if getattr(options, name):
                 raise GraphError(f"prune.{name}: only for language models; {type(model).__name__} is none")
+        if options.runtime != "any":
+            raise ConfigError(
+                f"prune.runtime: {options.runtime!r} is for language models, {type(model).__name__} is none; "
+                "allowed here: any"
+            )
         space = trace_channels(model, example_inputs, options)
         return replace(space, inputs=describe_inputs(example_inputs))
 

@@ -22,6 +22,7 @@ from ..artifacts.documents import PlanDocument
 from ..config.config import Config, FinishConfig, RecoveryConfig
 from ..importance.calibration_cache import CalibrationCache
 from ..importance.unit_scores import Scores
+from ..pruning.budget import BudgetLike
 from ..pruning.cost_metrics import with_registered_costs
 from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
@@ -76,6 +77,14 @@ class RecoveryLadder:
     trained: tuple[str, ...]
     steps: int
     batch: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a model may cost: a budget as users give it, and its metric."""
+
+    budget: BudgetLike
+    metric: str = "macs"
 
 
 @dataclass(frozen=True)
@@ -264,6 +273,12 @@ class ModelAdapter(abc.ABC):
     @abc.abstractmethod
     def cost_lines(self, space: PruningSpace, model: nn.Module) -> list[str]:
         """Dense costs and feasible budgets, a line each; latency has a line of its own."""
+
+    def runtime_lines(
+        self, model: nn.Module, example_inputs: ExampleInputs, options: TraceOptions, budget: Target
+    ) -> list[str]:
+        """What each runtime allows (``prune.runtime``), and what that and rounding cost at a budget, a line each."""
+        return []
 
     def memory_lines(
         self, config: Config, space: PruningSpace, model: nn.Module, device: torch.device

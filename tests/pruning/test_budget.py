@@ -7,31 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import strategies
+from helpers.strategies import distributions, spaces
 from rlprune.errors import BudgetError
 from rlprune.pruning.budget import Limits, parse_budget, project
-from rlprune.pruning.cost import AxisSize, CostFormula, FormulaBuilder
-
-
-@st.composite
-def spaces(draw: st.DrawFn) -> tuple[CostFormula, Limits]:
-    """A chain of layers with random widths, steps and minimums; some axes carry fixed slots."""
-    limits = draw(strategies.limits(6, 70))
-    groups = len(limits.dense)
-    builder = FormulaBuilder(groups)
-    builder.add(draw(st.integers(0, 50)))
-    eye = np.eye(groups)
-    for i in range(groups):
-        here = AxisSize(draw(st.integers(0, 3)), eye[i] * draw(st.integers(1, 3)))
-        there = AxisSize(draw(st.integers(0, 3)), eye[(i + 1) % groups] * draw(st.integers(0, 3)))
-        builder.add(draw(st.integers(1, 40)), here, there)
-        builder.add(draw(st.integers(1, 5)), here)
-    return builder.build(), limits
-
-
-def distributions(groups: int) -> st.SearchStrategy[list[float]]:
-    value = st.one_of(st.just(0.0), st.floats(0.0, 1.0), st.floats(1e-300, 1e300))
-    return st.lists(value, min_size=groups, max_size=groups).filter(any)
+from rlprune.pruning.cost import AxisSize, FormulaBuilder
 
 
 @settings(max_examples=300, deadline=None)

@@ -51,11 +51,13 @@ def swap_levels(task: Task, parent: Ints, level: float, most: int, generator: np
     """
     space = task.space
     child = parent.copy()
-    wanted = level * space.dense_cost(task.metric) / len(child)
+    first = space.leaders == np.arange(len(child))  # groups of one width swap together
+    wanted = level * space.dense_cost(task.metric) / first.sum()
     for _ in range(generator.integers(1, most + 1, size=2).min()):
-        price = np.maximum(space.unit_costs(child, task.metric), 1e-12)
-        loses = np.flatnonzero(child - space.steps >= space.minimums)
-        gains = np.flatnonzero(child < space.widths)
+        each = np.bincount(space.leaders, space.unit_costs(child, task.metric), len(child))
+        price = np.maximum(each, 1e-12)
+        loses = np.flatnonzero(first & (child - space.steps >= space.minimums))
+        gains = np.flatnonzero(first & (child < space.widths))
         if not len(loses) or not len(gains):
             break
         giver, taker = generator.choice(loses), generator.choice(gains)
@@ -64,6 +66,5 @@ def swap_levels(task: Task, parent: Ints, level: float, most: int, generator: np
         child[giver] -= units
         received = units * price[giver] / price[taker]
         child[taker] = min(child[taker] + round(received), space.widths[taker])
-    return space.project(
-        np.maximum(1.0 - child / np.maximum(space.widths, 1), 1e-9), task.highest_budget, task.metric
-    )
+    shares = np.maximum(1.0 - child / np.maximum(space.widths, 1), 1e-9)
+    return space.project(space.led(shares), task.highest_budget, task.metric)

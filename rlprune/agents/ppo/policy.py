@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...artifacts.policy import read_policy_files
 from ...artifacts.policy import save_policy as write_policy
-from ...envs.task import ACTION_SCALE, Source, Task, deviate, make_task
+from ...envs.task import ACTION_SCALE, Source, Task, make_task
 from ...errors import ArtifactError
 from ...pruning.budget import BudgetLike
 from ...pruning.plan import Plan
@@ -293,7 +293,7 @@ class PortablePolicy:
         """
         task = self.task(source, budget, metric)
         self._check(task)
-        return deviate(task.base(budget), self.action(task.observe(budget)))
+        return task.deviated(self.action(task.observe(budget)), budget)
 
     def widths(
         self,

@@ -118,7 +118,7 @@ def space_of(model: nn.Module, document: PlanDocument) -> PruningSpace:
     drop = any(width == 0 for width in document["widths"])
 
     def traced(ignore: Sequence[str]) -> PruningSpace:
-        options = TraceOptions(ignore=ignore, verify=False, drop=drop, hidden="hidden" in names)
+        options = TraceOptions(ignore=ignore, round_to=1, verify=False, drop=drop, hidden="hidden" in names)
         space = language_space(model, example, fingerprint(model), options)
         return with_registered_costs(space, model)
 

@@ -1,0 +1,212 @@
+"""What each runtime allows of a language model, in the space, in plans and at the command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import rlprune
+from helpers.language_workload import Sentences
+from helpers.lm import tiny_lm, tokens
+from rlprune.config.names import RUNTIMES
+from rlprune.errors import ConfigError
+from rlprune.language.files.uniform import plain_form, plain_obstacle
+from rlprune.language.space import fitting_multiple
+from rlprune.rules import rules_for
+from rlprune.rules.context import rule_widths
+
+RNG = np.random.default_rng(0)
+FAMILIES = (
+    "llama",
+    "llama-mha-tied",
+    "qwen2",
+    "gpt2",
+    "phi3",
+    "gemma2",
+    "opt",
+    "falcon",
+    "gpt_neox",
+)
+
+
+def trace(name: str, runtime: str, **options: Any) -> rlprune.PruningSpace:
+    return rlprune.trace(tiny_lm(name), tokens(), verify=False, runtime=runtime, **options)
+
+
+def widths_of(space: rlprune.PruningSpace, kind: str) -> list[int]:
+    return [g.width for g in space.groups if g.kind == kind]
+
+
+@pytest.mark.filterwarnings("ignore::rlprune.pruning.NarrowSpaceWarning")
+class TestUniform:
+    @pytest.mark.parametrize("name", FAMILIES)
+    def test_every_plan_is_a_plain_model_of_transformers(self, name: str) -> None:
+        space = trace(name, "uniform")
+        model = tiny_lm(name)
+        low = space.lowest("params")
+        importance = [RNG.random(g.width) for g in space.groups]
+        for budget in (low, (1 + low) / 2, 0.97):
+            plan = rlprune.make_plan(
+                space,
+                importance=importance,
+                distribution=RNG.random(len(space.groups)),
+                budget=budget,
+                metric="params",
+            )
+            for kind in ("ffn", "attention"):
+                found = [w for g, w in zip(space.groups, plan.widths, strict=True) if g.kind == kind]
+                assert len(set(found)) <= 1
+            slim = rlprune.prune(model, plan)
+            assert plain_obstacle(slim) == ""
+            form = plain_form(slim)
+            assert "per_layer_config" not in form.config
+
+    def test_each_block_keeps_its_own_best_units_and_the_cut_is_exact(self) -> None:
+        model = tiny_lm("llama").double()
+        space = rlprune.trace(model, tokens(), runtime="uniform")
+        importance = [RNG.random(g.width) for g in space.groups]
+        plan = rlprune.make_plan(
+            space, importance=importance, distribution=np.ones(6), budget=0.6, metric="params"
+        )
+        kept = [k.tolist() for g, k in zip(space.groups, plan.kept, strict=True) if g.kind == "ffn"]
+        assert len({len(k) for k in kept}) == 1 and len({tuple(k) for k in kept}) == 3
+        ids = torch.randint(0, 90, (2, 7))
+        with torch.no_grad():
+            got, wanted = (f(model, plan)(input_ids=ids).logits for f in (rlprune.prune, rlprune.masked))
+        assert torch.allclose(got, wanted, atol=1e-9)
+
+    def test_only_numbers_of_heads_that_the_config_takes(self) -> None:
+        """A hidden size of 64: 8 and 4 heads divide it, 7 to 5 do not."""
+        model = tiny_lm("llama", hidden_size=64, num_attention_heads=8, num_key_value_heads=8, head_dim=8)
+        space = rlprune.trace(model, tokens(), verify=False, runtime="uniform")
+        assert {(g.step, g.minimum) for g in space.groups if g.kind == "attention"} == {(4, 4)}
+
+    def test_bloom_has_nothing_that_could_be_cut(self) -> None:
+        with pytest.raises(rlprune.GraphError, match="the classes of 'bloom' fix the number of neurons"):
+            trace("bloom", "uniform")
+
+    def test_refusals(self) -> None:
+        with pytest.raises(ConfigError, match=r"prune\.drop: 'uniform' loads no model in which single parts"):
+            trace("llama", "uniform", drop=True)
+        with pytest.raises(ConfigError, match=r"prune\.hidden: not with the runtime 'uniform'"):
+            trace("llama", "uniform", hidden=True)
+        with pytest.raises(
+            ConfigError, match=r"all blocks alike, and 'model\.layers\.1\.mlp' stays as it is"
+        ):
+            trace("llama", "uniform", ignore=("model.layers.1.mlp",))
+
+
+@pytest.mark.filterwarnings("ignore::rlprune.pruning.NarrowSpaceWarning")
+class TestVllm:
+    def test_heads_stay_and_whole_attentions_go_but_the_first(self) -> None:
+        space = trace("llama", "vllm")
+        assert {g.kind for g in space.groups} == {"ffn"} and len(space.groups) == 3
+        assert "all blocks have one number of query heads" in space.protected["model.layers.1.self_attn"]
+        space = trace("llama", "vllm", drop=True)
+        heads = {g.block: (g.width, g.minimum, g.step) for g in space.groups if g.kind == "attention"}
+        assert heads == {1: (3, 0, 3), 2: (3, 0, 3)}
+        assert "begins the residual stream" in space.protected["model.layers.0.self_attn"]
+        plans = space.project(RNG.random((200, len(space.groups))), 0.6, "params")
+        found = {w for row in plans for g, w in zip(space.groups, row, strict=True) if g.kind == "attention"}
+        assert found == {0, 3}
+
+    @pytest.mark.parametrize(
+        ("name", "line"),
+        [
+            ("gpt2", "reads blocks of different sizes of llama, mistral, and this model is of type 'gpt2'"),
+            ("mistral", "reads no sliding window, and this model has one of 8"),
+        ],
+    )
+    def test_models_that_it_does_not_read(self, name: str, line: str) -> None:
+        with pytest.raises(ConfigError, match=line):
+            trace(name, "vllm")
+
+
+class TestLlamaCpp:
+    def test_everything_goes_that_can_be_cut_at_all(self) -> None:
+        for drop in (False, True):
+            free, own = (trace("llama", runtime, drop=drop) for runtime in ("any", "llama.cpp"))
+            assert free.groups == own.groups
+
+    def test_qwen3_has_no_block_without_attention(self) -> None:
+        space = trace("qwen3", "llama.cpp", drop=True)
+        assert {(g.kind, g.minimum) for g in space.groups} == {("attention", 1), ("ffn", 0)}
+
+    def test_gemma_is_refused(self) -> None:
+        with pytest.raises(
+            ConfigError, match=r"'llama\.cpp' reads .* of type 'gemma2'; allowed here: any, uniform"
+        ):
+            trace("gemma2", "llama.cpp")
+
+
+class TestRounding:
+    @pytest.mark.parametrize(
+        ("width", "multiple"), [(1536, 32), (256, 32), (255, 1), (128, 16), (96, 8), (40, 4), (24, 2), (7, 1)]
+    )
+    def test_32_or_what_leaves_eight_steps(self, width: int, multiple: int) -> None:
+        assert fitting_multiple(width) == multiple
+
+    def test_rules_project_in_steps(self) -> None:
+        """Every rule under the default of 32: within the budget, and no step more fits."""
+        model = tiny_lm("llama", intermediate_size=512)
+        workload = Sentences(model)
+        space = rlprune.trace(model, workload.example_inputs, verify=False)
+        assert set(space.steps[[g.kind == "ffn" for g in space.groups]]) == {32}
+        importance = rlprune.importance.magnitude(model, space)
+        context = rlprune.Context(space, model, importance, 0.7, "params", workload)
+        ffn = np.array([g.kind == "ffn" for g in space.groups])
+        for name, rule in rules_for(space).items():
+            if rule.probes:
+                continue
+            widths, target = rule_widths(rule, context), space.target(0.7, "params")
+            assert space.cost(widths, "params") <= target, name
+            assert (widths[ffn] % 32 == 0).all(), name
+            sets = [ffn] if name == "ffn_uniform" else [np.arange(6) == g for g in range(6)]
+            for members in sets:
+                more = np.where(members, space.limits.above(widths), widths)
+                assert (more == widths).all() or space.cost(more, "params") > target, name
+            if name == "ffn_uniform":
+                assert len(set(widths[ffn])) == 1 and (widths[~ffn] == space.widths[~ffn]).all()
+
+    def test_what_is_no_multiple_is_refused(self) -> None:
+        with pytest.raises(
+            rlprune.BudgetError, match="'lots' is no whole number of 1 and more; allowed: one, or auto"
+        ):
+            rlprune.trace(tiny_lm(), tokens(), round_to="lots")
+        with pytest.raises(ConfigError, match=r"prune\.round_to: 'lots' is no whole number"):
+            rlprune.load_config("tiny_llama", ["prune.round_to=lots"])
+        with pytest.raises(ConfigError, match=r"prune\.round_to: must be at least 1, got 0"):
+            rlprune.load_config("tiny_llama", ["prune.round_to=0"])
+        assert rlprune.load_config("tiny_llama").prune.round_to == "auto"
+        assert rlprune.load_config("tiny_llama", ["prune.round_to=256"]).prune.round_to == 256
+
+
+def test_a_runtime_of_ones_own() -> None:
+    @rlprune.runtime("a board that keeps the last block", name="board")
+    def board(model: Any) -> rlprune.language.Restriction:
+        return rlprune.language.Restriction(stays={"model.layers.2.mlp": "the board's own"})
+
+    try:
+        space = trace("llama", "board")
+        assert "model.layers.2.mlp" not in [g.name for g in space.groups]
+        assert space.protected["model.layers.2.mlp"] == "the board's own"
+        assert rlprune.load_config("tiny_llama", ["prune.runtime=board"]).prune.runtime == "board"
+        with pytest.raises(ConfigError, match="the name 'vllm' is taken"):
+            rlprune.runtime("again", name="vllm")(board)
+    finally:
+        del RUNTIMES["board"]
+    with pytest.raises(ConfigError, match=r"'board' is not one of any, llama\.cpp, vllm, uniform"):
+        trace("llama", "board")
+
+
+def test_images_have_no_runtime() -> None:
+    from rlprune.vision.zoo import build_model
+
+    model = build_model("cifar_resnet20", 10, arguments={"width": 8})
+    with pytest.raises(
+        ConfigError, match=r"prune\.runtime: 'vllm' is for language models, .*; allowed here: any"
+    ):
+        rlprune.trace(model, torch.zeros(1, 3, 16, 16), runtime="vllm")
