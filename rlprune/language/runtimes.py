@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
@@ -114,7 +115,7 @@ def restriction(model: nn.Module, options: TraceOptions) -> Restriction:
 
 def read_by(name: str, model: nn.Module, types: Sequence[str], instead: str = "any, uniform") -> None:
     """ConfigError where a model's ``model_type`` is none of those that a runtime reads."""
-    kind = str(getattr(model.config, "model_type", ""))
+    kind = _type(model)
     if kind not in types:
         raise ConfigError(
             f"prune.runtime: {name!r} reads blocks of different sizes of {', '.join(types)}, and this model is "
@@ -122,13 +123,20 @@ def read_by(name: str, model: nn.Module, types: Sequence[str], instead: str = "a
         )
 
 
+def _config(model: nn.Module) -> Any:
+    """A model's config, which torch takes for a tensor or a module."""
+    return model.config
+
+
+def _type(model: nn.Module) -> str:
+    return str(getattr(_config(model), "model_type", ""))
+
+
 def _ties(space: PruningSpace, runtime: str) -> tuple[tuple[int, ...], ...]:
-    """All feed-forward parts as one tie and all attentions as another; ConfigError where one of a kind is missing."""
+    """All groups of a kind as one tie (the hidden size is one group); ConfigError where one of a kind is missing."""
     ties = []
-    for kind, word in _KINDS.items():
+    for kind in dict.fromkeys(g.kind for g in space.groups if g.kind != "hidden"):
         found = [i for i, g in enumerate(space.groups) if g.kind == kind]
-        if not found:
-            continue
         last = {space.groups[i].name.rpartition(".")[2] for i in found}
         for name, reason in space.protected.items():
             if name.rpartition(".")[2] in last:
@@ -139,7 +147,7 @@ def _ties(space: PruningSpace, runtime: str) -> tuple[tuple[int, ...], ...]:
         if len(sizes) > 1:
             (first, one), (second, other) = list(sizes.items())[:2]
             raise ConfigError(
-                f"prune.runtime: {runtime!r} needs every {word} alike, and {one!r} is {first[0]} wide, {other!r} "
+                f"prune.runtime: {runtime!r} needs every {_KINDS.get(kind, kind)} alike, and {one!r} is {first[0]} wide, {other!r} "
                 f"{second[0]}"
             )
         ties.append(tuple(found))
@@ -156,7 +164,7 @@ def _llama_cpp(model: nn.Module) -> Restriction:
     block without attention.
     """
     read_by("llama.cpp", model, ("llama", "mistral", "ministral", "qwen2", "qwen3"))
-    drops = {"ffn"} if model.config.model_type == "qwen3" else set(_KINDS)
+    drops = {"ffn"} if _type(model) == "qwen3" else set(_KINDS)
     return Restriction(
         drops=frozenset(drops),
         widths="q8_0 and q4_0 take neurons in steps of 32, k-quants in steps of 256, f16 any",
@@ -192,7 +200,7 @@ def _uniform(model: nn.Module) -> Restriction:
     blocks, neurons = families.blocks_of(model), families.family_of(model).sizes[2]
     stays = {}
     if blocks[0].neurons > 1 and not _is_plain(model, {neurons: blocks[0].neurons - 1}):
-        reason = f"runtime uniform: the classes of {model.config.model_type!r} fix the number of neurons"
+        reason = f"runtime uniform: the classes of {_type(model)!r} fix the number of neurons"
         stays = {block.ffn: reason for block in blocks}
     return Restriction(
         stays=stays,
@@ -207,11 +215,11 @@ def _uniform(model: nn.Module) -> Restriction:
 
 def _plain_heads(model: nn.Module) -> tuple[int, str]:
     """The step in which key-value heads may go so that stock classes of a family take what is left, or why none may."""
-    block, fields = families.blocks_of(model)[0], pretrained.dense_fields(model.config)
+    block, fields = families.blocks_of(model)[0], pretrained.dense_fields(_config(model))
     heads, kv, _ = families.family_of(model).sizes
     if block.whole or block.kv_heads < 2:
         return 1, block.whole and "its heads cannot be told apart"
-    derived = isinstance(getattr(type(model.config), "head_dim", None), property)
+    derived = isinstance(getattr(type(_config(model)), "head_dim", None), property)
 
     def fits(count: int) -> bool:
         own = {heads: count * block.ratio} | ({kv: count} if kv else {})
@@ -233,7 +241,7 @@ def _plain_heads(model: nn.Module) -> tuple[int, str]:
 
 def _is_plain(model: nn.Module, sizes: Mapping[str, int]) -> bool:
     """Whether stock classes take all layers at these sizes, under the config's own names."""
-    twin = pretrained.skeleton(pretrained.build_config(pretrained.dense_fields(model.config)))
+    twin = pretrained.skeleton(pretrained.build_config(pretrained.dense_fields(_config(model))))
     resize(twin, [layer | dict(sizes) for layer in layer_sizes(twin)])
     try:
         plain_form(twin)

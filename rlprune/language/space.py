@@ -78,7 +78,7 @@ def language_space(
         raise GraphError(str(error)) from None
     ignored = _ignored(model, blocks, options.ignore)
     limits = restriction(model, options)
-    layout = _LanguageLayout(model, blocks, length, options.drop, options.hidden, limits.stays | ignored)
+    layout = _LanguageLayout(model, blocks, length, options.drop, options.hidden, {**limits.stays, **ignored})
     if options.multiple is not None:
         _check_rounding(layout.groups, options.multiple)
     space = limits.applied(layout.space(fingerprint, options.multiple, options.minimum), options.runtime)
