@@ -147,8 +147,8 @@ def _ties(space: PruningSpace, runtime: str) -> tuple[tuple[int, ...], ...]:
         if len(sizes) > 1:
             (first, one), (second, other) = list(sizes.items())[:2]
             raise ConfigError(
-                f"prune.runtime: {runtime!r} needs every {_KINDS.get(kind, kind)} alike, and {one!r} is {first[0]} wide, {other!r} "
-                f"{second[0]}"
+                f"prune.runtime: {runtime!r} needs every {_KINDS.get(kind, kind)} alike, and {one!r} is {first[0]} "
+                f"wide, {other!r} {second[0]}"
             )
         ties.append(tuple(found))
     return tuple(tie for tie in ties if len(tie) > 1)
