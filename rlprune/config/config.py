@@ -35,6 +35,7 @@ from .search import SearchConfig
 from .yaml_files import dump_yaml, read_yaml
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+TEXT_FORMATS = ("auto", "text", "chat", "instruction")
 DTYPES = ("auto", "float32", "bfloat16")
 AUTO = "auto"
 """The value of ``prune.round_to`` that leaves the multiple to the kind of model."""
@@ -104,10 +105,26 @@ class DataConfig(Section):
     root: str | None = setting(None, "Folder of the files; null for the data set's usual place.")
     files: dict[str, Any] = setting(
         dict,
-        "Text: {split: path of a .txt or .jsonl file}; splits that share a file get disjoint parts of it.",
+        "Text: {split: path of a .txt, .jsonl or .json file, or a list of {path, weight}}; splits that share a file "
+        "get disjoint parts of it.",
+    )
+    format: str = setting(
+        "auto",
+        "Text: what the rows of .jsonl and .json files are; `auto` finds it out from their fields.",
+        choices=TEXT_FORMATS,
     )
     column: str = setting(
-        "text", "Text: the field of a .jsonl line or of a hub data set that holds the text."
+        "text",
+        "Text: the field of a .jsonl line or of a hub data set that holds the text, or the messages of a chat.",
+    )
+    answers_only: bool = setting(
+        True,
+        "Chats and instructions: whether only answers are scored and learned; false counts prompts as well.",
+    )
+    packing: bool = setting(
+        False,
+        "Chats and instructions: whether a sequence holds several examples (never in the test split); a later one sees "
+        "the earlier ones.",
     )
     sequence_length: int = setting(128, "Text: tokens in a sequence.", low=8, high=10_000_000)
     test_length: int | None = setting(

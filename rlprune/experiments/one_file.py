@@ -6,11 +6,8 @@ takes one sample at a time; whatever was written is run on random inputs beside 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
-import io
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArtifactError, first_line, one_line
+from ..errors import ArtifactError
 from ..utils import pytrees
+from ..utils.onnx_files import silent_exporter, why_not_exported
 from ..utils.pytrees import Inputs
 from ..utils.unfinished import fresh_folder
 
@@ -217,34 +215,15 @@ def _attempt(model: nn.Module, example: Inputs, path: Path, write: Writer, read:
     # Two samples: an exporter takes a size of 1 for a constant.
     sample = random_inputs(example, 2 if free else 1, torch.Generator().manual_seed(1))
     try:
-        with torch.no_grad(), _silent():
+        with torch.no_grad(), silent_exporter():
             write(model, Call(sample, free), path)
         _check(model, example, read(path), CHECKED_BATCHES if free else (1,))
     except (ArtifactError, OSError):
         raise
     except Exception as error:  # exporters raise whatever their many parts raise
-        raise ArtifactError(f"export: {type(model).__name__} cannot be exported ({_cause(error)})") from error
-
-
-def _cause(error: Exception) -> str:
-    """What an exporter could not do, in one line."""
-    cause = error if error.__cause__ is None else error.__cause__
-    kind = type(cause).__name__
-    if "DataDependent" in kind:
-        return f"{kind}: its branches or the sizes of its outputs depend on the numbers that it is given"
-    return f"{kind}: {first_line(cause) if len(str(cause).splitlines()) > 3 else one_line(cause)}"
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Exporters write whole graphs to standard error before they raise what is said in a line here."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
+        raise ArtifactError(
+            f"export: {type(model).__name__} cannot be exported ({why_not_exported(error)})"
+        ) from error
 
 
 def _check(model: nn.Module, example: Inputs, runner: Runner, batches: Sequence[int]) -> None:

@@ -47,6 +47,7 @@ from .calibration.statistics import collect as collect_statistics
 from .comparison import compare, read_tasks
 from .dtype import scoring_dtype
 from .files.folder import save_language_model
+from .files.onnx import export_onnx
 from .files.pretrained import SOURCE, load_folder
 from .files.streaming import space_of
 from .footprints import footprint
@@ -234,6 +235,9 @@ class LanguageAdapter(ModelAdapter):
         check_roots(document["tensors"], document, str(directory / PLAN_FILE))
         model: nn.Module = load_folder(directory, document).cpu().eval()
         return model
+
+    def onnx_file(self) -> Callable[[nn.Module, Path], object]:
+        return export_onnx
 
     def group_lines(self, space: PruningSpace) -> list[str]:
         return describe.group_lines(space)

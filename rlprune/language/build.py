@@ -159,6 +159,9 @@ def _text_request(data: DataConfig) -> TextRequest:
         sizes=(data.train, data.calibration, data.validation, data.test),
         seed=data.seed,
         download=data.download,
+        format=data.format,
+        answers_only=data.answers_only,
+        packing=data.packing,
     )
 
 

@@ -97,7 +97,12 @@ def _quality_rows(workload: Workload, models: dict[str, nn.Module]) -> tuple[lis
         dense, pruned = (workload.evaluate(models[name], "test") for name in ("dense", "pruned"))
     facts = workload.protocol().get("splits", {}).get("test")
     note = f"test: {pruned.count:,} tokens scored"
-    if facts is not None:
+    if facts is not None and "examples" in facts:
+        note = (
+            f"test: {facts['text']}, {facts['sequences']} examples ({facts['examples']['format']}) of at most "
+            f"{facts['length']} tokens, {facts['tokens']:,} tokens scored ({facts['scored']})"
+        )
+    elif facts is not None:
         note = (
             f"test: {facts['text']}, {facts['sequences']} sequences of {facts['length']} tokens, stride "
             f"{facts['stride']}, {facts['tokens']:,} tokens scored"

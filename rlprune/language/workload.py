@@ -107,6 +107,7 @@ class LanguageWorkload(TrainedWorkload):
                 "stride": part.length - part.overlap,
                 "sequences": len(part),
                 "tokens": part.scored,
+                **({"scored": part.scores, "examples": dict(part.examples)} if part.examples else {}),
             }
         return {"metric": "perplexity", "seed": self.data.seed, "splits": splits}
 
@@ -128,9 +129,9 @@ class LanguageWorkload(TrainedWorkload):
         size = batch_size or self.rows("train")
         order = torch.randperm(len(part), generator=generator).tolist()
         for step in range(self.train_steps(size)):
-            windows = [part.window(i, i + 1)[0] for i in order[step * size : (step + 1) * size]]
-            ids = torch.cat(windows).to(self._place)
-            yield ids, ids
+            windows = [part.window(i, i + 1) for i in order[step * size : (step + 1) * size]]
+            ids, targets = (torch.cat(side).to(self._place) for side in zip(*windows, strict=True))
+            yield ids, targets
 
     def train_steps(self, batch_size: int | None = None) -> int:
         """Number of batches of one epoch of ``train_batches``."""
@@ -159,16 +160,22 @@ class LanguageWorkload(TrainedWorkload):
         return token_quality(self, model, split, limit, self.logs)
 
     def scored(self, split: str) -> int:
-        return self.length(split) - 1
+        part = self.data.splits[split]
+        return self.length(split) - 1 if part.answers is None else max(1, part.scored // len(part))
 
     def test_facts(self, count: int) -> dict[str, Any]:
         """What a perplexity on the test split means: its windows' length, their stride, the tokens scored."""
         length = self.length("test")
-        return {"tokens": {"length": length, "stride": int(self.stride or length), "count": int(count)}}
+        facts = {"length": length, "stride": int(self.stride or length), "count": int(count)}
+        test = self.data.splits["test"]
+        return {"tokens": facts | ({"scored": test.scores} if test.examples else {})}
 
     def training_facts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         text = self.data.splits["train"]
-        return {"text": [text.length, list(text.starts)]}, {"tokens": text.tokens}
+        tensors = {"tokens": text.tokens}
+        if text.answers is not None:
+            tensors["answers"] = text.answers
+        return {"text": [text.length, list(text.starts)]}, tensors
 
     def train(self, settings: ModelConfig, state: Path, progress: Progress | None) -> FitResult:
         """AdamW on the train split; a killed training starts again."""

@@ -256,6 +256,11 @@ class ModelAdapter(abc.ABC):
     def load(self, directory: Path, document: PlanDocument, base: nn.Module | None) -> nn.Module:
         """The pruned model in a folder whose plan.json is ``document``; see `rlprune.load`."""
 
+    def onnx_file(self) -> Callable[[nn.Module, Path], object] | None:
+        """What writes an ONNX file of a model that is more than a function of its inputs, and checks it; its result
+        says in words what was found. None: the tensors of one call, as for every model of ``one_file``."""
+        return None
+
     def rebuilds(self, document: PlanDocument) -> bool:
         """Whether `load` needs no dense model to be passed in."""
         return True

@@ -127,7 +127,7 @@ class TestTextErrors:
             (b"\xff\xfe\x00 a", "a.txt", "not UTF-8 text .byte 0."),
             ("{}\n", "a.jsonl", "line 1 has no text field 'text'"),
             ('{"txet": "a"}\n', "a.jsonl", "did you mean 'txet'"),
-            ('{"text": 3}\n', "a.jsonl", "line 1 has no text field"),
+            ('{"text": 3}\n', "a.jsonl", "line 1: the field 'text' is not text but a number"),
             ('{"text": "a"}\nnonsense\n', "a.jsonl", "line 2 is not JSON"),
             ("[1]\n", "a.jsonl", "it is no object"),
             ("", "a.jsonl", "holds no text"),

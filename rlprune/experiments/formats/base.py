@@ -16,9 +16,6 @@ from ...utils.pytrees import Inputs
 from ...utils.registry import Registry
 from ...workloads.adapter import ModelAdapter, adapter_of_base
 
-MARK = "rlprune"
-"""What a file of ours says about itself."""
-
 
 @dataclass(frozen=True)
 class Written:

@@ -9,17 +9,27 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ...artifacts.documents import read_plan
 from ...errors import ArtifactError
+from ...utils.files import keep_foreign
+from ...utils.onnx_files import is_our_onnx, mark_onnx
 from ...utils.pytrees import Inputs
 from ..one_file import Call, Runner, named_inputs, output_names
-from .base import MARK, Export, Written, export_format, need_packages
+from .base import Export, Written, export_format, need_packages
 from .single import one_file
 
 
 @export_format("ONNX, checked by onnxruntime (extra `export`)", name="onnx")
 def _onnx(job: Export) -> Written:
     need_packages(("onnx", "onnxscript", "onnxruntime"), job.to)
-    return one_file(job, ".onnx", _is_our_onnx, [write_onnx, _write_traced_onnx], read_onnx)
+    own = job.adapter().onnx_file()
+    if own is None:
+        return one_file(job, ".onnx", is_our_onnx, [write_onnx, _write_traced_onnx], read_onnx)
+    target = job.file(".onnx", is_our_onnx)
+    if not is_our_onnx(target):  # whose weights may lie beside it
+        keep_foreign(target.with_name(f"{target.name}.data"), lambda path: False, job.force)
+    model = job.adapter().load(job.directory, read_plan(job.directory), job.base)
+    return Written(target, str(own(model, target)))
 
 
 def write_onnx(model: nn.Module, call: Call, path: Path) -> None:
@@ -37,7 +47,7 @@ def write_onnx(model: nn.Module, call: Call, path: Path) -> None:
             output_names=output_names(model, call.inputs),
             dynamic_shapes=call.dynamic_shapes(model),
         )
-    _mark_onnx(path)
+    mark_onnx(path)
 
 
 def _write_traced_onnx(model: nn.Module, call: Call, path: Path) -> None:
@@ -54,24 +64,7 @@ def _write_traced_onnx(model: nn.Module, call: Call, path: Path) -> None:
             input_names=list(named_inputs(model, call.inputs)),
             output_names=output_names(model, call.inputs),
         )
-    _mark_onnx(path)
-
-
-def _mark_onnx(path: Path) -> None:
-    import onnx
-
-    file = onnx.load(path)
-    onnx.helper.set_model_props(file, {MARK: "rlprune export"})
-    onnx.save(file, path)
-
-
-def _is_our_onnx(path: Path) -> bool:
-    import onnx
-
-    try:
-        return any(entry.key == MARK for entry in onnx.load(path, load_external_data=False).metadata_props)
-    except Exception:  # whatever it is, it is not ours
-        return False
+    mark_onnx(path)
 
 
 def read_onnx(path: Path) -> Runner:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ...utils import pytrees
+from ...utils.onnx_files import MARK
 from ...utils.pytrees import Inputs
 from ..one_file import Call, Runner
-from .base import MARK, Export, Written, export_format
+from .base import Export, Written, export_format
 from .single import one_file
 
 

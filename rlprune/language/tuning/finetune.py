@@ -25,9 +25,9 @@ from ...errors import ConfigError, DataError, near_miss
 from ...recovery.finetune import Progress
 from ...utils.randomness import isolated_randomness
 from ...workloads.base import Workload
-from .loss import ADAPTER_LR, FULL_LR, TokenLoss, full_precision
+from .loss import ADAPTER_LR, FULL_LR, TokenLoss, full_precision, learned
 from .peft import attached
-from .trainer import Work, run_trainer
+from .trainer import Lessons, Work, run_trainer
 
 METHODS = {
     "lora": "low-rank adapters on the linear layers of attention and feed-forward (peft)",
@@ -75,7 +75,8 @@ def tune(
     fine-tune gives the bits of an uninterrupted one; the global random state is left as it was.
 
     Args:
-        workload: gives ``train_batches(generator, batch_size) -> (input_ids (B, L), targets)`` and the teacher.
+        workload: gives ``train_batches(generator, batch_size) -> (input_ids (B, L), targets (B, L))`` and the teacher;
+            what targets leave out (-100) is not learned.
         model: the pruned model, any causal language model of transformers.
         settings: section ``finish``; ``lr`` None means 1e-4 for adapters and 2e-5 for all parameters.
         seed: of the data's order, the adapters' start and dropout.
@@ -100,7 +101,7 @@ def tune(
     with ExitStack() as stack:
         stack.enter_context(_isolated())
         folder = Path(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        sequences = _sequences(workload, total * settings.batch_size, settings.batch_size, seed)
+        lessons = _lessons(workload, total * settings.batch_size, settings.batch_size, seed)
         stack.enter_context(torch.enable_grad())
         if settings.method == "full":
             stack.enter_context(full_precision(model))
@@ -109,10 +110,10 @@ def tune(
         with attached(model, settings) as handle:
             loss = TokenLoss(model, teacher, settings.temperature)
             saving = out is not None
-            mean, whole = run_trainer(model, loss, sequences, work, folder, progress, saving=saving)
+            mean, whole = run_trainer(model, loss, lessons, work, folder, progress, saving=saving)
             handle.model = whole or model
         handle.model.eval()
-    tokens = total * settings.batch_size * len(sequences[0])
+    tokens = total * settings.batch_size * len(lessons.ids[0])
     return TuneResult(handle.model, total, mean, tokens, handle.trained, time.monotonic() - started)
 
 
@@ -129,19 +130,24 @@ def learning_rate(lr: float | None, method: str) -> float:
     return FULL_LR if method == "full" else ADAPTER_LR
 
 
-def _sequences(workload: Workload, count: int, batch_size: int, seed: int) -> list[Tensor]:
+def _lessons(workload: Workload, count: int, batch_size: int, seed: int) -> Lessons:
     """The first ``count`` sequences (L,) of shuffled epochs of the train split, as int32 on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     rows: list[Tensor] = []
+    wanted: list[Tensor] = []
+    masked = False
     while len(rows) < count:
         before = len(rows)
-        for ids, _ in workload.train_batches(generator, batch_size):
+        for ids, targets in workload.train_batches(generator, batch_size):
             rows += ids.to("cpu", torch.int32).unbind(0)
+            some = learned(ids, targets)
+            masked |= some is not None
+            wanted += (ids if some is None else some).to("cpu", torch.int32).unbind(0)
             if len(rows) >= count:
                 break
         if len(rows) == before:
             raise DataError(f"workload {workload.name!r}: the split 'train' is empty")
-    return rows[:count]
+    return Lessons(rows[:count], wanted[:count] if masked else None)
 
 
 @contextlib.contextmanager

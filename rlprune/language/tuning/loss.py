@@ -88,7 +88,7 @@ class TokenLoss:
     """Mean loss of the next tokens: cross-entropy, and distillation from a teacher where one is given.
 
     ``(1 - soft) * cross-entropy + soft * T^2 * KL(teacher || student)`` at temperature T (Hinton et al.
-    2015, arXiv 1503.02531), over all tokens but the first of each sequence. Logits are made, used and
+    2015, arXiv 1503.02531), over all tokens but the first of each sequence, or over those that targets name. Logits are made, used and
     dropped for `CHUNK_TOKENS` tokens at a time, and made again in the backward pass, so that memory does not
     grow with the batch times the vocabulary. The teacher keeps its device, its mode and its gradients.
     """
@@ -106,14 +106,28 @@ class TokenLoss:
         self._temperature = temperature
         self._soft = soft
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        """The loss of token ids (B, L), a scalar tensor; raises RlpruneError for fewer than two tokens."""
+    def __call__(self, ids: Tensor, targets: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        """The loss of token ids (B, L), a scalar tensor; raises RlpruneError for fewer than two tokens.
+
+        Args:
+            targets: (B, L), the ids again and -100 where a token is not learned; None for all tokens.
+            weights: (B,) what a token of each sequence counts in a mean over the sequences; None for a mean over all
+                tokens that are learned. With accumulated batches only weights give every token the same say.
+        """
         if ids.ndim != 2 or ids.shape[1] < 2:
             raise RlpruneError(f"fine-tuning: token ids of shape {tuple(ids.shape)} hold no next token")
+        kept = None if targets is None else targets[:, 1:].reshape(-1) != -100
         taught = self._taught(ids)
         hidden = self._student.hidden(ids)[:, :-1].flatten(0, 1)
         targets = ids[:, 1:].reshape(-1)
+        each = None if weights is None else weights.repeat_interleave(ids.shape[1] - 1)
+        if kept is not None:
+            hidden, targets = hidden[kept.to(hidden.device)], targets[kept]
+            taught = None if taught is None else taught[kept.to(taught.device)]
+            each = None if each is None else each[kept]
         total = hidden.new_zeros((), dtype=torch.float32)
+        if not len(targets):
+            return total + 0.0 * hidden.sum()  # nothing to learn, and yet a gradient for whoever waits for one
         for start in range(0, len(targets), CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
             lesson = None if taught is None else taught[rows].to(hidden.device)
@@ -122,11 +136,12 @@ class TokenLoss:
                 hidden[rows],
                 targets[rows],
                 lesson,
+                None if each is None else each[rows].to(hidden.device),
                 use_reentrant=False,
                 preserve_rng_state=False,  # a head draws no random numbers
             )
             total = total + part
-        return total / len(targets)
+        return total / (len(targets) if each is None else len(ids))
 
     def _taught(self, ids: Tensor) -> Tensor | None:
         """The teacher's hidden states of the tokens that have a next one, (B (L-1), H)."""
@@ -136,10 +151,15 @@ class TokenLoss:
             home = next(self._teacher_model.parameters()).device
             return self._teacher.hidden(ids.to(home))[:, :-1].flatten(0, 1)
 
-    def _rows(self, hidden: Tensor, targets: Tensor, lesson: Tensor | None) -> Tensor:
-        """Summed loss of some tokens: hidden (N, H), targets (N,), the teacher's hidden states (N, H')."""
+    def _rows(
+        self, hidden: Tensor, targets: Tensor, lesson: Tensor | None, weights: Tensor | None
+    ) -> Tensor:
+        """Summed loss of some tokens: hidden (N, H), targets (N,), the teacher's hidden states (N, H'), weights (N,)."""
         logits = self._student.head(hidden).float()
-        hard = F.cross_entropy(logits, targets, reduction="sum")
+        if weights is None:
+            hard = F.cross_entropy(logits, targets, reduction="sum")
+        else:
+            hard = (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
         if lesson is None or self._teacher is None or self._teacher_model is None:
             return hard
         t = self._temperature
@@ -150,8 +170,19 @@ class TokenLoss:
             raise GraphError(
                 f"distillation: the dense model has {wanted.shape[-1]} tokens, the pruned one {logits.shape[-1]}"
             )
-        soft = F.kl_div(F.log_softmax(logits / t, dim=-1), wanted, reduction="sum", log_target=True)
+        ours = F.log_softmax(logits / t, dim=-1)
+        if weights is None:
+            soft = F.kl_div(ours, wanted, reduction="sum", log_target=True)
+        else:
+            soft = (F.kl_div(ours, wanted, reduction="none", log_target=True).sum(-1) * weights).sum()
         return (1 - self._soft) * hard + self._soft * t * t * soft
+
+
+def learned(ids: Tensor, targets: object) -> Tensor | None:
+    """Targets (B, L) where they leave tokens of ``ids`` out (-100), else None: all are learned."""
+    if not isinstance(targets, Tensor) or targets.shape != ids.shape or not bool((targets[:, 1:] == -100).any()):
+        return None
+    return targets
 
 
 def train_language(
@@ -175,7 +206,8 @@ def train_language(
     threads the result depends on the batches and the seed alone; the global random state is left as it was.
 
     Args:
-        batches: (input_ids (B, L), targets); taken from the start again until the steps are done.
+        batches: (input_ids (B, L), targets (B, L), -100 where none is learned); taken from the start again until the
+            steps are done.
         lr: peak learning rate; None for 2e-5.
         teacher: distilled from where given (see `TokenLoss`).
         seed: of the dropout that a model may have.
@@ -215,7 +247,7 @@ def full_precision(model: nn.Module) -> Iterator[None]:
 
 def _adamw(
     model: nn.Module,
-    loss: Callable[[Tensor], Tensor],
+    loss: Callable[..., Tensor],
     batches: Iterable[tuple[Tensor, ...]],
     schedule: Schedule,
     progress: Progress | None,
@@ -231,11 +263,11 @@ def _adamw(
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=schedule.lr)
     last, done = time.monotonic(), 0
     recent: deque[Tensor] = deque(maxlen=max(1, schedule.steps // 10))
-    for step, (ids, *_) in zip(range(schedule.steps), _endless(batches), strict=False):
+    for step, batch in zip(range(schedule.steps), _endless(batches), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step)
         optimizer.zero_grad(set_to_none=True)
-        value = loss(ids)
+        value = loss(batch[0], learned(*batch[:2]) if len(batch) > 1 else None)
         value.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

@@ -49,7 +49,7 @@ class Work:
 class Student(nn.Module):
     """The model with its loss, as one module: DDP and FSDP see every parameter used in one forward.
 
-    ``forward(input_ids (B, L)) -> {"loss": scalar}``.
+    ``forward(input_ids (B, L), targets (B, L), weights (B,)) -> {"loss": scalar}``; the last two as `TokenLoss` has them.
     """
 
     accepts_loss_kwargs = False  # the loss is a mean: the Trainer shares it among accumulated batches
@@ -60,21 +60,56 @@ class Student(nn.Module):
         self.loss = loss
         lend_block_classes(model, self)
 
-    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
-        return {"loss": self.loss(input_ids)}
+    def forward(
+        self, input_ids: Tensor, targets: Tensor | None = None, weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        return {"loss": self.loss(input_ids, targets, weights)}
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Sequences in the order in which they are learned: ``ids`` (L,) each, and ``targets`` (L,) where some tokens are
+    not learned (-100)."""
+
+    ids: Sequence[Tensor]
+    targets: Sequence[Tensor] | None = None
+
+    def rows(self, step: int) -> list[dict[str, Tensor]]:
+        """Rows for the Trainer, ``step`` sequences an optimizer step.
+
+        A step's sequences are dealt out to processes and to accumulated passes. So that every learned token has the
+        same say wherever it lands, its weight is the step's sequences over the step's learned tokens.
+        """
+        if self.targets is None:
+            return [{"input_ids": ids} for ids in self.ids]
+        found = []
+        for start in range(0, len(self.ids), step):
+            targets = self.targets[start : start + step]
+            learned = sum(int((t[1:] != -100).sum()) for t in targets)
+            weight = torch.tensor(len(targets) / max(1, learned))
+            found += [
+                {"input_ids": ids, "targets": t, "weights": weight}
+                for ids, t in zip(self.ids[start : start + step], targets, strict=True)
+            ]
+        return found
+
+
+def _stacked(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    names = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return {name: found if found.is_floating_point() else found.long() for name, found in names.items()}
 
 
 def run_trainer(
     model: nn.Module,
     loss: TokenLoss,
-    sequences: Sequence[Tensor],
+    lessons: Lessons,
     work: Work,
     out: Path,
     progress: Progress | None,
     *,
     saving: bool,
 ) -> tuple[float, nn.Module | None]:
-    """Train what wants gradients in ``model``; sequences (L,) are used once each, in order.
+    """Train what wants gradients in ``model``; the sequences are used once each, in order.
 
     Returns the mean loss of the last tenth of the steps, and None; under FSDP instead of None a copy of
     the trained model on the CPU of the main process (its shards cannot be merged where they are).
@@ -85,15 +120,15 @@ def run_trainer(
     """
     trainer_class, watch_class = _classes()
     device = next(model.parameters()).device
-    arguments = _arguments(work, device, len(sequences[0]), out, saving, _has_dropped(model))
+    arguments = _arguments(work, device, len(lessons.ids[0]), out, saving, _has_dropped(model))
     whole = _copy_for_shards(model)
     student = Student(model, loss)
     watch = watch_class(work, _key(model, work), progress)
     trainer = trainer_class(
         model=student,
         args=arguments,
-        train_dataset=list(sequences),
-        data_collator=lambda rows: {"input_ids": torch.stack([row.long() for row in rows])},
+        train_dataset=lessons.rows(work.settings.batch_size),
+        data_collator=_stacked,
         callbacks=[watch],
     )
     trainer.watch = watch
