@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,9 +17,12 @@ from ..workloads.builder import Inspected, WorkloadBuilder
 from ..workloads.checks import check_finite, run_forward
 from .describe import context_length
 from .files import pretrained
-from .loading import PREFIX, is_causal, list_causal, load_causal, read_config
-from .text import TextRequest, is_text, list_text, read_text, split_text
+from .loading import PREFIX, encoder, is_causal, list_causal, load_causal, read_config
+from .text import TextData, TextRequest, is_text, list_text, read_text, split_text
 from .workload import LanguageWorkload, base_of_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class LanguageBuilder(WorkloadBuilder):
@@ -101,19 +105,25 @@ def _language_workload(
             "model.checkpoint_key: a folder or a GGUF file has one set of weights; leave it out"
         )
     name = f"{PREFIX}{source}" if folder else settings.name
+    found: list[TextData] = []
+
+    def split(tokenizer: PreTrainedTokenizerBase) -> None:
+        found.append(split_text(config.data.name, texts, request, encoder(tokenizer), tokenizer))
+
     causal = load_causal(
         name,
         dtype=settings.dtype,
         device_map=settings.device_map,
         arguments=None if folder else settings.arguments,
         seed=settings.seed,
+        check=split,
     )
     if source and not folder:
         put_weights(causal.model, load_checkpoint(source, settings.checkpoint_key), f"checkpoint {source!r}")
     for field, length in (("sequence_length", request.length), ("test_length", request.test_length or 0)):
         if causal.longest is not None and length > causal.longest:
             raise ConfigError(f"data.{field}: {length} is longer than the model's {causal.longest} positions")
-    text = split_text(config.data.name, texts, request, causal.encode)
+    (text,) = found
     if text.largest_id() >= causal.vocabulary:
         raise ArtifactError(
             f"model {name!r}: the tokenizer does not fit: it gives the id {text.largest_id()}, but the model has "

@@ -69,9 +69,18 @@ class Causal:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a whole text; the special tokens are those that the tokenizer adds by itself."""
-        found = self.tokenizer(text, verbose=False, return_attention_mask=False, return_token_type_ids=False)
+        return encoder(self.tokenizer)(text)
+
+
+def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
+    """What gives the token ids of a whole text, with the special tokens that the tokenizer adds by itself."""
+
+    def encode(text: str) -> list[int]:
+        found = tokenizer(text, verbose=False, return_attention_mask=False, return_token_type_ids=False)
         ids: list[int] = found["input_ids"]
         return ids
+
+    return encode
 
 
 def list_causal() -> list[tuple[str, str]]:
@@ -111,10 +120,12 @@ def load_causal(
     device_map: str | None = None,
     arguments: Mapping[str, object] | None = None,
     seed: int = 0,
+    check: Callable[[PreTrainedTokenizerBase], None] | None = None,
 ) -> Causal:
     """Load a language model and its tokenizer by name; ``auto`` is float32.
 
     With ``device_map`` (a name that accelerate knows) the weights are spread over all GPUs, else they are on the CPU.
+    ``check`` sees the tokenizer before the weights are read: what it refuses is refused at once.
 
     Raises ConfigError (name, arguments, missing packages), DataError (no such file, no download),
     ArtifactError (broken files, missing weights), GraphError (not a causal LM of a supported family).
@@ -124,23 +135,26 @@ def load_causal(
         if device_map is not None:
             _require_accelerate(name)
         if name == TINY:
-            return _tiny(dict(arguments or {}), seed, torch_dtype)
+            tiny = _tiny(dict(arguments or {}), seed, torch_dtype)
+            if check is not None:
+                check(tiny.tokenizer)
+            return tiny
         if arguments:
             raise ConfigError(f"model.arguments: only {TINY!r} takes any, not {name!r}")
         place, file = _place(name)
         options: Mapping[str, object] = {"gguf_file": file} if file else {}
-        config = _config(name, place, options)
+        _config(name, place, options)
+        tokenizer = _tokenizer(name, place, options)
+        if check is not None:
+            check(tokenizer)
         spread = {} if device_map is None else {"device_map": device_map}
         model = _weights(name, place, {**options, **spread}, torch_dtype)
         _refuse_offloaded(model)
         for method in ("to", "cuda"):  # accelerate ties them to this very model: a copy's would move it
             vars(model).pop(method, None)
         _refuse_unsupported(name, model)
-        tokenizer = _tokenizer(name, place, options)
     if file:
         _forget_quantisation(model, place)
-    elif getattr(config, "quantization_config", None) is not None:
-        raise GraphError(f"model.name {name!r}: its weights are quantised; give the unquantised model")
     return Causal(model.eval(), tokenizer)
 
 
@@ -236,8 +250,20 @@ def _config(name: str, place: str, options: Mapping[str, object]) -> PreTrainedC
         again = "; it classifies images and its config is cached now: run this again"
         again = again if _is_image_type(kind) else ""
         raise GraphError(f"model.name {name!r}: {what} is not a causal language model{again}")
+    if "gguf_file" not in options:  # which is dequantised on reading
+        _refuse_quantised(name, config)
     _refuse_unsupported(name, config)
     return config
+
+
+def _refuse_quantised(name: str, config: PreTrainedConfig) -> None:
+    settings: Any = getattr(config, "quantization_config", None)
+    if settings is None:
+        return
+    fields = settings if isinstance(settings, Mapping) else vars(settings)
+    method = fields.get("quant_method")
+    how = f" by {getattr(method, 'value', method)}" if method is not None else ""
+    raise GraphError(f"model.name {name!r}: its weights are quantised{how}; give the unquantised model")
 
 
 def _refuse_unsupported(name: str, model_or_config: object) -> None:

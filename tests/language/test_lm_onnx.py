@@ -1,4 +1,4 @@
-"""Language models as ONNX: run by onnxruntime with and without a past, beside transformers; refused files leave nothing."""
+"""Language models as ONNX: run by onnxruntime with and without a past, beside transformers."""
 
 from __future__ import annotations
 

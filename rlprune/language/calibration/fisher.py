@@ -21,6 +21,7 @@ from ...errors import DataError
 from ...pruning.space import PruningSpace
 from ...utils.arrays import Floats
 from ...utils.modes import evaluating
+from ..tuning.loss import learned
 from .elimination import Elimination, Ranked, eliminate
 from .grams import GramSource, group_consumers, token_rows, unit_consumers
 
@@ -34,7 +35,8 @@ def output_moments(
     """``F = E[g g']`` of every consumer's output (O, O), by module name, in float32 (float64 for such a model).
 
     One forward and backward pass over ``batches``, sequence by sequence to save memory; labels are drawn
-    from the model's own predictions by ``seed``. No gradient reaches the parameters.
+    from the model's own predictions by ``seed``, where targets leave tokens out (-100) for the others only. No
+    gradient reaches the parameters.
 
     Raises:
         DataError: there are no batches.
@@ -66,9 +68,12 @@ def output_moments(
         for parameter, _ in trainable:
             parameter.requires_grad_(False)
         with evaluating(model), torch.enable_grad():
-            for inputs, _ in batches:
-                for ids in inputs.split(1):
+            for inputs, targets in batches:
+                some = learned(inputs, targets)
+                for number, ids in enumerate(inputs.split(1)):
                     logits = model(ids, **keywords).logits.flatten(0, -2).float()
+                    if some is not None:
+                        logits = logits[:-1][(some[number, 1:] != -100).to(logits.device)]
                     drawn = _drawn(logits.detach(), seed + tokens)
                     torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
                     tokens += len(drawn)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...errors import ConfigError, DataError
 from ...pruning.space import PruningSpace
 from ...utils.arrays import Ints
-from .walk import parts
+from .walk import Focus, parts
 
 LANGUAGE_KINDS = ("attention", "ffn")
 
@@ -181,9 +181,10 @@ class GramWalk:
             DataError: there are no batches, a layer is never called, or activations are not finite.
         """
         left = list(consumers)
-        for part in parts(self._model, self._batches()):
+        focus = Focus()
+        for part in parts(self._model, self._batches(), focus):
             here = [c for c in left if part.holds(c.module)]
-            found = _collected(self._model, [c.module for c in here], part.run)
+            found = _collected(self._model, [c.module for c in here], part.run, focus)
             for consumer in here:
                 yield consumer, found.pop(consumer.module)
             left = [c for c in left if not part.holds(c.module)]
@@ -206,14 +207,16 @@ def collect(model: nn.Module, space: PruningSpace, batches: Iterable[tuple[Tenso
     return Grams({consumer.module: gram for consumer, gram in walk.each(unit_consumers(space))})
 
 
-def _collected(model: nn.Module, names: Sequence[str], run: Callable[[], None]) -> dict[str, InputGram]:
+def _collected(
+    model: nn.Module, names: Sequence[str], run: Callable[[], None], focus: Focus
+) -> dict[str, InputGram]:
     """The Gram matrices of some modules' inputs over a pass."""
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     counts: dict[str, int] = {}
 
     def note(name: str) -> Any:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = token_rows(inputs[0])
+            x = focus.rows(token_rows(inputs[0]))
             if name not in sums:
                 sums[name] = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1])
             product, total = sums[name]

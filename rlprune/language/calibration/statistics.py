@@ -16,7 +16,7 @@ from ...pruning.space import PruningSpace
 from ...utils.arrays import Floats
 from ..families import Block, UnsupportedModel, blocks_of
 from .grams import token_rows, unit_consumers
-from .walk import run_blocks, stream_of
+from .walk import Focus, run_blocks, stream_of
 
 # Largest relative difference at which a block counts as x + attention(x) + ffn(...).
 _ADDITIVE = 1e-2
@@ -49,7 +49,9 @@ class Statistics:
 
 
 def collect(model: nn.Module, space: PruningSpace, batches: Iterable[tuple[Tensor, object]]) -> Statistics:
-    """Statistics over ``batches`` of (input ids, anything); modes of the model are left as they were.
+    """Statistics over ``batches`` of (input ids, targets); modes of the model are left as they were.
+
+    Which tokens count where targets leave some out is said by `Focus`.
 
     Raises:
         ConfigError: the space has no attention or feed-forward group.
@@ -61,18 +63,19 @@ def collect(model: nn.Module, space: PruningSpace, batches: Iterable[tuple[Tenso
             "statistics: the model has no attention or feed-forward group; they are for language models"
         )
     inputs = {c.module: _Sums() for c in consumers}
+    focus = Focus()
     try:
-        blocks = [_BlockProbe(model, b) for b in blocks_of(model)]
+        blocks = [_BlockProbe(model, b, focus) for b in blocks_of(model)]
     except (UnsupportedModel, AttributeError):  # a module of the user's own: moments only
         blocks = []
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(_noting(sums, blocks))
+        model.get_submodule(name).register_forward_pre_hook(_noting(sums, blocks, focus))
         for name, sums in inputs.items()
     ]
     for probe in blocks:
         handles += probe.handles()
     try:
-        run_blocks(model, batches)
+        run_blocks(model, batches, focus)
     finally:
         for handle in handles:
             handle.remove()
@@ -101,10 +104,10 @@ class _Sums:
         return Moments(mean, second, np.maximum(second - mean**2, 0.0), self.count)
 
 
-def _noting(sums: _Sums, blocks: list[_BlockProbe]) -> Callable[..., None]:
+def _noting(sums: _Sums, blocks: list[_BlockProbe], focus: Focus) -> Callable[..., None]:
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if not any(b.repeating for b in blocks):
-            sums.add(token_rows(inputs[0]))
+            sums.add(focus.rows(token_rows(inputs[0])))
 
     return hook
 
@@ -117,7 +120,8 @@ class _BlockProbe:
     Granite) are run a second time without their feed-forward part's output.
     """
 
-    def __init__(self, model: nn.Module, block: Block) -> None:
+    def __init__(self, model: nn.Module, block: Block, focus: Focus) -> None:
+        self._focus = focus
         self._block = model.get_submodule(block.path)
         self._parts = {"out": model.get_submodule(block.out), "down": model.get_submodule(block.down)}
         self._given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
@@ -151,8 +155,9 @@ class _BlockProbe:
         x_mid = self._between(x_in, x_out)
         pairs = ((x_in, x_out), (x_in, x_mid), (x_mid, x_out))
         for i, (a, b) in enumerate(pairs):
-            self.sums[i] += F.cosine_similarity(token_rows(a), token_rows(b), dim=-1).sum().double().cpu()
-        self.count += x_in.numel() // x_in.shape[-1]
+            cosines = F.cosine_similarity(token_rows(a), token_rows(b), dim=-1)
+            self.sums[i] += self._focus.rows(cosines).sum().double().cpu()
+        self.count += len(self._focus.rows(token_rows(x_in)))
         self._given, self._added = ((), {}), {}
 
     def _between(self, x_in: Tensor, x_out: Tensor) -> Tensor:

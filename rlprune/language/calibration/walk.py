@@ -23,6 +23,39 @@ from ..families import UnsupportedModel, blocks_of
 _PROBE = 16
 
 
+class Focus:
+    """The tokens of the batch that is running which count in statistics of what layers read.
+
+    Where targets leave tokens out (-100), they are those that some scored prediction can see: every token up to the one
+    before the last scored one of its sequence. Prompts are read in use and count; what comes after the last answer has
+    no effect on any score and does not.
+    """
+
+    def __init__(self) -> None:
+        self._seen: Tensor | None = None
+
+    def on(self, ids: Tensor, targets: object) -> None:
+        """The batch that runs from now on: (B, L) ids, and targets."""
+        self._seen = seen(ids, targets)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Of rows (B * L, ...), one for each token of the batch, those that count."""
+        if self._seen is None or len(x) != self._seen.numel():
+            return x
+        return x[self._seen.flatten().to(x.device)]
+
+
+def seen(ids: Tensor, targets: object) -> Tensor | None:
+    """Which tokens (B, L) some scored prediction can see; None where targets leave out none, and for all of them."""
+    if not isinstance(targets, Tensor) or targets.shape != ids.shape or targets.ndim != 2:
+        return None
+    scored = targets[:, 1:] != -100
+    if bool(scored.all()):
+        return None
+    later = scored.flip(1).cumsum(1).flip(1) > 0  # a scored token at this place or behind it
+    return torch.nn.functional.pad(later, (0, 1), value=False)
+
+
 @dataclass(frozen=True)
 class Part:
     """A piece of a model: its module's ``path``, and ``run``, which takes all batches through it, once, in order."""
@@ -35,31 +68,37 @@ class Part:
         return not self.path or module.startswith(f"{self.path}.")
 
 
-def parts(model: nn.Module, batches: Iterable[tuple[Tensor, object]]) -> Iterator[Part]:
+def parts(
+    model: nn.Module, batches: Iterable[tuple[Tensor, object]], focus: Focus | None = None
+) -> Iterator[Part]:
     """The blocks of a causal language model; each has to be run before the next one is taken.
 
     A model that has no known blocks, or whose blocks hand one another more than the residual stream, is one part: the
-    plain pass. That is found out on the first few tokens.
+    plain pass. That is found out on the first few tokens. ``focus`` is told of every batch before it runs.
     """
     waiting = list(batches)
     paths = _paths(model)
     if not waiting or not paths or not _is_stream(model, paths, waiting[0][0]):
-        yield Part("", lambda: run_blocks(model, waiting))
+        yield Part("", lambda: run_blocks(model, waiting, focus))
         return
     with torch.no_grad(), evaluating(model):
         sample: list[object] = []
         streams = [_Stream.captured(model, paths, ids, sample) for ids, _ in waiting]
     for path in paths:
-        yield Part(path, lambda path=path: _advance(model, path, streams))  # type: ignore[misc]
+        yield Part(path, lambda path=path: _advance(model, path, streams, waiting, focus))  # type: ignore[misc]
 
 
-def run_blocks(model: nn.Module, batches: Iterable[tuple[Tensor, object]]) -> None:
+def run_blocks(
+    model: nn.Module, batches: Iterable[tuple[Tensor, object]], focus: Focus | None = None
+) -> None:
     """Run the model over the inputs for its hooks' sake; a transformers model leaves out its LM head.
 
     The head costs a fifth of a small model's time and nothing that is cut reads it.
     """
     with torch.no_grad(), evaluating(model):
-        for inputs, _ in batches:
+        for inputs, targets in batches:
+            if focus is not None:
+                focus.on(inputs, targets)
             _body(model, inputs)
     return_freed_memory()  # of the activations
 
@@ -82,10 +121,18 @@ def _paths(model: nn.Module) -> list[str]:
         return []
 
 
-def _advance(model: nn.Module, path: str, streams: Sequence[_Stream]) -> None:
+def _advance(
+    model: nn.Module,
+    path: str,
+    streams: Sequence[_Stream],
+    batches: Sequence[tuple[Tensor, object]],
+    focus: Focus | None,
+) -> None:
     block = model.get_submodule(path)
     with torch.no_grad(), evaluating(model):
-        for stream in streams:
+        for stream, batch in zip(streams, batches, strict=True):
+            if focus is not None:
+                focus.on(*batch)
             stream.through(block, path)
     return_freed_memory()  # of the activations
 

@@ -86,6 +86,9 @@ def _layout(source: str, first: Row, request: TextRequest) -> _Layout:
 def _unknown(source: str, line: str, row: Mapping[str, Any], wanted: str, column: str) -> str:
     keys = [str(key) for key in row]
     has = f"it has {', '.join(keys[:5])}" if keys else "it is empty"
+    there = next((name for name in ((column,) if column != "text" else CHATS) if name in row), None)
+    if wanted == "chat" and there is not None:
+        return f"data.format: {source}: {line}: the field {there!r} is not a list of messages but {_kind(row[there])}"
     if wanted == "chat":
         names = " or ".join(repr(name) for name in (CHATS if column == "text" else (column,)))
         return (
@@ -117,7 +120,14 @@ def _is_conversation(value: object) -> bool:
 
 
 def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", type(None): "null", bool: "true or false", int: "a number"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        type(None): "null",
+        bool: "true or false",
+        int: "a number",
+    }
     return names.get(type(value), "a number" if isinstance(value, float) else f"a {type(value).__name__}")
 
 
@@ -157,7 +167,9 @@ def _example(source: str, row: Row, layout: _Layout) -> Example:
 
 def _messages(value: object, where: str) -> tuple[Mapping[str, str], ...]:
     if not isinstance(value, (list, tuple)) or not value:
-        raise DataError(f"{where}: must be a list of at least one message, got {_kind(value)}")
+        raise DataError(
+            f"{where}: must be a list of at least one message, got {_kind(value) if value else 'an empty list'}"
+        )
     found = []
     for number, message in enumerate(value):
         place = f"{where}[{number}]"

@@ -38,7 +38,7 @@ def largest_total(available: Sequence[int], weights: Sequence[float]) -> int:
 
 
 def in_turns(counts: Sequence[int]) -> list[tuple[int, int]]:
-    """(document, place in it) of all sequences, each document's at even distances, so that any beginning is a mixture."""
+    """(document, place in it) of all sequences, each document's at even distances: any beginning is a mixture."""
     places = [
         ((place + 0.5) / count, document, place)
         for document, count in enumerate(counts)

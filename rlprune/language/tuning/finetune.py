@@ -75,8 +75,7 @@ def tune(
     fine-tune gives the bits of an uninterrupted one; the global random state is left as it was.
 
     Args:
-        workload: gives ``train_batches(generator, batch_size) -> (input_ids (B, L), targets (B, L))`` and the teacher;
-            what targets leave out (-100) is not learned.
+        workload: ``train_batches(generator, batch_size)`` gives (input_ids, targets), (B, L); -100 is not learned.
         model: the pruned model, any causal language model of transformers.
         settings: section ``finish``; ``lr`` None means 1e-4 for adapters and 2e-5 for all parameters.
         seed: of the data's order, the adapters' start and dropout.

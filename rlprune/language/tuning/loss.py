@@ -88,9 +88,9 @@ class TokenLoss:
     """Mean loss of the next tokens: cross-entropy, and distillation from a teacher where one is given.
 
     ``(1 - soft) * cross-entropy + soft * T^2 * KL(teacher || student)`` at temperature T (Hinton et al.
-    2015, arXiv 1503.02531), over all tokens but the first of each sequence, or over those that targets name. Logits are made, used and
-    dropped for `CHUNK_TOKENS` tokens at a time, and made again in the backward pass, so that memory does not
-    grow with the batch times the vocabulary. The teacher keeps its device, its mode and its gradients.
+    2015, arXiv 1503.02531), over all tokens but the first of each sequence, or over those that targets name. Logits
+    are made, used and dropped for `CHUNK_TOKENS` tokens at a time, and made again in the backward pass, so that memory
+    does not grow with the batch times the vocabulary. The teacher keeps its device, its mode and its gradients.
     """
 
     def __init__(
@@ -127,7 +127,9 @@ class TokenLoss:
             each = None if each is None else each[kept]
         total = hidden.new_zeros((), dtype=torch.float32)
         if not len(targets):
-            return total + 0.0 * hidden.sum()  # nothing to learn, and yet a gradient for whoever waits for one
+            return (
+                total + 0.0 * hidden.sum()
+            )  # nothing to learn, and yet a gradient for whoever waits for one
         for start in range(0, len(targets), CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
             lesson = None if taught is None else taught[rows].to(hidden.device)
@@ -151,10 +153,8 @@ class TokenLoss:
             home = next(self._teacher_model.parameters()).device
             return self._teacher.hidden(ids.to(home))[:, :-1].flatten(0, 1)
 
-    def _rows(
-        self, hidden: Tensor, targets: Tensor, lesson: Tensor | None, weights: Tensor | None
-    ) -> Tensor:
-        """Summed loss of some tokens: hidden (N, H), targets (N,), the teacher's hidden states (N, H'), weights (N,)."""
+    def _rows(self, hidden: Tensor, targets: Tensor, lesson: Tensor | None, weights: Tensor | None) -> Tensor:
+        """Summed loss of some tokens: hidden (N, H), targets and weights (N,), the teacher's hidden states (N, H')."""
         logits = self._student.head(hidden).float()
         if weights is None:
             hard = F.cross_entropy(logits, targets, reduction="sum")
@@ -180,7 +180,11 @@ class TokenLoss:
 
 def learned(ids: Tensor, targets: object) -> Tensor | None:
     """Targets (B, L) where they leave tokens of ``ids`` out (-100), else None: all are learned."""
-    if not isinstance(targets, Tensor) or targets.shape != ids.shape or not bool((targets[:, 1:] == -100).any()):
+    if (
+        not isinstance(targets, Tensor)
+        or targets.shape != ids.shape
+        or not bool((targets[:, 1:] == -100).any())
+    ):
         return None
     return targets
 

@@ -49,7 +49,8 @@ class Work:
 class Student(nn.Module):
     """The model with its loss, as one module: DDP and FSDP see every parameter used in one forward.
 
-    ``forward(input_ids (B, L), targets (B, L), weights (B,)) -> {"loss": scalar}``; the last two as `TokenLoss` has them.
+    ``forward(input_ids (B, L), targets (B, L), weights (B,)) -> {"loss": scalar}``; the last two are
+    those of `TokenLoss`.
     """
 
     accepts_loss_kwargs = False  # the loss is a mean: the Trainer shares it among accumulated batches
