@@ -101,7 +101,7 @@ def plan_document(
         **plan.to_dict(),
         "budget": {"target": plan.origin.get("budget"), "metric": plan.origin.get("metric", "macs")},
         "attributes": attributes(plan.space, plan),
-        "roots": _roots(plan),
+        "roots": {name: root for name, root in _roots(plan).items() if root["tensor"] in shapes},
         "tensors": {name: list(shape) for name, shape in shapes.items()},
         "libraries": library_versions(),
     }
@@ -206,9 +206,12 @@ def _roots(plan: Plan) -> dict[str, dict[str, Any]]:
 def check_against_plan(tensors: Mapping[str, Tensor], plan: Plan) -> None:
     """Every tensor that the plan cuts has the size that the plan gives it."""
     indices = axis_indices(plan.space, plan.kept)
+    sizes = {cut.axis: axis_length(plan.space, cut.axis, indices) for cut in plan.space.cuts}
+    empty = {cut.tensor for cut in plan.space.cuts if sizes[cut.axis] == 0}
     for cut in plan.space.cuts:
-        size = axis_length(plan.space, cut.axis, indices)
-        tensor = tensors.get(cut.tensor)
+        size, tensor = sizes[cut.axis], tensors.get(cut.tensor)
+        if tensor is None and cut.tensor in empty:
+            continue  # the part is dropped
         if tensor is None or cut.dim >= tensor.ndim or tensor.shape[cut.dim] != size:
             shape = None if tensor is None else tuple(tensor.shape)
             raise ArtifactError(

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from .linear import features, is_linear
+from .linear import features, is_dropped, is_linear
 
 
 class UnsupportedModel(ValueError):
@@ -172,7 +172,8 @@ def family_of(model_or_config: object) -> Family:
         raise UnsupportedModel(
             f"{what}: no adapter for model_type {kind!r}; allowed: {', '.join(sorted(FAMILIES))}"
         )
-    if model is not None and (not hasattr(model, "lm_head") and not hasattr(model, "embed_out")):
+    headless = model is not None and not hasattr(model, "lm_head") and not hasattr(model, "embed_out")
+    if headless and not getattr(type(model), "sized_by_config", False):  # a body, or a classifier, of ours
         raise UnsupportedModel(f"{what}: has no language-model head; load it with AutoModelForCausalLM")
     return FAMILIES[kind]
 
@@ -189,20 +190,30 @@ def blocks_of(model: nn.Module) -> list[Block]:
     """Every block of the model in order, sizes read from the tensors' shapes (0 where a part is dropped)."""
     family = family_of(model)
     modules = dict(model.named_modules())
-    layers = modules.get(family.blocks)
+    path = inside(model, family.blocks)
+    layers = modules.get(path)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
-        raise UnsupportedModel(f"{type(model).__name__}: has no blocks at {family.blocks!r}")
-    return [_block(model, family, modules, i) for i in range(len(layers))]
+        raise UnsupportedModel(f"{type(model).__name__}: has no blocks at {path!r}")
+    return [_block(model, family, modules, f"{path}.{i}", i) for i in range(len(layers))]
 
 
-def _block(model: nn.Module, family: Family, modules: Mapping[str, nn.Module], index: int) -> Block:
-    path = f"{family.blocks}.{index}"
+def inside(model: nn.Module, path: str) -> str:
+    """The path of a causal LM's module within a model that may be its inner one, without the head (LlamaModel)."""
+    prefix = getattr(model, "base_model_prefix", "")
+    inner = bool(prefix) and prefix not in dict(model.named_children())
+    return path.removeprefix(f"{prefix}.") if inner else path
+
+
+def _block(
+    model: nn.Module, family: Family, modules: Mapping[str, nn.Module], path: str, index: int
+) -> Block:
     attention = f"{path}.{family.attention}"
     inner = f"{path}.{family.ffn}" if family.ffn else path
     qkv = tuple(f"{attention}.{n}" for n in family.qkv)
     out, down = f"{attention}.{family.out}", f"{inner}.{family.down}"
     up = tuple(f"{inner}.{n}" for n in family.up)
-    for name in (*qkv, out, *up, down):
+    no_heads, no_neurons = is_dropped(modules.get(out)), is_dropped(modules.get(down))
+    for name in (*(() if no_heads else (*qkv, out)), *(() if no_neurons else (*up, down))):
         if name not in modules or not is_linear(modules[name]):
             found = type(modules[name]).__name__ if name in modules else "nothing"
             raise UnsupportedModel(
@@ -212,12 +223,12 @@ def _block(model: nn.Module, family: Family, modules: Mapping[str, nn.Module], i
     head = getattr(owner, "head_dim", None) or getattr(owner, "head_size", None)
     if not isinstance(head, int):
         raise UnsupportedModel(f"{attention!r}: has no head_dim")
-    queries = features(modules[out])[0] // head
-    rows = features(modules[qkv[-1]])[1] // head
+    queries = 0 if no_heads else features(modules[out])[0] // head
+    rows = 0 if no_heads else features(modules[qkv[-1]])[1] // head
     kv = rows if len(qkv) == 3 else (rows - queries) // 2
     return Block(
         index, path, attention, qkv, out, inner if family.ffn else up[0], up, down, kv, queries, head,
-        features(modules[down])[0], _whole(model, family, owner, kv, head),
+        0 if no_neurons else features(modules[down])[0], _whole(model, family, owner, kv, head),
     )  # fmt: skip
 
 

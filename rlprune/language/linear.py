@@ -21,6 +21,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+def is_dropped(module: object) -> bool:
+    """Whether a module stands in the place of something removed (``dropped.py``), whichever copy made it."""
+    return getattr(type(module), "is_dropped", False) is True
+
+
 def features(module: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a linear layer, from its weight's shape."""
     rows, columns = tensor_of(module, "weight").shape

@@ -1,10 +1,11 @@
-"""Causal language models whose layers differ in size, for ``trust_remote_code=True``; made by rlprune.
+"""Language models whose layers differ in size, for ``trust_remote_code=True``; made by rlprune.
 
 This file and those that it imports stand in every folder of a pruned language model and need torch and
 transformers only. ``config.json`` is the dense model's, with transformers' own ``per_layer_config``
 ({layer: {attribute: value}}, sparse) for the layers that were cut. Stock families either refuse such a
-file or do not look at it, so for each supported family there are two subclasses here, made when they are
-first asked for: ``PrunedLlamaConfig`` and ``PrunedLlamaForCausalLM``, and so on.
+file or do not look at it, so for each supported family there are subclasses here, made when they are
+first asked for: ``PrunedLlamaConfig``, ``PrunedLlamaForCausalLM``, its body ``PrunedLlamaModel``, and, where the
+family has a classifier of sequences, ``PrunedLlamaForSequenceClassification``, whose head is not in the folder.
 
 A size of 0 means that the part was removed: nothing is computed there and nothing is added to the
 residual stream but the part's own output bias, where it has one. ``added_biases`` lists linear layers that
@@ -13,20 +14,38 @@ got a bias which the family does not have, ``pruned_hidden_size`` is the residua
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+)
 
-from .families import FAMILIES
+from .families import FAMILIES, inside
 from .sizes import resize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["add_biases", "config_class", "model_class", "sizes_of"]
+__all__ = ["AUTO_CLASSES", "add_biases", "auto_map", "config_class", "model_class", "sizes_of"]
+
+AUTO_CLASSES: dict[str, tuple[Any, str]] = {
+    "AutoModelForCausalLM": (MODEL_FOR_CAUSAL_LM_MAPPING, "ForCausalLM"),
+    "AutoModel": (MODEL_MAPPING, "Model"),
+    "AutoModelForSequenceClassification": (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        "ForSequenceClassification",
+    ),
+}
+"""transformers' auto classes under which a folder loads: the stock class of a configuration, the end of our name."""
+
+
+_BUILDING: ContextVar[bool] = ContextVar("building", default=False)
 
 
 class PerLayerConfig:
@@ -43,10 +62,19 @@ class PerLayerConfig:
 
 
 class PerLayerModel(nn.Module):
-    """Mixin of a causal language model: built dense, then each layer is given its own size."""
+    """Mixin of a model with a family's blocks: built dense, then each layer is given its own size."""
+
+    sized_by_config = True
 
     def __init__(self, config: PreTrainedConfig, *args: object, **kwargs: object) -> None:
-        super().__init__(config, *args, **kwargs)
+        inside_another = _BUILDING.get()
+        token = _BUILDING.set(True)
+        try:
+            super().__init__(config, *args, **kwargs)
+        finally:
+            _BUILDING.reset(token)
+        if inside_another:  # a classifier asks for its body by the auto class: the whole is sized at once
+            return
         resize(self, sizes_of(config), getattr(config, "pruned_hidden_size", None))
         add_biases(self, getattr(config, "added_biases", None) or [])
 
@@ -58,26 +86,36 @@ def sizes_of(config: PreTrainedConfig) -> list[dict[str, int]]:
 
 
 def add_biases(model: nn.Module, modules: list[str]) -> None:
-    """Give the named linear layers a bias of zeros, where they have none."""
+    """Give the named output layers (as the causal LM calls them) a bias of zeros, where they have none."""
+    like = next(model.parameters())
     for name in modules:
-        module = model.get_submodule(name)
-        if isinstance(module, nn.Linear) and module.bias is None:
-            like = module.weight
-            zeros = torch.zeros(like.shape[0], dtype=like.dtype, device=like.device)
+        module: Any = model.get_submodule(inside(model, name))
+        if getattr(module, "bias", like) is None:
+            zeros = torch.zeros(module.out_features, dtype=like.dtype, device=like.device)
             module.bias = nn.Parameter(zeros, requires_grad=like.requires_grad)
 
 
 def config_class(model_type: str) -> Any:
     """``Pruned<Family>Config`` of a supported family; KeyError for others."""
-    return _made(model_type)[0]
+    return _made(model_type)["AutoConfig"]
 
 
-def model_class(model_type: str) -> Any:
-    """``Pruned<Family>ForCausalLM`` of a supported family; KeyError for others."""
-    return _made(model_type)[1]
+def model_class(model_type: str, auto: str = "AutoModelForCausalLM") -> Any:
+    """``Pruned<Family>ForCausalLM`` of a supported family, or its class under another name of `AUTO_CLASSES`.
+
+    KeyError: no supported family, or transformers has no such class of it.
+    """
+    return _made(model_type)[auto]
 
 
-_CLASSES: dict[str, tuple[Any, Any]] = {}  # model type -> configuration and model
+def auto_map(model_type: str) -> dict[str, str]:
+    """What config.json says of the classes of a family: {auto class: "modeling_rlprune.Name"}."""
+    return {
+        auto: f"{__name__.rpartition('.')[2]}.{made.__name__}" for auto, made in _made(model_type).items()
+    }
+
+
+_CLASSES: dict[str, dict[str, Any]] = {}  # model type -> auto class -> ours
 
 
 def _stem(model_type: str) -> str:
@@ -85,8 +123,8 @@ def _stem(model_type: str) -> str:
     return (known or CONFIG_MAPPING[model_type].__name__).removesuffix("Config")
 
 
-def _made(model_type: str) -> tuple[Any, Any]:
-    """Both classes of a family, made once."""
+def _made(model_type: str) -> dict[str, Any]:
+    """All classes of a family, made once."""
     if model_type not in FAMILIES:
         raise KeyError(f"{model_type!r} is none of the supported families: {', '.join(FAMILIES)}")
     if model_type not in _CLASSES:
@@ -94,21 +132,24 @@ def _made(model_type: str) -> tuple[Any, Any]:
         stock: Any = CONFIG_MAPPING[model_type]
         body = {"__module__": __name__, "__doc__": f"{stem} with layers of different sizes."}
         config: Any = type(f"Pruned{stem}Config", (PerLayerConfig, stock), body | {"model_type": model_type})
-        bases: Any = (PerLayerModel, MODEL_FOR_CAUSAL_LM_MAPPING[stock])
-        model: Any = type(f"Pruned{stem}ForCausalLM", bases, body | {"config_class": config})
-        # So that save_pretrained puts this file beside the weights.
+        # Registered, so that save_pretrained puts this file beside the weights.
         config.register_for_auto_class("AutoConfig")
-        model.register_for_auto_class("AutoModelForCausalLM")
-        _CLASSES[model_type] = config, model
+        made = {"AutoConfig": config}
+        for auto, (mapping, end) in AUTO_CLASSES.items():
+            if stock in mapping:
+                bases: Any = (PerLayerModel, mapping[stock])
+                made[auto] = type(f"Pruned{stem}{end}", bases, body | {"config_class": config})
+                made[auto].register_for_auto_class(auto)
+                # Stock classifiers build their body by `AutoModel`, which would ask whether our code may be run.
+                mapping.register(config, made[auto], exist_ok=True)
+        _CLASSES[model_type] = made
     return _CLASSES[model_type]
 
 
 def __getattr__(name: str) -> Any:
     for model_type in FAMILIES:
-        if model_type in CONFIG_MAPPING:
-            stem = _stem(model_type)
-            if name == f"Pruned{stem}Config":
-                return config_class(model_type)
-            if name == f"Pruned{stem}ForCausalLM":
-                return model_class(model_type)
+        if model_type in CONFIG_MAPPING and name.startswith(f"Pruned{_stem(model_type)}"):
+            for made in _made(model_type).values():
+                if made.__name__ == name:
+                    return made
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

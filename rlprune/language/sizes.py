@@ -6,12 +6,13 @@ This file imports nothing of rlprune but files that travel with it in every save
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from .dropped import drop
 from .families import Block, UnsupportedModel, blocks_of, family_of, head_attributes, neuron_attributes
-from .linear import feature_names, features, is_conv1d, is_linear, set_attribute, tensor_of
+from .linear import feature_names, features, is_conv1d, is_dropped, is_linear, set_attribute, tensor_of
 
 
 def layer_sizes(model: nn.Module) -> list[dict[str, int]]:
@@ -102,8 +103,12 @@ def _shrink(owner: nn.Module, name: str, shape: Sequence[int]) -> None:
 
 
 def hidden_size(model: nn.Module) -> int:
-    """Width of the residual stream, from the shape of the first block's first layer."""
-    return features(model.get_submodule(blocks_of(model)[0].qkv[0]))[0]
+    """Width of the residual stream, from the shape of the first layer that reads it."""
+    modules = dict(model.named_modules())
+    readers = [modules.get(name) for b in blocks_of(model) for name in (b.qkv[0], b.up[0])]
+    found = [features(layer)[0] for layer in readers if layer is not None and is_linear(layer)]
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return found[0] if found else int(embeddings.embedding_dim)  # every part is dropped
 
 
 def hidden_dims(model: nn.Module) -> tuple[list[tuple[str, int, bool]], list[tuple[str, str]]]:
@@ -122,7 +127,10 @@ def hidden_dims(model: nn.Module) -> tuple[list[tuple[str, int, bool]], list[tup
     attributes: list[tuple[str, str]] = []
     for name, module in model.named_modules():
         found: list[tuple[str, int, bool]] = []
-        if is_linear(module):
+        if name in outer and is_dropped(module):
+            found.append(("bias", 0, False))
+            attributes.append((name, "out_features"))
+        elif is_linear(module):
             inputs, outputs = feature_names(module)
             flipped = is_conv1d(module)
             sides = features(module)

@@ -15,11 +15,12 @@ import rlprune
 from helpers.lm import VARIANTS, tiny_config, tiny_lm, tokens
 from rlprune.language import families
 from rlprune.language.dropped import DroppedAttention, DroppedFeedForward
+from rlprune.language.linear import is_dropped
 from rlprune.language.proof import counted, difference, random_plan, skeleton
 from rlprune.language.sizes import hidden_size, layer_sizes, resize
 from rlprune.pruning.plan import Plan
 from rlprune.pruning.space import PruningSpace
-from rlprune.pruning.surgery import attributes, dropped, masked, prune
+from rlprune.pruning.surgery import attributes, axis_indices, dropped, masked, prune
 
 # Their attention is one unit: kept, or dropped whole.
 WHOLE = {"llama-mqa", "bloom", "falcon-mqa", "olmo2", "olmo3"}
@@ -61,6 +62,12 @@ def case(cases: dict[str, Any], name: str) -> tuple[torch.nn.Module, PruningSpac
         model = tiny_lm(name, dtype=torch.float64)
         cases[name] = (model, rlprune.trace(model, tokens(LENGTH), drop=True, verify=False))
     return cases[name]
+
+
+def emptied(space: PruningSpace, plan: Plan) -> set[str]:
+    """Names of the tensors of which a plan leaves nothing."""
+    indices = axis_indices(space, plan.kept)
+    return {c.tensor for c in space.cuts if (i := indices[c.axis]) is not None and not len(i)}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -126,7 +133,9 @@ class TestContract:
             plan_of(space, {g.name: 0 for g in space.groups}),
         ):
             slim = prune(model, plan)
-            assert list(slim.state_dict()) == list(before)
+            gone = emptied(space, plan)
+            assert list(slim.state_dict()) == [n for n in before if n not in gone]
+            assert all(tensor.numel() for tensor in slim.state_dict().values())
             assert layer_sizes(model) == sizes
             assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
             tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -145,9 +154,10 @@ class TestContract:
             other.load_state_dict(slim.state_dict())
             assert torch.equal(logits(other, tokens()), logits(slim, tokens()))
             for module, values in attributes(space, plan).items():
-                if not isinstance(other.get_submodule(module), DroppedAttention):
+                present = dict(other.named_modules()).get(module)
+                if present is not None and not is_dropped(present):
                     for attribute, value in values.items():
-                        owner = other.get_submodule(module)
+                        owner: Any = present
                         for part in attribute.split("."):
                             owner = getattr(owner, part)
                         assert owner == value

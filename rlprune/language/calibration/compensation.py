@@ -45,15 +45,18 @@ class BiasCompensation:
                 rows = None if consumer.rows is None else indices[consumer.rows]
                 if rows is not None:
                     change = change[torch.from_numpy(rows).to(change.device)]
-                shift_bias(modules[consumer.module], change)
+                shift_bias(modules[consumer.module], change, slim)
 
 
-def shift_bias(layer: nn.Module, change: Tensor) -> None:
-    """Add ``change`` (O,) to a layer's bias, which is made where there is none.
+def shift_bias(layer: nn.Module, change: Tensor, model: nn.Module) -> None:
+    """Add ``change`` (O,) to the bias of a layer of ``model``, which is made where there is none.
 
     The parameter is replaced, not written into: candidates may share uncut tensors with each other.
     """
     old = None if layer.bias is None else tensor_of(layer, "bias")
     value = change if old is None else old.double() + change
-    like = tensor_of(layer, "weight") if old is None else old
-    layer.bias = nn.Parameter(value.to(like.device, like.dtype), requires_grad=like.requires_grad)
+    # The output layer of a dropped part has no weight, and need not have a bias.
+    like = next((t for t in (old, getattr(layer, "weight", None)) if t is not None), None)
+    device = value.device if like is None else like.device
+    like = next(model.parameters()) if like is None else like
+    layer.bias = nn.Parameter(value.to(device, like.dtype), requires_grad=like.requires_grad)

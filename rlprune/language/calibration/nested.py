@@ -174,7 +174,7 @@ class NestedReconstruction:
                 nested = np.sort(solved.units[: len(plan.kept[consumer.group])])
                 prefix = np.array_equal(nested, plan.kept[consumer.group])
                 new = (self._leading if prefix else self._direct)(solved, kept, rows)
-                self._write(modules[consumer.module], solved, kept, rows, new)
+                self._write(slim, modules[consumer.module], solved, kept, rows, new)
 
     def _leading(self, solved: _Solved, kept: Ints, rows: Ints | None) -> Tensor:
         """Weights (k, O) for the best-ranked columns, in the order of ``kept``."""
@@ -199,12 +199,16 @@ class NestedReconstruction:
             right = right[:, torch.from_numpy(rows).to(right.device)]
         return torch.linalg.solve(part.T @ part, right).to(target.dtype)
 
-    def _write(self, layer: nn.Module, solved: _Solved, kept: Ints, rows: Ints | None, new: Tensor) -> None:
-        tensor_of(layer, "weight").copy_(new if solved.consumer.dim == 0 else new.T)
+    @staticmethod
+    def _write(
+        slim: nn.Module, layer: nn.Module, solved: _Solved, kept: Ints, rows: Ints | None, new: Tensor
+    ) -> None:
+        if len(kept):  # else the part is dropped, and its output layer is a bias alone
+            tensor_of(layer, "weight").copy_(new if solved.consumer.dim == 0 else new.T)
         if solved.mean is None or solved.output is None:
             return
         index = torch.from_numpy(kept).to(new.device)
         output = solved.output
         if rows is not None:
             output = output[torch.from_numpy(rows).to(output.device)]
-        shift_bias(layer, output - solved.mean[index].double() @ new.double())
+        shift_bias(layer, output - solved.mean[index].double() @ new.double(), slim)

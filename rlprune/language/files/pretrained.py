@@ -171,10 +171,7 @@ def pruned_config(slim: PreTrainedModel, base: Mapping[str, Any]) -> dict[str, A
     config = build_config(fields)
     model = _modeling().model_class(config.model_type)
     config.architectures = [model.__name__]
-    config.auto_map = {
-        "AutoConfig": f"modeling_rlprune.{type(config).__name__}",
-        "AutoModelForCausalLM": f"modeling_rlprune.{model.__name__}",
-    }
+    config.auto_map = _modeling().auto_map(config.model_type)
     return plain_config(config)
 
 
@@ -245,7 +242,8 @@ def load_folder(folder: Path, document: PlanDocument) -> PreTrainedModel:
         refuse_nan(name, tensor, files.where(name))
         if "checksums" in document:
             check_checksum(name, tensor, document["checksums"], files.where(name))
-        state[name] = tensor
+        if tensor.numel():  # folders of version 1 hold the empty tensors of dropped parts
+            state[name] = tensor
     with quiet_loading():
         model = _class_of(config).from_pretrained(None, config=config, state_dict=state)
     put_generation(model, folder)
@@ -337,9 +335,12 @@ def _check_layers(sparse: object, base: Mapping[str, object], layers: Sequence[o
 
 def _check_entries(files: TensorFiles, config: PreTrainedConfig, document: PlanDocument) -> None:
     """The files hold the tensors that plan.json lists, in the shapes that config.json asks for and of its format."""
-    wanted, listed = stored_entries(skeleton(config)), document["tensors"]
+    wanted = stored_entries(skeleton(config))
+    # Folders of version 1 also hold the empty tensors of dropped parts.
+    listed = {name: shape for name, shape in document["tensors"].items() if name in wanted or 0 not in shape}
+    held = {name: entry for name, entry in files.entries.items() if name in wanted or 0 not in entry.shape}
     at = str(files.folder / "model.safetensors") if files.index is None else str(files.index)
-    missing, foreign = sorted(set(listed) - set(files.entries)), sorted(set(files.entries) - set(listed))
+    missing, foreign = sorted(set(listed) - set(held)), sorted(set(held) - set(listed))
     if missing:
         raise ArtifactError(f"{at}: the tensor {missing[0]!r} is missing{near_miss(missing[0], foreign)}")
     if foreign:
@@ -349,7 +350,7 @@ def _check_entries(files: TensorFiles, config: PreTrainedConfig, document: PlanD
     if set(wanted) != set(listed):
         name = sorted(set(wanted) ^ set(listed))[0]
         raise ArtifactError(f"{files.folder / 'plan.json'}: tensors: {name!r} does not fit config.json")
-    for name, entry in files.entries.items():
+    for name, entry in held.items():
         if list(entry.shape) != listed[name]:
             raise ArtifactError(
                 f"{files.where(name)}: {name!r} has shape {list(entry.shape)}, plan.json says {listed[name]}"

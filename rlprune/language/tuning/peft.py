@@ -81,7 +81,7 @@ def _restore_gradients(model: nn.Module, wanted: dict[str, bool]) -> None:
 
 
 def target_layers(model: nn.Module) -> list[str]:
-    """Names of the linear layers (transformers' Conv1D too) inside the model's blocks, dropped ones left out.
+    """Names of the linear layers (transformers' Conv1D too) inside the model's blocks; dropped parts have none.
 
     Those are all that stand in a list of modules: the attention's and the feed-forward's, fused or not,
     and neither embeddings nor the head.
@@ -92,7 +92,6 @@ def target_layers(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if (isinstance(module, nn.Linear) or _is_conv1d(module))
         and any(name.startswith(start) for start in lists)
-        and module.weight.numel() > 0  # type: ignore[union-attr]
     ]
 
 

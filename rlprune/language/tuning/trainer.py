@@ -21,6 +21,7 @@ from ...utils.checkpoints import require_same, settings_key
 from ...utils.files import read_json, write_json_atomic
 from ...utils.launched import process_count
 from ...utils.values import is_finite
+from ..linear import is_dropped
 from ..transformers_internals import TrainedOnly, lend_block_classes, use_one_gpu
 from .loss import WARMUP, TokenLoss
 
@@ -283,7 +284,7 @@ def share_batch(batch_size: int, length: int, device: torch.device) -> tuple[int
 
 def _has_dropped(model: nn.Module) -> bool:
     """Whether a part was dropped: what fed it gets no gradient, which DDP has to be told."""
-    return any(p.numel() == 0 for p in model.parameters())
+    return any(is_dropped(module) for module in model.modules())
 
 
 def _copy_for_shards(model: nn.Module) -> nn.Module | None:
