@@ -9,14 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from .artifacts.documents import read_plan
 from .artifacts.safetensors import MAX_SHARD_SIZE
 from .config.config import AUTO
 from .pruning.cost_terms import NarrowSpaceWarning, narrow_lines
 from .pruning.plan import Plan
 from .pruning.space import PruningSpace
 from .tracing.trace import TraceOptions
-from .workloads.adapter import adapter_of, adapter_of_base
+from .workloads.adapter import adapter_of, adapter_of_base, read_pruned
 
 
 def trace(
@@ -107,15 +106,19 @@ def save(
 def load(directory: str | Path, base: nn.Module | None = None) -> nn.Module:
     """The pruned model in a folder, on the CPU, in eval mode.
 
+    The folder of a language model may have been written again by other tools (``save_pretrained``, PEFT's merge, the
+    Trainer): the sizes come from config.json, and plan.json may be missing.
+
     Args:
         base: the dense model, where the file cannot say how to build it (a model of your own); it is
             not changed, and only its architecture counts.
 
+    Warns ForeignFolderWarning: another tool has changed the weights since, so their checksums are not compared.
     Raises ArtifactError: missing, truncated, foreign or newer files, tensors that do not fit the plan or
     the base, NaN weights.
     """
     folder = Path(directory)
-    document = read_plan(folder)
+    document = read_pruned(folder)
     return adapter_of_base(document["base"]).load(folder, document, base)
 
 
@@ -127,4 +130,4 @@ def load_plan(directory: str | Path, space: PruningSpace) -> Plan:
 
     Raises ArtifactError: no plan, or one of another architecture.
     """
-    return Plan.from_dict(read_plan(directory), space)
+    return Plan.from_dict(read_pruned(directory), space)

@@ -11,11 +11,13 @@ from ..utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .checkpoint import CheckpointWarning, load_checkpoint, put_weights
+    from .documents import ForeignFolderWarning
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "CheckpointWarning": "checkpoint",
+        "ForeignFolderWarning": "documents",
         "load_checkpoint": "checkpoint",
         "put_weights": "checkpoint",
     },
@@ -23,6 +25,7 @@ __getattr__, __dir__ = lazy_names(
 
 __all__ = [
     "CheckpointWarning",
+    "ForeignFolderWarning",
     "load_checkpoint",
     "put_weights",
 ]

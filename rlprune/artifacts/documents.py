@@ -21,6 +21,10 @@ _MOST = 2**31
 _DIMENSIONS = 16
 
 
+class ForeignFolderWarning(UserWarning):
+    """Another tool has written files of a pruned model's folder since: what therefore is not checked, or not known."""
+
+
 class GroupEntry(TypedDict):
     """A group in plan.json: its dense width, and the units that it keeps, ascending.
 

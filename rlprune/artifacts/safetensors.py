@@ -52,8 +52,8 @@ class Entry:
 class TensorFiles:
     """The tensors of a checkpoint folder: one ``model.safetensors``, or shards and their index.
 
-    Opening it reads and checks the headers only. Raises ArtifactError for a missing, truncated or foreign
-    file, and for an index that does not say what the shards hold.
+    ``foreign`` says that rlprune wrote none of them. Opening it reads and checks the headers only. Raises
+    ArtifactError for a missing, truncated or foreign file, and for an index that does not say what the shards hold.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -61,8 +61,10 @@ class TensorFiles:
         self.index: Path | None = None
         self.entries: dict[str, Entry] = {}
         self.file_of: dict[str, Path] = {}
+        self.foreign = True
         for path, names in self._files().items():
-            found = _headers(path)
+            found, metadata = _headers(path)
+            self.foreign &= "rlprune" not in metadata
             if names is not None:
                 self._check_index(path, names, found)
             self.entries |= found
@@ -199,8 +201,8 @@ def _write_file(
         os.fsync(file.fileno())
 
 
-def _headers(path: Path) -> dict[str, Entry]:
-    """Shapes and formats of a file's tensors; safetensors checks that the offsets fill the file exactly."""
+def _headers(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Shapes and formats of a file's tensors, and its metadata; safetensors checks that the offsets fill the file."""
     if not path.is_file():
         raise ArtifactError(f"{path}: no such file")
     try:
@@ -212,7 +214,7 @@ def _headers(path: Path) -> dict[str, Entry]:
                 if code not in _DTYPES:
                     raise ArtifactError(f"{path}: the tensor {name!r} has the unknown number format {code!r}")
                 found[name] = Entry(tuple(part.get_shape()), _DTYPES[code])
-            return found
+            return found, file.metadata() or {}
     except (OSError, safetensors.SafetensorError) as error:
         raise _unreadable(path, error) from error
 

@@ -102,9 +102,9 @@ def _check_checkpoint(args: argparse.Namespace) -> None:
     given = args.checkpoint
     if given is None or given.is_file():
         return
-    from ..artifacts.documents import PLAN_FILE
+    from ..workloads.adapter import holds_pruned_model
 
-    if not (given / PLAN_FILE).is_file():
+    if not holds_pruned_model(given):
         what = "is a folder, but of no pruned model" if given.is_dir() else "no such file"
         raise ConfigError(f"--checkpoint: {given}: {what}")
 

@@ -15,10 +15,8 @@ from pathlib import Path
 import torch
 
 from ..artifacts.checkpoint import load_checkpoint, put_weights
-from ..artifacts.documents import PLAN_FILE, read_plan
 from ..config.config import Config, ModelConfig
 from ..errors import ArtifactError, ConfigError, RlpruneError, described
-from ..pruning.plan import Plan
 from ..recovery.finetune import FitResult, Progress
 from ..tracing.trace import TraceOptions
 from ..utils.cache import cache_folder
@@ -26,7 +24,7 @@ from ..utils.checkpoints import forget
 from ..utils.digest import hash_tensors
 from ..utils.files import write_tensors_atomic
 from ..utils.named_objects import named_object
-from ..workloads.adapter import ModelAdapter
+from ..workloads.adapter import ModelAdapter, holds_pruned_model, read_pruned
 from ..workloads.base import CutFrom, TrainedWorkload, Workload
 from ..workloads.builder import builder_of, builders
 from ..workloads.checks import check_finite, check_workload, run_forward
@@ -62,7 +60,7 @@ def build_workload(
     _require_checkpoint_of_key(config, checkpoint)
     device = resolve_device(config.device)
     given = checkpoint or config.model.checkpoint
-    if given is not None and (Path(given) / PLAN_FILE).is_file():
+    if given is not None and holds_pruned_model(Path(given)):
         workload = _pruned_before(config, Path(given))
         if train and checkpoint is None and config.model.train.epochs > 0:
             train_dense(workload, config.model, progress)
@@ -83,18 +81,14 @@ def _pruned_before(config: Config, folder: Path) -> Workload:
 
     Raises ArtifactError: it was cut from another architecture, or its groups are not those of the settings.
     """
-    adapter = expected_adapter(config)
-    if adapter is not None and not adapter.prunes_again:
-        raise ConfigError(f"checkpoint: {folder} is pruned already, and {adapter.models} are pruned once")
     model = replace(config.model, checkpoint=None, weights=None)
-    dense = build_workload(replace(config, model=model), train=False)
-    document = read_plan(folder)
-    plan = Plan.from_dict(
-        document, dense.adapter.space_of_plan(dense, document, TraceOptions.of(config.prune))
-    )
+    dense = build_workload(replace(config, model=model), train=False).before_any_cut()
+    document = read_pruned(folder)
+    plan = dense.adapter.plan_of(dense, document, TraceOptions.of(config.prune))
     workload = copy.copy(dense)  # an object of the user's own may be asked for again
     workload.cut_from = CutFrom(dense.model, plan)
-    workload.model = dense.adapter.load(folder, document, dense.model).to(dense.device)
+    like = next(dense.model.parameters())
+    workload.model = dense.adapter.load(folder, document, dense.model).to(dense.device, like.dtype)
     return workload
 
 

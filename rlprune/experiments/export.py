@@ -7,11 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
-from ..artifacts.documents import PLAN_FILE, read_plan
 from ..config.config import Config, load_config
 from ..errors import ConfigError, near_miss
 from ..utils.pytrees import Inputs
-from ..workloads.adapter import adapter_of_base
+from ..workloads.adapter import adapter_of_base, holds_pruned_model, read_pruned
 from .build import build_workload
 from .formats import FORMATS, Export, Written
 
@@ -73,13 +72,13 @@ def _check_dtype(to: str, dtype: str | None) -> None:
 def find_folder(directory: Path) -> Path:
     """The folder of the pruned model: itself, or the one of a run."""
     inside = directory / "pruned"
-    own = (directory / PLAN_FILE).is_file() or not (inside / PLAN_FILE).is_file()
+    own = holds_pruned_model(directory) or not holds_pruned_model(inside)
     return directory if own else inside
 
 
 def _with_workload(job: Export, config: Config | None) -> Export:
     """The job with the dense model and inputs of the workload of ``config``, or of the run's where it takes that."""
-    document = read_plan(job.directory)
+    document = read_pruned(job.directory)
     if config is None:
         known = job.base is not None or adapter_of_base(document["base"]).rebuilds(document)
         # resolve: the last part of "." and the like is not the folder's name.

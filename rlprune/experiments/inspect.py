@@ -6,14 +6,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..artifacts.documents import read_plan
 from ..config.config import Config
 from ..pruning.cost import plain_amount
 from ..pruning.cost_terms import narrow_lines
 from ..pruning.space import PruningSpace
 from ..tracing.trace import TraceOptions
 from ..utils.progress import Console
-from ..workloads.adapter import Target, adapter_of, adapter_of_base
+from ..workloads.adapter import Target, adapter_of, adapter_of_base, read_pruned
 from ..workloads.builder import Inspected, builder_of
 from .build import build_workload, resolve_device
 from .prepare import timed_space
@@ -68,7 +67,7 @@ def evaluate(
         tasks: multiple-choice files for a language model's zero-shot accuracy (see `zeroshot`).
         limit: only the first ``limit`` questions of each.
     """
-    document = read_plan(directory)
+    document = read_pruned(directory)
     adapter = adapter_of_base(document["base"])
     adapter.check_tasks(document, directory, tasks)
     workload = build_workload(config, progress=Console(True).training) if config is not None else None

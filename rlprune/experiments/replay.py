@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from ..artifacts.documents import PLAN_FILE, PlanDocument, read_plan
+from ..artifacts.documents import PLAN_FILE, PlanDocument
 from ..config.config import Config
 from ..errors import ConfigError
 from ..evaluation.recovery import Recovery
@@ -17,6 +17,7 @@ from ..pruning.plan import Plan
 from ..pruning.surgery import prune
 from ..tracing.trace import TraceOptions
 from ..utils.progress import Console
+from ..workloads.adapter import holds_pruned_model, read_pruned
 from ..workloads.base import Workload
 from ..workloads.builder import builder_of
 from .build import build_workload, train_dense
@@ -25,7 +26,7 @@ from .build import build_workload, train_dense
 def is_plan(source: Path) -> bool:
     """Whether a path is a plan.json, or a folder of a pruned model that holds one (and no policy)."""
     if source.is_dir():
-        return (source / PLAN_FILE).is_file() and not (source / "policy.json").is_file()
+        return holds_pruned_model(source) and not (source / "policy.json").is_file()
     return source.is_file()
 
 
@@ -72,10 +73,10 @@ def apply_plan(source: Path, config: Config, *, checkpoint: Path | None, out: Pa
 
 def _read(source: Path) -> PlanDocument:
     if source.is_dir():
-        return read_plan(source)
+        return read_pruned(source)
     if source.name != PLAN_FILE:
         raise ConfigError(f"RUN_OR_POLICY: {source}: a plan's file is named {PLAN_FILE}")
-    return read_plan(source.parent)
+    return read_pruned(source.parent)
 
 
 def _costs(document: PlanDocument) -> str:

@@ -18,16 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..api import load
-from ..artifacts.documents import read_plan
 from ..config.config import Config, load_config
 from ..errors import ConfigError, RlpruneError
-from ..pruning.plan import Plan
 from ..recovery.finetune import Progress
 from ..recovery.processes import team_of
 from ..tracing.trace import TraceOptions
 from ..utils.checkpoints import forget
 from ..utils.launched import is_main_process, process_rank
-from ..workloads.adapter import TuneJob
+from ..workloads.adapter import TuneJob, read_pruned
 from .build import build_workload, resolve_device
 from .usage import check_usage
 
@@ -55,10 +53,8 @@ def tune_folder(
     if count < 1:
         raise ConfigError(f"finish.{unit}: a fine-tune needs at least 1, got {count}")
     model = load(folder, base=workload.architecture).to(workload.device)
-    document = read_plan(folder)
     options = TraceOptions.of(config.prune)
-    space = workload.adapter.trace(workload.architecture, workload.example_inputs, options)
-    plan = Plan.from_dict(document, space)
+    plan = workload.adapter.plan_of(workload.before_any_cut(), read_pruned(folder), options)
     state = Path(f"{Path(out)}.state")
     result = workload.fine_tune(model, config.finish, TuneJob(config.seed, state=state, progress=progress))
     if team is not None:

@@ -48,8 +48,10 @@ from .comparison import compare, read_tasks
 from .dtype import scoring_dtype
 from .files.folder import save_language_model
 from .files.onnx import export_onnx
-from .files.pretrained import SOURCE, load_folder
+from .files.pretrained import SOURCE
+from .files.reading import load_folder
 from .files.streaming import space_of
+from .files.without_plan import document_without_plan, is_folder_of_ours, plan_against_base
 from .footprints import footprint
 from .judge import (
     DenseAnswers,
@@ -72,7 +74,6 @@ _LESSON_BATCH = 8
 class LanguageAdapter(ModelAdapter):
     """Feed-forward neurons and key-value heads by family; next tokens as the default task; AdamW."""
 
-    prunes_again = False
     wing = "language"
     models = "language models"
     task = NextToken.name
@@ -142,6 +143,11 @@ class LanguageAdapter(ModelAdapter):
         if fingerprint(workload.model) != document["fingerprint"]:
             raise ArtifactError("plan: made for another architecture (its fingerprint differs)")
         return space_of(workload.model, document)
+
+    def plan_of(self, workload: Workload, document: PlanDocument, options: TraceOptions) -> Plan:
+        if fingerprint(workload.model) != document["fingerprint"]:
+            raise ArtifactError("plan: made for another architecture (its fingerprint differs)")
+        return plan_against_base(workload.model, document, options)
 
     def closed_form(
         self, calibration: CalibrationCache, settings: RecoveryConfig, importance: Scores | None
@@ -238,6 +244,12 @@ class LanguageAdapter(ModelAdapter):
 
     def onnx_file(self) -> Callable[[nn.Module, Path], object]:
         return export_onnx
+
+    def recognises(self, directory: Path) -> bool:
+        return is_folder_of_ours(directory)
+
+    def document_of(self, directory: Path) -> PlanDocument:
+        return document_without_plan(directory)
 
     def group_lines(self, space: PruningSpace) -> list[str]:
         return describe.group_lines(space)

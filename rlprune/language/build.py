@@ -12,11 +12,14 @@ from ..artifacts.documents import PlanDocument
 from ..config.config import Config, DataConfig
 from ..errors import ArtifactError, ConfigError
 from ..pruning.space import fingerprint
+from ..tracing.trace import TraceOptions
 from ..utils.memory import bound_kernel_caches, return_freed_memory
+from ..workloads.base import CutFrom
 from ..workloads.builder import Inspected, WorkloadBuilder
 from ..workloads.checks import check_finite, run_forward
 from .describe import context_length
 from .files import pretrained
+from .files.without_plan import is_folder_of_ours, plan_against_base
 from .loading import PREFIX, encoder, is_causal, list_causal, load_causal, read_config
 from .text import TextData, TextRequest, is_text, list_text, read_text, split_text
 from .workload import LanguageWorkload, base_of_model
@@ -83,6 +86,8 @@ def _streamed(config: Config, checkpoint: Path | None) -> Path | None:
     if not name.startswith(PREFIX):
         return None
     folder = Path(checkpoint or config.model.checkpoint or name.removeprefix(PREFIX)).expanduser()
+    if is_folder_of_ours(folder):
+        return None  # read by rlprune itself, so that the plans of both cuts become one
     return folder if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) else None
 
 
@@ -140,8 +145,19 @@ def _language_workload(
         device=device,
         base=base_of_model(causal.model, settings.name),
     )
+    if causal.pruned is not None:
+        _follow(workload, causal.pruned, TraceOptions.of(config.prune))
     run_forward(workload, name)
     return workload
+
+
+def _follow(workload: LanguageWorkload, document: PlanDocument, options: TraceOptions) -> None:
+    """Tell the workload of a pruned model what that was cut from: the next plan is then one against the dense model."""
+    workload.base = {**document["base"]}
+    if fingerprint(workload.model) == document["fingerprint"]:
+        return  # the dense model is not known: this one stands for it
+    dense = pretrained.skeleton(pretrained.build_config(document["base"]["config"]))
+    workload.cut_from = CutFrom(dense, plan_against_base(dense, document, options))
 
 
 def _check_device_map(config: Config) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..workloads.base import Workload
 from . import describe, zeroshot
 from .files import pretrained
 from .files.tokenizers import why_unreadable
+from .files.without_plan import whole_space
 
 
 def read_tasks(tasks: Sequence[Path]) -> None:
@@ -37,20 +38,21 @@ def compare(
     limit: int | None,
 ) -> str:
     """Perplexity, costs, speeds and zero-shot accuracy of a pruned language model beside its dense base."""
+    costs: Mapping[str, float] = plan["dense_cost"]
+    before = "dense"
     if workload is None:
         dense, example = _random_base(plan, slim), example_of(plan).long()
     else:
         dense, example = workload.model, workload.example_inputs
-        if fingerprint(dense) != plan["fingerprint"]:
-            raise ArtifactError(f"{directory}: was pruned from another architecture than {workload.name!r}")
+        costs, before = _costs_before(plan, slim, directory, workload)
         slim = slim.to(workload.device)
     models = {"dense": dense, "pruned": slim}
-    rows = [*_cost_rows(plan, example), *_speed_rows(models, example)]
+    rows = [*_cost_rows(plan, costs, example), *_speed_rows(models, example)]
     notes = ["perplexity: give CONFIG to measure it"]
     if workload is not None:
         quality, notes = _quality_rows(workload, models)
         rows += quality
-    lines = [*describe.comparison(rows), *notes]
+    lines = [*describe.comparison(rows, before), *notes]
     if tasks:
         tokenizer: Any = (workload and workload.tokenizer) or _tokenizer_of(directory, plan)
         # Without CONFIG the dense model has the right shape only, not its weights.
@@ -60,7 +62,29 @@ def compare(
     return "\n".join(lines)
 
 
-def _cost_rows(plan: PlanDocument, example: Tensor) -> list[describe.Row]:
+def _costs_before(
+    plan: PlanDocument, slim: nn.Module, directory: Path, workload: Workload
+) -> tuple[Mapping[str, float], str]:
+    """The costs of the workload's model, and its heading: "dense", or "before" where it is a pruned model itself.
+
+    ArtifactError where the folder's model was cut from another architecture.
+    """
+    if fingerprint(workload.architecture) == plan["fingerprint"]:
+        if workload.cut_from is None:
+            return plan["dense_cost"], "dense"
+        first = workload.cut_from.plan
+        return {metric: first.space.cost(first.widths, metric) for metric in first.space.costs}, "before"
+    # A folder whose dense model is not known counts as its own base: it may be compared with any of its vocabulary.
+    given = pretrained.pretrained_model(workload.model)
+    same = given.config.vocab_size == pretrained.pretrained_model(slim).config.vocab_size
+    if fingerprint(slim) != plan["fingerprint"] or not same:
+        raise ArtifactError(f"{directory}: was pruned from another architecture than {workload.name!r}")
+    length = int((plan.get("input") or workload.example_inputs.shape)[-1])
+    space = whole_space(given, "", length, False)
+    return {metric: space.dense_cost(metric) for metric in space.costs}, "dense"
+
+
+def _cost_rows(plan: PlanDocument, dense: Mapping[str, float], example: Tensor) -> list[describe.Row]:
     """Costs as counted when the model was saved; macs are those of the example's length then."""
     length = (plan.get("input") or example.shape)[-1]
     names = {
@@ -69,7 +93,7 @@ def _cost_rows(plan: PlanDocument, example: Tensor) -> list[describe.Row]:
         "macs": f"macs of {length} tokens",
         "kv_cache": "KV cache, bytes a token (bf16)",
     }
-    costs, dense = plan["cost"], plan["dense_cost"]
+    costs = plan["cost"]
     rows = [(text, dense[m], costs[m], ",.0f") for m, text in names.items() if m in costs and m in dense]
     context = describe.context_length(plan["base"].get("config", {}))
     if context and "kv_cache" in costs:

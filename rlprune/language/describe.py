@@ -205,10 +205,10 @@ class _Decoder:
         return time.perf_counter() - start
 
 
-def comparison(rows: Sequence[Row]) -> list[str]:
-    """A table of figures of two models with their ratio."""
+def comparison(rows: Sequence[Row], before: str = "dense") -> list[str]:
+    """A table of figures of two models with their ratio; ``before`` heads those of the first."""
     wide = max(len(name) for name, *_ in rows)
-    lines = [f"{'':<{wide}} {'dense':>18} {'pruned':>18} {'pruned/dense':>13}"]
+    lines = [f"{'':<{wide}} {before:>18} {'pruned':>18} {'pruned/' + before:>13}"]
     for name, dense, pruned, form in rows:
         ratio = f"{pruned / dense:>13.4f}" if dense else f"{'-':>13}"
         lines.append(f"{name:<{wide}} {dense:>18{form}} {pruned:>18{form}} {ratio}")

@@ -19,12 +19,20 @@ from ..errors import ArtifactError, ConfigError, DataError, GraphError, near_mis
 from ..utils.files import read_json
 from ..utils.hub import HUB_ID, local_config, quiet
 from ..utils.values import are_texts, show_value
+from ..workloads.adapter import read_pruned
 from .families import UnsupportedModel, family_of
+from .files import pretrained
+from .files.mark import is_pruned
+from .files.pretrained import load_tokenizer
+from .files.reading import load_folder
+from .files.without_plan import is_folder_of_ours
 from .linear import tensor_of
 from .text import help_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..artifacts.documents import PlanDocument
 
 PREFIX = "hf:"
 TINY = "tiny_llama"
@@ -51,10 +59,11 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Causal:
-    """A dense causal LM in eval mode on the CPU, and its tokenizer."""
+    """A causal LM in eval mode on the CPU, and its tokenizer; ``pruned`` is the plan by which it was cut before."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    pruned: PlanDocument | None = None
 
     @property
     def longest(self) -> int | None:
@@ -142,6 +151,8 @@ def load_causal(
         if arguments:
             raise ConfigError(f"model.arguments: only {TINY!r} takes any, not {name!r}")
         place, file = _place(name)
+        if not file and is_folder_of_ours(Path(place)):
+            return _pruned(name, Path(place), torch_dtype, device_map)
         options: Mapping[str, object] = {"gguf_file": file} if file else {}
         _config(name, place, options)
         tokenizer = _tokenizer(name, place, options)
@@ -156,6 +167,24 @@ def load_causal(
     if file:
         _forget_quantisation(model, place)
     return Causal(model.eval(), tokenizer)
+
+
+def _pruned(name: str, folder: Path, dtype: torch.dtype, device_map: str | None) -> Causal:
+    """The model of a folder of ours, to be pruned further; none of its code is run."""
+    if device_map is not None:
+        raise ConfigError(
+            "model.device_map: a pruned model is read by rlprune itself, onto one device; leave it out"
+        )
+    document = read_pruned(folder)
+    model: Any = load_folder(folder, document)
+    model = model.to(dtype)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise ArtifactError(
+            f"model.name {name!r}: its tokenizer cannot be read (the folder has no file of one); copy those of the "
+            "dense model into it"
+        )
+    return Causal(model.eval(), tokenizer, document)
 
 
 def _require_accelerate(name: str) -> None:
@@ -179,6 +208,9 @@ def read_config(name: str) -> PreTrainedConfig:
     """The config of a model named ``hf:...``, without its weights; refuses what `load_causal` refuses by it."""
     with quiet():
         place, file = _place(name)
+        if not file and is_folder_of_ours(Path(place)):
+            path = Path(place)
+            return pretrained.read_config(pretrained.read_fields(path), path / "config.json")
         return _config(name, place, {"gguf_file": file} if file else {})
 
 
@@ -202,8 +234,12 @@ def _place(name: str) -> tuple[str, str | None]:
         if not (path / "config.json").is_file():
             files = sorted(p.name for p in path.glob("*.gguf"))
             hint = f"; it holds {files[0]}: name that file" if files else ""
+            if (path / "adapter_config.json").is_file():
+                hint = "; it holds a PEFT adapter: merge that first (model.merge_and_unload()) and save the model"
             raise DataError(f"model.name {name!r}: the folder has no config.json{hint}")
-        _refuse_pruned(name, path)
+        for settings in ("config.json", "generation_config.json"):
+            if (path / settings).exists():
+                _table(name, path / settings)
         return str(path), None
     if path.is_file():
         raise DataError(f"model.name {name!r}: give the folder with config.json, or a .gguf file")
@@ -223,15 +259,6 @@ def _table(name: str, path: Path) -> dict[str, Any]:
     return fields
 
 
-def _refuse_pruned(name: str, folder: Path) -> None:
-    """Refuse a folder of ours; stock classes would stumble over its unequal layers with a riddle."""
-    fields = _table(name, folder / "config.json")
-    if (folder / "generation_config.json").exists():
-        _table(name, folder / "generation_config.json")
-    if fields.get("per_layer_config"):
-        raise GraphError(f"model.name {name!r}: is a pruned model already; give the dense one")
-
-
 def _config(name: str, place: str, options: Mapping[str, object]) -> PreTrainedConfig:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
@@ -242,8 +269,10 @@ def _config(name: str, place: str, options: Mapping[str, object]) -> PreTrainedC
     kind, classes = config.model_type, getattr(config, "architectures", None) or []
     if not are_texts(classes):
         raise ArtifactError(f"model.name {name!r}: its config's architectures must be a list of names")
-    if config.to_dict().get("per_layer_config"):  # the attribute of that name is there for every config
-        raise GraphError(f"model.name {name!r}: is a pruned model already; give the dense one")
+    if is_pruned(config.to_dict()):  # of a hub id
+        raise GraphError(
+            f"model.name {name!r}: is a pruned model already; download its folder and name that, or give the dense one"
+        )
     if kind not in CAUSAL or (classes and not any(c.endswith(_CAUSAL_NAMES) for c in classes)):
         what = f"{classes[0]} ({kind})" if classes else f"model type {kind!r}"
         # A hub id counts as a language model's until its config is in the cache.

@@ -17,6 +17,7 @@ from ..pruning.space import PruningSpace
 from ..pruning.surgery import masked, prune
 from ..tracing.counting import flop_counter
 from . import families
+from .files.pretrained import stock_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -107,7 +108,7 @@ def skeleton(config: PreTrainedConfig) -> nn.Module:
     """A narrow random model of the same config: two blocks, few heads of the same size and ratio, few tokens."""
     from transformers import AutoModelForCausalLM
 
-    small = copy.deepcopy(config)
+    small = copy.deepcopy(stock_config(config))
     _, kv_name, neurons_name = families.family_of(config).sizes
     heads = int(small.num_attention_heads)
     kv = int(getattr(small, kv_name, None) or heads) if kv_name else heads

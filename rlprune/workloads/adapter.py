@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from ..artifacts.documents import PlanDocument
+from ..artifacts.documents import PLAN_FILE, PlanDocument, read_plan
 from ..config.config import Config, FinishConfig, RecoveryConfig
 from ..importance.calibration_cache import CalibrationCache
 from ..importance.unit_scores import Scores
@@ -152,9 +152,6 @@ class ModelAdapter(abc.ABC):
     equal_widths: bool = False
     """Whether all blocks can be cut to one width (``rlprune prune --same-widths``)."""
 
-    prunes_again: bool = True
-    """Whether a pruned model can be pruned again, and both cuts saved as one plan."""
-
     # -- what it is ---------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
@@ -180,6 +177,13 @@ class ModelAdapter(abc.ABC):
         self, workload: Workload, document: PlanDocument, options: TraceOptions
     ) -> PruningSpace:
         """The space that a saved plan was made in; ArtifactError for a plan of another architecture."""
+
+    def plan_of(self, workload: Workload, document: PlanDocument, options: TraceOptions) -> Plan:
+        """The saved plan in the space of the workload's dense model; ArtifactError for one of another architecture.
+
+        Where a second plan may be put behind it (`compose`), its space holds all that the second one may cut.
+        """
+        return Plan.from_dict(document, self.space_of_plan(workload, document, options))
 
     # -- what is measured and repaired --------------------------------------------------------------------------
 
@@ -261,6 +265,14 @@ class ModelAdapter(abc.ABC):
         says in words what was found. None: the tensors of one call, as for every model of ``one_file``."""
         return None
 
+    def recognises(self, directory: Path) -> bool:
+        """Whether a folder that has no plan.json is a pruned model of this kind."""
+        return False
+
+    def document_of(self, directory: Path) -> PlanDocument:
+        """What plan.json would say of such a folder; ArtifactError where it cannot be found out."""
+        return read_plan(directory)
+
     def rebuilds(self, document: PlanDocument) -> bool:
         """Whether `load` needs no dense model to be passed in."""
         return True
@@ -328,3 +340,23 @@ def adapter_of(model: object) -> ModelAdapter:
 def adapter_of_base(base: Mapping[str, object]) -> ModelAdapter:
     """The adapter of a saved folder, by the ``base`` of its plan.json."""
     return next(found for found in adapters() if found.owns(base))
+
+
+def holds_pruned_model(directory: Path) -> bool:
+    """Whether a folder is that of a pruned model, with its plan.json or without."""
+    if (directory / PLAN_FILE).is_file():
+        return True
+    return directory.is_dir() and any(found.recognises(directory) for found in adapters())
+
+
+def read_pruned(directory: str | Path) -> PlanDocument:
+    """The checked content of plan.json, or what stands for it in a folder that other tools wrote without one.
+
+    ``directory`` may also be the JSON file itself. Raises ArtifactError.
+    """
+    folder = Path(directory)
+    if folder.is_dir() and not (folder / PLAN_FILE).exists():
+        for found in adapters():
+            if found.recognises(folder):
+                return found.document_of(folder)
+    return read_plan(folder)

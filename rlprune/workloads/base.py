@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -140,6 +141,14 @@ class Workload(abc.ABC):
     def architecture(self) -> nn.Module:
         """The dense model that plans on disk are made against: ``model``, or what it was cut from."""
         return self.model if self.cut_from is None else self.cut_from.model
+
+    def before_any_cut(self) -> Workload:
+        """The workload of the dense model: itself, or a copy whose model is what its own was cut from."""
+        if self.cut_from is None:
+            return self
+        dense = copy.copy(self)
+        dense.model, dense.cut_from = self.architecture, None
+        return dense
 
     @abc.abstractmethod
     def batches(self, split: str, limit: int | None = None) -> Iterator[Batch]:

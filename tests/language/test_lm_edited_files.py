@@ -70,9 +70,11 @@ def test_an_edited_folder_names_file_and_field(what: str, folder: Path) -> None:
 
 
 def test_the_same_edit_in_both_files_is_found_by_the_tensors(folder: Path) -> None:
-    layer("0", intermediate_size=3)(config := json.loads((folder / "config.json").read_text()))
+    config = json.loads((folder / "config.json").read_text())
+    number = next(n for n, sizes in config["per_layer_config"].items() if sizes.get("intermediate_size"))
+    layer(number, intermediate_size=3)(config)
     (folder / "config.json").write_text(json.dumps(config))
-    edit(folder / "plan.json", lambda p: p["layers"][0].update(intermediate_size=3))
+    edit(folder / "plan.json", lambda p: p["layers"][int(number)].update(intermediate_size=3))
     assert "config.json asks for" in error_of(lambda: rlprune.load(folder))
     edit(folder / "config.json", lambda c: c.update(model_type="bert"))
     edit(folder / "plan.json", lambda p: p["base"]["config"].update(model_type="bert"))

@@ -1,4 +1,4 @@
-"""Quantisers on pruned language models with unequal layers and dropped parts: they run, and their outputs are near ours."""
+"""Quantisers run on pruned language models with unequal layers and dropped parts, with outputs near ours."""
 
 from __future__ import annotations
 

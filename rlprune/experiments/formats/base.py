@@ -9,12 +9,11 @@ from pathlib import Path
 
 from torch import nn
 
-from ...artifacts.documents import read_plan
 from ...errors import ConfigError
 from ...utils.files import keep_foreign
 from ...utils.pytrees import Inputs
 from ...utils.registry import Registry
-from ...workloads.adapter import ModelAdapter, adapter_of_base
+from ...workloads.adapter import ModelAdapter, adapter_of_base, read_pruned
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Export:
 
     def adapter(self) -> ModelAdapter:
         """The adapter of the saved model."""
-        return adapter_of_base(read_plan(self.directory)["base"])
+        return adapter_of_base(read_pruned(self.directory)["base"])
 
     def file(self, suffix: str, is_ours: Callable[[Path], bool] = lambda path: False) -> Path:
         """The file to write: ``out``, or ``model`` with the suffix in the folder.

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ...artifacts.documents import PLAN_FILE, PlanDocument, read_plan
+from ...artifacts.documents import PLAN_FILE, PlanDocument
 from ...artifacts.pruned_model import example_of
 from ...errors import ArtifactError
 from ...tracing.trace import count_macs
 from ...utils import pytrees
 from ...utils.pytrees import Inputs
+from ...workloads.adapter import read_pruned
 from ..one_file import Reader, Writer, export_model
 from .base import Export, Written
 
@@ -55,7 +56,7 @@ def one_file(
             f"--to {job.to}: not for {adapter.models}; use --to hf, a folder that other tools load"
         )
     target = job.file(suffix, is_ours)
-    document = read_plan(job.directory)
+    document = read_pruned(job.directory)
     model = adapter.load(job.directory, document, job.base)
     example = job.example_inputs
     if example is None:

@@ -15,6 +15,7 @@ from ...pruning.plan import Plan
 from ...utils.files import replacing_folder, write_json_atomic
 from ...workloads.adapter import TokenizerSource
 from . import pretrained
+from .mark import MARK, mark_of
 
 
 def save_language_model(
@@ -57,8 +58,10 @@ def write_language_model(
     check_against_plan(slim.state_dict(), plan)
     model = pretrained.pretrained_model(slim)
     dense = pretrained.dense_config(model, plan.space.fingerprint)
+    name = (base or {}).get("name")
     config = pretrained.pruned_config(model, dense)
-    source = {"source": pretrained.SOURCE, "name": (base or {}).get("name"), "config": dense}
+    config[MARK] = mark_of(plan, None if name is None else str(name), pretrained.uneven_fields(dense))
+    source = {"source": pretrained.SOURCE, "name": name, "config": dense}
     document = plan_document(plan, source, {name: entry.shape for name, entry in stored.items()})
     document |= pretrained.plan_fields(slim, config)
     checksums: dict[str, str] = {}

@@ -8,6 +8,7 @@ and of transformers only, chosen by ``model_type`` among the supported families;
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 import sys
@@ -19,10 +20,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ...artifacts.documents import PlanDocument
-from ...artifacts.fitting import check_checksum
-from ...artifacts.safetensors import Entry, TensorFiles, entry_of
-from ...errors import ArtifactError, described, near_miss
+from ...artifacts.safetensors import Entry, entry_of
+from ...errors import ArtifactError, described
 from ...pruning.space import fingerprint
 from ...utils.files import read_json, write_json_atomic
 from ...utils.values import show_value
@@ -30,6 +29,7 @@ from ...workloads.adapter import TokenizerSource
 from .. import families
 from ..linear import tensor_of
 from ..sizes import layer_sizes
+from .mark import MARK, is_pruned
 from .tokenizers import has_tokenizer, why_unreadable, write_tokenizer
 
 if TYPE_CHECKING:
@@ -39,9 +39,10 @@ SOURCE = "transformers"
 CONFIG, GENERATION = "config.json", "generation_config.json"
 CODE = ("modeling_rlprune.py", "families.py", "linear.py", "dropped.py", "sizes.py")
 # What differs between config.json and the dense configuration in plan.json, or has no part in the outputs.
-_SAID_TWICE = ("added_biases", "pruned_hidden_size")
-_OWN = ("per_layer_config", *_SAID_TWICE, "auto_map", "architectures")
-_IDLE = (
+SAID_TWICE = ("added_biases", "pruned_hidden_size")
+_SIZES = ("per_layer_config", *SAID_TWICE)
+OWN = (*_SIZES, "auto_map", "architectures", MARK)
+IDLE = (
     "transformers_version",
     "_name_or_path",
     "_model_name_or_path",
@@ -67,7 +68,7 @@ def pretrained_model(model: nn.Module) -> PreTrainedModel:
 def plain_config(config: PreTrainedConfig) -> dict[str, Any]:
     """A configuration as JSON-able fields, without what only says where it came from (a GGUF file, say)."""
     fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
-    return {name: value for name, value in fields.items() if name not in _IDLE}
+    return {name: value for name, value in fields.items() if name not in IDLE}
 
 
 def dense_fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -77,7 +78,12 @@ def dense_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 def dense_fields_of(fields: Mapping[str, object]) -> dict[str, Any]:
     """`dense_fields` for the content of a config.json."""
-    return {name: value for name, value in fields.items() if name not in (*_OWN, "dtype")}
+    return {name: value for name, value in fields.items() if name not in (*OWN, "dtype")}
+
+
+def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of the dense model: the same object where it is a stock one."""
+    return build_config(dense_fields(config)) if isinstance(config, _modeling().PerLayerConfig) else config
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
@@ -99,20 +105,39 @@ def build_config(fields: Mapping[str, object]) -> PreTrainedConfig:
         raise ArtifactError(f"model_type: {model_type!r} is not supported; allowed: {known}")
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    uneven = any(name in fields for name in ("per_layer_config", *_SAID_TWICE))
-    cls = _modeling().config_class(model_type) if uneven else CONFIG_MAPPING[model_type]
-    kept = {name: value for name, value in fields.items() if name not in ("auto_map", *_IDLE)}
+    cls = _modeling().config_class(model_type) if is_uneven(fields) else CONFIG_MAPPING[model_type]
+    kept = {name: value for name, value in fields.items() if name not in ("auto_map", *IDLE)}
     try:
         return cls.from_dict(kept)
     except Exception as error:  # validators of transformers raise errors of many kinds
         raise ArtifactError(f"{model_type} configuration refused: {described(error)}") from error
 
 
+def is_uneven(fields: Mapping[str, object]) -> bool:
+    """Whether a configuration is one of our classes'; transformers gives `per_layer_config` to some families too."""
+    if is_pruned(fields) or any(name in fields for name in SAID_TWICE):
+        return True
+    return "per_layer_config" in fields and not _has_sizes_of_its_own(str(fields.get("model_type")))
+
+
+@functools.cache
+def _has_sizes_of_its_own(model_type: str) -> bool:
+    """Whether transformers itself gives the configurations of a family a ``per_layer_config``."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return bool(CONFIG_MAPPING[model_type]().to_dict().get("per_layer_config"))
+
+
+def uneven_fields(fields: Mapping[str, object]) -> dict[str, object]:
+    """The fields of a configuration that give layers sizes of their own; empty for a stock configuration."""
+    return {name: fields[name] for name in _SIZES if name in fields} if is_uneven(fields) else {}
+
+
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a configuration without memory for its weights (on ``meta``), in eval mode."""
     try:
         with torch.device("meta"):
-            return _class_of(config)(config).eval()
+            return class_of(config)(config).eval()
     except Exception as error:  # families raise whatever their layers raise
         raise ArtifactError(
             f"no {config.model_type} model fits the configuration: {described(error)}"
@@ -141,9 +166,9 @@ def dense_config(slim: PreTrainedModel, dense_fingerprint: str) -> dict[str, Any
     """
     candidates = [dense_fields(slim.config)]
     fields = plain_config(slim.config)
-    if any(name in fields for name in ("per_layer_config", *_SAID_TWICE)):
+    if is_uneven(fields):
         candidates.append(
-            {name: value for name, value in fields.items() if name not in ("auto_map", "dtype")}
+            {name: value for name, value in fields.items() if name not in ("auto_map", "dtype", MARK)}
         )
     for candidate in candidates:
         twin = skeleton(build_config(candidate))
@@ -157,7 +182,7 @@ def dense_config(slim: PreTrainedModel, dense_fingerprint: str) -> dict[str, Any
 def pruned_config(slim: PreTrainedModel, base: Mapping[str, Any]) -> dict[str, Any]:
     """The content of config.json: the dense fields, the sizes of the layers that differ, added biases, the classes."""
     sizes = layer_sizes(slim)
-    fields = {name: value for name, value in base.items() if name not in _OWN}
+    fields = {name: value for name, value in base.items() if name not in OWN}
     fields |= {"per_layer_config": _sparse(sizes, fields), "dtype": one_dtype(slim)}
     hidden = tensor_of(slim.get_input_embeddings(), "weight").shape[1]
     if hidden < base.get("hidden_size", hidden) and "word_embed_proj_dim" not in base:
@@ -169,16 +194,20 @@ def pruned_config(slim: PreTrainedModel, base: Mapping[str, Any]) -> dict[str, A
     if extra:
         fields["added_biases"] = [name.removesuffix(".bias") for name in extra]
     config = build_config(fields)
-    model = _modeling().model_class(config.model_type)
-    config.architectures = [model.__name__]
+    config.architectures = [_modeling().model_class(config.model_type).__name__]
+    return plain_config(with_classes(config))
+
+
+def with_classes(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of a pruned model, naming the classes that read it, so that ``save_pretrained`` says them too."""
     config.auto_map = _modeling().auto_map(config.model_type)
-    return plain_config(config)
+    return config
 
 
 def plan_fields(slim: nn.Module, config: Mapping[str, object]) -> dict[str, Any]:
     """What plan.json says again of config.json, so that a change in one of the two shows."""
     fields: dict[str, Any] = {"layers": layer_sizes(slim)}
-    return fields | {name: config[name] for name in _SAID_TWICE if name in config}
+    return fields | {name: config[name] for name in SAID_TWICE if name in config}
 
 
 def write_side_files(
@@ -211,7 +240,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
         return None
     from transformers import AutoTokenizer
 
-    config = _read_config(dense_fields_of(read_fields(path)), path / CONFIG)
+    config = read_config(dense_fields_of(read_fields(path)), path / CONFIG)
     try:
         return AutoTokenizer.from_pretrained(
             path, config=config, trust_remote_code=False, local_files_only=True
@@ -225,29 +254,6 @@ def published_name(model_type: str, name: str) -> str:
     module, _, last = name.rpartition(".")
     renamed = dict(families.FAMILIES[model_type].renamed)
     return f"{renamed.get(module, module)}.{last}" if module else name
-
-
-def load_folder(folder: Path, document: PlanDocument) -> PreTrainedModel:
-    """The pruned model of a folder, on the CPU; every file is checked against plan.json (``document``) first."""
-    config = _checked_config(folder, document)
-    files = TensorFiles(folder)
-    _check_entries(files, config, document)
-    dense = skeleton(_read_config(document["base"]["config"], folder / "plan.json", "base.config."))
-    if fingerprint(dense) != document["fingerprint"]:
-        raise ArtifactError(
-            f"{folder / 'plan.json'}: base.config: describes another architecture than was pruned"
-        )
-    state = {}
-    for name, tensor in files.read():
-        refuse_nan(name, tensor, files.where(name))
-        if "checksums" in document:
-            check_checksum(name, tensor, document["checksums"], files.where(name))
-        if tensor.numel():  # folders of version 1 hold the empty tensors of dropped parts
-            state[name] = tensor
-    with quiet_loading():
-        model = _class_of(config).from_pretrained(None, config=config, state_dict=state)
-    put_generation(model, folder)
-    return model
 
 
 def put_generation(model: PreTrainedModel, folder: Path) -> None:
@@ -286,88 +292,7 @@ def refuse_nan(name: str, tensor: Tensor, where: str) -> None:
         raise ArtifactError(f"{where}: the tensor {name!r} holds NaN or infinite values")
 
 
-def _checked_config(folder: Path, document: PlanDocument) -> PreTrainedConfig:
-    """config.json as an object, after it was compared with plan.json field by field."""
-    path = folder / CONFIG
-    fields, base = read_fields(folder), document["base"].get("config")
-    if not isinstance(base, dict) or not isinstance(document.get("layers"), list):
-        name = "base.config" if not isinstance(base, dict) else "layers"
-        raise ArtifactError(f"{folder / 'plan.json'}: damaged: the field {name!r} is missing")
-    for name in {**base, **fields}:
-        if name in _OWN or name in _IDLE or name == "dtype":
-            continue
-        if fields.get(name) != base.get(name):
-            raise ArtifactError(f"{path}: {name}: is {fields.get(name)!r}, plan.json says {base.get(name)!r}")
-    _check_layers(fields.get("per_layer_config", {}), base, document["layers"], path)
-    for name in _SAID_TWICE:
-        if fields.get(name) != document.get(name):
-            raise ArtifactError(
-                f"{path}: {name}: is {fields.get(name)!r}, plan.json says {document.get(name)!r}"
-            )
-    return _read_config(fields | {"per_layer_config": fields.get("per_layer_config", {})}, path)
-
-
-def _check_layers(sparse: object, base: Mapping[str, object], layers: Sequence[object], path: Path) -> None:
-    """The sizes in config.json are those in plan.json."""
-    field = f"{path}: per_layer_config"
-    if not isinstance(sparse, dict):
-        raise ArtifactError(f"{field}: must be a table of layers")
-    given: dict[int, Any] = {}
-    for key, values in sparse.items():
-        if not key.isdecimal() or int(key) >= len(layers) or not isinstance(values, dict):
-            raise ArtifactError(
-                f"{field}.{key}: must be one of the layers 0 to {len(layers) - 1} and its sizes"
-            )
-        given[int(key)] = values
-    for index, wanted in enumerate(layers):
-        if not isinstance(wanted, dict):
-            raise ArtifactError(f"{path.parent / 'plan.json'}: damaged: layers.{index} is no table of sizes")
-        found = given.get(index, {})
-        for name in found:
-            if name not in wanted:
-                raise ArtifactError(f"{field}.{index}.{name}: unknown size{near_miss(name, wanted)}")
-        for name, size in wanted.items():
-            value = found.get(name, base.get(name, size))
-            # Where the family's own field is empty the dense size follows from others, and so does this one.
-            if value is not None and value != size:
-                raise ArtifactError(f"{field}.{index}.{name}: is {value!r}, plan.json says {size!r}")
-
-
-def _check_entries(files: TensorFiles, config: PreTrainedConfig, document: PlanDocument) -> None:
-    """The files hold the tensors that plan.json lists, in the shapes that config.json asks for and of its format."""
-    wanted = stored_entries(skeleton(config))
-    # Folders of version 1 also hold the empty tensors of dropped parts.
-    listed = {name: shape for name, shape in document["tensors"].items() if name in wanted or 0 not in shape}
-    held = {name: entry for name, entry in files.entries.items() if name in wanted or 0 not in entry.shape}
-    at = str(files.folder / "model.safetensors") if files.index is None else str(files.index)
-    missing, foreign = sorted(set(listed) - set(held)), sorted(set(held) - set(listed))
-    if missing:
-        raise ArtifactError(f"{at}: the tensor {missing[0]!r} is missing{near_miss(missing[0], foreign)}")
-    if foreign:
-        raise ArtifactError(
-            f"{files.where(foreign[0])}: holds the tensor {foreign[0]!r}, which plan.json does not list"
-        )
-    if set(wanted) != set(listed):
-        name = sorted(set(wanted) ^ set(listed))[0]
-        raise ArtifactError(f"{files.folder / 'plan.json'}: tensors: {name!r} does not fit config.json")
-    for name, entry in held.items():
-        if list(entry.shape) != listed[name]:
-            raise ArtifactError(
-                f"{files.where(name)}: {name!r} has shape {list(entry.shape)}, plan.json says {listed[name]}"
-            )
-        if entry.shape != wanted[name].shape:
-            raise ArtifactError(
-                f"{files.where(name)}: {name!r} has shape {list(entry.shape)}, "
-                f"config.json asks for {list(wanted[name].shape)}"
-            )
-        if entry.dtype.is_floating_point and entry.dtype != config.dtype:
-            raise ArtifactError(
-                f"{files.folder / CONFIG}: dtype: is {_short(config.dtype)}, "
-                f"but {name!r} is stored as {_short(entry.dtype)}"
-            )
-
-
-def _read_config(fields: Mapping[str, object], path: Path, prefix: str = "") -> PreTrainedConfig:
+def read_config(fields: Mapping[str, object], path: Path, prefix: str = "") -> PreTrainedConfig:
     try:
         return build_config(fields)
     except ArtifactError as error:
@@ -394,12 +319,13 @@ def one_dtype(model: nn.Module) -> str:
     if len(found) > 1:
         (first, a), (second, b), *_ = found.items()
         raise ArtifactError(
-            f"save: {a!r} is {_short(first)} and {b!r} {_short(second)}; convert the model to one number format"
+            f"save: {a!r} is {short_dtype(first)} and {b!r} {short_dtype(second)}; convert the model to one number "
+            "format"
         )
-    return _short(next(iter(found)))
+    return short_dtype(next(iter(found)))
 
 
-def _class_of(config: PreTrainedConfig) -> Any:
+def class_of(config: PreTrainedConfig) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     modeling = _modeling()
@@ -414,5 +340,5 @@ def _modeling() -> ModuleType:
     return modeling_rlprune
 
 
-def _short(dtype: torch.dtype | str | None) -> str:
+def short_dtype(dtype: torch.dtype | str | None) -> str:
     return str(dtype).removeprefix("torch.")

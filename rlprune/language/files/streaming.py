@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...artifacts.documents import PLAN_FILE, PlanDocument, read_plan
-from ...artifacts.safetensors import MAX_SHARD_SIZE, Entry, TensorFiles
+from ...artifacts.safetensors import MAX_SHARD_SIZE, TensorFiles
 from ...errors import ArtifactError, near_miss
 from ...pruning.cost_metrics import with_registered_costs
 from ...pruning.plan import Plan
@@ -24,18 +24,10 @@ from ...tracing.trace import TraceOptions
 from ..space import language_space
 from . import pretrained
 from .folder import write_language_model
+from .reading import source_names
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-# Buffers that older checkpoints hold and that models now compute themselves.
-_COMPUTED = (
-    ".rotary_emb.inv_freq",
-    ".attn.bias",
-    ".attn.masked_bias",
-    ".attention.bias",
-    ".attention.masked_bias",
-)
+    pass
 
 
 def prune_shards(
@@ -68,7 +60,7 @@ def prune_shards(
         slim = prune(dense, chosen)
     except Exception as error:  # a plan for other shapes fails somewhere in the slicing
         raise ArtifactError(f"{folder}: the plan does not fit this checkpoint ({error})") from error
-    names = _source_names(dense, files)
+    names = source_names(dense, files)
     cuts = cuts_by_tensor(chosen.space, axis_indices(chosen.space, chosen.kept))
     dtypes = {name: entry.dtype for name, entry in pretrained.stored_entries(slim).items()}
 
@@ -129,49 +121,3 @@ def space_of(model: nn.Module, document: PlanDocument) -> PruningSpace:
         raise ArtifactError(f"{PLAN_FILE}: the model has no group {foreign[0]!r}{near_miss(foreign[0], own)}")
     left_out = [name for name in own if name not in names]
     return traced(left_out) if left_out else space
-
-
-def _source_names(dense: PreTrainedModel, files: TensorFiles) -> dict[str, str]:
-    """Stored name of the model -> name in the checkpoint, which may lack the prefix or name another tied tensor."""
-    wanted = pretrained.stored_entries(dense)
-    aliases = _aliases(dense)
-    prefix = f"{dense.base_model_prefix}."
-    names: dict[str, str] = {}
-    used: set[str] = set()
-    for name, entry in wanted.items():
-        spellings = [s for alias in aliases[name] for s in (alias, alias.removeprefix(prefix))]
-        spellings.append(pretrained.published_name(dense.config.model_type, name))
-        found = next((s for s in spellings if s in files.entries), None)
-        if found is None:
-            hint = near_miss(name, files.entries)
-            raise ArtifactError(f"{files.folder}: the tensor {name!r} is missing{hint}")
-        _check_shape(files, found, entry)
-        names[name] = found
-        used |= set(spellings)
-    for name in files.entries:
-        if name not in used and not name.endswith(_COMPUTED):
-            raise ArtifactError(
-                f"{files.where(name)}: holds the tensor {name!r}, which {type(dense).__name__} has not"
-            )
-    return names
-
-
-def _check_shape(files: TensorFiles, name: str, entry: Entry) -> None:
-    found = files.entries[name]
-    if found.shape != entry.shape:
-        raise ArtifactError(
-            f"{files.where(name)}: {name!r} has shape {list(found.shape)}, "
-            f"{pretrained.CONFIG} asks for {list(entry.shape)}"
-        )
-
-
-def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    """The first name of each tensor -> all its names."""
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
-        model.named_buffers(remove_duplicate=False)
-    )
-    first: dict[int, str] = {}
-    names: dict[str, list[str]] = {}
-    for name, tensor in tensors.items():
-        names.setdefault(first.setdefault(id(tensor), name), []).append(name)
-    return names

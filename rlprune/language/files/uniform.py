@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,16 +19,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...artifacts.documents import PLAN_FILE, read_plan
+from ...artifacts.documents import PLAN_FILE, VERSION
+from ...artifacts.fitting import checksum
 from ...artifacts.safetensors import MAX_SHARD_SIZE, Entry, write_checkpoint
 from ...errors import ArtifactError, BudgetError
 from ...pruning.space import PruningSpace
 from ...utils.arrays import Ints
 from ...utils.files import replacing_folder, write_json_atomic
-from ...workloads.adapter import TokenizerSource
+from ...workloads.adapter import TokenizerSource, read_pruned
 from .. import families
 from ..sizes import layer_sizes
 from . import pretrained
+from .mark import MARK
+from .reading import load_folder
 from .tokenizers import write_tokenizer
 
 if TYPE_CHECKING:
@@ -208,10 +210,10 @@ def export_folder(directory: str | Path, out: str | Path | None = None) -> tuple
     """
     source = Path(directory)
     target = source / "hf" if out is None else Path(out)
-    document = read_plan(source)
+    document = read_pruned(source)
     if document["base"].get("source") != pretrained.SOURCE:
         raise ArtifactError(f"--to hf: {source} holds no language model of transformers")
-    slim = pretrained.load_folder(source, document)
+    slim = load_folder(source, document)
     try:
         write_plain(slim, target, tokenizer=source)
         return target, "loads with transformers alone, without trust_remote_code"
@@ -223,11 +225,14 @@ def export_folder(directory: str | Path, out: str | Path | None = None) -> tuple
     def stream(names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         return ((name, tensors[name]) for name in names)
 
+    # A folder that another tool wrote gets its plan, and the checksums of the weights that it has now.
+    document["tensors"] = {name: list(entry.shape) for name, entry in entries.items()}
+    document["checksums"] = {name: checksum(tensors[name]) for name in entries}
     with replacing_folder(target, PLAN_FILE) as folder:
-        write_checkpoint(folder, entries, stream, metadata={"format": "pt"})
+        write_checkpoint(folder, entries, stream, metadata={"format": "pt", MARK: str(VERSION)})
         pretrained.write_side_files(folder, config, slim, source)
-        shutil.copyfile(source / PLAN_FILE, folder / PLAN_FILE)
-        _same(slim, pretrained.load_folder(folder, document), "the folder written")
+        write_json_atomic(folder / PLAN_FILE, dict(document))
+        _same(slim, load_folder(folder, document), "the folder written")
     return target, f"needs trust_remote_code=True: {why}"
 
 
