@@ -269,9 +269,15 @@ def _config(name: str, place: str, options: Mapping[str, object]) -> PreTrainedC
     kind, classes = config.model_type, getattr(config, "architectures", None) or []
     if not are_texts(classes):
         raise ArtifactError(f"model.name {name!r}: its config's architectures must be a list of names")
-    if is_pruned(config.to_dict()):  # of a hub id
+    fields = config.to_dict()
+    if is_pruned(fields):  # of a hub id
         raise GraphError(
             f"model.name {name!r}: is a pruned model already; download its folder and name that, or give the dense one"
+        )
+    if pretrained.is_uneven(fields):
+        raise GraphError(
+            f"model.name {name!r}: config.json: per_layer_config: {kind} of transformers has no layers of different "
+            "sizes, and rlprune has not written it (it would have the field 'rlprune')"
         )
     if kind not in CAUSAL or (classes and not any(c.endswith(_CAUSAL_NAMES) for c in classes)):
         what = f"{classes[0]} ({kind})" if classes else f"model type {kind!r}"

@@ -16,6 +16,7 @@ from ..errors import GraphError
 from ..utils.arrays import Ints
 from ..utils.modes import refresh
 from ..utils.torch_internals import computed, copied, twin, unsaved_buffers
+from ..utils.wrapped import refuse_adapters
 from .heads import fit_attention
 from .plan import Plan
 from .space import PruningSpace
@@ -93,8 +94,9 @@ def prune(
             itself where no cast is needed: models built with it are for scoring, not for training.
 
     Raises:
-        GraphError: the plan was traced from a model with other tensors.
+        GraphError: the plan was traced from a model with other tensors, or PEFT has wrapped the model.
     """
+    refuse_adapters(model)
     space = plan.space
     indices = axis_indices(space, plan.kept)
     by_tensor = cuts_by_tensor(space, indices)

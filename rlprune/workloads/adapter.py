@@ -29,6 +29,7 @@ from ..pruning.space import PruningSpace
 from ..recovery.finetune import Progress
 from ..recovery.steps import Repair as Repair
 from ..tracing.trace import ExampleInputs, TraceOptions
+from ..utils.wrapped import refuse_adapters
 from .scoring_format import ScoringFormat
 
 if TYPE_CHECKING:
@@ -164,6 +165,7 @@ class ModelAdapter(abc.ABC):
 
     def trace(self, model: nn.Module, example_inputs: ExampleInputs, options: TraceOptions) -> PruningSpace:
         """The model's pruning space, with all costs; raises GraphError for options that this kind does not have."""
+        refuse_adapters(model)
         return with_registered_costs(self.find_groups(model, example_inputs, options), model)
 
     @abc.abstractmethod
@@ -333,7 +335,8 @@ def adapters() -> list[ModelAdapter]:
 
 
 def adapter_of(model: object) -> ModelAdapter:
-    """The adapter of a model."""
+    """The adapter of a model; GraphError for one that PEFT has wrapped."""
+    refuse_adapters(model)
     return next(found for found in adapters() if found.accepts(model))
 
 

@@ -70,13 +70,6 @@ def test_a_pruned_model_is_pruned_again(
     assert "--checkpoint: empty: is a folder, but of no pruned model" in line
 
 
-def test_a_language_model_is_pruned_once(place: Path, refused: Callable[..., str]) -> None:
-    (place / "once").mkdir()
-    (place / "once" / "plan.json").write_text("{}")
-    line = refused("prune", "tiny_llama", "--rule", "uniform", "--checkpoint", "once")
-    assert "checkpoint: once is pruned already, and language models are pruned once" in line
-
-
 @pytest.fixture
 def own(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (place / "own_net.py").write_text(OWN)

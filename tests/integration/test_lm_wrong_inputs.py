@@ -346,9 +346,6 @@ def test_a_pruned_model_of_another_model(
     none = ("--set", "recovery.steps=[none]")
     assert "another architecture" in refused("apply", str(finished), *other, *none, "--out", "out")
     assert "language model" in refused("export", str(finished), "--to", "onnx", "--out", "out")
-    assert "is a pruned model already" in refused(
-        "inspect", "tiny.yaml", "--set", f"model.name=hf:{finished}"
-    )
 
 
 def test_tasks_for_a_classifier(place: Path, refused: Refused, capsys: pytest.CaptureFixture[str]) -> None:

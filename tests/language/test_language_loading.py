@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from helpers.language_settings import config_of, refused
-from rlprune.errors import ArtifactError, ConfigError, DataError, GraphError, RlpruneError
+from rlprune.errors import ArtifactError, ConfigError, DataError, GraphError
 from rlprune.experiments.build import build_workload
 from rlprune.language.loading import help_tokenizer
 
@@ -136,12 +136,13 @@ class TestLoading:
         text = refused(config_of(f"hf:{folder}"), GraphError)
         assert "'model.layers.0.mlp'" in text and "is a mixture of experts" in text
 
-    def test_a_pruned_folder_is_no_dense_model(self, tmp_path):
+    def test_layers_of_different_sizes_that_rlprune_has_not_written(self, tmp_path):
         folder = save_tiny(tmp_path / "pruned")
         config = json.loads((folder / "config.json").read_text())
         config["per_layer_config"] = {"0": {"intermediate_size": 8}}
         (folder / "config.json").write_text(json.dumps(config))
-        assert "pruned model already" in refused(config_of(f"hf:{folder}"), RlpruneError)
+        line = refused(config_of(f"hf:{folder}"), GraphError)
+        assert "per_layer_config: llama of transformers has no layers of different sizes" in line
 
     def test_broken_files(self, tmp_path):
         folder = save_tiny(tmp_path / "tiny")

@@ -167,3 +167,17 @@ def test_a_mark_and_a_plan_of_two_models(tmp_path: Path) -> None:
 
     edit(folder / "config.json", flip)
     assert "plan.json keeps other units" in error_of(lambda: rlprune.load(folder))
+
+
+def test_sizes_that_transformers_itself_gives_layers_are_no_sign() -> None:
+    """Gemma 4's configurations come with a ``per_layer_config``."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from rlprune.language.files.pretrained import is_uneven
+
+    fields = CONFIG_MAPPING["gemma4_text"]().to_dict()
+    assert fields["per_layer_config"] and not is_uneven(fields) and not is_pruned(fields)
+    llama = CONFIG_MAPPING["llama"]().to_dict()
+    assert is_uneven(llama | {"per_layer_config": {"0": {"intermediate_size": 8}}})
+    assert is_pruned(fields | {MARK: {"version": 1}})
+    assert is_pruned(llama | {"auto_map": {"AutoConfig": "modeling_rlprune.PrunedLlamaConfig"}})

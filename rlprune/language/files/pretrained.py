@@ -199,7 +199,7 @@ def pruned_config(slim: PreTrainedModel, base: Mapping[str, Any]) -> dict[str, A
 
 
 def with_classes(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of a pruned model, naming the classes that read it, so that ``save_pretrained`` says them too."""
+    """The configuration of a pruned model with the classes that read it, so that ``save_pretrained`` names them too."""
     config.auto_map = _modeling().auto_map(config.model_type)
     return config
 
