@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ... import __version__
-from ...artifacts.documents import read_plan
 from ...errors import ArtifactError
 from ...language.files import llama_cpp
 from ...language.files.pretrained import SOURCE, load_tokenizer, pretrained_model
 from ...language.loading import PREFIX
+from ...workloads.adapter import read_pruned
 from .base import Export, Written, export_format, need_packages
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
@@ -27,7 +27,7 @@ def _gguf(job: Export) -> Written:
     need_packages(("gguf",), job.to, extra="language")
     from ...language.files.gguf_file import default_dtype, is_ours, write_gguf
 
-    document = read_plan(job.directory)
+    document = read_pruned(job.directory)
     if document["base"].get("source") != SOURCE:
         raise ArtifactError(f"--to gguf: {job.directory} holds no language model of transformers")
     slim = pretrained_model(job.adapter().load(job.directory, document, job.base))

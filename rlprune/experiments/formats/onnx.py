@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...artifacts.documents import read_plan
+from ...workloads.adapter import read_pruned
 from ...errors import ArtifactError
 from ...utils.files import keep_foreign
 from ...utils.onnx_files import is_our_onnx, mark_onnx
@@ -28,7 +28,7 @@ def _onnx(job: Export) -> Written:
     target = job.file(".onnx", is_our_onnx)
     if not is_our_onnx(target):  # whose weights may lie beside it
         keep_foreign(target.with_name(f"{target.name}.data"), lambda path: False, job.force)
-    model = job.adapter().load(job.directory, read_plan(job.directory), job.base)
+    model = job.adapter().load(job.directory, read_pruned(job.directory), job.base)
     return Written(target, str(own(model, target)))
 
 

@@ -376,11 +376,10 @@ class _BlockTensors:
     def _layer(self, layer: str, shape: tuple[int, int], gone: bool, turned: int = 0) -> list[FileTensor]:
         """A linear layer: its weight, of zeros where its part is gone, and its bias where that is not zero."""
         part = _PARTS[layer.rpartition(".")[2]]
-        module = self._slim.get_submodule(layer)
-        weight = torch.zeros(shape) if gone else tensor_of(module, "weight")
+        weight = torch.zeros(shape) if gone else self._slim.get_parameter(f"{layer}.weight")
         made = [self._turned(f"{part}.weight", weight, turned)]
         if part in self._block.biases:
-            made.append(self._turned(f"{part}.bias", tensor_of(module, "bias"), turned))
+            made.append(self._turned(f"{part}.bias", self._slim.get_parameter(f"{layer}.bias"), turned))
         return made
 
     def _turned(self, name: str, tensor: Tensor, heads: int) -> FileTensor:

@@ -11,7 +11,7 @@ config.json, weights and code, but no plan.json.
   the dense model had layers of different sizes itself, their fields;
 - ``input``: the shape of a sample, whose costs plan.json holds;
 - ``kept``: group -> which of its units are left, for groups that lost some: a bit a unit, the first unit first, eight
-  to a byte, in hexadecimal;
+  to a byte, in hexadecimal; units of a group with lanes lane after lane;
 - ``origin``: where the widths came from.
 """
 
@@ -53,7 +53,7 @@ def mark_of(plan: Plan, base: str | None, sizes: Mapping[str, object]) -> dict[s
         "base": base,
         "fingerprint": plan.space.fingerprint,
         "input": list(plan.space.input_shape or ()),
-        "kept": {group.name: _packed(kept, group.width) for group, kept in groups if len(kept) < group.width},
+        "kept": {group.name: _packed(kept, group.units) for group, kept in groups if len(kept) < group.units},
         "origin": dict(plan.origin),
     }
     return mark | ({"base_sizes": dict(sizes)} if sizes else {})
@@ -72,7 +72,7 @@ def kept_units(mark: Mapping[str, Any], groups: Sequence[Group], path: Path) -> 
                 f"{where}: the dense model has no group {name!r}{near_miss(str(name), names)}"
             )
     return tuple(
-        _unpacked(table[g.name], g.width, f"{where}.{g.name}") if g.name in table else np.arange(g.width)
+        _unpacked(table[g.name], g.units, f"{where}.{g.name}") if g.name in table else np.arange(g.units)
         for g in groups
     )
 
@@ -85,34 +85,31 @@ def check_mark(fields: Mapping[str, Any], groups: Sequence[GroupEntry], path: Pa
     said = mark.get("kept")
     if not isinstance(said, Mapping):
         raise ArtifactError(f"{path}: {MARK}.kept: must be a table of groups, got {show_value(said)}")
-    lost = {g["name"]: g for g in groups if len(g["kept"]) < g["width"]}
+    counts = {g["name"]: g["width"] * g.get("lanes", 1) for g in groups}
+    lost = {g["name"]: g["kept"] for g in groups if len(g["kept"]) < counts[g["name"]]}
     for name in {**said, **lost}:
-        own = (
-            _packed(np.array(lost[name]["kept"], dtype=np.int64), lost[name]["width"])
-            if name in lost
-            else None
-        )
+        own = _packed(np.array(lost[name], dtype=np.int64), counts[name]) if name in lost else None
         if said.get(name) != own:
             raise ArtifactError(
                 f"{path}: {MARK}.kept.{name}: {PLAN_FILE} keeps other units: they are of two models"
             )
 
 
-def _packed(kept: Ints, width: int) -> str:
-    bits = np.zeros(width, dtype=np.uint8)
+def _packed(kept: Ints, units: int) -> str:
+    bits = np.zeros(units, dtype=np.uint8)
     bits[kept] = 1
     return np.packbits(bits).tobytes().hex()
 
 
-def _unpacked(text: object, width: int, where: str) -> Ints:
+def _unpacked(text: object, units: int, where: str) -> Ints:
     try:
         data = bytes.fromhex(text) if isinstance(text, str) else b""
     except ValueError:
         data = b""
-    if len(data) != -(-width // 8):
-        raise ArtifactError(f"{where}: must be {width} bits in hexadecimal, got {show_value(text)}")
+    if len(data) != -(-units // 8):
+        raise ArtifactError(f"{where}: must be {units} bits in hexadecimal, got {show_value(text)}")
     bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8))
-    if bits[width:].any():
-        raise ArtifactError(f"{where}: names units beyond the group's {width}")
-    found: Ints = np.nonzero(bits[:width])[0].astype(np.int64)
+    if bits[units:].any():
+        raise ArtifactError(f"{where}: names units beyond the group's {units}")
+    found: Ints = np.nonzero(bits[:units])[0].astype(np.int64)
     return found

@@ -61,7 +61,7 @@ def document_without_plan(folder: Path) -> PlanDocument:
     if plan is None:
         base = _dense(fields) | pretrained.uneven_fields(fields)
         space = whole_space(slim, fingerprint(slim), _length(mark, base), "pruned_hidden_size" in fields)
-        plan = Plan(space, space.widths, tuple(np.arange(group.width) for group in space.groups))
+        plan = Plan(space, space.widths, tuple(np.arange(group.units) for group in space.groups))
         warnings.warn(
             f"{folder}: its dense model is not known ({reason}, and there is no {PLAN_FILE}); the pruned model counts "
             "as its own base",
@@ -88,14 +88,19 @@ def plan_against_base(model: nn.Module, document: PlanDocument, options: TraceOp
     for name in groups:
         if name not in names:
             raise ArtifactError(f"{PLAN_FILE}: the model has no group {name!r}{near_miss(name, names)}")
-    entries = [{"name": g.name, "kept": groups.get(g.name, list(range(g.width)))} for g in space.groups]
-    whole = {**document, "groups": entries, "widths": [len(entry["kept"]) for entry in entries]}
-    return Plan.from_dict(whole, space)
+    widths = dict(zip(groups, document["widths"], strict=True))
+    lanes = [groups.get(g.lane_group, range(g.lanes)) for g in space.groups]
+    entries = [
+        {"kept": groups.get(g.name, [lane * g.width + u for lane in left for u in range(g.width)])}
+        for g, left in zip(space.groups, lanes, strict=True)
+    ]
+    counts = [widths.get(g.name, g.width) for g in space.groups]
+    return Plan.from_dict({**document, "groups": entries, "widths": counts}, space)
 
 
 def whole_space(model: nn.Module, architecture: str, length: int, hidden: bool) -> PruningSpace:
     """The space of all groups of a model, each of which may be dropped; nothing is proved."""
-    options = TraceOptions(verify=False, drop=True, hidden=hidden)
+    options = TraceOptions(round_to=1, verify=False, drop=True, hidden=hidden)
     example = torch.zeros((1, length), dtype=torch.long)
     return with_registered_costs(language_space(model, example, architecture, options), model)
 
@@ -137,7 +142,8 @@ def _plan_of_mark(
     hidden = isinstance(kept, Mapping) and "hidden" in kept
     space = whole_space(dense, fingerprint(dense), _length(mark, base), hidden)
     units = kept_units(mark, space.groups, path)
-    widths = np.array([len(each) for each in units], dtype=np.int64)
+    lanes = [len(left) for left in space.lanes_left(units)]
+    widths = np.array([len(each) // max(1, n) for each, n in zip(units, lanes, strict=True)], dtype=np.int64)
     plan = Plan(space, widths, units, dict(mark.get("origin", {})))
     cut = {name: tuple(tensor.shape) for name, tensor in prune(dense, plan).named_parameters()}
     own = {name: tuple(p.shape) for name, p in slim.named_parameters()}
