@@ -152,7 +152,7 @@ def load_causal(
             raise ConfigError(f"model.arguments: only {TINY!r} takes any, not {name!r}")
         place, file = _place(name)
         if not file and is_folder_of_ours(Path(place)):
-            return _pruned(name, Path(place), torch_dtype, device_map)
+            return _pruned(name, Path(place), torch_dtype, device_map, check)
         options: Mapping[str, object] = {"gguf_file": file} if file else {}
         _config(name, place, options)
         tokenizer = _tokenizer(name, place, options)
@@ -169,22 +169,30 @@ def load_causal(
     return Causal(model.eval(), tokenizer)
 
 
-def _pruned(name: str, folder: Path, dtype: torch.dtype, device_map: str | None) -> Causal:
+def _pruned(
+    name: str,
+    folder: Path,
+    dtype: torch.dtype,
+    device_map: str | None,
+    check: Callable[[PreTrainedTokenizerBase], None] | None,
+) -> Causal:
     """The model of a folder of ours, to be pruned further; none of its code is run."""
     if device_map is not None:
         raise ConfigError(
             "model.device_map: a pruned model is read by rlprune itself, onto one device; leave it out"
         )
+    _refuse_quantised(name, pretrained.read_fields(folder).get("quantization_config"))
     document = read_pruned(folder)
-    model: Any = load_folder(folder, document)
-    model = model.to(dtype)
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise ArtifactError(
             f"model.name {name!r}: its tokenizer cannot be read (the folder has no file of one); copy those of the "
             "dense model into it"
         )
-    return Causal(model.eval(), tokenizer, document)
+    if check is not None:
+        check(tokenizer)
+    model: Any = load_folder(folder, document)
+    return Causal(model.to(dtype).eval(), tokenizer, document)
 
 
 def _require_accelerate(name: str) -> None:
@@ -286,13 +294,12 @@ def _config(name: str, place: str, options: Mapping[str, object]) -> PreTrainedC
         again = again if _is_image_type(kind) else ""
         raise GraphError(f"model.name {name!r}: {what} is not a causal language model{again}")
     if "gguf_file" not in options:  # which is dequantised on reading
-        _refuse_quantised(name, config)
+        _refuse_quantised(name, getattr(config, "quantization_config", None))
     _refuse_unsupported(name, config)
     return config
 
 
-def _refuse_quantised(name: str, config: PreTrainedConfig) -> None:
-    settings: Any = getattr(config, "quantization_config", None)
+def _refuse_quantised(name: str, settings: Any) -> None:
     if settings is None:
         return
     fields = settings if isinstance(settings, Mapping) else vars(settings)

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...workloads.adapter import read_pruned
 from ...errors import ArtifactError
 from ...utils.files import keep_foreign
 from ...utils.onnx_files import is_our_onnx, mark_onnx
 from ...utils.pytrees import Inputs
+from ...workloads.adapter import read_pruned
 from ..one_file import Call, Runner, named_inputs, output_names
 from .base import Export, Written, export_format, need_packages
 from .single import one_file
