@@ -49,6 +49,19 @@ TINY_ARGUMENTS = {
 Found = TypeVar("Found")
 _END = "<|endoftext|>"
 _GGUF_PACKAGES = ("gguf", "accelerate")
+# Sizes in a config.json, under the names of most families and of GPT-2's.
+_SIZES = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *(
+        "vocab_size",
+        "intermediate_size",
+        "max_position_embeddings",
+        "n_embd",
+        "n_layer",
+        "n_head",
+        "n_positions",
+    ),
+)
 _CAUSAL_NAMES = ("ForCausalLM", "LMHeadModel")
 _NAMES = {
     "hf:PATH": "a transformers causal language model: folder with config.json, or a .gguf file",
@@ -245,9 +258,15 @@ def _place(name: str) -> tuple[str, str | None]:
             if (path / "adapter_config.json").is_file():
                 hint = "; it holds a PEFT adapter: merge that first (model.merge_and_unload()) and save the model"
             raise DataError(f"model.name {name!r}: the folder has no config.json{hint}")
+        if (path / "adapter_config.json").is_file():
+            raise GraphError(
+                f"model.name {name!r}: holds a PEFT adapter (adapter_config.json); merge it into its model "
+                "(merge_and_unload) and give that folder"
+            )
         for settings in ("config.json", "generation_config.json"):
             if (path / settings).exists():
                 _table(name, path / settings)
+        _check_sizes(name, _table(name, path / "config.json"))
         return str(path), None
     if path.is_file():
         raise DataError(f"model.name {name!r}: give the folder with config.json, or a .gguf file")
@@ -265,6 +284,18 @@ def _table(name: str, path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ArtifactError(f"model.name {name!r}: its {path.name} must be a table, got {show_value(fields)}")
     return fields
+
+
+def _check_sizes(name: str, fields: Mapping[str, Any]) -> None:
+    """ArtifactError for a size below 1: some are divided by, others build a model of nothing."""
+    inner = fields.get("text_config")
+    for owner in (fields, inner if isinstance(inner, Mapping) else {}):
+        for size in _SIZES:
+            value = owner.get(size)
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise ArtifactError(
+                    f"model.name {name!r}: its config's {size} must be at least 1, got {value}"
+                )
 
 
 def _config(name: str, place: str, options: Mapping[str, object]) -> PreTrainedConfig:

@@ -58,6 +58,16 @@ def read_bytes(path: str | Path, most: int = MAX_JSON_BYTES) -> bytes:
         raise ArtifactError(f"{source}: cannot be read ({error.strerror or error})") from error
 
 
+def special_kind(path: Path) -> str | None:
+    """What stands at a path, such as "pipe", where it is neither a file nor a folder nor nothing: reading it may never
+    end."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return None
+    return None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else _kind(mode)
+
+
 def refuse_special(path: Path) -> None:
     """ArtifactError where something that is no plain file stands where one is to be written.
 

@@ -78,6 +78,7 @@ class VisionAdapter(ModelAdapter):
             *("score.top_k", "prune.drop", "prune.hidden", "prune.runtime", "recovery.shrink", "model.dtype"),
             *("recovery.spill", "model.device_map"),
             *("data.files", "data.column", "data.sequence_length", "data.test_length", "data.stride"),
+            *("data.format", "data.answers_only", "data.packing"),
         ),
         ("only for language models", "{model} is none"),
     ) | {"finish.steps": ("{model} is fine-tuned by epochs", "give finish.epochs")}

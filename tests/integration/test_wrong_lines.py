@@ -11,8 +11,12 @@ from pathlib import Path
 import pytest
 
 from helpers.whole_files import write_whole
-from helpers.wrong_inputs import APPLY, CASES, RESUME, put
+from helpers.wrong_inputs import APPLY, RESUME, put
+from helpers.wrong_inputs import CASES as GENERAL
+from helpers.wrong_language_inputs import LANGUAGE_CASES
 from rlprune.cli import main as cli
+
+CASES = {**GENERAL, **LANGUAGE_CASES}
 
 
 @pytest.fixture(scope="module")

@@ -469,7 +469,7 @@ class TestFiles:
             (
                 {"train": "ask.jsonl"},
                 {"length": 8},
-                "data.test: 1 examples asked for, .* has only 0 with an answer in their first 8 tokens",
+                "data.test: 1 examples asked for, .* has 0 with an answer in the first 8 tokens",
             ),
             (
                 {"train": "ask.jsonl"},
@@ -479,7 +479,7 @@ class TestFiles:
             (
                 {"train": "ask.jsonl"},
                 {"sizes": (None, 2, 5, 500)},
-                "data.test: 500 examples asked for, but .* has only 120",
+                "data.test: 500 examples asked for, but .* has 120 with",
             ),
         ],
     )

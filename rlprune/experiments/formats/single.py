@@ -53,7 +53,7 @@ def one_file(
     if not adapter.one_file:
         # Caches, masks and positions are Python state that these formats would freeze.
         raise ArtifactError(
-            f"--to {job.to}: not for {adapter.models}; use --to hf, a folder that other tools load"
+            f"--to {job.to}: not for {adapter.models}; use --to onnx, or --to hf, a folder that other tools load"
         )
     target = job.file(suffix, is_ours)
     document = read_pruned(job.directory)

@@ -12,6 +12,7 @@ from typing import Any
 from ...config.config import TEXT_FORMATS
 from ...config.schema import show
 from ...errors import ConfigError, DataError, near_miss
+from ...utils.reading import special_kind
 from ...workloads.base import SPLITS
 from .formats import Row, document_of
 from .request import Document, Mixture, Text, TextRequest
@@ -19,6 +20,12 @@ from .request import Document, Mixture, Text, TextRequest
 POOL = ("train", "calibration", "validation")
 _FIELDS = ("path", "weight", "format", "column")
 _LINES, _LIST = (".jsonl", ".ndjson"), (".json",)
+_TABLE, _PACKED = "a table", "packed"
+_OTHERS = {
+    **dict.fromkeys((".csv", ".tsv", ".parquet", ".arrow", ".xlsx"), _TABLE),
+    **dict.fromkeys((".gz", ".zip", ".xz", ".bz2", ".zst", ".tar", ".tgz"), _PACKED),
+}
+"""What is no text, or would be read as one by mistake."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +130,10 @@ def _document(file: _File, request: TextRequest) -> Document:
 def _text_of(path: Path) -> str:
     if path.is_dir():
         raise DataError(f"data.files: {path} is a folder, not a .txt, .jsonl or .json file")
+    if (kind := special_kind(path)) is not None:
+        raise DataError(f"data.files: {path}: is a {kind}, where a file is to be read")
+    if (what := _OTHERS.get(path.suffix.lower())) is not None and path.exists():
+        raise DataError(f"data.files: {path}: is {what}; running text, .jsonl and .json files are read")
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:

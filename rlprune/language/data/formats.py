@@ -135,7 +135,13 @@ def _text(source: str, row: Row, column: str) -> str:
     fields = _fields(source, row)
     if not isinstance(fields.get(column), str):
         raise DataError(_unknown(source, row[0], fields, "text", column))
-    text: str = fields[column]
+    return _written(fields[column], f"data.files: {source}: {row[0]}: {column}")
+
+
+def _written(text: str, where: str) -> str:
+    """A text that can be written; JSON may hold half of a character, which no tokenizer takes."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise DataError(f"{where}: holds half of a character (a lone surrogate)")
     return text
 
 
@@ -159,6 +165,8 @@ def _example(source: str, row: Row, layout: _Layout) -> Example:
             raise DataError(f"{where}: the field {name!r} is not text but {_kind(value)}")
     if not answer.strip():
         raise DataError(f"{where}: the answer {layout.answer!r} is empty")
+    for name, value in ((layout.field, prompt), (layout.answer, answer), (layout.more, more)):
+        _written(value, f"{where}: {name}")
     if layout.field == "prompt":
         return Example(line, prompt=prompt, answer=answer)
     asked = f"{prompt}\n\n{more}" if more.strip() else prompt
@@ -184,5 +192,5 @@ def _messages(value: object, where: str) -> tuple[Mapping[str, str], ...]:
         if not isinstance(content, str):
             state = f"is not text but {_kind(content)}" if names[1] in message else "is missing"
             raise DataError(f"{place}: the field {names[1]!r} {state}{near_miss(names[1], message)}")
-        found.append({"role": _SHAREGPT.get(role, role), "content": content})
+        found.append({"role": _SHAREGPT.get(role, role), "content": _written(content, place)})
     return tuple(found)

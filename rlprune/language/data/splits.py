@@ -237,6 +237,8 @@ class _ExamplePool(_Pool):
     """Sequences that hold whole examples; in the test split every example stands alone."""
 
     examples: list[Tokens] = field(default_factory=list)
+    given: int = 0
+    """Examples in the file, those that stand there twice among them."""
     format: str = ""
     _test: Blocks | None = None
     _rest: Blocks | None = None
@@ -282,9 +284,13 @@ class _ExamplePool(_Pool):
         )
 
     def too_few_tests(self, wanted: int, request: TextRequest) -> str:
+        if not any(bool(example.answer.any()) for example in self.examples):
+            return f"data.files: {self.source}: none of its {self.given} conversations has a turn of the assistant"
+        length, found = request.test_length or request.length, self.test_sequences(request)
+        twice = f" (of {self.given}; the others repeat them)" if len(self.examples) < self.given else ""
         return (
-            f"data.test: {wanted} examples asked for, but {self.source} has only {self.test_sequences(request)} with "
-            f"an answer in their first {request.test_length or request.length} tokens"
+            f"data.test: {wanted} examples asked for, but {self.source} has {found}{twice} with an answer in the first "
+            f"{length} tokens (data.test_length)"
         )
 
     def too_few(self, asked: str, request: TextRequest) -> str:
@@ -304,7 +310,7 @@ def _pool(
         return _TextPool(document.source, tokens=torch.tensor(encode(document.text), dtype=torch.int64))
     assert isinstance(document, Examples) and tokenizer is not None
     examples = tokenise(document, tokenizer, request.answers_only)
-    return _ExamplePool(document.source, examples=examples, format=document.format)
+    return _ExamplePool(document.source, examples=examples, given=len(document.rows), format=document.format)
 
 
 def _sizes(

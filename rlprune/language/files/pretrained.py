@@ -140,8 +140,24 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
             return class_of(config)(config).eval()
     except Exception as error:  # families raise whatever their layers raise
         raise ArtifactError(
-            f"no {config.model_type} model fits the configuration: {described(error)}"
+            f"no {config.model_type} model fits the configuration: {_named_field(error, config)}"
         ) from error
+
+
+def _named_field(error: Exception, config: PreTrainedConfig) -> str:
+    """An error of building a model, with the fields that hold the name which a family's table does not know."""
+    if not isinstance(error, KeyError) or not error.args:
+        return described(error)
+
+    def fields(values: Mapping[str, object], above: str) -> Iterator[str]:
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                yield from fields(value, f"{above}{name}.")
+            elif isinstance(value, str) and value == error.args[0]:
+                yield above + name
+
+    found = list(fields(config.to_dict(), ""))
+    return f"{' and '.join(found)}: unknown name {error.args[0]!r}" if found else described(error)
 
 
 def stored_entries(model: nn.Module) -> dict[str, Entry]:
