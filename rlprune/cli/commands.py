@@ -226,10 +226,11 @@ def _add_evaluate(commands: Subparsers) -> None:
     add_config(parser, required=False)
     parser.add_argument(
         "--tasks",
-        metavar="FILE,FILE",
+        metavar="TASK,TASK",
         type=name_list,
         default=[],
-        help="zero-shot accuracy of a language model on these multiple-choice files (extra `zeroshot`)",
+        help="zero-shot accuracy of a language model on multiple-choice files of yours, or tasks of "
+        "lm-evaluation-harness by name whose data is in the cache (extra `zeroshot`)",
     )
     parser.add_argument(
         "--limit", metavar="N", type=whole_number(1), help="first N questions of each file only"

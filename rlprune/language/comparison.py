@@ -22,11 +22,15 @@ from .files.without_plan import whole_space
 
 
 def read_tasks(tasks: Sequence[Path]) -> None:
-    """Refuse malformed question files, and a missing harness, before minutes of measuring."""
+    """Refuse malformed question files, tasks without data, and a missing harness, before minutes of measuring."""
     for path in tasks:
-        zeroshot.read_questions(path)
+        if not zeroshot.is_task_name(path):
+            zeroshot.read_questions(path)
     if tasks:
         zeroshot.require_harness()
+    for path in tasks:
+        if zeroshot.is_task_name(path):
+            zeroshot.read_named(str(path))
 
 
 def compare(

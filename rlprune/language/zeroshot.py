@@ -1,13 +1,16 @@
-"""Zero-shot accuracy on multiple-choice files, by lm-evaluation-harness on the model in memory.
+"""Zero-shot accuracy on multiple-choice tasks, by lm-evaluation-harness on the model in memory.
 
-The harness (extra ``zeroshot``) does the scoring, so the figures are its own ``acc`` and ``acc_norm`` with
-the prompt of its ARC tasks; the questions come from local files and nothing is fetched.
+The harness (extra ``zeroshot``) does the scoring, so the figures are its own ``acc`` and ``acc_norm``. A task is one of
+the harness's by name, with its own prompt, where its data is in the cache; or a local file of questions, asked with the
+prompt of its ARC tasks. Nothing is fetched.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import itertools
 import json
 import logging
 import math
@@ -21,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..errors import ConfigError, DataError, near_miss
+from ..errors import ConfigError, DataError, near_miss, one_line
+from ..utils.reading import special_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,8 +44,17 @@ class Question:
 
 
 @dataclass(frozen=True)
+class _Asked:
+    """A task as the harness runs it, its questions, and what guessing gives."""
+
+    task: Any
+    count: int
+    chance: float
+
+
+@dataclass(frozen=True)
 class Accuracy:
-    """A model's accuracy on the questions of one file.
+    """A model's accuracy on the questions of one file, or of one task of the harness.
 
     ``acc`` takes the choice with the highest log-likelihood, ``acc_norm`` the one with the highest
     log-likelihood per character; ``chance`` is what guessing gives. The standard errors are those of a mean
@@ -64,16 +77,17 @@ def accuracy(
     limit: int | None = None,
     batch_size: int = 8,
 ) -> list[Accuracy]:
-    """Accuracy of a causal language model on each file of questions, without examples in the prompt.
+    """Accuracy of a causal language model on each task, without examples in the prompt.
 
-    A question is asked as ``Question: TEXT\\nAnswer:`` and each choice's text is scored as what follows,
-    by EleutherAI's lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness, task `arc_easy`).
+    A task of the harness (a name such as ``arc_easy``) is asked as the harness asks it. A file's question is asked
+    as ``Question: TEXT\\nAnswer:`` and each choice's text is scored as what follows, by EleutherAI's
+    lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness, task `arc_easy`).
 
     Args:
         model: a transformers causal LM, pruned or not; put into eval mode for the time, never changed.
         tokenizer: its tokenizer; not changed.
-        files: see `read_questions`.
-        limit: only the first ``limit`` questions of each file; None for all.
+        files: files of questions (see `read_questions`), and names of tasks (see `read_named`).
+        limit: only the first ``limit`` questions of each; None for all.
         batch_size: sequences in a forward pass.
 
     Raises:
@@ -83,16 +97,61 @@ def accuracy(
     for name, number in (("limit", limit), ("batch_size", batch_size)):
         if number is not None and number < 1:
             raise ConfigError(f"{name}: must be at least 1, got {number}")
-    tasks = _named(files, limit)
+    questions = _named(files, limit)
     prefix = _check_tokenizer(model, tokenizer)
     require_harness()
     training = model.training
     try:
         with _offline(), _quiet():
-            results = _harness(model, tokenizer, tasks, batch_size, prefix)
+            tasks = {name: _asked(name, found, limit) for name, found in questions.items()}
+            results = _harness(model, tokenizer, tasks, batch_size, prefix, limit)
     finally:
         model.train(training)
-    return [_row(name, questions, results[name]) for name, questions in tasks.items()]
+    return [_row(name, asked, results[name]) for name, asked in tasks.items()]
+
+
+def is_task_name(task: str | Path) -> bool:
+    """Whether a task is meant by its name in the harness: no file is there, and none would be called so."""
+    path = Path(task)
+    return path.name == str(task) and not path.suffix and not path.exists()
+
+
+@functools.cache
+def read_named(name: str) -> Any:
+    """A task of the harness, with its data from the cache of `datasets`.
+
+    Raises DataError: no task of that name, a group of tasks, one that is not multiple choice, or data that are not on
+    this machine.
+    """
+    require_harness()
+    with _offline(), _quiet():
+        manager = _manager()
+        if name in (*manager.all_groups, *manager.all_tags):
+            raise DataError(f"tasks: {name}: is a group of tasks of lm-evaluation-harness; name single ones")
+        if name not in manager.all_subtasks:
+            miss = near_miss(name, manager.all_subtasks)
+            raise DataError(f"tasks: {name}: no such file, and no task of lm-evaluation-harness{miss}")
+        try:
+            task = manager.load([name])["tasks"][name]
+        except Exception as error:  # whatever the hub, the cache or a task's own code raises
+            raise DataError(
+                f"tasks: {name}: its data cannot be read, and nothing is fetched ({one_line(error, 160)}); load it "
+                "once by `datasets`, or give a file of questions"
+            ) from error
+    if task.OUTPUT_TYPE != "multiple_choice":
+        raise DataError(
+            f"tasks: {name}: is of type {task.OUTPUT_TYPE}; only multiple-choice tasks are measured"
+        )
+    task.set_config(key="num_fewshot", value=0)
+    return task
+
+
+@functools.cache
+def _manager() -> Any:
+    """The index of the harness's tasks, which takes seconds to build."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def read_questions(path: str | Path) -> list[Question]:
@@ -108,6 +167,8 @@ def read_questions(path: str | Path) -> list[Question]:
 
     Raises DataError naming the file, the number of the question (from 1) and what is allowed.
     """
+    if (kind := special_kind(Path(path))) is not None:
+        raise DataError(f"tasks: {path}: is a {kind}, where a file is to be read")
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -180,16 +241,29 @@ def _split(body: str, labels: Sequence[str], where: str) -> tuple[str, tuple[str
     return text, choices
 
 
-def _named(files: Sequence[str | Path], limit: int | None) -> dict[str, list[Question]]:
+def _named(files: Sequence[str | Path], limit: int | None) -> dict[str, list[Question] | None]:
+    """The questions of each file; None for a task of the harness."""
     if isinstance(files, (str, Path)) or not files:
         raise ConfigError("tasks: give a list of at least one file")
-    tasks: dict[str, list[Question]] = {}
+    tasks: dict[str, list[Question] | None] = {}
     for file in files:
         name = Path(file).stem
         if name in tasks:
             raise ConfigError(f"tasks: two files are named {name!r}")
-        tasks[name] = read_questions(file)[:limit]
+        tasks[name] = None if is_task_name(file) else read_questions(file)[:limit]
     return tasks
+
+
+def _asked(name: str, questions: Sequence[Question] | None, limit: int | None) -> _Asked:
+    """A task for the harness to run: its own, or one made of questions."""
+    if questions is not None:
+        from lm_eval.api.task import ConfigurableTask
+
+        chance = sum(1 / len(q.choices) for q in questions) / len(questions)
+        return _Asked(ConfigurableTask(config=_task(name, questions)), len(questions), chance)
+    task = read_named(name)
+    choices = [len(task.doc_to_choice(doc)) for doc in itertools.islice(task.eval_docs, limit)]
+    return _Asked(task, len(choices), sum(1 / count for count in choices) / len(choices))
 
 
 def _check_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -222,12 +296,12 @@ def require_harness() -> None:
 def _harness(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Mapping[str, Sequence[Question]],
+    tasks: Mapping[str, _Asked],
     batch_size: int,
     prefix: int,
+    limit: int | None,
 ) -> dict[str, Any]:
     """The harness's own results: {task: {"acc,none": ..., "acc_stderr,none": ..., ...}}."""
-    from lm_eval.api.task import ConfigurableTask
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -240,8 +314,8 @@ def _harness(
         prefix_token_id=prefix,
         softmax_dtype="float32",
     )
-    built = {name: ConfigurableTask(config=_task(name, questions)) for name, questions in tasks.items()}
-    results = evaluate(lm=language_model, task_dict=built, log_samples=False)
+    built = {name: asked.task for name, asked in tasks.items()}
+    results = evaluate(lm=language_model, task_dict=built, limit=limit, log_samples=False)
     assert results is not None  # only the further processes of a distributed run get none
     return dict(results["results"])
 
@@ -271,14 +345,13 @@ def _task(name: str, questions: Sequence[Question]) -> dict[str, Any]:
     }
 
 
-def _row(name: str, questions: Sequence[Question], result: Mapping[str, object]) -> Accuracy:
+def _row(name: str, asked: _Asked, result: Mapping[str, object]) -> Accuracy:
     def number(key: str) -> float:
         value = result.get(f"{key},none")
         return float(value) if isinstance(value, (int, float)) else float("nan")
 
-    chance = sum(1 / len(q.choices) for q in questions) / len(questions)
     values = [number(key) for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")]
-    return Accuracy(name, len(questions), chance, *values)
+    return Accuracy(name, asked.count, asked.chance, *values)
 
 
 @contextlib.contextmanager

@@ -174,3 +174,84 @@ def test_wrong_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     refused(lambda: zeroshot.accuracy(torch.nn.Linear(2, 2), tokenizer, [file]), DataError, "not a transf")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     refused(lambda: zeroshot.accuracy(model, tokenizer, [file]), ConfigError, r"rlprune\[zeroshot\]")
+
+
+class TestNamedTasks:
+    """Tasks of the harness by name; its index of 13,000 tasks is not built here but for the slow test."""
+
+    @pytest.fixture
+    def index(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        pytest.importorskip("lm_eval")
+        datasets = pytest.importorskip("datasets")
+        from lm_eval.api.task import ConfigurableTask
+
+        rows = [
+            {
+                "question": f"{word}?",
+                "choices": {"text": list(words), "label": ["A", "B", "C"]},
+                "answerKey": "B",
+            }
+            for word, words in zip(WORDS, zip(WORDS[1:], WORDS[2:], WORDS[3:], strict=False), strict=False)
+        ]
+        there = {"allenai/ai2_arc": datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})}
+
+        def load(path: str, name: str | None = None, **options: object) -> Any:
+            if path not in there:
+                raise ConnectionError(f"Couldn't reach {path!r} on the Hub (OfflineModeIsEnabled)")
+            return there[path]
+
+        def made(kind: str, path: str) -> Any:
+            return ConfigurableTask(
+                config={
+                    "task": "arc_easy", "dataset_path": path, "output_type": kind, "test_split": "test",
+                    "doc_to_text": "Question: {{question}}\nAnswer:", "doc_to_choice": "{{choices.text}}",
+                    "doc_to_target": "{{choices.label.index(answerKey)}}", "num_fewshot": 5,
+                }
+            )  # fmt: skip
+
+        class Index:
+            all_groups, all_tags = ("mmlu",), ("ai2_arc",)
+            all_subtasks = ("arc_easy", "gsm8k", "piqa")
+
+            def load(self, names: list[str]) -> Any:
+                kind = "generate_until" if names == ["gsm8k"] else "multiple_choice"
+                return {"tasks": {names[0]: made(kind, "piqa" if names == ["piqa"] else "allenai/ai2_arc")}}
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        monkeypatch.setattr(zeroshot, "_manager", Index)
+        zeroshot.read_named.cache_clear()
+        yield rows
+        zeroshot.read_named.cache_clear()
+
+    def test_a_task_by_name_is_what_its_questions_in_a_file_are(self, index: Any, tmp_path: Path) -> None:
+        model, tokenizer = tiny()
+        questions = [Question(row["question"], tuple(row["choices"]["text"]), 1) for row in index]
+        wanted = plain_accuracy(model, tokenizer, questions[:6])
+        write(tmp_path / "mine.json", questions)
+        named, mine = zeroshot.accuracy(model, tokenizer, ["arc_easy", tmp_path / "mine.json"], limit=6)
+        assert (named.task, named.questions, named.chance) == ("arc_easy", 6, pytest.approx(1 / 3))
+        assert (named.acc, named.acc_norm) == pytest.approx(wanted)
+        assert (mine.acc, mine.acc_norm, mine.questions) == (named.acc, named.acc_norm, 6)
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            (
+                "arc_esay",
+                "tasks: arc_esay: no such file, and no task of lm-evaluation-harness .did you mean 'arc_easy'",
+            ),
+            ("mmlu", "tasks: mmlu: is a group of tasks of lm-evaluation-harness; name single ones"),
+            ("gsm8k", "tasks: gsm8k: is of type generate_until; only multiple-choice tasks"),
+            ("piqa", "tasks: piqa: its data cannot be read, and nothing is fetched .Couldn't reach 'piqa'"),
+        ],
+    )
+    def test_tasks_that_cannot_be_asked(self, index: Any, name: str, expected: str) -> None:
+        assert zeroshot.is_task_name(name)
+        with pytest.raises(DataError, match=expected) as caught:
+            zeroshot.read_named(name)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.slow
+    def test_a_real_task_without_its_data(self) -> None:
+        with pytest.raises(DataError, match="tasks: arc_easy: its data cannot be read, .*allenai/ai2_arc"):
+            zeroshot.read_named("arc_easy")
