@@ -22,6 +22,7 @@ from .. import __version__
 from ..errors import RlpruneError, RunError, near_miss
 from ..utils.exits import own_exits_named
 from ..utils.launched import process_count
+from ..utils.progress import shown_as
 from ..utils.registry import installed
 from .commands import COMMANDS
 from .options import add_common
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 with own_exits_named():
                     plugins.load(getattr(args, "plugins", ()))
-            with own_exits_named():
+            with own_exits_named(), shown_as(args.progress):
                 args.action(args)
             sys.stdout.flush()
         return OK

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from ..config.config import Config, load_config
 from ..errors import ConfigError
+from ..utils.progress import SHOWN
 from .catalogue import check_names, check_wing
 
 _FIELDS = {
@@ -39,6 +40,12 @@ def add_common(parser: argparse.ArgumentParser, default: str | None) -> None:
     parser.add_argument("--debug", action="store_true", default=debug_default, help="show tracebacks")
     parser.add_argument(
         "--threads", metavar="N", type=whole_number(1), default=default, help="CPU threads of torch"
+    )
+    parser.add_argument(
+        "--progress",
+        choices=SHOWN,
+        default=default,
+        help="how progress is shown on standard error: auto is bars on a terminal, lines elsewhere",
     )
 
 

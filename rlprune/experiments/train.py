@@ -75,6 +75,8 @@ def run(
             report.build(folder)
             _forget_models(folder / "state")
             return PruningResult.read(folder)
+        _say_stages(config, callback)
+        callback.stage("prepare")
         experiments = prepared(folder)
         experiment = experiments[0]
         _note_experiment(experiment, callback)
@@ -87,6 +89,15 @@ def run(
         _forget_models(state)
     model = next(done.model for done in finished if done.row["kind"] == "agent")
     return PruningResult(folder, experiment.workload, plan, model)
+
+
+def _say_stages(config: Config, callback: Callback) -> None:
+    """Tell what the run consists of, in evaluations of a candidate: rough, and mended by the pace that is seen."""
+    evaluations = config.search.evaluations
+    tuned = config.finish.epochs + config.finish.steps > 0
+    work = {"prepare": max(5.0, 0.1 * evaluations), "rules": 15.0}
+    work |= {name: float(evaluations) for name in _agents(config)}
+    callback.expect(work | {"finish": float(evaluations if tuned else 5)})
 
 
 def _forget_models(state: Path) -> None:
@@ -186,6 +197,7 @@ def _scored_rules(
     experiment: Experiment, ledger: EvaluationLog, seed: int, callback: Callback
 ) -> list[MethodResult]:
     names = rules_for(experiment.space)
+    callback.stage("rules")
     show, rules = callback.counting("rules", len(names)), []
     experiment.prefetch_rules([name for name in names if not find_rule(name).probes])
     for name in names:
@@ -198,6 +210,7 @@ def _searched(
     method: str, experiments: Sequence[Experiment], ledger: EvaluationLog, folder: Path, callback: Callback
 ) -> MethodResult:
     config = experiments[0].config
+    callback.stage(method)
     found = run_agent(
         method,
         experiments if method == config.search.agent else experiments[:1],
@@ -219,9 +232,11 @@ def _finish_all(
     callback: Callback,
 ) -> list[FinalModel]:
     seed = experiment.config.seed
-    finished = [finish(experiment, None, seed=seed, state=state, callback=callback)]
-    every = [*(rules if experiment.config.finish.rules else ()), *chosen]
-    finished += [finish(experiment, f, seed=seed, state=state, callback=callback) for f in every]
+    every = [None, *(rules if experiment.config.finish.rules else ()), *chosen]
+    finished = []
+    for number, found in enumerate(every):
+        callback.stage("finish", number, len(every))
+        finished.append(finish(experiment, found, seed=seed, state=state, callback=callback))
     add_latency(finished, experiment)
     return finished
 

@@ -345,7 +345,7 @@ def test_a_pruned_model_of_another_model(
     assert "another architecture" in refused("apply", str(finished), *other, "--out", "out")
     none = ("--set", "recovery.steps=[none]")
     assert "another architecture" in refused("apply", str(finished), *other, *none, "--out", "out")
-    assert "language model" in refused("export", str(finished), "--to", "onnx", "--out", "out")
+    assert "language model" in refused("export", str(finished), "--to", "torch-export", "--out", "out")
 
 
 def test_tasks_for_a_classifier(place: Path, refused: Refused, capsys: pytest.CaptureFixture[str]) -> None:

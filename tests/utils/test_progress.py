@@ -8,7 +8,7 @@ from rlprune.utils.progress import Console
 
 
 def test_a_bar_that_appears_late_takes_its_pace_from_what_it_saw(capsys: pytest.CaptureFixture[str]) -> None:
-    console = Console(visible=True)
+    console = Console(shown="bar")
     console.status("cells", 4, 11, "gp 84/300")
     assert console._bar is not None and (console._bar.initial, console._bar.n) == (4, 4)
     console.status("cells", 11, 11, "")
