@@ -88,7 +88,6 @@ class _Run:
     """The stages of a run, the work that each holds, and what has been seen of them."""
 
     work: Mapping[str, float]
-    clock: Callable[[], float] = time.monotonic
     stage: str = ""
     part: tuple[int, int] = (0, 1)
     _started: float = 0.0
@@ -99,7 +98,7 @@ class _Run:
 
     def enter(self, stage: str, part: int, parts: int) -> None:
         if stage != self.stage:
-            self.stage, self._started, self._at_start = stage, self.clock(), -1.0
+            self.stage, self._started, self._at_start = stage, _now(), -1.0
         self.part = part, parts
 
     def at(self, done: int, total: int) -> RunShare:
@@ -108,9 +107,10 @@ class _Run:
         part, parts = self.part
         mine = self.work[self.stage] * (part + (done / total if total else 1.0)) / parts
         if self._at_start < 0:
-            # What was there when the stage began (a resumed run's) says nothing about the pace.
-            self._at_start = mine if part == 0 and 0 < done < total else 0.0
-        self._seen[self.stage] = self.clock() - self._started, mine - self._at_start
+            resumed = part == 0 and done > 1  # what was there before says nothing about the pace
+            self._at_start = mine if resumed else 0.0
+            self._started = _now() if resumed else self._started
+        self._seen[self.stage] = _now() - self._started, mine - self._at_start
         number = names.index(self.stage)
         spent = sum(self.work[name] for name in names[:number]) + mine
         left = self._left(mine, sum(self.work[name] for name in names[number + 1 :]))
@@ -274,7 +274,7 @@ class Console(Callback):
 
     def _write_line(self, event: ProgressEvent) -> None:
         """A line when a phase is over, and one every `LINE_SECONDS` while it runs."""
-        now = time.monotonic()
+        now = _now()
         if event.phase != self._begun:
             self._begun, self._last = event.phase, now
         if event.done < event.total and now - self._last < LINE_SECONDS:
@@ -290,6 +290,10 @@ class Console(Callback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _now() -> float:
+    return time.monotonic()
 
 
 def _joined(facts: str, run: RunShare | None) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..artifacts.documents import PlanDocument
 from ..artifacts.pruned_model import example_of, load_pruned, save_pruned
-from ..config.config import FinishConfig, RecoveryConfig
+from ..config.config import Config, FinishConfig, RecoveryConfig
 from ..errors import ArtifactError, ConfigError, GraphError, near_miss
 from ..importance.calibration_cache import CalibrationCache
 from ..importance.unit_scores import Scores
@@ -203,6 +203,15 @@ class VisionAdapter(ModelAdapter):
 
     def rebuilds(self, document: PlanDocument) -> bool:
         return builder(document["base"]) is not rebuild_given
+
+    def memory_lines(
+        self, config: Config, space: PruningSpace, model: nn.Module, device: torch.device
+    ) -> list[str]:
+        """That there is no formula, and why: activations, not weights, are most of what such a model takes."""
+        return [
+            "memory: not predicted for such a model: most of it is what layers keep of a batch, which depends on the "
+            "graph; a smaller data.batch_size takes less"
+        ]
 
     def group_lines(self, space: PruningSpace) -> list[str]:
         units = {metric: space.unit_costs(space.widths, metric) for metric in space.costs}
