@@ -258,7 +258,10 @@ def _add_export(commands: Subparsers) -> None:
     parser.add_argument("directory", metavar="DIR", type=Path, help="folder of a pruned model, or of a run")
     add_config(parser, required=False)
     parser.add_argument(
-        "--to", metavar="FORMAT", required=True, help="onnx or torch-export; hf or gguf for a language model"
+        "--to",
+        metavar="FORMAT",
+        required=True,
+        help="onnx; torch-export for a model of images; hf or gguf for a language model",
     )
     parser.add_argument(
         "--dtype",

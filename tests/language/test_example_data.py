@@ -502,3 +502,20 @@ class TestFiles:
         (data / "a.json").write_text(content)
         with pytest.raises(DataError, match=expected):
             load(data, {"train": "a.json"})
+
+
+def test_hub_data_sets_of_conversations(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [
+        {"prompt_id": n, "messages": [CHAT[1], {"role": "assistant", "content": f"No. {n}"}]}
+        for n in range(40)
+    ]
+    parts = {"train": rows, "test": rows[:1]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: parts)
+    tokenizer = tokenizer_of()
+    request = TextRequest(download=True, length=64, sizes=(None, 3, 3, 1))
+    found = load_text("hub:org/chats", request, encoder(tokenizer), tokenizer)
+    assert found.splits["test"].scores == "answers only" and len(found.splits["train"]) == 34
+    monkeypatch.setitem(parts, "train", [*rows, {"prompt_id": 3}])
+    with pytest.raises(DataError, match="hub:org/chats train: row 41 has no field 'messages'"):
+        load_text("hub:org/chats", request, encoder(tokenizer), tokenizer)
