@@ -206,6 +206,7 @@ def dense_model(
         callback.close()
     # An infeasible budget is refused before anything is trained.
     space.target(config.budget.target, config.budget.metric)
+    callback.stage("prepare")
     if checkpoint is None and config.model.train.epochs > 0:
         train_dense(workload, config.model, callback.training)
         callback.close()

@@ -76,7 +76,6 @@ def run(
             _forget_models(folder / "state")
             return PruningResult.read(folder)
         _say_stages(config, callback)
-        callback.stage("prepare")
         experiments = prepared(folder)
         experiment = experiments[0]
         _note_experiment(experiment, callback)
