@@ -236,6 +236,7 @@ class Console(Callback):
         self._bar: tqdm[Any] | None = None
         self._last = 0.0
         self._begun = ""
+        self._stage = ""
 
     @property
     def shown(self) -> str:
@@ -245,14 +246,23 @@ class Console(Callback):
         return "bar" if _stderr().isatty() else "lines"
 
     def on_note(self, text: str) -> None:
+        self._say_stage()
         if self.shown != "none":
             tqdm.write(text, file=_stderr())
 
     def on_stage(self, where: RunShare) -> None:
-        if self.shown != "none":
-            tqdm.write(where.place, file=_stderr())
+        self._say_stage()
+        self._stage = where.place
+
+    def _say_stage(self) -> None:
+        """The stage's name, before the first that it has to say: settings that it refuses are an error's line alone."""
+        if self._stage and self.shown != "none":
+            tqdm.write(self._stage, file=_stderr())
+        self._stage = ""
 
     def on_progress(self, event: ProgressEvent) -> None:
+        if self._bar is None:
+            self._say_stage()
         if self.shown == "bar":
             self._move_bar(event)
         elif self.shown == "lines":
