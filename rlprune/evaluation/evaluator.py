@@ -94,6 +94,11 @@ class Evaluator:
         self._prepared_names = self.calibration.names
         self._visible: frozenset[str] | None = None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In the process that it arrives in: a worker's C library is told what ours was told."""
+        self.__dict__.update(state)
+        self.adapter.keep_memory()
+
     def fork(self) -> Evaluator:
         """This evaluator as it was when it had been prepared, for one of several methods that are compared.
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -106,6 +107,16 @@ def test_workers_score_what_is_scored_here(together: Evaluator, experiment: Expe
     assert [*map(without_seconds, found)] == [*map(without_seconds, alone)]
     together.prefetch(plans)
     assert together._ahead.workers.executor.done == counted, "what is known is not asked for"  # type: ignore[union-attr]
+
+
+def test_a_worker_keeps_memory_as_the_first_process_does(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[bool] = []
+    adapter = type(experiment.evaluator.adapter)
+    monkeypatch.setattr(adapter, "keep_memory", lambda self: kept.append(True))
+    cloudpickle.loads(cloudpickle.dumps(experiment.evaluator.bare()))
+    assert kept, "a worker unpickles its evaluator, and makes none"
 
 
 def test_logits_come_back_with_the_candidates(
