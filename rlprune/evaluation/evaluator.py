@@ -390,9 +390,9 @@ class Evaluator:
         That is for outputs that are neither one row a sample nor one a token, for other scores than `kl`, and where
         a rung may drop a candidate half-scored.
         """
-        if self._logit_cache is None and not self.rungs:
+        if self._logit_cache is None and not self.rungs and self.score_settings.kind == "kl":
             dense = self._judging.of(False)(self.workload.model).outputs
-            if dense is not None and self.score_settings.kind == "kl":
+            if dense is not None:
                 self._logit_cache = LogitCache(dense, self._outputs)
         return self._logit_cache
 

@@ -10,6 +10,8 @@ from ..pruning.history import History
 
 # Logits of a plan that are kept, at most: a search holds those of all its plans, and predicts them for every proposal.
 MOST_LOGITS = 2**16
+# Plans whose logits wait to be taken in, at most: more than a search has scored between two fits.
+MOST_PLANS = 64
 
 
 class LogitCache:
@@ -28,11 +30,13 @@ class LogitCache:
 
     def keep(self, history: History, outputs: Tensor) -> None:
         """Keep those of a plan that has just been scored."""
-        self._kept[history] = self._part(outputs)
+        self.keep_rows(history, self._part(outputs))
 
     def keep_rows(self, history: History, rows: Tensor) -> None:
         """Keep what `take` of another process's cache has handed over."""
         self._kept[history] = rows
+        if len(self._kept) > MOST_PLANS:  # those of searches that take nothing
+            del self._kept[next(iter(self._kept))]
 
     def take(self, history: History) -> Tensor:
         """Hand over those of a scored plan; what is not kept (any more) is computed again and is the same."""

@@ -60,6 +60,13 @@ def best_start_rule(experiments: Sequence[Experiment]) -> str:
     return max(scores, key=scores.__getitem__)
 
 
+def keep_logits(agent: Any, experiments: Sequence[Experiment]) -> None:
+    """Before an agent's first score: what it will ask for again is kept, which would cost a candidate each."""
+    if isinstance(agent, PPOAgent) and agent.reads_logits:
+        for experiment in experiments:
+            experiment.evaluator.logit_cache()
+
+
 def _automatic_base(experiments: Sequence[Experiment], agent: Any) -> str:
     """The base rule of actions where none is configured: the best one at the budget.
 
@@ -96,6 +103,8 @@ def run_agent(
     agent = make_agent(method, settings)
     limit = evaluations or settings.evaluations
     accounts = [p.account(ledger, method, seed, limit) for p in experiments]
+    if policy is None:
+        keep_logits(agent, experiments)
     if policy is not None:
         base = str(policy.meta["base_rule"])
     else:

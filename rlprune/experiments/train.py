@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..agents import make_agent
 from ..agents.ppo.policy import PortablePolicy, portable_state, save_policy
 from ..config.config import Config, load_config
 from ..errors import ConfigError
@@ -29,7 +30,7 @@ from ..utils.machine import hardware
 from ..utils.progress import Callback, log_to, logger
 from ..workloads.base import Workload
 from .finish import FinalModel, add_latency, choose, finish
-from .methods import MethodResult, run_agent, score_rule
+from .methods import MethodResult, keep_logits, run_agent, score_rule
 from .prepare import Experiment, find_rule, prepare_experiment
 from .result import PruningResult
 from .usage import check_usage
@@ -110,6 +111,8 @@ def _search_all(
 ) -> tuple[list[MethodResult], list[MethodResult], list[MethodResult]]:
     """The rules, what each agent found, and for each agent what is finished."""
     experiment, ledger = experiments[0], EvaluationLog(folder / "ledger.jsonl")
+    for name in _agents(config):  # they start from the rules
+        keep_logits(make_agent(name, config.search), [experiment])
     rules = _scored_rules(experiment, ledger, config.seed, callback)
     best = max(rules, key=lambda r: r.best.score)
     callback.note(f"best rule: {best.method}, score {best.best.score:.4f}")

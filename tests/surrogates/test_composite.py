@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,12 @@ from helpers.small import SMALL_RUN
 from helpers.synthetic import FakeEvaluator
 from rlprune.config.config import load_config
 from rlprune.envs.task import Task
-from rlprune.evaluation.logit_cache import MOST_LOGITS, LogitCache
+from rlprune.evaluation.evaluator import Evaluator
+from rlprune.evaluation.logit_cache import MOST_LOGITS, MOST_PLANS, LogitCache
 from rlprune.experiments.prepare import Experiment, prepare_experiment
+from rlprune.experiments.train import train
 from rlprune.language.judge import OUTPUT_TOKENS, bucketed
+from rlprune.pruning.history import History
 from rlprune.surrogates import logit_gp as expectation
 from rlprune.surrogates.composite import CompositeGP
 from rlprune.surrogates.divergence import Divergences
@@ -109,6 +113,27 @@ def test_logits_cost_no_evaluation_and_are_the_same_when_computed_again(experime
     log_dense, log_plan = logits.dense.log_softmax(dim=1), kept.log_softmax(dim=1)
     divergence = (log_dense.exp() * (log_dense - log_plan)).sum(dim=1).mean()
     assert score == pytest.approx(-float(divergence), rel=1e-5)
+
+
+def test_a_run_computes_no_logits_of_a_scored_plan_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again: list[History] = []
+    outputs = Evaluator._outputs
+    monkeypatch.setattr(Evaluator, "_outputs", lambda self, plan: again.append(plan) or outputs(self, plan))
+    settings = [*SMALL_RUN, "search.evaluations=12", "search.baselines=[random]", "threads=1"]
+    train(load_config("digits", settings), tmp_path / "run")
+    # The dense model was scored before anybody knew who would ask.
+    assert len(again) <= 1, f"{len(again)} candidates more than were charged for"
+
+
+def test_logits_that_nobody_takes_are_dropped() -> None:
+    outputs = torch.zeros(3, 2)
+    logits = LogitCache(outputs, lambda history: outputs - 1.0)
+    for number in range(MOST_PLANS + 1):
+        logits.keep(((number,),), outputs + number)
+    assert torch.equal(logits.take(((MOST_PLANS,),)), outputs + MOST_PLANS)
+    assert torch.equal(logits.take(((0,),)), outputs - 1.0), "the oldest are computed when they are asked for"
 
 
 def test_the_log_probabilities_of_a_language_model_tell_its_score(language: Experiment) -> None:

@@ -22,6 +22,11 @@ class PPOAgent:
                 "search.stages: more than 1 needs search.mode=direct (the surrogate has one stage)"
             )
 
+    @property
+    def reads_logits(self) -> bool:
+        """Whether the logits of what is scored will be asked for, those of the starts among them."""
+        return self.settings.mode == "surrogate" and self.settings.ppo.surrogate == "logits"
+
     def search(self, request: SearchRequest) -> SearchResult:
         """See :class:`rlprune.agents.base.Agent`; a saved ``state`` is continued to the very same result."""
         watcher = SearchLogger(request)
