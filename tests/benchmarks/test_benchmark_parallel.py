@@ -18,6 +18,7 @@ import pytest
 from helpers.small import SMALL_SEARCH
 from rlprune.benchmarks.benchmark import Cell
 from rlprune.benchmarks.schedule import Schedule
+from rlprune.cli import main as cli
 
 SECONDS = 900.0  # more than any step takes, however busy the machine
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks processes up in /proc")
@@ -41,6 +42,11 @@ def command(arguments: Sequence[str], **options: Any) -> subprocess.Popen[str]:
         [sys.executable, "-P", "-m", "rlprune", *arguments],
         text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, **options,
     )  # fmt: skip
+
+
+def done(arguments: Sequence[str]) -> None:
+    """The same command in this process, where nothing of it is killed: starting another one takes seconds."""
+    assert cli.main(list(arguments)) == 0
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -98,8 +104,7 @@ def searching(out: Path, rows: int = 3) -> int:
 def serial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The benchmark in one process."""
     out = tmp_path_factory.mktemp("serial") / "run"
-    code, output = finish(command(words(out)))
-    assert code == 0, output
+    done(words(out))
     return out
 
 
@@ -125,8 +130,7 @@ def test_a_stopped_benchmark_leaves_no_worker_and_goes_on_as_if_never_stopped(
     assert not (out / "results.json").exists()
     assert searching(out)
     # One process may go on with what two have begun.
-    code, output = finish(command(words(out, *(["--jobs", "2"] if how == "kill" else []))))
-    assert code == 0, output
+    done(words(out, *(["--jobs", "2"] if how == "kill" else [])))
     assert results_of(out) == results_of(serial) and ledger_of(out) == ledger_of(serial)
     assert not list(out.glob("cells/*.state"))
 
@@ -142,9 +146,7 @@ def test_the_cell_of_a_killed_worker_goes_on_in_another(tmp_path: Path) -> None:
     os.kill(children(process.pid)[0], signal.SIGKILL)
     code, output = finish(process)
     assert code == 0 and "ended by SIGKILL (out of memory?)); its work is done again" in output, output
-    serial = [*words(tmp_path / "serial", "--evaluations", "100", methods="random,evopress")]
-    code, output = finish(command(serial))
-    assert code == 0, output
+    done(words(tmp_path / "serial", "--evaluations", "100", methods="random,evopress"))
     assert results_of(out) == results_of(tmp_path / "serial")
     assert ledger_of(out) == ledger_of(tmp_path / "serial")
 
@@ -191,8 +193,6 @@ def test_a_worker_that_cannot_start_is_said_in_one_line(
 def test_wrong_inputs_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    from rlprune.cli import main as cli
-
     out = tmp_path / "run"
     code = cli.main(["benchmark", "digits", "--out", str(out), *arguments, "--set", *SMALL_SEARCH])
     error = capsys.readouterr().err.strip()
@@ -201,8 +201,6 @@ def test_wrong_inputs_are_one_line(
 
 
 def test_several_dense_models_need_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from rlprune.cli import main as cli
-
     settings = [*SMALL_SEARCH, "model.train.epochs=0"]
     out = tmp_path / "run"
     code = cli.main(["benchmark", "digits", "--out", str(out), "--checkpoints", "2", "--set", *settings])
@@ -213,11 +211,9 @@ def test_several_dense_models_need_a_training(tmp_path: Path, capsys: pytest.Cap
 def test_seeds_take_the_dense_models_in_turn(tmp_path: Path) -> None:
     """In two processes; a seed's dense model is that of the same seeds of weights and splits anywhere else."""
     options = ["--checkpoints", "2", "--seeds", "3", "--jobs", "2"]
-    code, output = finish(command(words(tmp_path / "each", *options, methods="uniform,random")))
-    assert code == 0, output
+    done(words(tmp_path / "each", *options, methods="uniform,random"))
     other = words(tmp_path / "other", "--seeds", "2", methods="uniform,random")
-    code, output = finish(command([*other, "model.seed=1", "data.seed=1"]))
-    assert code == 0, output
+    done([*other, "model.seed=1", "data.seed=1"])
     each, other_rows = results_of(tmp_path / "each"), results_of(tmp_path / "other")
     found_random = [(row["seed"], row["checkpoint"]) for row in each if row["method"] == "random"]
     assert found_random == [(0, 0), (1, 1), (2, 0)]
