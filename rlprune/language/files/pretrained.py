@@ -272,6 +272,13 @@ def published_name(model_type: str, name: str) -> str:
     return f"{renamed.get(module, module)}.{last}" if module else name
 
 
+def model_of(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """The model of a configuration with these weights, on the CPU, in eval mode."""
+    with quiet_loading():
+        model: PreTrainedModel = class_of(config).from_pretrained(None, config=config, state_dict=state)
+    return model
+
+
 def put_generation(model: PreTrainedModel, folder: Path) -> None:
     """Give a model the generation settings of a folder, where it has some; ArtifactError where they are none."""
     path = folder / GENERATION

@@ -25,11 +25,10 @@ from .pretrained import (
     IDLE,
     OWN,
     SAID_TWICE,
-    class_of,
     dense_fields_of,
+    model_of,
     published_name,
     put_generation,
-    quiet_loading,
     read_config,
     read_fields,
     refuse_nan,
@@ -92,8 +91,7 @@ def load_folder(folder: Path, document: PlanDocument) -> PreTrainedModel:
             stacklevel=2,
         )
     with_classes(config)
-    with quiet_loading():
-        model = class_of(config).from_pretrained(None, config=config, state_dict=state)
+    model = model_of(config, state)
     put_generation(model, folder)
     return model
 
