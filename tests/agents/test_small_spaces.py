@@ -65,9 +65,10 @@ class Small:
     step: int
     budget: float | str
     flat: bool = False
+    ties: tuple[tuple[int, ...], ...] = ()
 
     def task(self) -> Task:
-        space = make_space(self.groups, step=self.step)
+        space = replace(make_space(self.groups, step=self.step), ties=self.ties)
         budget = self.budget
         if budget == "lowest":
             budget = space.cost(space.minimums) / space.dense_cost("macs")
@@ -83,6 +84,7 @@ SPACES = {
     "the whole model": Small(3, 4, 1.0),
     "all plans equal": Small(2, 8, 0.7, flat=True),
     "nothing to cut": Small(2, 1000, 1.0),
+    "two groups of one width": Small(4, 8, 0.6, ties=((0, 1),)),
 }
 
 
@@ -94,7 +96,8 @@ def all_plans(task: Task) -> list[tuple[int, ...]]:
         for w, m, s in zip(space.widths, space.minimums, space.steps, strict=True)
     ]
     target = task.space.target(task.budget)
-    fits = [p for p in itertools.product(*each) if space.cost(np.array(p)) <= target]
+    alike = (np.array(p) for p in itertools.product(*each))
+    fits = [tuple(p) for p in alike if (p == p[space.leaders]).all() and space.cost(p) <= target]
     return [
         p for p in fits if not any(q != p and all(a >= b for a, b in zip(q, p, strict=True)) for q in fits)
     ]
@@ -128,6 +131,8 @@ def test_a_search_ends_with_the_best_of_its_account(kind: str, space: str, start
     target = task.space.target(task.budget) * (1 + 1e-12)
     assert task.space.cost(np.array(widths)) <= target
     assert 1 <= account.spent <= EVALUATIONS
+    plans = np.array([c.widths for c in account.history])
+    assert (plans == plans[:, task.space.leaders]).all()
     within = [c for c in account.history if c.cost <= target]
     if kind != "ppo_stages":  # the score of its plans depends on the way that led there
         assert task.evaluator.evaluate(widths).score == max(c.score for c in within)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,13 @@ import torch
 import rlprune
 from helpers.language_workload import Sentences
 from helpers.lm import tiny_lm, tokens
+from helpers.lm_folder import write_config, write_folder
+from rlprune.cli import main as cli
 from rlprune.config.names import RUNTIMES
 from rlprune.errors import ConfigError
 from rlprune.language.files.uniform import plain_form, plain_obstacle
 from rlprune.language.space import fitting_multiple
+from rlprune.report.results import read_results
 from rlprune.rules import rules_for
 from rlprune.rules.context import rule_widths
 
@@ -210,3 +215,84 @@ def test_images_have_no_runtime() -> None:
         ConfigError, match=r"prune\.runtime: 'vllm' is for language models, .*; allowed here: any"
     ):
         rlprune.trace(model, torch.zeros(1, 3, 16, 16), runtime="vllm")
+
+
+# Through the command line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("runtimes") / "model")
+
+
+def test_a_search_for_stock_transformers_ends_in_a_plain_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config, out = write_config(tmp_path / "tiny.yaml", folder), str(tmp_path / "run")
+    assert cli.main(["train", str(config), "--set", "prune.runtime=uniform", "--out", out]) == 0
+    assert cli.main(["export", out, "--to", "hf", "--out", str(tmp_path / "plain")]) == 0
+    assert "loads with transformers alone" in capsys.readouterr().out
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    plan = json.loads((tmp_path / "run" / "pruned" / "plan.json").read_text())
+    assert plan["cost"]["params"] <= 0.8 * plan["dense_cost"]["params"]
+    assert plain.config.intermediate_size in plan["widths"] and plain.config.intermediate_size % 4 == 0
+    rows = {row["method"]: row for row in read_results(tmp_path / "run")["rows"]}
+    for widths in (row["widths"] for row in rows.values() if row.get("widths")):
+        assert len(set(widths[::2])) == len(set(widths[1::2])) == 1
+
+
+def test_ffn_uniform_ends_in_a_plain_folder(folder: Path, tmp_path: Path) -> None:
+    config, out = write_config(tmp_path / "tiny.yaml", folder), tmp_path / "pruned"
+    words = ["prune", str(config), "--rule", "ffn_uniform", "--budget", "70%", "--out", str(out)]
+    assert cli.main(words) == 0
+    assert cli.main(["export", str(out), "--to", "hf", "--out", str(tmp_path / "plain")]) == 0
+    assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+
+
+def test_inspect_says_what_each_runtime_allows(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path / "tiny.yaml", folder)
+    assert cli.main(["inspect", str(config), "--set", "prune.drop=true"]) == 0
+    lines = {line.partition(":")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "neurons (3 widths, in steps of 4, 3 may go whole)" in lines["runtime any"]
+    assert "heads (2 widths, kept whole or dropped)" in lines["runtime vllm"]
+    assert "not for this model: prune.drop: 'uniform'" in lines["runtime uniform"]
+    assert "of the units go in steps of 4, not one by one" in lines["rounding"]
+    assert cli.main(["inspect", str(config), "--set", "prune.runtime=uniform"]) == 0
+    text = capsys.readouterr().out
+    assert (
+        "neurons (one width for all blocks, in steps of 4)"
+        in text.partition("runtime uniform")[2].splitlines()[0]
+    )
+    assert text.index("runtime uniform") < text.index("runtime any")
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (
+            ["prune.runtime=vlm"],
+            "prune.runtime: 'vlm' is not one of any, llama.cpp, vllm, uniform (did you mean 'vllm'?)",
+        ),
+        (
+            ["prune.runtime=uniform", "prune.drop=true"],
+            "prune.drop: 'uniform' loads no model in which single parts",
+        ),
+        (["prune.runtime=vllm", "budget.target=0.2"], "is below the feasible minimum"),
+        (
+            ["prune.round_to=lots"],
+            "prune.round_to: 'lots' is no whole number of 1 and more; allowed: one, or auto",
+        ),
+    ],
+)
+def test_what_cannot_hold_is_refused_in_one_line(
+    settings: list[str], line: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out = write_config(tmp_path / "tiny.yaml", folder), tmp_path / "run"
+    assert cli.main(["train", str(config), "--set", *settings, "--out", str(out)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert line in error[-1] and error[-1].startswith("rlprune: error: ")
+    assert not (out / "results.json").exists()
