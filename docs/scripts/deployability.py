@@ -34,7 +34,7 @@ RUNTIMES = {
 """Row of the table -> settings beside ``prune.runtime``."""
 FEWER = (
     *("data.calibration=32", "data.validation=32", "data.test=20"),
-    *("score.samples=12", "search.evaluations=40", "finish.candidates=3", "finish.rules=false", "threads=1"),
+    *("score.samples=8", "search.evaluations=40", "finish.candidates=3", "finish.rules=false", "threads=1"),
 )
 """What makes a search of the shipped config short."""
 
