@@ -20,7 +20,7 @@ class DeciLMConfig(LlamaConfig):
 
     model_type = "nemotron-nas"
 
-    def __init__(self, block_configs: Sequence[Any] | None = None, **fields: Any) -> None:
+    def __init__(self, block_configs: Sequence[object] | None = None, **fields: Any) -> None:
         self.block_configs = [_block(block) for block in block_configs or ()]
         super().__init__(**fields)
 
@@ -34,7 +34,7 @@ class DeciLMConfig(LlamaConfig):
         return fields | {"block_configs": [{k: dict(vars(v)) for k, v in vars(b).items()} for b in blocks]}
 
 
-def _block(block: Any) -> Any:
+def _block(block: object) -> Any:
     """A block as an object; one that is an object already stays."""
     if not isinstance(block, Mapping):
         return block

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -43,6 +43,38 @@ STEP = 256
 TYPES = ("llama", "mistral")
 _SHOWN = 3  # groups that an error names
 _CHECKED_TOKENS = (2, 9)
+# Of config.json: what names other classes, and the older spellings of what stands there as well.
+_SAID_AGAIN = ("architectures", "auto_map", "torch_dtype", "rope_theta", "rope_scaling")
+
+
+class AttentionConfig(TypedDict):
+    """A block's attention; None where it is missing."""
+
+    n_heads_in_group: int | None
+    no_op: bool
+    num_sink_tokens: int | None
+    replace_with_linear: bool
+    sparsify: list[str] | None
+    unshifted_sink: bool
+    use_prefill_window_in_sink_attention: bool
+    window_length: int | None
+
+
+class FFNConfig(TypedDict, total=False):
+    """A block's feed-forward part, with one of the two sizes; None where it is missing."""
+
+    no_op: bool
+    replace_with_linear: bool
+    sparsify: list[str] | None
+    ffn_mult: float | None
+    intermediate_size: int | None
+
+
+class BlockConfig(TypedDict):
+    """An entry of ``block_configs``."""
+
+    attention: AttentionConfig
+    ffn: FFNConfig
 
 
 @dataclass(frozen=True)
@@ -66,7 +98,7 @@ def neurons_of(multiplier: float, hidden: int) -> int:
     return -(-int(2 * multiplier * hidden / 3) // STEP) * STEP
 
 
-def block_configs(slim: PreTrainedModel) -> list[dict[str, Any]]:
+def block_configs(slim: PreTrainedModel) -> list[BlockConfig]:
     """The entry of each block.
 
     Raises ArtifactError: the model does not map; the groups that stand in the way are named, and what would avoid it.
@@ -79,8 +111,8 @@ def block_configs(slim: PreTrainedModel) -> list[dict[str, Any]]:
     return [_entry(block, hidden, exact) for block in blocks]
 
 
-def _entry(block: Block, hidden: int, exact: bool) -> dict[str, Any]:
-    attention: dict[str, Any] = {
+def _entry(block: Block, hidden: int, exact: bool) -> BlockConfig:
+    attention: AttentionConfig = {
         "n_heads_in_group": block.ratio if block.kv_heads else None,
         "no_op": not block.kv_heads,
         "num_sink_tokens": None,
@@ -90,7 +122,7 @@ def _entry(block: Block, hidden: int, exact: bool) -> dict[str, Any]:
         "use_prefill_window_in_sink_attention": False,
         "window_length": None,
     }
-    ffn: dict[str, Any] = {"no_op": not block.neurons, "replace_with_linear": False, "sparsify": None}
+    ffn: FFNConfig = {"no_op": not block.neurons, "replace_with_linear": False, "sparsify": None}
     if exact:
         ffn["ffn_mult"] = ffn_mult(block.neurons, hidden) if block.neurons else None
     else:
@@ -178,7 +210,8 @@ def write_nemotron_nas(
     Raises ArtifactError: the model does not map (`block_configs`), or the folder cannot be written.
     """
     fields = config_fields(slim)
-    entries = {n: e for n, e in pretrained.stored_entries(slim).items() if not _missing(n, fields)}
+    blocks: list[BlockConfig] = fields["block_configs"]
+    entries = {n: e for n, e in pretrained.stored_entries(slim).items() if not _missing(n, blocks)}
     tensors = slim.state_dict()
 
     def stream(names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
@@ -196,32 +229,33 @@ def write_nemotron_nas(
         write_tokenizer(folder, tokenizer)
         write_json_atomic(folder / MARKER, {"format": "rlprune export", "tensors": len(entries)})
         _check(slim, folder)
-    return _told(fields)
+    square = fields["head_dim"] * fields["num_attention_heads"] == fields["hidden_size"]
+    return _told(blocks, square)
 
 
-def _told(fields: dict[str, Any]) -> Exported:
+def _told(blocks: Sequence[BlockConfig], square: bool) -> Exported:
     notes = [
         "checked: the folder, read by the rules of block_configs, gives the same logits to the bit",
         "not run: vLLM, TensorRT-LLM, SGLang, mlx-lm",
     ]
-    if any("intermediate_size" in block["ffn"] for block in fields["block_configs"]):
+    if any("intermediate_size" in block["ffn"] for block in blocks):
         notes.append(
             f"for vLLM only: widths that are no multiple of {STEP} are written as intermediate_size, which "
             f"TensorRT-LLM, SGLang and mlx-lm do not read; prune.round_to={STEP} gives widths for all of them"
         )
-    if fields["head_dim"] * fields["num_attention_heads"] != fields["hidden_size"]:
+    if not square:
         notes.append("not for mlx-lm: it divides the hidden size by the heads")
     return Exported("loads with trust_remote_code=True (its config class stands in the folder)", tuple(notes))
 
 
-def _missing(name: str, fields: dict[str, Any]) -> bool:
+def _missing(name: str, blocks: Sequence[BlockConfig]) -> bool:
     """Whether a tensor belongs to a part that is not there: the part itself, or the norm before it."""
     if not name.startswith("model.layers."):
         return False
     index, _, rest = name.removeprefix("model.layers.").partition(".")
-    block = fields["block_configs"][int(index)]
+    block = blocks[int(index)]
     attention = rest.startswith(("self_attn.", "input_layernorm."))
-    return bool(block["attention" if attention else "ffn"]["no_op"])
+    return block["attention"]["no_op"] if attention else block["ffn"]["no_op"]
 
 
 def read_nemotron_nas(folder: str | Path) -> PreTrainedModel:
@@ -233,41 +267,46 @@ def read_nemotron_nas(folder: str | Path) -> PreTrainedModel:
     fields = pretrained.read_fields(path)
     if fields.get("model_type") != "nemotron-nas":
         raise ArtifactError(f"{path}: no nemotron-nas checkpoint")
-    config = pretrained.build_config(_uneven(fields))
+    fields = {name: value for name, value in fields.items() if name not in _SAID_AGAIN}
+    blocks: list[BlockConfig] = fields.pop("block_configs")
+    config = pretrained.build_config(
+        fields | _uneven(blocks, fields["hidden_size"], fields["num_attention_heads"])
+    )
     files = TensorFiles(path)
     state = dict(files.read())
     for name, entry in pretrained.stored_entries(pretrained.skeleton(config)).items():
-        if _missing(name, fields):  # nothing computes with them
+        if _missing(name, blocks):  # nothing computes with them
             state[name] = torch.ones(entry.shape, dtype=entry.dtype)
         elif name not in state or tuple(state[name].shape) != tuple(entry.shape):
             raise ArtifactError(f"{path}: {name!r} does not fit block_configs")
     return pretrained.model_of(config, state)
 
 
-def _uneven(fields: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a folder as that of a Llama whose layers differ."""
-    blocks, hidden = fields["block_configs"], int(fields["hidden_size"])
-    heads = int(fields["num_attention_heads"])
+def _uneven(blocks: Sequence[BlockConfig], hidden: int, heads: int) -> dict[str, Any]:
+    """The fields that make the configuration of a folder that of a Llama whose layers differ."""
     wide = [_neurons(block["ffn"], hidden) for block in blocks]
-    each = next(b["attention"]["n_heads_in_group"] for b in blocks if not b["attention"]["no_op"])
+    groups = [each for b in blocks if (each := b["attention"]["n_heads_in_group"])]
     layers = {}
     for index, (block, neurons) in enumerate(zip(blocks, wide, strict=True)):
         queries = 0 if block["attention"]["no_op"] else heads
-        sizes = {"num_attention_heads": queries, "num_key_value_heads": queries // each}
-        layers[str(index)] = sizes | {"intermediate_size": neurons}
-    own = ("architectures", "auto_map", "block_configs", "torch_dtype", "rope_theta", "rope_scaling")
-    return {name: value for name, value in fields.items() if name not in own} | {
+        layers[str(index)] = {
+            "num_attention_heads": queries,
+            "num_key_value_heads": queries // groups[0],
+            "intermediate_size": neurons,
+        }
+    return {
         "model_type": "llama",
-        "num_key_value_heads": heads // each,
+        "num_key_value_heads": heads // groups[0],
         "intermediate_size": max(*wide, 1),
         "per_layer_config": layers,
     }
 
 
-def _neurons(ffn: dict[str, Any], hidden: int) -> int:
+def _neurons(ffn: FFNConfig, hidden: int) -> int:
     if ffn["no_op"]:
         return 0
-    return neurons_of(ffn["ffn_mult"], hidden) if "ffn_mult" in ffn else int(ffn["intermediate_size"])
+    multiplier = ffn.get("ffn_mult")
+    return neurons_of(multiplier, hidden) if multiplier is not None else int(ffn["intermediate_size"] or 0)
 
 
 def _check(slim: PreTrainedModel, folder: Path) -> None:
