@@ -199,14 +199,17 @@ def show_run(out: Path) -> None:
     from ..report.html import markdown
     from ..report.results import read_results
 
-    print(markdown(read_results(out)))
+    results = read_results(out)
+    print(markdown(results))
+    for line in results.get("saved", ()):
+        print(line)
     if (out / "report.html").is_file():
         print(f"report: {out / 'report.html'}")
 
 
 def show(result: object, out: Path) -> None:
     """What a command returned in words, if anything, and where its files are."""
-    if isinstance(result, str):
+    if isinstance(result, str) and result:
         print(result)
     print(f"written: {out}")
 

@@ -86,7 +86,8 @@ def _apply(args: argparse.Namespace) -> None:
         callback=Console(True),
     )
     applied.save(out)
-    show(str(applied), out)
+    print(applied)
+    show(applied.sizes(out), out)
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:

@@ -369,6 +369,12 @@ class FinishConfig(Section):
     temperature: float = setting(2.0, "Temperature of the distillation.", above=0, high=100)
     mixed_precision: bool = setting(True, "Whether a GPU computes in mixed precision; a CPU never does.")
     rules: bool = setting(True, "Whether every rule gets the same fine-tune and a row in the table.")
+    dtype: str = setting(
+        "auto",
+        "Language models: number format of the saved weights; `auto` is that of the checkpoint, and bfloat16 where "
+        "that is quantised.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
 
 
 @section

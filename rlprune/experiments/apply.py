@@ -32,6 +32,7 @@ from ..workloads.checks import check_workload
 from .incremental import incremental
 from .methods import finalists, run_agent
 from .prepare import Experiment, config_of, find_rule, prepare_experiment
+from .saving import save_model
 from .usage import check_usage
 from .workers import working
 
@@ -48,11 +49,16 @@ class AppliedPolicy:
     model: nn.Module
     table: str
     notes: str = ""
+    dtype: str = "auto"
 
     def save(self, folder: str | Path) -> Path:
-        """Write the pruned model into a folder (see `rlprune.save`)."""
-        self.workload.save(self.model, self.plan, folder)
+        """Write the pruned model into a folder (see `rlprune.save`), by ``finish.dtype``."""
+        save_model(self.workload, self.model, self.plan, Path(folder), self.dtype)
         return Path(folder)
+
+    def sizes(self, folder: str | Path) -> str:
+        """Size and number format of the dense weights and of a saved folder, in words."""
+        return "\n".join(self.workload.adapter.size_lines(self.workload, Path(folder)))
 
     def __str__(self) -> str:
         return self.table + self.notes
@@ -114,7 +120,8 @@ def apply(
     origin |= {"builds": builds, "refine": refine}
     plan, model = experiment.evaluator.plan(widths, origin), experiment.evaluator.build(widths)
     notes = _probes_note(experiment, str(known.meta["base_rule"])) + _plan_memory_note(experiment, known)
-    return AppliedPolicy(experiment.workload, plan, model, _score_table(experiment, plans), notes)
+    table = _score_table(experiment, plans)
+    return AppliedPolicy(experiment.workload, plan, model, table, notes, config.finish.dtype)
 
 
 def _with_builds(known: PortablePolicy, experiment: Experiment, builds: int | None) -> PortablePolicy:
@@ -239,8 +246,10 @@ def prune_rule(
         _with_budget(config, budget), checkpoint=checkpoint, callback=Console(True)
     )
     widths = experiment.rule_widths(rule)
-    _save(experiment, widths, {"method": rule, "budget": str(budget), "metric": experiment.metric}, out)
-    return _score_table(experiment, [("uniform", experiment.rule_widths("uniform")), (rule, widths)])
+    origin: dict[str, object] = {"method": rule, "budget": str(budget), "metric": experiment.metric}
+    _, sizes = _save(experiment, widths, origin, out)
+    table = _score_table(experiment, [("uniform", experiment.rule_widths("uniform")), (rule, widths)])
+    return "\n".join([table, *sizes])
 
 
 def prune_equal_widths(
@@ -271,7 +280,8 @@ def prune_equal_widths(
         "metric": metric,
         "dropped_blocks": dropped,
     }
-    why = plain_obstacle(_save(experiment, widths, origin, out))
+    slim, sizes = _save(experiment, widths, origin, out)
+    why = plain_obstacle(slim)
     of = next(g for g in space.groups if g.kind == "ffn" and g.block not in dropped)
     neurons = int(widths[space.groups.index(of)])
     table = _score_table(
@@ -279,7 +289,8 @@ def prune_equal_widths(
     )
     gone = ", ".join(map(str, dropped)) or "none"
     table += f"\nsame_widths: {neurons} of {of.width} neurons in every block; blocks dropped: {gone}"
-    return table + (f"\nno plain transformers folder can be exported: {why}" if why else "")
+    notes = [f"no plain transformers folder can be exported: {why}"] if why else []
+    return "\n".join([table, *notes, *sizes])
 
 
 def prune_stages(
@@ -304,7 +315,7 @@ def prune_stages(
         experiment, rule, stages=stages, steps=steps, seed=config.seed, out=state, callback=callback
     )
     callback.close()
-    experiment.workload.save(found.model, found.plan, out)
+    sizes = save_model(experiment.workload, found.model, found.plan, out, config.finish.dtype)
     forget(state)
     total, name = experiment.space.dense_cost(experiment.metric), experiment.workload.metric_name
     lines = [f"{'stage':<8} {experiment.metric + ' kept':>18} {'loss':>8} {name:>10}"]
@@ -313,19 +324,20 @@ def prune_stages(
     for number, facts in enumerate(found.rounds, 1):
         share = facts["cost"] / total
         lines.append(f"{number:<8} {share:>18.1%} {facts['loss']:>8.4f} {facts['metric']:>10.4f}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *sizes])
 
 
 def _with_budget(config: Config, budget: str | float) -> Config:
     return replace(config, budget=replace(config.budget, target=budget))
 
 
-def _save(experiment: Experiment, widths: Ints, origin: dict[str, object], out: Path) -> nn.Module:
-    """Write the pruned and recovered model of ``widths``, and return it."""
+def _save(
+    experiment: Experiment, widths: Ints, origin: dict[str, object], out: Path
+) -> tuple[nn.Module, list[str]]:
+    """Write the pruned and recovered model of ``widths``; returns it, and lines on its size."""
     plan = experiment.evaluator.plan(widths, origin)
     slim = experiment.evaluator.build(widths)
-    experiment.workload.save(slim, plan, out)
-    return slim
+    return slim, save_model(experiment.workload, slim, plan, out, experiment.config.finish.dtype)
 
 
 def _score_table(experiment: Experiment, plans: Sequence[tuple[str, Ints]]) -> str:

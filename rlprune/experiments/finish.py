@@ -22,6 +22,7 @@ from ..utils.timing import measure
 from ..workloads.adapter import TuneJob
 from .methods import MethodResult, finalists
 from .prepare import Experiment
+from .saving import round_weights
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def finish(
     }
     facts = keep.load(mark, model)
     if facts is None:
-        facts = _measured(experiment, model, seed, keep.training, f"fine-tune {method}", callback)
+        wanted = None if found is None else experiment.config.finish.dtype
+        facts = _measured(experiment, model, seed, keep.training, f"fine-tune {method}", callback, wanted)
         keep.save(mark, facts, model)
     callback.close()
     row = _row(experiment, found, model, plan, seed, facts)
@@ -119,9 +121,18 @@ def _built(experiment: Experiment, history: History | None) -> tuple[nn.Module, 
 
 
 def _measured(
-    experiment: Experiment, model: nn.Module, seed: int, training: Path | None, label: str, callback: Callback
+    experiment: Experiment,
+    model: nn.Module,
+    seed: int,
+    training: Path | None,
+    label: str,
+    callback: Callback,
+    dtype: str | None,
 ) -> dict[str, Any]:
+    """Test figures before and after the fine-tune, with the weights that ``dtype`` saves (None: it is not saved)."""
     workload = experiment.workload
+    if dtype is not None:
+        round_weights(workload, model, dtype)
     started = time.perf_counter()
     with workload.test_opened():
         before = workload.evaluate(model, "test")
@@ -131,6 +142,8 @@ def _measured(
     if workload.adapter.fine_tune_length(experiment.config.finish)[0]:
         job = TuneJob(seed, state=training, progress=callback.training, phase=label)
         workload.fine_tune(model, experiment.config.finish, job)
+        if dtype is not None:
+            round_weights(workload, model, dtype)
         with workload.test_opened():
             after = workload.evaluate(model, "test")
     facts |= {"test_finetuned": after.metric, "test_loss_finetuned": after.loss}

@@ -21,6 +21,7 @@ from ..workloads.adapter import holds_pruned_model, read_pruned
 from ..workloads.base import Workload
 from ..workloads.builder import builder_of
 from .build import build_workload, train_dense
+from .saving import save_model
 
 
 def is_plan(source: Path) -> bool:
@@ -67,8 +68,9 @@ def apply_plan(source: Path, config: Config, *, checkpoint: Path | None, out: Pa
         np.isin(np.arange(g.units), k).astype(float) for g, k in zip(space.groups, plan.kept, strict=True)
     ]
     Recovery(workload, space, config.recovery, importance=kept)(slim, plan)
-    workload.save(slim, plan, out)
-    return _costs(document) + "\n" + _qualities(workload, slim)
+    qualities = _qualities(workload, slim)
+    sizes = save_model(workload, slim, plan, out, config.finish.dtype)
+    return "\n".join([_costs(document), qualities, *sizes])
 
 
 def _read(source: Path) -> PlanDocument:

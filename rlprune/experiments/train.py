@@ -33,6 +33,7 @@ from .finish import FinalModel, add_latency, choose, finish
 from .methods import MethodResult, keep_logits, run_agent, score_rule
 from .prepare import Experiment, find_rule, prepare_experiment
 from .result import PruningResult
+from .saving import save_model
 from .usage import check_usage
 from .workers import working
 
@@ -84,8 +85,8 @@ def run(
         with working(config, experiments, logs=state):
             rules, found, chosen = _search_all(config, experiments, folder, callback)
         finished = _finish_all(experiment, rules, chosen, state, callback)
-        plan = _save_outcome(experiment, folder, found, finished)
-        _write_results(experiment, folder, finished, _curve(experiment, rules, found))
+        plan, sizes = _save_outcome(experiment, folder, found, finished)
+        _write_results(experiment, folder, finished, _curve(experiment, rules, found), sizes)
         _forget_models(state)
     model = next(done.model for done in finished if done.row["kind"] == "agent")
     return PruningResult(folder, experiment.workload, plan, model)
@@ -245,8 +246,8 @@ def _finish_all(
 
 def _save_outcome(
     experiment: Experiment, folder: Path, found: Sequence[MethodResult], finished: Sequence[FinalModel]
-) -> Plan:
-    """policy/ and pruned/ of the agent; returns its plan."""
+) -> tuple[Plan, list[str]]:
+    """policy/ and pruned/ of the agent; returns its plan, and lines on the size of what was saved."""
     for search_result in found:
         if search_result.policy is not None:
             save_policy(search_result.policy, folder / "policy")
@@ -254,8 +255,8 @@ def _save_outcome(
     assert done.plan is not None
     origin = dict(done.plan.origin) | {"method": done.row["method"], "seed": done.row["seed"]}
     plan = replace(done.plan, origin=origin)
-    experiment.workload.save(done.model, plan, folder / "pruned")
-    return plan
+    wanted = experiment.config.finish.dtype
+    return plan, save_model(experiment.workload, done.model, plan, folder / "pruned", wanted)
 
 
 def _curve(
@@ -291,10 +292,15 @@ def _curve(
 
 
 def _write_results(
-    experiment: Experiment, folder: Path, finished: Sequence[FinalModel], curve: Sequence[dict[str, Any]]
+    experiment: Experiment,
+    folder: Path,
+    finished: Sequence[FinalModel],
+    curve: Sequence[dict[str, Any]],
+    saved: Sequence[str],
 ) -> None:
     write_json_atomic(folder / "budgets.json", list(curve))
-    write_json_atomic(folder / "results.json", results_of(experiment, [f.row for f in finished]))
+    results = results_of(experiment, [f.row for f in finished])
+    write_json_atomic(folder / "results.json", results | ({"saved": list(saved)} if saved else {}))
     report.build(folder)
 
 

@@ -27,6 +27,7 @@ from ..utils.checkpoints import forget
 from ..utils.launched import is_main_process, process_rank
 from ..workloads.adapter import TuneJob, read_pruned
 from .build import build_workload, resolve_device
+from .saving import save_model
 from .usage import check_usage
 
 
@@ -52,7 +53,8 @@ def tune_folder(
     count, unit = workload.adapter.fine_tune_length(config.finish)
     if count < 1:
         raise ConfigError(f"finish.{unit}: a fine-tune needs at least 1, got {count}")
-    model = load(folder, base=workload.architecture).to(workload.device)
+    dtype = next(workload.model.parameters()).dtype  # training takes more digits than a folder may keep
+    model = load(folder, base=workload.architecture).to(workload.device, dtype)
     options = TraceOptions.of(config.prune)
     plan = workload.adapter.plan_of(workload.before_any_cut(), read_pruned(folder), options)
     state = Path(f"{Path(out)}.state")
@@ -61,15 +63,16 @@ def tune_folder(
         team.close()
     if not is_main_process():
         return ""
-    workload.save(result.model, plan, out)
+    sizes = save_model(workload, result.model, plan, Path(out), config.finish.dtype)
     forget(state)
+    result.model.to(dtype)
     rows = [("dense", workload.model), ("tuned", result.model.to(workload.device))]
     name = workload.metric_name
     lines = [result.note]
     for label, each in rows:
         quality = workload.evaluate(each, "validation")
         lines.append(f"{label:<8} validation loss {quality.loss:.4f}, {name} {quality.metric:.4f}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *sizes])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from functools import partial, reduce
 
 from ..agents import AGENTS
-from ..config.config import Config, settings_reference
+from ..config.config import Config, FinishConfig, settings_reference
 from ..config.names import RECOVERY_STEPS
 from ..errors import ConfigError
 from ..importance.importance import IMPORTANCES
@@ -133,8 +133,10 @@ RULES = (
          "{agents}", "give search.agent=ppo, or --methods ppo of `rlprune benchmark`"),
     Rule(("search.environments",), lambda run: run.foreign or not set(SEVERAL).isdisjoint(run.agents),
          "{agents}", f"give search.agent=amc, or another of {', '.join(SEVERAL)}"),
-    Rule(("finish.*",), _by(*TUNING), "{command} does no fine-tune",
-         "`rlprune train`, `benchmark`, `fidelity` and `prune --stages` use it"),
+    Rule(tuple(f"finish.{name}" for name in FinishConfig.hints if name != "dtype"), _by(*TUNING),
+         "{command} does no fine-tune", "`rlprune train`, `benchmark`, `fidelity` and `prune --stages` use it"),
+    Rule(("finish.dtype",), _not_by("inspect", "evaluate", "export", "benchmark", "fidelity"),
+         "{command} saves no pruned model", "the commands that save one use it"),
     Rule(("finish.candidates",), _by("train", "benchmark"), "{command} chooses no winner",
          "`rlprune train` and `benchmark` use it"),
     Rule(("finish.rules",), _by("train"), "{command} does not look at it", "`rlprune train` uses it"),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from . import families, zeroshot
     from .calibration.cache import STATISTICS, LanguageCalibration
     from .calibration.grams import Grams
+    from .files.llama_cpp import greedy_tokens, run_llama_cpp
     from .footprints import footprint
     from .proof import counted, random_plan
     from .runtimes import Restriction, read_by
@@ -26,8 +27,10 @@ __getattr__, __dir__ = lazy_names(
         "STATISTICS": "calibration.cache",
         "counted": "proof",
         "footprint": "footprints",
+        "greedy_tokens": "files.llama_cpp",
         "random_plan": "proof",
         "read_by": "runtimes",
+        "run_llama_cpp": "files.llama_cpp",
     },
     modules=("families", "zeroshot"),
 )
@@ -40,7 +43,9 @@ __all__ = [
     "counted",
     "families",
     "footprint",
+    "greedy_tokens",
     "random_plan",
     "read_by",
+    "run_llama_cpp",
     "zeroshot",
 ]

@@ -64,6 +64,7 @@ from .judge import (
 from .logits import ChunkedLogs
 from .runtime_lines import describe_runtimes
 from .space import is_language_model, language_space
+from .stored import Stored, saved_dtype, size_lines
 from .task import NextToken
 from .tuning.finetune import tune
 from .tuning.loss import train_language
@@ -236,6 +237,12 @@ class LanguageAdapter(ModelAdapter):
     ) -> None:
         save_language_model(slim, plan, directory, base, tokenizer, max_shard_size)
 
+    def saved_dtype(self, workload: Workload, model: nn.Module, wanted: str) -> torch.dtype | None:
+        return saved_dtype(_stored_of(workload), model, wanted)
+
+    def size_lines(self, workload: Workload, folder: Path) -> list[str]:
+        return size_lines(_stored_of(workload), folder)
+
     def load(self, directory: Path, document: PlanDocument, base: nn.Module | None) -> nn.Module:
         check_base(base, document, directory)
         check_roots(document["tensors"], document, str(directory / PLAN_FILE))
@@ -286,6 +293,12 @@ class LanguageAdapter(ModelAdapter):
         limit: int | None = None,
     ) -> str:
         return compare(self.load(directory, document, None), directory, document, workload, tasks, limit)
+
+
+def _stored_of(workload: Workload) -> Stored | None:
+    """How the dense weights are stored; None for a model that the user built."""
+    found = getattr(workload, "stored", None)
+    return found if isinstance(found, Stored) else None
 
 
 class _Lesson:

@@ -80,7 +80,8 @@ class LanguageBuilder(WorkloadBuilder):
 
 def _streamed(config: Config, checkpoint: Path | None) -> Path | None:
     """The folder of a language model that can be cut file by file: nothing but its own weights is needed."""
-    if config.recovery.steps != ("none",) or config.model.dtype != "auto":
+    formats = {config.model.dtype, config.finish.dtype}  # the files are cut in their own
+    if config.recovery.steps != ("none",) or formats != {"auto"}:
         return None
     name = config.model.name
     if not name.startswith(PREFIX):
@@ -144,6 +145,7 @@ def _language_workload(
         batch_size=config.data.batch_size,
         device=device,
         base=base_of_model(causal.model, settings.name),
+        stored=causal.stored,
     )
     if causal.pruned is not None:
         _follow(workload, causal.pruned, TraceOptions.of(config.prune))

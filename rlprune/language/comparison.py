@@ -49,13 +49,17 @@ def compare(
     else:
         dense, example = workload.model, workload.example_inputs
         costs, before = _costs_before(plan, slim, directory, workload)
-        slim = slim.to(workload.device)
+        stored = next(slim.parameters()).dtype
+        slim = slim.to(workload.device, next(dense.parameters()).dtype)
     models = {"dense": dense, "pruned": slim}
     rows = [*_cost_rows(plan, costs, example), *_speed_rows(models, example)]
     notes = ["perplexity: give CONFIG to measure it"]
     if workload is not None:
         quality, notes = _quality_rows(workload, models)
         rows += quality
+        if stored != next(slim.parameters()).dtype:
+            short = [str(d).removeprefix("torch.") for d in (stored, next(slim.parameters()).dtype)]
+            notes.append(f"the folder's weights are {short[0]}; both models were computed in {short[1]}")
     lines = [*describe.comparison(rows, before), *notes]
     if tasks:
         tokenizer: Any = (workload and workload.tokenizer) or _tokenizer_of(directory, plan)

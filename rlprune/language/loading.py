@@ -27,6 +27,7 @@ from .files.pretrained import load_tokenizer
 from .files.reading import load_folder
 from .files.without_plan import is_folder_of_ours
 from .linear import tensor_of
+from .stored import Stored, stored_folder, stored_weights
 from .text import help_texts
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class Causal:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     pruned: PlanDocument | None = None
+    stored: Stored | None = None
 
     @property
     def longest(self) -> int | None:
@@ -167,7 +169,8 @@ def load_causal(
         if not file and is_folder_of_ours(Path(place)):
             return _pruned(name, Path(place), torch_dtype, device_map, check)
         options: Mapping[str, object] = {"gguf_file": file} if file else {}
-        _config(name, place, options)
+        config = _config(name, place, options)
+        stored = stored_weights(place, file, config)  # loading gives the config the format it loads in
         tokenizer = _tokenizer(name, place, options)
         if check is not None:
             check(tokenizer)
@@ -179,7 +182,7 @@ def load_causal(
         _refuse_unsupported(name, model)
     if file:
         _forget_quantisation(model, place)
-    return Causal(model.eval(), tokenizer)
+    return Causal(model.eval(), tokenizer, stored=stored)
 
 
 def _pruned(
@@ -205,7 +208,8 @@ def _pruned(
     if check is not None:
         check(tokenizer)
     model: Any = load_folder(folder, document)
-    return Causal(model.to(dtype).eval(), tokenizer, document)
+    stored = stored_folder(folder, model.dtype)
+    return Causal(model.to(dtype).eval(), tokenizer, document, stored)
 
 
 def _require_accelerate(name: str) -> None:

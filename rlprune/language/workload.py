@@ -27,6 +27,7 @@ from .judge import (
 )
 from .linear import tensor_of
 from .logits import ChunkedLogs
+from .stored import Stored
 from .text import TextData
 from .tuning.loss import train_language
 
@@ -50,6 +51,7 @@ class LanguageWorkload(TrainedWorkload):
         data: the tokenised splits.
         batch_size: most sequences in a batch; long sequences come in smaller ones.
         base: how to rebuild the architecture; by default from the model's own config.
+        stored: how the checkpoint holds its weights, where they were read from one.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class LanguageWorkload(TrainedWorkload):
         batch_size: int = 256,
         device: torch.device | str = "cpu",
         base: Mapping[str, object] | None = None,
+        stored: Stored | None = None,
     ) -> None:
         spread = getattr(model, "hf_device_map", None)  # accelerate has put the layers where they are to stay
         place = torch.device(device) if spread is None else input_device(model)
@@ -70,6 +73,7 @@ class LanguageWorkload(TrainedWorkload):
         self.data = data
         self.name = name or data.name
         self.base = base or base_of_model(model, self.name)
+        self.stored = stored
         self.logs = ChunkedLogs()
         self._place = place
         self._batch_size = batch_size

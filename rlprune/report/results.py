@@ -10,7 +10,7 @@ from typing import Any, Required, TypedDict, TypeVar, cast
 from ..errors import ArtifactError, one_line
 from ..evaluation.ledger import charged_scores
 from ..utils.reading import parse_json, read_bytes, read_json
-from ..utils.values import is_finite, show_value
+from ..utils.values import are_texts, is_finite, show_value
 
 RESULTS_VERSION = 1
 Row = TypeVar("Row", bound=Mapping[str, Any])
@@ -41,6 +41,8 @@ class Results(TypedDict, total=False):
     groups: list[dict[str, Any]]
     hardware: dict[str, Any]
     protocol: dict[str, Any]
+    saved: list[str]
+    """Of a run: size and number format of the dense weights and of the pruned folder, in words."""
     summary: list[dict[str, Any]]
     """One a method and budget: `benchmarks.statistics.summarise`."""
 
@@ -67,6 +69,8 @@ def read_results(folder: Path) -> Results:
     rows = results.get("rows")
     if not as_list(rows) or not all(isinstance(row, dict) and "method" in row for row in as_list(rows)):
         raise ArtifactError(f"{path}: rows: need a list of objects with a method")
+    if not are_texts(results.get("saved", [])):
+        raise ArtifactError(f"{path}: saved: need a list of lines, got {show_value(results['saved'])}")
     for field in ("budgets", "summary"):
         if not all(isinstance(entry, dict) for entry in as_list(results.get(field, []))):
             raise ArtifactError(f"{path}: {field}: need a list of objects, got {show_value(results[field])}")

@@ -74,7 +74,7 @@ class VisionAdapter(ModelAdapter):
     recovery_steps = ("none", "reconstruct", "bn", "finetune")
     unread = dict.fromkeys(
         (
-            *("finish.method", "finish.rank", "finish.alpha", "finish.dropout"),
+            *("finish.method", "finish.rank", "finish.alpha", "finish.dropout", "finish.dtype"),
             *("score.top_k", "prune.drop", "prune.hidden", "prune.runtime", "recovery.shrink", "model.dtype"),
             *("recovery.spill", "model.device_map"),
             *("data.files", "data.column", "data.sequence_length", "data.test_length", "data.stride"),

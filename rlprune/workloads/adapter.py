@@ -275,6 +275,17 @@ class ModelAdapter(abc.ABC):
         """What plan.json would say of such a folder; ArtifactError where it cannot be found out."""
         return read_plan(directory)
 
+    def saved_dtype(self, workload: Workload, model: nn.Module, wanted: str) -> torch.dtype | None:
+        """The number format that a pruned model is saved in by ``finish.dtype``; None: in its own.
+
+        ConfigError where the format cannot hold the weights.
+        """
+        return None
+
+    def size_lines(self, workload: Workload, folder: Path) -> list[str]:
+        """Size and number format of the dense checkpoint and of a saved folder, a line each."""
+        return []
+
     def rebuilds(self, document: PlanDocument) -> bool:
         """Whether `load` needs no dense model to be passed in."""
         return True

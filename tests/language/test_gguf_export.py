@@ -256,4 +256,4 @@ class TestLlamaCpp:
         other = cut("llama", PLANS["unequal"], seed=5)
         assert "other logits" in error_of(lambda: llama_cpp.compare(other, path, "f32", IDS.tolist(), 2))
         path.write_bytes(path.read_bytes()[:3000])
-        assert "llama.cpp cannot run it" in error_of(lambda: llama_cpp.ask(path, [IDS.tolist()]))
+        assert "llama.cpp cannot run it" in error_of(lambda: llama_cpp.run_llama_cpp(path, [IDS.tolist()]))

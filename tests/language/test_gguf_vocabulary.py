@@ -170,9 +170,12 @@ class TestLlamaCpp:
         path = write_gguf(model, tmp_path / "m.gguf", "f32", folder).path
         text = "the cat and the hat sat on a mat\u00e9"
         wanted = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
-        assert llama_cpp.ask(path, [[1, 2]], text=text).text_ids == wanted
+        assert llama_cpp.run_llama_cpp(path, [[1, 2]], text=text).text_ids == wanted
 
     def test_bytes_give_the_same_tokens(self, tmp_path):
         model = tiny_lm("llama-mha-tied", vocab_size=SIZE)
         path = write_gguf(model, tmp_path / "m.gguf", "f32", folder_of(tmp_path / "a")).path
-        assert llama_cpp.ask(path, [[1, 2]], text=TEXT).text_ids == help_tokenizer(SIZE)(TEXT)["input_ids"]
+        assert (
+            llama_cpp.run_llama_cpp(path, [[1, 2]], text=TEXT).text_ids
+            == help_tokenizer(SIZE)(TEXT)["input_ids"]
+        )

@@ -86,7 +86,7 @@ def is_installed() -> bool:
     return importlib.util.find_spec(PACKAGE) is not None
 
 
-def ask(
+def run_llama_cpp(
     path: Path,
     blocks: Sequence[Sequence[int]],
     prompt: Sequence[int] = (),
@@ -151,7 +151,7 @@ def compare(
     Raises ArtifactError: llama.cpp cannot run the file, or its logits are others.
     """
     half = max(1, len(ids) // 2)
-    answer = ask(path, [ids], ids[:half], generate, keep=True, text=text)
+    answer = run_llama_cpp(path, [ids], ids[:half], generate, keep=True, text=text)
     with torch.no_grad():
         logits = slim(input_ids=torch.tensor([list(ids)])).logits[0].float()
     assert answer.logits is not None
