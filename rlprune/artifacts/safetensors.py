@@ -241,7 +241,9 @@ def check_tensors(tensors: Mapping[str, Tensor], listed: Mapping[str, Sequence[i
 
 def check_roots(shapes: Mapping[str, Sequence[int]], document: PlanDocument, where: str) -> None:
     """The tensors' sizes are those that the groups' kept units give them."""
-    widths = {group["name"]: len(group["kept"]) for group in document.get("groups", [])}
+    # Of a group with lanes the file has as many units in each of them as its width says (`documents.read_plan`).
+    groups = zip(document.get("groups", []), document.get("widths", []), strict=False)
+    widths = {g["name"]: width if "lanes" in g else len(g["kept"]) for g, width in groups}
     for name, root in document.get("roots", {}).items():
         try:
             size, wanted = shapes[root["tensor"]][root["dim"]], root["per_unit"] * widths[name]

@@ -109,7 +109,7 @@ def incremental(
             job = TuneJob(seed + 1000 * stage, steps, folder, callback.training, f"round {stage}/{stages}")
             now, finished = _round(experiment, now, widths, job)
             kept.save(stage, now, finished)
-        history.append(tuple(len(k) for k in now.kept))
+        history.append(tuple(space.widths_of(now.kept).tolist()))
         rounds.append(finished)
     origin = {"method": rule if isinstance(rule, str) else "widths", "stages": stages, "steps": steps}
     origin |= {"budget": str(experiment.budget), "metric": experiment.metric}
@@ -205,7 +205,7 @@ class _Rounds:
         now.kept = tuple(np.array(k, dtype=np.int64) for k in self._done[stage - 1]["kept"])
         if stage == len(self._done) and self._folder is not None:
             space = self._experiment.space
-            cut = Plan(space, np.array([len(k) for k in now.kept]), now.kept)
+            cut = Plan(space, space.widths_of(now.kept), now.kept)
             now.model = prune(self._experiment.workload.model, cut)
             now.space = space.after(now.kept)
             _put(now.model, read_tensors(self._folder / f"round-{stage}.safetensors"))

@@ -67,10 +67,10 @@ class LanguageBuilder(WorkloadBuilder):
     def cut_files(
         self, config: Config, checkpoint: Path | None, document: PlanDocument, source: Path, out: Path
     ) -> bool:
-        from .files.streaming import dense_skeleton, prune_shards
+        from .files.streaming import dense_skeleton, prune_shards, stored_as_held
 
         folder = _streamed(config, checkpoint)
-        if folder is None:
+        if folder is None or not stored_as_held(folder):
             return False
         if fingerprint(dense_skeleton(folder)) != document["fingerprint"]:
             raise ArtifactError("plan: made for another architecture (its fingerprint differs)")

@@ -16,11 +16,9 @@ from typing import Any
 
 from torch import nn
 
+from .experts import Experts, Mixture, find_experts
+from .linear import UnsupportedModel as UnsupportedModel
 from .linear import features, is_dropped, is_linear
-
-
-class UnsupportedModel(ValueError):
-    """A model that no adapter knows, or that does not look as its adapter expects; the module is named."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,10 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()
     # A config field: where it is true, the cache holds the keys and values once for each query head.
     cached_by_query: str = ""
+    # Parameters of the attention with one entry for each query head.
+    per_query_head: tuple[str, ...] = ()
+    # Where the feed-forward parts of some or all blocks are mixtures of experts.
+    mixture: Mixture | None = None
 
 
 _PLAIN_UP = ("up_proj",)
@@ -104,6 +106,19 @@ _FAMILIES: dict[str, Family] = {
         _FUSED, blocks="transformer.h", attention="self_attention", whole_if=(("alibi", _ALIBI),),
         sizes=("num_attention_heads", "num_kv_heads", "ffn_hidden_size"), cached_by_query="new_decoder_architecture",
     ),
+    "mixtral": Family(mixture=Mixture(sizes=("num_local_experts", "intermediate_size", ""))),
+    "olmoe": Family(mixture=Mixture(sizes=("num_experts", "intermediate_size", ""))),
+    "qwen3_moe": Family(mixture=Mixture()),
+    "qwen2_moe": Family(
+        mixture=Mixture(
+            shared="shared_expert",
+            sizes=("num_experts", "moe_intermediate_size", "shared_expert_intermediate_size"),
+        )
+    ),
+    "gpt_oss": Family(
+        per_query_head=("sinks",),
+        mixture=Mixture(router="router", sizes=("num_local_experts", "intermediate_size", "")),
+    ),
 }  # fmt: skip
 FAMILIES: Mapping[str, Family] = _FAMILIES
 """{model_type: its adapter}."""
@@ -135,6 +150,8 @@ class Block:
 
     ``attention`` and ``ffn`` are module paths (``ffn`` is the block's first feed-forward layer where the family
     has no module for the part). ``whole`` is the reason why the attention's heads cannot be told apart, or "".
+    A block with ``experts`` has a plain feed-forward part where it shares one between all tokens; else ``ffn`` and
+    ``down`` are "" and ``up`` is empty.
     """
 
     index: int
@@ -150,6 +167,12 @@ class Block:
     head_dim: int
     neurons: int
     whole: str = ""
+    experts: Experts | None = None
+
+    @property
+    def ffn_output(self) -> str:
+        """The module whose output is what the feed-forward part adds: the mixture, or the down projection."""
+        return self.experts.owner if self.experts is not None else self.down
 
     @property
     def ratio(self) -> int:
@@ -166,8 +189,11 @@ def family_of(model_or_config: object) -> Family:
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{what}: an encoder-decoder model; only causal language models can be pruned")
     experts = _experts(model) if model is not None else None
-    if experts is not None:
-        raise UnsupportedModel(f"{what}: {experts} is a mixture of experts, which is not supported")
+    if experts is not None and (kind not in FAMILIES or FAMILIES[kind].mixture is None):
+        known = ", ".join(sorted(name for name, family in FAMILIES.items() if family.mixture is not None))
+        raise UnsupportedModel(
+            f"{what}: {experts} is a mixture of experts of a type without an adapter ({kind!r}); allowed: {known}"
+        )
     if kind not in FAMILIES:
         raise UnsupportedModel(
             f"{what}: no adapter for model_type {kind!r}; allowed: {', '.join(sorted(FAMILIES))}"
@@ -209,10 +235,13 @@ def _block(
 ) -> Block:
     attention = f"{path}.{family.attention}"
     inner = f"{path}.{family.ffn}" if family.ffn else path
+    experts = None if family.mixture is None else find_experts(modules, inner, family.mixture)
+    if experts is not None and family.mixture is not None:
+        inner = f"{inner}.{family.mixture.shared}" if family.mixture.shared else ""
     qkv = tuple(f"{attention}.{n}" for n in family.qkv)
-    out, down = f"{attention}.{family.out}", f"{inner}.{family.down}"
-    up = tuple(f"{inner}.{n}" for n in family.up)
-    no_heads, no_neurons = is_dropped(modules.get(out)), is_dropped(modules.get(down))
+    out, down = f"{attention}.{family.out}", f"{inner}.{family.down}" if inner else ""
+    up = tuple(f"{inner}.{n}" for n in family.up) if inner else ()
+    no_heads, no_neurons = is_dropped(modules.get(out)), not inner or is_dropped(modules.get(down))
     for name in (*(() if no_heads else (*qkv, out)), *(() if no_neurons else (*up, down))):
         if name not in modules or not is_linear(modules[name]):
             found = type(modules[name]).__name__ if name in modules else "nothing"
@@ -228,7 +257,7 @@ def _block(
     kv = rows if len(qkv) == 3 else (rows - queries) // 2
     return Block(
         index, path, attention, qkv, out, inner if family.ffn else up[0], up, down, kv, queries, head,
-        0 if no_neurons else features(modules[down])[0], _whole(model, family, owner, kv, head),
+        0 if no_neurons else features(modules[down])[0], _whole(model, family, owner, kv, head), experts,
     )  # fmt: skip
 
 
@@ -240,7 +269,7 @@ def _whole(model: nn.Module, family: Family, attention: nn.Module, kv: int, head
     for name, reason in family.whole_if:
         if getattr(model.config, name, False):
             return reason
-    known = {*family.qkv, family.out}
+    known = {*family.qkv, family.out, *family.per_query_head}
     for name, parameter in attention.named_parameters():
         if name.split(".")[0] not in known and parameter.numel() != head:
             return f"{name.rsplit('.', 1)[0]!r} normalises over all heads"

@@ -143,8 +143,8 @@ class _Shapes:
 
 
 def _inputs_outputs(model: nn.Module, consumer: Consumer) -> tuple[int, int]:
-    shape = model.get_parameter(consumer.tensor).shape
-    return int(shape[consumer.dim]), int(shape[1 - consumer.dim])
+    inputs, outputs = consumer.matrix(model).shape
+    return int(inputs), int(outputs)
 
 
 def _prepare(shapes: _Shapes) -> tuple[dict[str, float], float]:

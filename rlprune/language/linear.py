@@ -11,6 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 
+class UnsupportedModel(ValueError):
+    """A model that no adapter knows, or that does not look as its adapter expects; the module is named."""
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a layer is ``nn.Linear`` (a subclass that only renames it too) or transformers' ``Conv1D``."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
@@ -56,8 +60,11 @@ class LayerConfig:
         return getattr(self._shared, name)
 
 
-def set_attribute(module: nn.Module, attribute: str, value: int) -> None:
-    """Set an integer attribute; "config.x" sets it in a config of the module's own, a tuple keeps its length of 1."""
+def set_attribute(module: nn.Module, attribute: str, value: int | str) -> None:
+    """Set an attribute, mostly a count; a tuple keeps its length of 1.
+
+    "config.x" sets the field x in a config of the module's own.
+    """
     if attribute.startswith("config."):
         name = attribute.removeprefix("config.")
         owner: Any = module  # whose attribute is neither a tensor nor a module

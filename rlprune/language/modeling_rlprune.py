@@ -81,7 +81,9 @@ class PerLayerModel(nn.Module):
 
 def sizes_of(config: PreTrainedConfig) -> list[dict[str, int]]:
     """The sizes of every layer under the family's own names, dense ones included; 0 where a part is removed."""
-    names = [name for name in FAMILIES[config.model_type].sizes if name is not None]
+    family = FAMILIES[config.model_type]
+    own = family.sizes if family.mixture is None else (*family.sizes, *family.mixture.sizes)
+    names = [name for name in dict.fromkeys(own) if name]
     return [{name: getattr(layer, name) for name in names} for layer in config.per_layer_config]
 
 

@@ -17,7 +17,9 @@ from ..pruning.space import PruningSpace
 from ..pruning.surgery import masked, prune
 from ..tracing.counting import flop_counter
 from . import families
+from .expert_groups import few_experts
 from .files.pretrained import stock_config
+from .transformers_internals import eager_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -76,8 +78,9 @@ def difference(twin: nn.Module, ids: Tensor, plan: Plan) -> str | None:
     """Why the cut model is not the masked dense one, or does not cost what the formula says; None when it is."""
     slim = prune(twin, plan)
     got, macs = counted(slim, ids)
-    with torch.no_grad():
-        wanted = masked(twin, plan)(input_ids=ids, use_cache=False).logits
+    oracle = masked(twin, plan)
+    with torch.no_grad(), eager_experts(oracle):
+        wanted = oracle(input_ids=ids, use_cache=False).logits
     if not torch.allclose(got, wanted, rtol=0.0, atol=_EXACT * max(1.0, float(wanted.abs().max()))):
         return f"outputs differ by {float((got - wanted).abs().max()):.1e}"
     facts = {
@@ -94,9 +97,10 @@ def counted(model: nn.Module, ids: Tensor) -> tuple[Tensor, float]:
     """Logits (B, L, V) of a forward pass without cache, and its multiply-adds by torch's FLOP counter.
 
     The angles of rotary embeddings are left out: some versions of transformers get them from a product of
-    positions and frequencies, others from a plain multiplication, and no width changes them.
+    positions and frequencies, others from a plain multiplication, and no width changes them. Experts run one by one:
+    the counter does not see into products of several of them.
     """
-    with flop_counter() as counter:
+    with eager_experts(model), flop_counter() as counter:
         logits = model(input_ids=ids, use_cache=False).logits.detach()
     angles = {name for name, part in model.named_modules() if "Rotary" in type(part).__name__}
     counts = counter.get_flop_counts()
@@ -109,7 +113,8 @@ def skeleton(config: PreTrainedConfig) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     small = copy.deepcopy(stock_config(config))
-    _, kv_name, neurons_name = families.family_of(config).sizes
+    family = families.family_of(config)
+    _, kv_name, neurons_name = family.sizes
     heads = int(small.num_attention_heads)
     kv = int(getattr(small, kv_name, None) or heads) if kv_name else heads
     if getattr(small, "multi_query", False) and not getattr(small, "new_decoder_architecture", False):
@@ -130,6 +135,8 @@ def skeleton(config: PreTrainedConfig) -> nn.Module:
         small.word_embed_proj_dim = small.hidden_size
     if hasattr(small, neurons_name):
         setattr(small, neurons_name, 96)
+    if family.mixture is not None:
+        few_experts(small, family.mixture)
     small.vocab_size = 128
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(small, name, None)

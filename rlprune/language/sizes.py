@@ -11,17 +11,36 @@ from typing import Any
 from torch import nn
 
 from .dropped import drop
-from .families import Block, UnsupportedModel, blocks_of, family_of, head_attributes, neuron_attributes
+from .experts import resize_experts
+from .families import (
+    Block,
+    Family,
+    UnsupportedModel,
+    blocks_of,
+    family_of,
+    head_attributes,
+    neuron_attributes,
+)
 from .linear import feature_names, features, is_conv1d, is_dropped, is_linear, set_attribute, tensor_of
 
 
 def layer_sizes(model: nn.Module) -> list[dict[str, int]]:
     """For each block the sizes under the config's own names; 0 heads or neurons where a part is dropped."""
-    heads, kv, neurons = family_of(model).sizes
+    family = family_of(model)
+    heads, kv, _ = family.sizes
     return [
-        {heads: b.query_heads, **({kv: b.kv_heads} if kv else {}), neurons: b.neurons}
+        {heads: b.query_heads, **({kv: b.kv_heads} if kv else {}), **_inner_sizes(family, b)}
         for b in blocks_of(model)
     ]
+
+
+def _inner_sizes(family: Family, block: Block) -> dict[str, int]:
+    """Sizes of what the feed-forward part of a block is made of, under the config's own names."""
+    if block.experts is None or family.mixture is None:
+        return {family.sizes[2]: block.neurons}
+    count, neurons, shared = family.mixture.sizes
+    found = {count: block.experts.count, neurons: block.experts.neurons}
+    return found | ({shared: block.neurons} if block.up else {})
 
 
 def resize(model: nn.Module, sizes: Sequence[Mapping[str, int]], hidden_size: int | None = None) -> None:
@@ -32,21 +51,23 @@ def resize(model: nn.Module, sizes: Sequence[Mapping[str, int]], hidden_size: in
     Raises:
         UnsupportedModel: the number of blocks or a size does not fit the model.
     """
-    blocks = blocks_of(model)
-    heads_name, _, neurons_name = family_of(model).sizes
+    blocks, family = blocks_of(model), family_of(model)
+    heads_name = family.sizes[0]
     if len(sizes) != len(blocks):
         raise UnsupportedModel(f"per_layer_config: {len(sizes)} layers for a model of {len(blocks)}")
     for block, wanted in zip(blocks, sizes, strict=True):
-        heads, neurons = wanted.get(heads_name), wanted.get(neurons_name)
-        for name, value, most in (
-            (heads_name, heads, block.query_heads),
-            (neurons_name, neurons, block.neurons),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+        limits = {heads_name: block.query_heads, **_inner_sizes(family, block)}
+        sizes_here: dict[str, int] = {}
+        for name, most in limits.items():
+            value, least = wanted.get(name), 0
+            if block.experts is not None and family.mixture is not None and name == family.mixture.sizes[0]:
+                least = block.experts.top_k
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise UnsupportedModel(
-                    f"per_layer_config[{block.index}].{name}: {value!r}; allowed: 0 to {most}"
+                    f"per_layer_config[{block.index}].{name}: {value!r}; allowed: {least} to {most}"
                 )
-        assert heads is not None and neurons is not None
+            sizes_here[name] = value
+        heads = sizes_here[heads_name]
         each = block.query_heads if block.whole else block.ratio
         if heads % max(1, each):
             raise UnsupportedModel(
@@ -54,10 +75,20 @@ def resize(model: nn.Module, sizes: Sequence[Mapping[str, int]], hidden_size: in
             )
         if heads != block.query_heads:
             _resize_attention(model, block, heads // each)
-        if neurons != block.neurons:
-            _resize_ffn(model, block, neurons)
+        _resize_inner(model, family, block, sizes_here)
     if hidden_size is not None:
         _resize_hidden(model, hidden_size)
+
+
+def _resize_inner(model: nn.Module, family: Family, block: Block, sizes: Mapping[str, int]) -> None:
+    """Size the feed-forward part of a block: its neurons, or its experts and what they share."""
+    shared = family.sizes[2]
+    if block.experts is not None and family.mixture is not None:
+        count, neurons, shared = family.mixture.sizes
+        if (sizes[count], sizes[neurons]) != (block.experts.count, block.experts.neurons):
+            resize_experts(model, block.experts, sizes[count], sizes[neurons])
+    if block.up and sizes[shared] != block.neurons:
+        _resize_ffn(model, block, sizes[shared])
 
 
 def _resize_attention(model: nn.Module, block: Block, units: int) -> None:
@@ -67,6 +98,8 @@ def _resize_attention(model: nn.Module, block: Block, units: int) -> None:
         _resize_linear(model.get_submodule(name), outputs=lambda n: n // dense * units)
     _resize_linear(model.get_submodule(block.out), inputs=lambda n: n // dense * units)
     owner = model.get_submodule(block.attention)
+    for name in family_of(model).per_query_head:
+        _shrink(owner, name, (len(tensor_of(owner, name)) // dense * units,))
     for attribute, worth in attributes.items():
         set_attribute(owner, attribute, worth * units)
     if units == 0:

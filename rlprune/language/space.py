@@ -27,6 +27,7 @@ from ..pruning.space import (
     Cut,
     DropRule,
     Group,
+    MaskRule,
     Member,
     PruningSpace,
     axis_sizes,
@@ -36,6 +37,7 @@ from ..tracing.trace import TraceOptions
 from ..utils.arrays import Ints
 from . import families
 from .dropped import drop
+from .expert_groups import EXPERTS, add_experts, add_products
 from .families import Block
 from .linear import feature_names, features, is_conv1d, is_linear, set_attribute
 from .proof import prove
@@ -76,6 +78,10 @@ def language_space(
         blocks = families.blocks_of(model)
     except families.UnsupportedModel as error:
         raise GraphError(str(error)) from None
+    if options.hidden and any(block.experts is not None for block in blocks):
+        raise GraphError(
+            f"prune.hidden: {type(model).__name__} is a mixture of experts, whose hidden size is not cut; leave it out"
+        )
     ignored = _ignored(model, blocks, options.ignore)
     limits = restriction(model, options)
     layout = _LanguageLayout(model, blocks, length, options.drop, options.hidden, {**limits.stays, **ignored})
@@ -97,7 +103,7 @@ def language_space(
 def _check_rounding(groups: Sequence[Group], round_to: int) -> None:
     """A multiple above a layer's width would keep the layer whole without a word."""
     for group in groups:
-        if group.kind != "attention" and round_to > group.width:
+        if group.kind not in ("attention", EXPERTS) and round_to > group.width:
             units = "neurons" if group.kind == "ffn" else "channels"
             raise BudgetError(
                 f"prune.round_to: {round_to} is larger than the {group.width} {units} of {group.name!r}; lower "
@@ -153,6 +159,11 @@ def _ignored(model: nn.Module, blocks: Sequence[Block], patterns: Sequence[str])
                 ignored[block.attention] = reason
             if hits & {*block.up, block.down}:
                 ignored[block.ffn] = reason
+            if block.experts is not None:
+                own = {block.experts.router, block.experts.module}
+                ignored |= dict.fromkeys(own if block.experts.owner in hits else own & hits, reason)
+                if block.experts.owner in hits:
+                    ignored[block.ffn] = reason
         if "hidden" in hits or hits & {n for n, m in model.named_modules() if isinstance(m, nn.Embedding)}:
             ignored["hidden"] = reason
     return ignored
@@ -183,12 +194,14 @@ class _LanguageLayout:
         self.cuts: list[Cut] = []
         self.rules: list[AttributeRule] = []
         self.drops: list[DropRule] = []
+        self.masks: list[MaskRule] = []
         self.terms: list[Term] = []
         self.heads: dict[int, int] = {}  # block -> axis of its key-value heads (or of its whole attention)
         self._units = 0
         for block in blocks:
             self._attention(block, ignored)
             self._ffn(block, ignored)
+            add_experts(self, block, ignored)
         if not hidden:
             self.protected["hidden"] = "the residual width stays (prune.hidden makes it a group)"
         elif "hidden" in ignored:
@@ -210,6 +223,7 @@ class _LanguageLayout:
             terms=tuple(self.terms),
             input_shape=(1, self.length),
             drops=tuple(self.drops),
+            masks=tuple(self.masks),
             wing="language",
         )
 
@@ -242,11 +256,15 @@ class _LanguageLayout:
             self._cut_linear(name, "out", self._axis(slots))
         self._cut_linear(block.out, "in", self._axis(queries))
         self.heads[block.index] = axis = self._axis(heads)
+        for name in families.family_of(self.model).per_query_head:
+            self.cuts.append(Cut(f"{block.attention}.{name}", 0, self._axis(np.repeat(heads, r)), False))
         for attribute, worth in families.head_attributes(self.model, block).items():
             self.rules.append(_size_rule(block.attention, attribute, axis, worth))
         self.drops.append(DropRule(block.attention, axis, partial(drop, kind="attention")))
 
     def _ffn(self, block: Block, ignored: dict[str, str]) -> None:
+        if not block.up:
+            return
         reason = ignored.get(block.ffn, "" if block.neurons else "already dropped")
         if block.neurons == 1 and not self.drop:
             reason = reason or "a single unit, nothing to choose from"
@@ -292,14 +310,21 @@ class _LanguageLayout:
         second: int,
     ) -> int:
         """Append a group and return the number of its first unit."""
-        last = max(1, 2 * len(self.blocks) - 1)
-        depth = 0.0 if block < 0 else (2 * block + second) / last
         lowest = 0 if self.drop and kind != "hidden" else 1
-        self.groups.append(
+        depth = self.depth_of(block, second)
+        return self.add_group(
             Group(name, kind, width, unit, lowest, 1, members, depth, 1, 1, block, kind != "hidden")
         )
-        self._units += width
-        return self._units - width
+
+    def depth_of(self, block: int, second: int) -> float:
+        """Relative position of a block's first or second part in the model."""
+        return 0.0 if block < 0 else (2 * block + second) / max(1, 2 * len(self.blocks) - 1)
+
+    def add_group(self, group: Group) -> int:
+        """Append a group and return the number of its first unit."""
+        self.groups.append(group)
+        self._units += group.units
+        return self._units - group.units
 
     # Tensors
 
@@ -324,7 +349,7 @@ class _LanguageLayout:
 
     def _costs(self) -> dict[str, CostFormula]:
         """The formula of each metric; what each layer adds to MACs and parameters goes into ``terms``."""
-        sizes = axis_sizes(self.axes, [g.width for g in self.groups])
+        sizes = axis_sizes(self.axes, [g.width for g in self.groups], [g.lanes for g in self.groups])
         by_tensor: dict[str, list[Cut]] = defaultdict(list)
         for cut in self.cuts:
             by_tensor[cut.tensor].append(cut)
@@ -349,6 +374,8 @@ class _LanguageLayout:
                 numbers = {c.dim: c.axis for c in by_tensor.get(weight, [])}
                 self.terms.append(Term(path, "macs", self.length * rest, tuple(numbers.values())))
         for block in self.blocks:
+            if block.experts is not None:
+                add_products(self, block.experts, builders["macs"], sizes)
             # Queries times keys and scores times values, whole squares: masked entries are computed too.
             units = 1 if block.whole else max(1, block.kv_heads)
             scores = 2.0 * self.length**2 * block.head_dim * block.query_heads / units

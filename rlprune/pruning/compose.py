@@ -51,8 +51,9 @@ def compose(first: Plan, second: Plan) -> Plan:
         units[~gone[offset + units]] for offset, units in zip(first.space.offsets, first.kept, strict=True)
     )
     _check(first.space, composed, stays)
-    widths = np.array([len(units) for units in composed], dtype=np.int64)
-    return Plan(first.space, widths, composed, {**second.origin, "after": dict(first.origin)})
+    return Plan(
+        first.space, first.space.widths_of(composed), composed, {**second.origin, "after": dict(first.origin)}
+    )
 
 
 def _left(plan: Plan) -> dict[tuple[str, int], tuple[int, Ints | None]]:

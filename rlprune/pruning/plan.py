@@ -74,7 +74,7 @@ def _check(plan: Plan) -> None:
         raise ArtifactError(f"plan: holds {len(plan.kept)} groups, the model has {len(groups)}")
     lanes = plan.space.lanes_left(plan.kept)
     for group, width, kept, left in zip(groups, plan.widths, plan.kept, lanes, strict=True):
-        fits = len(kept) == width * len(left) and width >= min(1, group.minimum) and kept.ndim == 1
+        fits = len(kept) == width * len(left) and width >= group.lowest and kept.ndim == 1
         if not fits or ((kept < 0) | (kept >= group.units)).any() or (np.diff(kept) <= 0).any():
             raise ArtifactError(
                 f"plan: group {group.name!r}: the kept units do not fit its {group.width} units"
@@ -121,7 +121,7 @@ def make_plan(
         raise BudgetError("make_plan: widths must be whole numbers")
     chosen = chosen.astype(np.int64)
     for group, width in zip(space.groups, chosen, strict=True):
-        lowest = min(1, group.minimum)
+        lowest = group.lowest
         if not lowest <= width <= group.width:
             raise BudgetError(
                 f"make_plan: width {width} of group {group.name!r}; allowed: {lowest} to {group.width}"

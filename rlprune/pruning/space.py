@@ -48,6 +48,8 @@ class Group:
     a layer, whose neurons are ranked expert by expert). Units are numbered lane after lane, and a group has ``lanes *
     width`` of them; the width is that of one lane. ``lane_group`` names the group whose units are the lanes, where
     whole lanes can go as well: then units are kept in the lanes that stay.
+
+    ``fewest`` units are needed for the model to run (a router's choices); ``minimum`` is what a search keeps to.
     """
 
     name: str
@@ -64,6 +66,12 @@ class Group:
     exact: bool = True
     lanes: int = 1
     lane_group: str = ""
+    fewest: int = 1
+
+    @property
+    def lowest(self) -> int:
+        """The smallest width that a plan may have, whatever ``minimum`` asks for: what the model needs to run."""
+        return min(self.fewest, self.minimum)
 
     @property
     def units(self) -> int:
@@ -223,6 +231,11 @@ class PruningSpace:
         """
         return values[..., self.leaders] if self.ties else values
 
+    def widths_of(self, kept: Sequence[Ints]) -> Ints:
+        """The widths (G,) that the units in ``kept`` (G index arrays) make: those of one lane of each group."""
+        lanes = [max(1, len(left)) for left in self.lanes_left(kept)]
+        return np.array([len(k) // n for k, n in zip(kept, lanes, strict=True)], dtype=np.int64)
+
     def cost(self, widths: ArrayLike, metric: str = "macs") -> Any:
         """Cost of the whole model at these widths: a float for shape (G,), an array (N,) for (N, G).
 
@@ -305,7 +318,7 @@ class PruningSpace:
             renumbered[self.offsets[g] + units] = offsets[g] + np.arange(len(units))
         slots = [renumbered[axis.slots] for axis in self.axes]
         lanes = [len(left) for left in self.lanes_left(kept)]
-        widths = [len(k) // n for k, n in zip(kept, lanes, strict=True)]
+        widths = self.widths_of(kept).tolist()
         groups = [
             replace(g, width=w, minimum=min(g.minimum, w), lanes=n)
             for g, w, n in zip(self.groups, widths, lanes, strict=True)

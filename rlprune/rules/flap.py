@@ -33,10 +33,10 @@ def _scores(context: Context) -> list[Floats]:
     scores = [np.zeros(g.units) for g in space.groups]
     for consumer in unit_consumers(space):
         squares = (weights(context, consumer) ** 2).sum(axis=1)
-        fluctuation = array(moments[consumer.module].variance) * squares
+        fluctuation = array(moments[consumer.name].variance) * squares
         if space.groups[consumer.group].kind == "attention":
             fluctuation = fluctuation**2
         spread = fluctuation.std(ddof=1) if len(fluctuation) > 1 else 0.0
         standard = (fluctuation - fluctuation.mean()) / (spread if spread > 0 else 1.0)
-        scores[consumer.group] = standard[consumer.columns].mean(axis=1)
+        scores[consumer.group][consumer.place] = standard[consumer.columns].mean(axis=1)
     return scores

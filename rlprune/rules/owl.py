@@ -47,7 +47,7 @@ def outlier_shares(context: Context) -> Floats:
     for block, own in consumers.items():
         parts = []
         for consumer in own:
-            norm = np.sqrt(array(moments[consumer.module].second))  # ||X_j|| up to the number of tokens
+            norm = np.sqrt(array(moments[consumer.name].second))  # ||X_j|| up to the number of tokens
             parts.append((np.abs(weights(context, consumer)) * norm[:, None]).ravel())
         values = np.concatenate(parts)
         shares[block] = (values > MULTIPLE * values.mean()).mean()

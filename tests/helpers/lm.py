@@ -20,6 +20,8 @@ _BASE: dict[str, Any] = {
     "eos_token_id": None,
 }
 _GROUPED = _BASE | {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2}
+_PLAIN_ROPE: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 
 # Name of a variant -> (model_type, settings of its config).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -93,15 +95,42 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "hunyuan": ("hunyuan_v1_dense", _GROUPED),
     "cohere2": ("cohere2", _BASE | {"num_key_value_heads": 2}),
 }
+# The same of mixtures of experts, whose groups are others.
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", _GROUPED | _EXPERTS | {"num_local_experts": 5, "intermediate_size": 16}),
+    "olmoe": (
+        "olmoe",
+        _BASE | _EXPERTS | {"num_key_value_heads": 2, "num_experts": 6, "intermediate_size": 16},
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        _GROUPED
+        | _EXPERTS
+        | {"num_experts": 6, "moe_intermediate_size": 16, "mlp_only_layers": [1], "norm_topk_prob": True},
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        _GROUPED
+        | _EXPERTS
+        | {"num_experts": 6, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24},
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        _GROUPED
+        | _EXPERTS
+        | {"num_local_experts": 5, "intermediate_size": 16, "sliding_window": 8}
+        | _PLAIN_ROPE,
+    ),
+}
 
 
 def tiny_config(name: str = "llama", attention: str = "sdpa", **settings: Any) -> Any:
     """The config of a variant, with settings changed; ``attention`` is sdpa or eager."""
     from transformers import AutoConfig
 
-    kind, base = VARIANTS[name]
+    kind, base = (VARIANTS | MIXTURES)[name]
     # These have no attention through torch's fused function.
-    attention = "eager" if kind in ("bloom", "gptj", "gemma2") else attention
+    attention = "eager" if kind in ("bloom", "gptj", "gemma2", "gpt_oss") else attention
     return AutoConfig.for_model(kind, **(base | settings | {"attn_implementation": attention}))
 
 
@@ -116,9 +145,11 @@ def tiny_lm(
     from transformers import AutoModelForCausalLM
 
     config = tiny_config(name, attention, **settings)
+    # The product of all experts at once takes no float64.
+    more = {"experts_implementation": "eager"} if name in MIXTURES and dtype == torch.float64 else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **more)
         with torch.no_grad():
             for key, parameter in model.named_parameters():
                 if parameter.ndim > 1:

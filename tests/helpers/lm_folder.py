@@ -46,6 +46,31 @@ def write_folder(path: Path, **settings: Any) -> Path:
     return path
 
 
+def write_mixture(path: Path, **settings: Any) -> Path:
+    """The same of a random Mixtral: 2 blocks of 4 experts with 16 neurons each, two of them to a token."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers.utils import logging
+
+    from rlprune.language.loading import help_tokenizer
+
+    sizes = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+        "num_local_experts": 4, "num_experts_per_tok": 2, "bos_token_id": 0, "eos_token_id": 0,
+        "initializer_range": 0.2,
+    } | settings  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(MixtralConfig(**sizes))
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(path)
+    finally:
+        logging.enable_progress_bar()
+    help_tokenizer(VOCABULARY).save_pretrained(path)
+    return path
+
+
 def write_config(path: Path, model: Path | str) -> Path:
     """The YAML file of a run on a model's folder or file."""
     path.write_text(CONFIG.format(model=model), encoding="utf-8")

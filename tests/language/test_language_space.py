@@ -190,13 +190,13 @@ def small(name: str, **settings: Any) -> torch.nn.Module:
     ("name", "settings", "line"),
     [
         (
-            "MixtralConfig:MixtralForCausalLM",
+            "GraniteMoeConfig:GraniteMoeForCausalLM",
             {"intermediate_size": 32, "num_key_value_heads": 2, "num_local_experts": 2},
-            "mixture of experts",
+            "mixture of experts of a type without an adapter \\('granitemoe'\\); allowed: gpt_oss, mixtral",
         ),
         (
-            "Qwen2MoeConfig:Qwen2MoeForCausalLM",
-            {"num_experts": 2, "moe_intermediate_size": 8, "intermediate_size": 32, "num_key_value_heads": 2},
+            "PhimoeConfig:PhimoeForCausalLM",
+            {"num_local_experts": 2, "intermediate_size": 32, "num_key_value_heads": 2},
             "'model.layers.0.mlp.*mixture of experts",
         ),
         ("BertConfig:BertForMaskedLM", {"intermediate_size": 32}, "no adapter for model_type 'bert'"),

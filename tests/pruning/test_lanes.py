@@ -103,6 +103,7 @@ def test_a_later_stage_cuts_what_an_earlier_one_left(seed: int) -> None:
         assert torch.equal(tensor, twice.get_parameter(name))
     composed = rlprune.compose(first, second)
     assert [k.tolist() for k in composed.kept] == [k.tolist() for k in kept]
+    assert composed.widths.tolist() == second.widths.tolist()
 
 
 def test_each_lane_is_ranked_by_its_own_scores() -> None:

@@ -9,10 +9,11 @@ from ...importance.unit_scores import Scores
 from ...utils.arrays import Floats
 from .grams import Consumer, Grams, GramSource, GramWalk, InputGram, UsedUp, unit_consumers
 from .nested import Factors, NestedReconstruction
+from .routing import contributions
 from .statistics import Statistics
 from .statistics import collect as collect_statistics
 
-STATISTICS = "statistics"
+STATISTICS, CONTRIBUTIONS = "statistics", "contributions"
 
 
 class LanguageCalibration(CalibrationCache):
@@ -32,6 +33,12 @@ class LanguageCalibration(CalibrationCache):
             STATISTICS, lambda: collect_statistics(self.model, self.space, self.batches(self.limit))
         )
 
+    def contributions(self) -> dict[int, Floats]:
+        """What each expert adds, {group of whole experts: (experts,)}, over all that importances read."""
+        return self.cached(
+            CONTRIBUTIONS, lambda: contributions(self.model, self.space, self.batches(self.limit))
+        )
+
     def grams(self) -> GramSource:
         """Gram matrices of what the units' consumers read, over what the recovery reads."""
         if self._given is not None:
@@ -41,7 +48,7 @@ class LanguageCalibration(CalibrationCache):
 
     def collect_grams(self) -> Grams:
         """All of :meth:`grams` at once, for whoever needs them more than once."""
-        return Grams({c.module: gram for c, gram in self.grams().each(unit_consumers(self.space))})
+        return Grams({c.name: gram for c, gram in self.grams().each(unit_consumers(self.space))})
 
     def give_grams(self, grams: Grams) -> None:
         """Take Gram matrices that were collected elsewhere; the recovery uses them up."""

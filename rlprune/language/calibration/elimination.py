@@ -33,18 +33,27 @@ class Elimination:
     ``order`` (units,) lists the units, the first one removed first. ``errors`` (units,) is the squared
     error of the consumer's output (mean over tokens, summed over outputs, the ridge's penalty included)
     after each removal; ``energy`` that of an output of zeros, so ``errors[-1]`` is ``energy`` too.
+
+    Of a group with lanes ``order`` lists those of one lane after the other, and an error is the sum over the lanes when
+    each of them has lost as many units.
     """
 
     order: Ints = field(repr=False)
     errors: Floats = field(repr=False)
     energy: float
+    lanes: int = 1
 
     @property
     def ranks(self) -> Floats:
         """Score of each unit (units,): 0 for the one that goes first."""
         ranks = np.empty(len(self.order))
-        ranks[self.order] = np.arange(len(self.order))
+        ranks[self.order] = np.tile(np.arange(len(self.errors)), self.lanes)
         return ranks
+
+    def beside(self, other: Elimination) -> Elimination:
+        """The elimination of this group and of one lane more."""
+        order = np.concatenate([self.order, len(self.order) + other.order])
+        return Elimination(order, self.errors + other.errors, self.energy + other.energy, self.lanes + 1)
 
 
 def eliminate(product: Tensor, matrix: Tensor, columns: Ints, ridge: float) -> Elimination:
@@ -160,12 +169,19 @@ def eliminations(
     A layer with a bias is judged with the intercept that its reconstruction will get. The hidden size has
     no single consumer and is left out.
     """
-    found = {}
+    found: dict[int, Elimination] = {}
     with torch.no_grad():
         for consumer, gram in grams.each(group_consumers(space, "prune.importance: 'obs'")):
             product = gram.centred() if consumer.has_bias(model) else gram.product
-            found[consumer.group] = eliminate(product, consumer.matrix(model), consumer.columns, ridge)
+            one = eliminate(product, consumer.matrix(model), consumer.columns, gram.ridge(ridge))
+            note_elimination(found, consumer, one)
             if then is not None:
-                then(consumer, gram, found[consumer.group].ranks)
+                then(consumer, gram, one.ranks)
             del gram, product  # before the next block's are made
     return found
+
+
+def note_elimination(found: dict[int, Elimination], consumer: Consumer, one: Elimination) -> None:
+    """Add a consumer's elimination to those of the groups."""
+    before = found.get(consumer.group)
+    found[consumer.group] = one if before is None else before.beside(one)

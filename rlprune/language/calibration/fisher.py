@@ -22,7 +22,7 @@ from ...pruning.space import PruningSpace
 from ...utils.arrays import Floats
 from ...utils.modes import evaluating
 from ..tuning.loss import learned
-from .elimination import Elimination, Ranked, eliminate
+from .elimination import Elimination, Ranked, eliminate, note_elimination
 from .grams import GramSource, group_consumers, token_rows, unit_consumers
 
 # Share of F's mean diagonal that is added before the root: directions that no gradient has shown count a little.
@@ -60,7 +60,8 @@ def output_moments(
         return output.detach().requires_grad_()
 
     consumers = unit_consumers(space)
-    handles = [model.get_submodule(c.module).register_forward_hook(watch(c.module)) for c in consumers]
+    modules = dict.fromkeys(c.module for c in consumers)
+    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in modules]
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     handles.append(embeddings.register_forward_hook(start))
     keywords = {"use_cache": False} if hasattr(model, "config") else {}
@@ -105,14 +106,18 @@ def fisher_eliminations(
     then: Ranked | None = None,
 ) -> dict[int, Elimination]:
     """As `elimination.eliminations`, in nats: half of ``errors`` is the divergence that a cut is expected to cost."""
-    found = {}
+    found: dict[int, Elimination] = {}
+    module, root = "", torch.empty(0)
     with torch.no_grad():
         for consumer, gram in grams.each(group_consumers(space, "prune.importance: 'obs_fisher'")):
             product = gram.centred() if consumer.has_bias(model) else gram.product
-            weights = consumer.matrix(model).double() @ _root(moments[consumer.module])
-            found[consumer.group] = eliminate(product, weights, consumer.columns, ridge)
+            if consumer.module != module:  # experts share their output
+                module, root = consumer.module, _root(moments[consumer.module])
+            weights = consumer.matrix(model).double() @ root
+            one = eliminate(product, weights, consumer.columns, gram.ridge(ridge))
+            note_elimination(found, consumer, one)
             if then is not None:
-                then(consumer, gram, found[consumer.group].ranks)
+                then(consumer, gram, one.ranks)
             del gram, product  # before the next block's are made
     return found
 

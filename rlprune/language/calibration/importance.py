@@ -12,6 +12,7 @@ from ...importance.importance import IMPORTANCES, first_sentence, l2, register
 from ...importance.unit_scores import Batches, Floats, Scores
 from ...pruning.space import PruningSpace
 from ...utils.memory import return_freed_memory
+from ..expert_groups import EXPERTS
 from .cache import LanguageCalibration, language_calibration
 from .elimination import Ranked, eliminations
 from .fisher import divergence_curves, fisher_eliminations, output_moments
@@ -26,11 +27,14 @@ WING = "language"
 def _by_column(
     model: nn.Module, space: PruningSpace, name: str, score: Callable[[Consumer, Floats], Floats]
 ) -> Scores:
-    """``score(consumer, weights (I, O))`` gives scores (units,); a hidden size that is a group gets its L2 norm."""
+    """``score(consumer, weights (I, O))`` gives scores (units,); hidden size and whole experts get their L2 norm."""
     consumers = group_consumers(space, f"prune.importance: {name!r}")
-    found = {c.group: score(c, c.matrix(model).double().cpu().numpy()) for c in consumers}
-    spare = l2(model, space) if len(found) < len(space.groups) else []
-    return [found[g] if g in found else spare[g] for g in range(len(space.groups))]
+    known = {c.group for c in consumers}
+    spare = l2(model, space) if len(known) < len(space.groups) else []
+    scores = [np.zeros(g.units) if i in known else spare[i] for i, g in enumerate(space.groups)]
+    for c in consumers:
+        scores[c.group][c.place] = score(c, c.matrix(model).double().cpu().numpy())
+    return scores
 
 
 def wanda_sp(model: nn.Module, space: PruningSpace, statistics: Statistics) -> Scores:
@@ -41,7 +45,7 @@ def wanda_sp(model: nn.Module, space: PruningSpace, statistics: Statistics) -> S
     """
 
     def score(consumer: Consumer, weights: Floats) -> Floats:
-        norms = np.sqrt(statistics.inputs[consumer.module].second)
+        norms = np.sqrt(statistics.inputs[consumer.name].second)
         return (np.abs(weights).mean(axis=1) * norms)[consumer.columns].sum(axis=1)
 
     return _by_column(model, space, "wanda_sp", score)
@@ -55,7 +59,7 @@ def flap(model: nn.Module, space: PruningSpace, statistics: Statistics) -> Score
     """
 
     def score(consumer: Consumer, weights: Floats) -> Floats:
-        values = statistics.inputs[consumer.module].variance * (weights**2).sum(axis=1)
+        values = statistics.inputs[consumer.name].variance * (weights**2).sum(axis=1)
         if space.groups[consumer.group].kind == "attention":
             values = values**2
         return values[consumer.columns].mean(axis=1)
@@ -72,7 +76,9 @@ def obs(
     places in that order, 0 for the first unit to go; ``then`` is told of each consumer's.
     """
     found = eliminations(model, space, grams, ridge, then)
-    return _by_column(model, space, "obs", lambda consumer, weights: found[consumer.group].ranks)
+    return _by_column(
+        model, space, "obs", lambda consumer, weights: found[consumer.group].ranks[consumer.place]
+    )
 
 
 def obs_fisher(
@@ -93,7 +99,9 @@ def obs_fisher(
     moments = output_moments(model, space, batches, seed)
     return_freed_memory()
     found = fisher_eliminations(model, space, grams, moments, ridge, then)
-    scores = _by_column(model, space, "obs_fisher", lambda consumer, weights: found[consumer.group].ranks)
+    scores = _by_column(
+        model, space, "obs_fisher", lambda consumer, weights: found[consumer.group].ranks[consumer.place]
+    )
     return scores, divergence_curves(found)
 
 
@@ -104,20 +112,28 @@ def _checked(cache: CalibrationCache, name: str) -> LanguageCalibration:
     return language_calibration(cache, purpose)
 
 
+def _with_experts(cache: LanguageCalibration, scores: Scores) -> Scores:
+    """Scores whose groups of whole experts are ranked by what each expert adds (`routing.contributions`)."""
+    found = cache.contributions() if any(g.kind == EXPERTS for g in cache.space.groups) else {}
+    return [found.get(index, own) for index, own in enumerate(scores)]
+
+
 @register(first_sentence(wanda_sp), wing=WING, name="wanda_sp")
 def _wanda_sp(cache: CalibrationCache) -> Scores:
-    return wanda_sp(cache.model, cache.space, _checked(cache, "wanda_sp").statistics())
+    own = _checked(cache, "wanda_sp")
+    return _with_experts(own, wanda_sp(cache.model, cache.space, own.statistics()))
 
 
 @register(first_sentence(flap), wing=WING, name="flap")
 def _flap(cache: CalibrationCache) -> Scores:
-    return flap(cache.model, cache.space, _checked(cache, "flap").statistics())
+    own = _checked(cache, "flap")
+    return _with_experts(own, flap(cache.model, cache.space, own.statistics()))
 
 
 @register(first_sentence(obs), wing=WING, name="obs")
 def _obs(cache: CalibrationCache) -> Scores:
     own = _checked(cache, "obs")
-    return obs(cache.model, cache.space, own.grams(), cache.ridge, own.factorise)
+    return _with_experts(own, obs(cache.model, cache.space, own.grams(), cache.ridge, own.factorise))
 
 
 @register(first_sentence(obs_fisher), wing=WING, name="obs_fisher")
@@ -129,7 +145,7 @@ def _obs_fisher(cache: CalibrationCache) -> Scores:
         cache.model, cache.space, own.grams(), batches, cache.ridge, cache.seed, own.factorise
     )
     cache.keep(CURVES, curves)
-    return scores
+    return _with_experts(own, scores)
 
 
 OWN_IMPORTANCES = tuple(name for name, found in IMPORTANCES.items() if found.wing == WING)

@@ -85,24 +85,24 @@ class Factors:
 
     def fit(self, consumers: Sequence[Consumer], importance: Scores | None) -> bool:
         """Whether these are the factors of some consumers under some unit scores (None: by index)."""
-        if [c.module for c in consumers] != list(self.solved):
+        if [c.name for c in consumers] != list(self.solved):
             return False
         return all(
-            np.array_equal(self.solved[c.module].units, _by_rank(c, _row(importance, c))) for c in consumers
+            np.array_equal(self.solved[c.name].units, _by_rank(c, _row(importance, c))) for c in consumers
         )
 
     def add(self, consumer: Consumer, gram: InputGram, scores: ArrayLike | None) -> None:
         """Factorise the Gram matrix of a consumer's input, its units in the order of their ``scores`` (units,)."""
         with torch.no_grad():
-            self.solved[consumer.module] = self._solve(consumer, gram, scores)
+            self.solved[consumer.name] = self._solve(consumer, gram, scores)
 
     def _solve(self, consumer: Consumer, gram: InputGram, scores: ArrayLike | None) -> _Solved:
         units = _by_rank(consumer, scores)
         order = consumer.columns[units].reshape(-1)
-        centred = self._intercept or consumer.has_bias(self._model)
+        centred = (self._intercept and consumer.lane < 0) or consumer.has_bias(self._model)
         index = torch.from_numpy(order.copy()).to(gram.product.device)
         product = (gram.centred() if centred else gram.product)[index[:, None], index]
-        lower = penalised(product, self._ridge, consumer.module, self._shrink)[1]
+        lower = penalised(product, gram.ridge(self._ridge), consumer.name, self._shrink)[1]
         del product
         weights = consumer.matrix(self._model)
         # The Gram matrices are in float32 unless the model is in float64: so are the factors.
@@ -115,7 +115,7 @@ class Factors:
 
 
 def _row(importance: Scores | None, consumer: Consumer) -> ArrayLike | None:
-    return None if importance is None else importance[consumer.group]
+    return None if importance is None else importance[consumer.group][consumer.place]
 
 
 def _by_rank(consumer: Consumer, scores: ArrayLike | None) -> Ints:
@@ -170,11 +170,33 @@ class NestedReconstruction:
                 kept = indices[consumer.axis]
                 if kept is None or consumer.module not in modules:
                     continue
+                if consumer.lane >= 0:
+                    self._mend_expert(slim, solved, plan)
+                    continue
                 rows = None if consumer.rows is None else indices[consumer.rows]
                 nested = np.sort(solved.units[: len(plan.kept[consumer.group])])
                 prefix = np.array_equal(nested, plan.kept[consumer.group])
                 new = (self._leading if prefix else self._direct)(solved, kept, rows)
                 self._write(slim, modules[consumer.module], solved, kept, rows, new)
+
+    def _mend_expert(self, slim: nn.Module, solved: _Solved, plan: Plan) -> None:
+        """Write the weights of one expert, where it is left and has lost neurons."""
+        consumer = solved.consumer
+        module = slim.get_submodule(consumer.module)
+        whole, group = len(consumer.columns), plan.kept[consumer.group]
+        kept = group[group // whole == consumer.lane] % whole
+        left = self._space.lanes_left(plan.kept)[consumer.group]
+        place = int(np.searchsorted(left, consumer.lane))
+        if len(kept) in (0, whole):
+            return
+        prefix = np.array_equal(np.sort(solved.units[: len(kept)]), kept)
+        new = (self._leading if prefix else self._direct)(solved, kept, None)
+        name = consumer.tensor.rpartition(".")[2]
+        tensor_of(module, name)[place].copy_(new if consumer.dim == 1 else new.T)
+        if solved.mean is None or solved.output is None:
+            return
+        change = solved.output - solved.mean[torch.from_numpy(kept).to(new.device)].double() @ new.double()
+        shift_bias(module, change, slim, f"{name}_bias", place)
 
     def _leading(self, solved: _Solved, kept: Ints, rows: Ints | None) -> Tensor:
         """Weights (k, O) for the best-ranked columns, in the order of ``kept``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from ...pruning.space import PruningSpace
 from ...utils.arrays import Floats
 from ..families import Block, UnsupportedModel, blocks_of
 from .grams import token_rows, unit_consumers
+from .routing import watch_experts
 from .walk import Focus, run_blocks, stream_of
 
 # Largest relative difference at which a block counts as x + attention(x) + ffn(...).
@@ -36,7 +37,8 @@ class Moments:
 class Statistics:
     """What one pass over the calibration data tells about a language model.
 
-    ``inputs`` holds the :class:`Moments` of each consumer (o_proj, down_proj) by module name. The cosines,
+    ``inputs`` holds the :class:`Moments` of each consumer (o_proj, down_proj, an expert's) by `Consumer.name`; those of
+    an expert are of z, zero for tokens that are sent elsewhere (`routing`). The cosines,
     each (B,) for B blocks, are means over tokens of cos(x_in, x_out) of the residual stream: around the
     whole block (ShortGPT, arXiv 2403.03853, calls 1 - this the block's influence), from the block's input
     to the stream without the feed-forward part, and from there to the block's output.
@@ -62,16 +64,18 @@ def collect(model: nn.Module, space: PruningSpace, batches: Iterable[tuple[Tenso
         raise ConfigError(
             "statistics: the model has no attention or feed-forward group; they are for language models"
         )
-    inputs = {c.module: _Sums() for c in consumers}
+    inputs = {c.name: _Sums(len(c.columns) * c.columns.shape[1]) for c in consumers}
     focus = Focus()
     try:
         blocks = [_BlockProbe(model, b, focus) for b in blocks_of(model)]
     except (UnsupportedModel, AttributeError):  # a module of the user's own: moments only
         blocks = []
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(_noting(sums, blocks, focus))
-        for name, sums in inputs.items()
-    ]
+    handles: list[Any] = []
+    for module in dict.fromkeys(c.module for c in consumers):
+        own = [inputs[c.name] for c in consumers if c.module == module]
+        mixed = any(c.module == module and c.lane >= 0 for c in consumers)
+        note = _noting_experts if mixed else _noting
+        handles += note(model.get_submodule(module), own, blocks, focus)
     for probe in blocks:
         handles += probe.handles()
     try:
@@ -88,28 +92,52 @@ def collect(model: nn.Module, space: PruningSpace, batches: Iterable[tuple[Tenso
 class _Sums:
     """Running sums of a layer's input and of its square, in float64."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: int) -> None:
         self.count = 0
         self._first: Any = 0.0
         self._second: Any = 0.0
+        self._inputs = inputs
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, count: bool = True) -> None:
+        """Rows x (n, I); ``count``: they are tokens that have not been counted yet."""
         self._first = self._first + x.sum(dim=0, dtype=torch.float64)
         self._second = self._second + x.square().sum(dim=0, dtype=torch.float64)
-        self.count += len(x)
+        self.count += len(x) if count else 0
 
     def moments(self) -> Moments:
-        mean = (self._first / self.count).cpu().numpy()
-        second = (self._second / self.count).cpu().numpy()
+        nothing = torch.zeros(self._inputs, dtype=torch.float64)  # of an expert that no token is sent to
+        mean, second = (
+            (s / self.count).cpu().numpy() if isinstance(s, Tensor) else nothing.numpy()
+            for s in (self._first, self._second)
+        )
         return Moments(mean, second, np.maximum(second - mean**2, 0.0), self.count)
 
 
-def _noting(sums: _Sums, blocks: list[_BlockProbe], focus: Focus) -> Callable[..., None]:
+def _noting(layer: nn.Module, sums: Sequence[_Sums], blocks: list[_BlockProbe], focus: Focus) -> list[Any]:
+    """Hooks of a layer whose input is added to the sums."""
+
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if not any(b.repeating for b in blocks):
-            sums.add(focus.rows(token_rows(inputs[0])))
+            sums[0].add(focus.rows(token_rows(inputs[0])))
 
-    return hook
+    return [layer.register_forward_pre_hook(hook)]
+
+
+def _noting_experts(
+    experts: nn.Module, sums: Sequence[_Sums], blocks: list[_BlockProbe], focus: Focus
+) -> list[Any]:
+    """Hooks of a module of experts, each of which has sums of its own."""
+
+    def count(hidden: Tensor) -> None:
+        if not any(b.repeating for b in blocks):
+            for own in sums:
+                own.count += len(hidden)
+
+    def note(expert: int, x: Tensor, w: Tensor) -> None:
+        if not any(b.repeating for b in blocks):
+            sums[expert].add(x * w[:, None], count=False)
+
+    return [watch_experts(experts, note, count, focus)]
 
 
 class _BlockProbe:
@@ -123,7 +151,7 @@ class _BlockProbe:
     def __init__(self, model: nn.Module, block: Block, focus: Focus) -> None:
         self._focus = focus
         self._block = model.get_submodule(block.path)
-        self._parts = {"out": model.get_submodule(block.out), "down": model.get_submodule(block.down)}
+        self._parts = {"out": model.get_submodule(block.out), "down": model.get_submodule(block.ffn_output)}
         self._given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._added: dict[str, Tensor] = {}
         self.repeating = False
@@ -136,11 +164,14 @@ class _BlockProbe:
         return [*parts, before, self._block.register_forward_hook(self._after)]
 
     def _part(self, name: str) -> Callable[..., Tensor | None]:
-        def hook(layer: nn.Module, inputs: object, output: Tensor) -> Tensor | None:
+        def hook(layer: nn.Module, inputs: object, output: Any) -> Any:
             if not self.repeating:
-                self._added[name] = output
+                self._added[name] = stream_of(output)
                 return None
-            return torch.zeros_like(output) if name == "down" else None
+            if name != "down":
+                return None
+            nothing = torch.zeros_like(stream_of(output))
+            return (nothing, *output[1:]) if isinstance(output, tuple) else nothing
 
         return hook
 

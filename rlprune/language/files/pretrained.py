@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 SOURCE = "transformers"
 CONFIG, GENERATION = "config.json", "generation_config.json"
-CODE = ("modeling_rlprune.py", "families.py", "linear.py", "dropped.py", "sizes.py")
+CODE = ("modeling_rlprune.py", "families.py", "experts.py", "linear.py", "dropped.py", "sizes.py")
 # What differs between config.json and the dense configuration in plan.json, or has no part in the outputs.
 SAID_TWICE = ("added_biases", "pruned_hidden_size")
 _SIZES = ("per_layer_config", *SAID_TWICE)

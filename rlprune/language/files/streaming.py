@@ -99,6 +99,18 @@ def dense_skeleton(folder: str | Path, files: TensorFiles | None = None) -> Any:
     return model
 
 
+def stored_as_held(folder: str | Path) -> bool:
+    """Whether a checkpoint holds the experts of its layers in the tensors that the model has.
+
+    Most name each expert apart, and transformers puts them together on loading: such a file is not cut as it lies.
+    """
+    files = TensorFiles(Path(folder))
+    model = dense_skeleton(folder, files)
+    prefix = f"{model.base_model_prefix}."
+    fused = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+    return all(name in files.entries or name.removeprefix(prefix) in files.entries for name in fused)
+
+
 def space_of(model: nn.Module, document: PlanDocument) -> PruningSpace:
     """The pruning space in which a saved plan was made; the model may be on ``meta``.
 
