@@ -41,8 +41,8 @@ def watch_experts(module: nn.Module, note: Noting, count: Callable[[Tensor], Non
             places, tokens = torch.where(chosen.T == expert)
             if len(tokens):
                 x = routed_neurons(experts, hidden[tokens], expert)
-                w = weights[tokens, places]
-                note(expert, *(t if t.dtype == torch.float64 else t.float() for t in (x, w)))
+                x = x if x.dtype == torch.float64 else x.float()
+                note(expert, x, weights[tokens, places].to(x.dtype))  # some routers compute in float32 always
 
     return module.register_forward_pre_hook(hook)
 
