@@ -170,6 +170,10 @@ def test_what_cannot_be_read_is_said(made: Path, place: Path, refused: Callable[
         (bare / file).write_bytes((made / "merged" / file).read_bytes())
     line = refused(*words[:-1], "model.name=hf:bare")
     assert "its tokenizer cannot be read" in line and "copy those of the dense model" in line
+    edit(bare / "config.json", lambda c: c.update(quantization_config={"quant_method": "bitsandbytes"}))
+    line = refused(*words[:-1], "model.name=hf:bare")
+    assert "its weights are quantised by bitsandbytes; give the unquantised model" in line
+    edit(bare / "config.json", lambda c: c.pop("quantization_config"))
     config = json.loads((bare / "config.json").read_text())
     config["per_layer_config"]["0"]["intermediate_size"] = 7
     (bare / "config.json").write_text(json.dumps(config))
