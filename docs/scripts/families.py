@@ -30,12 +30,12 @@ from rlprune.report import markdown_table
 
 DOCS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(DOCS.parent / "tests"))
-from helpers.lm import VARIANTS, tiny_lm, tokens  # noqa: E402  (the tests' own models)
+from helpers.lm import MIXTURES, VARIANTS, tiny_lm, tokens  # noqa: E402  (the tests' own models)
 
 EXACT, LENGTH, PLANS = 1e-9, 12, 8
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 2, "num_key_value_heads": 2, "intermediate_size": 32}),
-    "qwen2_moe": ("Qwen2MoeForCausalLM", {"num_experts": 2, "num_key_value_heads": 2, "intermediate_size": 32}),
+    "granitemoe": ("GraniteMoeForCausalLM", {"num_local_experts": 2, "num_key_value_heads": 2, "intermediate_size": 32}),
+    "phimoe": ("PhimoeForCausalLM", {"num_local_experts": 2, "num_key_value_heads": 2, "intermediate_size": 32}),
     "bert": ("BertForMaskedLM", {"intermediate_size": 32}),
     "t5": ("T5ForConditionalGeneration", {"d_model": 32, "d_ff": 32, "num_layers": 1, "num_heads": 4, "d_kv": 8}),
     "mpt": ("MptForCausalLM", {"d_model": 32, "n_heads": 4, "n_layers": 1}),
@@ -88,7 +88,9 @@ def row(name: str, facts: dict[str, Any]) -> list[str]:
     block = facts["block"]
     heads = f"{block.query_heads} / {block.kv_heads}"
     units = f"whole: {block.whole}" if facts["whole"] else "key-value heads"
-    layers = [n.rsplit(".", 1)[-1] for n in (*block.qkv, block.out, *block.up, block.down)]
+    layers = [n.rsplit(".", 1)[-1] for n in (*block.qkv, block.out, *block.up, block.down) if n]
+    if block.experts is not None:
+        layers += [block.experts.router.rsplit(".", 1)[-1], block.experts.module.rsplit(".", 1)[-1]]
     return [
         name, facts["class"], "works" if works(facts) else "WRONG", heads, units, ", ".join(layers),
         "yes" if facts["tied"] else "no", f"{facts['worst']:.0e}" if facts["worst"] else "0",
@@ -123,7 +125,7 @@ def main() -> int:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     lines, good = [], 0
-    for name in arguments.names or VARIANTS:
+    for name in arguments.names or VARIANTS | MIXTURES:
         facts = examine(name)
         good += works(facts)
         lines.append(row(name, facts))
@@ -132,7 +134,7 @@ def main() -> int:
         return 0
     text = PAGE.format(
         table=markdown_table(HEADER, lines), good=good, all=len(lines), exact=EXACT, plans=PLANS,
-        kinds=len({VARIANTS[n][0] for n in VARIANTS}), types=", ".join(f"`{n}`" for n in families.FAMILIES),
+        kinds=len({kind for kind, _ in (VARIANTS | MIXTURES).values()}), types=", ".join(f"`{n}`" for n in families.FAMILIES),
         refused=markdown_table(["model_type", "in the words of the error"], [[n, refusal(n)] for n in REFUSED]),
         torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version(),
     )  # fmt: skip
@@ -155,6 +157,10 @@ their columns of the output layer. Where heads cannot be told apart, the attenti
 `prune.drop: true` it may be dropped whole.
 
 {table}
+
+In mixtures of experts a unit is a neuron of every expert, or a whole expert with its row of the router; the masked
+dense model's router gives the removed experts a score of minus infinity
+([language-models.md](language-models.md#mixtures-of-experts)).
 
 A difference of exactly 0 is a rounding too: these families' last norm computes in float32 whatever the model's
 format, so that differences of 1e-16 before it vanish.
