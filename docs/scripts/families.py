@@ -33,9 +33,10 @@ sys.path.insert(0, str(DOCS.parent / "tests"))
 from helpers.lm import MIXTURES, VARIANTS, tiny_lm, tokens  # noqa: E402  (the tests' own models)
 
 EXACT, LENGTH, PLANS = 1e-9, 12, 8
+_FEW: dict[str, Any] = {"num_local_experts": 2, "num_key_value_heads": 2, "intermediate_size": 32}
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "granitemoe": ("GraniteMoeForCausalLM", {"num_local_experts": 2, "num_key_value_heads": 2, "intermediate_size": 32}),
-    "phimoe": ("PhimoeForCausalLM", {"num_local_experts": 2, "num_key_value_heads": 2, "intermediate_size": 32}),
+    "granitemoe": ("GraniteMoeForCausalLM", _FEW),
+    "phimoe": ("PhimoeForCausalLM", _FEW),
     "bert": ("BertForMaskedLM", {"intermediate_size": 32}),
     "t5": ("T5ForConditionalGeneration", {"d_model": 32, "d_ff": 32, "num_layers": 1, "num_heads": 4, "d_kv": 8}),
     "mpt": ("MptForCausalLM", {"d_model": 32, "n_heads": 4, "n_layers": 1}),
@@ -134,7 +135,8 @@ def main() -> int:
         return 0
     text = PAGE.format(
         table=markdown_table(HEADER, lines), good=good, all=len(lines), exact=EXACT, plans=PLANS,
-        kinds=len({kind for kind, _ in (VARIANTS | MIXTURES).values()}), types=", ".join(f"`{n}`" for n in families.FAMILIES),
+        kinds=len({kind for kind, _ in (VARIANTS | MIXTURES).values()}),
+        types=", ".join(f"`{n}`" for n in families.FAMILIES),
         refused=markdown_table(["model_type", "in the words of the error"], [[n, refusal(n)] for n in REFUSED]),
         torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version(),
     )  # fmt: skip
