@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rlprune
-from helpers.lm import tiny_lm, tokens
+from helpers.lm import MIXTURES, tiny_lm, tokens
 from helpers.pruned_lm import edit, error_of, logits, plan_of, pruned, tokenizer, widths_of
 from helpers.transformers_quiet import quiet_transformers
 from rlprune.artifacts import ForeignFolderWarning
@@ -69,6 +69,20 @@ def test_any_plan_is_read_back_from_the_mark(seed: int, tmp_path: Path) -> None:
     document = read_plan(folder)
     (folder / "plan.json").unlink()
     same_plan(document, read_pruned(folder))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_and_their_lanes_are_in_the_mark(name: str, tmp_path: Path) -> None:
+    model = tiny_lm(name)
+    space = rlprune.trace(model, tokens(), drop=True, verify=False)
+    widths = [max(1, group.minimum, group.width * 2 // 3) for group in space.groups]
+    scores = [np.random.default_rng(0).random(group.units) for group in space.groups]
+    plan = rlprune.make_plan(space, importance=scores, widths=widths)
+    slim = rlprune.prune(model, plan)
+    folder = rlprune.save(slim, plan, tmp_path / "a", base={"name": "hf:dense"})
+    again = rewritten(folder, tmp_path / "b")
+    same_plan(read_plan(folder), read_pruned(again))
+    assert torch.equal(logits(rlprune.load(again)), logits(rlprune.load(folder)))
 
 
 def test_two_cuts_are_one_plan_against_the_base(tmp_path: Path) -> None:
