@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..config.names import SCORE_KINDS
 from ..errors import ArtifactError
@@ -20,6 +21,7 @@ from ..utils.files import read_json, read_tensors, write_json_atomic, write_tens
 from ..utils.progress import Callback
 from ..utils.timing import measure
 from ..workloads.adapter import TuneJob
+from ..workloads.outcomes import Outcomes
 from .methods import MethodResult, finalists
 from .prepare import Experiment
 from .saving import round_weights
@@ -36,6 +38,8 @@ class FinalModel:
     row: dict[str, Any]
     model: Any
     plan: Plan | None
+    outcomes: Outcomes | None = None
+    """Quality of each test sample, where it is known: after the fine-tune, and of the dense model as it came."""
 
 
 def choose(
@@ -89,9 +93,11 @@ def finish(
         facts = _measured(experiment, model, seed, keep.training, f"fine-tune {method}", callback, wanted)
         keep.save(mark, facts, model)
     callback.close()
+    kept_outcomes = facts.pop("outcomes", None)
+    outcomes = None if kept_outcomes is None else Outcomes.from_dict(kept_outcomes)
     row = _row(experiment, found, model, plan, seed, facts)
     kept = experiment.workload.adapter.keeps_models or row["kind"] in ("dense", "agent")
-    return FinalModel(row, model if kept else None, plan)
+    return FinalModel(row, model if kept else None, plan, outcomes)
 
 
 def add_latency(finished: Sequence[FinalModel], experiment: Experiment, budget_seconds: float = 15.0) -> None:
@@ -147,7 +153,36 @@ def _measured(
         with workload.test_opened():
             after = workload.evaluate(model, "test")
     facts |= {"test_finetuned": after.metric, "test_loss_finetuned": after.loss}
+    # What a plan costs is told against the dense model as it came.
+    outcomes = (before if dtype is None else after).outcomes
+    if outcomes is not None:
+        facts["outcomes"] = outcomes.to_dict()
     return facts | {"finish_seconds": time.perf_counter() - started}
+
+
+def save_outcomes(finished: Sequence[FinalModel], path: Path) -> str | None:
+    """Write the quality of each test sample under "METHOD/SEED", shape (2, n): values, then weights.
+
+    Returns what a value is, "metric" or "loss"; None where no sample has one, and no file is written.
+    """
+    known = {
+        f"{done.row['method']}/{done.row['seed']}": torch.stack([done.outcomes.values, done.outcomes.weights])
+        for done in finished
+        if done.outcomes is not None
+    }
+    kinds = {done.outcomes.kind for done in finished if done.outcomes is not None}
+    if len(kinds) != 1:
+        return None
+    # Right or wrong fits a byte; a file of all methods stays small.
+    small = all(bool(((t == 0) | (t == 1)).all()) for t in known.values())
+    write_tensors_atomic(path, {n: t.to(torch.uint8 if small else torch.float32) for n, t in known.items()})
+    return kinds.pop()
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of a model's tensors in its file: parameters and buffers in their own format, shared ones once."""
+    tensors = {(t.data_ptr(), t.shape): t for t in model.state_dict().values() if isinstance(t, Tensor)}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def _row(
@@ -184,7 +219,8 @@ def _row(
             head["scoring"] = experiment.evaluator.scoring_facts["format"]
     costs = {metric: space.cost(widths, metric) for metric in space.costs}
     row = head | {"cost": costs[experiment.metric], **costs, "score": score, "validation": validation}
-    row |= {"validation_loss": validation_loss, **facts, "widths": [int(w) for w in widths]}
+    row |= {"validation_loss": validation_loss, **facts, "bytes": tensor_bytes(model)}
+    row["widths"] = [int(w) for w in widths]
     dense = {name for name, _ in experiment.workload.model.named_parameters()}
     # The recovery step `bias` gives some layers a bias that the dense model has not.
     if sum(p.numel() for name, p in model.named_parameters() if name in dense) != costs["params"]:

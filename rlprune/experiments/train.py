@@ -22,6 +22,7 @@ from ..pruning.cost_terms import narrow_lines
 from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
 from ..report import html as report
+from ..report.results import OUTCOMES_FILE
 from ..rules import rules_for
 from ..utils.checkpoints import forget
 from ..utils.dotted import flat
@@ -29,7 +30,7 @@ from ..utils.files import lock_run, write_json_atomic, write_text_atomic
 from ..utils.machine import hardware
 from ..utils.progress import Callback, log_to, logger
 from ..workloads.base import Workload
-from .finish import FinalModel, add_latency, choose, finish
+from .finish import FinalModel, add_latency, choose, finish, save_outcomes
 from .methods import MethodResult, keep_logits, run_agent, score_rule
 from .prepare import Experiment, find_rule, prepare_experiment
 from .result import PruningResult
@@ -300,6 +301,8 @@ def _write_results(
 ) -> None:
     write_json_atomic(folder / "budgets.json", list(curve))
     results = results_of(experiment, [f.row for f in finished])
+    kind = save_outcomes(finished, folder / OUTCOMES_FILE)
+    results |= {"outcomes": kind} if kind else {}
     write_json_atomic(folder / "results.json", results | ({"saved": list(saved)} if saved else {}))
     report.build(folder)
 
@@ -324,6 +327,8 @@ def outcome(
             "model": config.model.name,
             "data": config.data.name,
             "metric": workload.metric_name,
+            "higher_is_better": workload.higher_is_better,
+            "samples": workload.sample_noun,
             "task": workload.task_type.name,
             "sizes": sizes,
             "fingerprint": space.fingerprint,

@@ -16,6 +16,7 @@ from ..utils.memory import return_freed_memory
 from ..utils.modes import evaluating
 from ..workloads.base import Quality, Workload
 from ..workloads.judge import Judge, Judgement
+from ..workloads.outcomes import token_outcomes
 from ..workloads.score_kinds import registered, scored, takes_dense
 from .logits import ChunkedLogs
 from .text import IGNORED
@@ -113,18 +114,23 @@ def token_quality(
     transformers' perplexity guide (every token scored once, with the context that its window gives).
     """
     total, count = torch.zeros((), dtype=torch.float64), 0
+    parts: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad(), evaluating(model):
         for ids, targets in workload.batches(split, limit):
+            of_batch: list[tuple[Tensor, Tensor]] = []
             for start, stop, values in logs(model, ids):
                 wanted = targets[:, 1:].flatten()[start:stop]
                 nll, kept = _nll(values, wanted)
                 del values  # before the next ones are made
                 total += nll.double().sum().cpu()
                 count += int(kept.sum())
+                of_batch.append((nll.cpu(), kept.cpu()))
+            nll, kept = (torch.cat(each).view(len(ids), -1) for each in zip(*of_batch, strict=True))
+            parts.append((nll, kept))
     if count == 0:
         raise DataError(f"workload {workload.name!r}: the split {split!r} is empty")
     loss = float(total) / count
-    return Quality(loss, perplexity(loss), count)
+    return Quality(loss, perplexity(loss), count, token_outcomes(parts) if split == "test" else None)
 
 
 class DenseAnswers:

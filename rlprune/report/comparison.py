@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from ..utils.values import is_whole
+from ..utils.values import is_finite, is_whole
 from . import plots
 from .results import Results, as_mapping
 
@@ -171,10 +171,12 @@ def figures(results: Results) -> list[tuple[str, Figure, str]]:
     found = []
     if panels:
         text = "Test loss before and after the fine-tune: mean and 95% interval of every method"
-        found.append(("benchmark", plots.comparison(panels), text))
+        dense = {label: dense_mean(results, "test_loss") for label in panels}
+        found.append(("benchmark", plots.comparison(panels, dense), text))
     if scores := chart(results, "score"):
         text = "Score: mean and 95% interval of every method"
-        found.append(("score", plots.comparison({unit: scores}), text))
+        figure = plots.comparison({unit: scores}, {unit: dense_mean(results, "score")}, higher=True)
+        found.append(("score", figure, text))
     searches = curves(results)
     if searches:
         best = {
@@ -182,7 +184,10 @@ def figures(results: Results) -> list[tuple[str, Figure, str]]:
             for entry in results["summary"]
             if entry["best_rule"] and entry["score"]["mean"] is not None
         }
-        figure = plots.learning(searches, best, unit)
+        # The agent and its yardstick first, then the searches that found the best plans.
+        ranked = sorted(results["summary"], key=lambda entry: -(entry["score"]["mean"] or -math.inf))
+        order = dict.fromkeys(["ppo", "random", *(str(entry["method"]) for entry in ranked)])
+        figure = plots.learning({name: searches[name] for name in order if name in searches}, best, unit)
         found.append(
             ("learning", figure, "Best score so far against the evaluations spent, for every search")
         )
@@ -204,6 +209,13 @@ def curves(results: Results) -> dict[str, list[list[float]]]:
                 best[first - 1 :] = [score] * (count - first + 1)
             found.setdefault(row["method"], []).append(best)
     return found
+
+
+def dense_mean(results: Results, field: str) -> float | None:
+    """The mean of a field over the dense models, None where one of them has none."""
+    values = [row.get(field) for row in results["rows"] if row.get("kind") == "dense"]
+    known = [float(value) for value in values if is_finite(value)]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def chart(results: Results, field: str) -> Sequence[Mapping[str, Any]]:

@@ -1,14 +1,16 @@
 """report.html: one file without any outside resource, rebuilt from what a run recorded.
 
 Read from the run's folder: `results.json` (needed), and where they exist `ledger.jsonl` (learning curve),
-`config.yaml`, `pruned/plan.json` and `budgets.json` (quality against budget).
+`outcomes.safetensors` (intervals), `config.yaml`, `pruned/plan.json` and `budgets.json` (quality against budget).
+The page is made from templates that escape all that they are given, and lets the browser run no script but its own.
 """
 
 from __future__ import annotations
 
 import base64
-import html
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +19,9 @@ from ..utils.dotted import flat
 from ..utils.files import write_text_atomic
 from ..utils.reading import read_bytes, read_json
 from ..utils.values import is_finite
-from . import comparison, plots
+from . import benchmark, comparison, pictures, tables, words
 from .comparison import score_unit
+from .decision import Compared, Decision, cost_label, costs_of, decide, rival_words, sentence
 from .results import (
     Results,
     as_list,
@@ -32,11 +35,15 @@ from .results import (
     read_ledger,
     read_results,
 )
+from .svg import Picture
+from .tables import markdown, markdown_table
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from jinja2 import Environment
 
-_MEGA, _KILO = 1e6, 1e3
+__all__ = ["build", "markdown", "markdown_table", "render"]
+
+_TEMPLATES = Path(__file__).parent / "templates"
 
 
 def build(run_dir: str | Path) -> Path:
@@ -62,57 +69,121 @@ def build(run_dir: str | Path) -> Path:
 def render(results: Results, folder: Path) -> str:
     """The page's HTML text."""
     workload = as_mapping(results.get("workload"))
-    title = f"rlprune: {workload.get('name', folder.name)}"
     config_path = folder / "config.yaml"
-    config = read_bytes(config_path).decode(errors="replace") if config_path.is_file() else ""
+    header, rows, marked = tables.long(results)
+    script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     views = comparison.per_budget(results)
-    parts = [f"<h1>{_text(title)}</h1>"]
-    for view in views:
-        if len(views) > 1:
-            parts.append(f"<h2>{comparison.share(view)} of the {_text(view['budget']['metric'])}</h2>")
-        parts += [_headline(view), *_benchmark(view)]
-        parts += [_picture(figure, alt) for figure, alt in figures(view, folder)]
-    parts += [
-        *[f"<p>{_text(note)}</p>" for note in comparison.notes(results)],
-        "<h2>Every method</h2>",
-        _table(results),
-        "<h2>What was run</h2>",
-        _facts(results, folder),
-    ]
-    if config:
-        parts.append(f"<details><summary>config.yaml</summary><pre>{_text(config)}</pre></details>")
-    return _PAGE.format(title=_text(title), body="\n".join(parts))
+    return (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            title=f"rlprune: {workload.get('name', folder.name)}",
+            style=(_TEMPLATES / "report.css").read_text(encoding="utf-8"),
+            script=script,
+            digest=digest,
+            views=[_view(view, folder, len(views) > 1) for view in views],
+            notes=comparison.notes(results),
+            long={"header": header, "rows": rows, "marked": marked},
+            commands=_commands(folder),
+            facts=_facts(results, folder),
+            versions=_versions(results, folder),
+            config=read_bytes(config_path).decode(errors="replace") if config_path.is_file() else "",
+        )
+    )
 
 
-def figures(results: Results, folder: Path) -> list[tuple[Figure, str]]:
-    """The report's pictures, each with a text for those who cannot see it; one without data is left out."""
-    found: list[tuple[Figure, str]] = []
+def _view(results: Results, folder: Path, several: bool) -> dict[str, Any]:
+    """What the page shows of one budget: of a run, or of a benchmark's methods."""
+    decision = decide(results, folder)
+    view: dict[str, Any] = {"heading": "", "lines": [], "tradeoffs": [], "charts": [], "table": None}
+    view |= {"bars": [], "tables": [], "rule": "", "chosen": ""}
+    if several:
+        metric = words.cost_name(str(results["budget"]["metric"]))
+        view["heading"] = f"{comparison.share(results)} of the {metric}"
+    if results.get("summary"):
+        return view | _benchmark(results)
+    chosen, rule = learned(results), best_rule(results)
+    view |= {"bars": tables.widths(results, chosen), "charts": _charts(results, folder)}
+    view |= {"rule": str((rule or {}).get("method", "")), "chosen": str((chosen or {}).get("method", ""))}
+    if decision is None:
+        return view | {"lines": [headline(results)]}
+    compared = Compared(results, folder)
+    view["lines"] = [sentence(decision), rival_words(decision, compared.rows)]
+    view["tradeoffs"] = _tradeoffs(results, compared, decision)
+    view["table"] = tables.short(results, compared, decision)
+    return view
+
+
+def _tradeoffs(results: Results, compared: Compared, decision: Decision) -> list[list[Picture]]:
+    """Quality against the latencies, and against the other costs: two sets of pictures of which one is seen each."""
+    metric, rows = str(as_mapping(results.get("budget")).get("metric", "macs")), compared.rows
+    rule = best_rule(results)
+    found: list[list[Picture]] = [[], []]
+    for key in costs_of(decision.dense, metric):
+        places = []
+        for index, row in enumerate(rows):
+            cost, quality = costs_of(row, metric).get(key), compared.quality(row)
+            if cost is None or quality is None:
+                continue
+            change = None if row is not decision.chosen else compared.change(row, decision.dense)
+            ends = _ends(compared, decision, change)
+            role = "chosen" if row is decision.chosen else tables.role_of(row)
+            name = tables.label_of(row, rows)
+            title = f"{name}: {words.quality(quality, compared.metric)}, {words.amount(cost, key)}"
+            named = role in ("dense", "chosen") or row is rule or index in decision.rivals
+            places.append(pictures.Place(name, cost, quality, role, title, f"row{index}", named, *ends))
+        if len(places) > 1:
+            unit, scale = words.unit_of(max(place.cost for place in places), key)
+            label = cost_label(key)
+            share = words.is_share(compared.metric)
+            scaled = [pictures.rescaled(place, scale) for place in places]
+            picture = pictures.tradeoff(scaled, label, unit, compared.metric, compared.higher, share)
+            found[not key.startswith("latency")].append(picture)
+    return [group for group in found if group]
+
+
+def _ends(compared: Compared, decision: Decision, change: Any) -> tuple[float | None, float | None]:
+    """Where the interval of the chosen plan's metric ends, given that of its difference to the dense model."""
+    if change is None or compared.kind != "metric" or decision.before is None:
+        return None, None
+    sign = 1 if compared.higher else -1
+    ends = [decision.before + sign * end for end in (change.low, change.high)]
+    if words.is_share(compared.metric):
+        ends = [min(1.0, max(0.0, end)) for end in ends]
+    return ends[0], ends[1]
+
+
+def _charts(results: Results, folder: Path) -> list[Picture]:
+    """Learning curve and quality against budget; one without data is left out."""
+    found: list[Picture] = []
     unit = _score_unit(results)
-    groups = [group for group in as_list(results.get("groups")) if isinstance(group, dict)]
-    series = {
-        label: row["widths"]
-        for label, row in (("learned", learned(results)), ("best rule", best_rule(results)))
-        if row is not None and groups and len(as_list(row.get("widths"))) == len(groups)
-    }
-    series = {f"{label} ({_row_of(results, label)['method']})": widths for label, widths in series.items()}
-    if groups:
-        alt = "Kept width of every group: dense, best rule and learned plan"
-        found.append((plots.widths(groups, series), alt))
-    curves = {} if results.get("summary") else learning_curves(results, read_ledger(folder / "ledger.jsonl"))
-    if curves:
-        figure = plots.learning(curves, _references(results), unit)
-        found.append((figure, "Best score so far against the evaluations spent, for every search method"))
-    points = budget_points(folder / "budgets.json")
-    if points:
+    if curves := learning_curves(results, read_ledger(folder / "ledger.jsonl")):
+        agents = [str(row["method"]) for row in as_list(results.get("rows")) if kind_of(row) == "agent"]
+        found.append(pictures.learning(curves, _references(results), unit, agents))
+    if points := budget_points(folder / "budgets.json"):
         metric = str(points[0].get("metric") or as_mapping(results.get("budget")).get("metric", "macs"))
-        picture = plots.quality(points, metric, unit), "Score against the budget, for every method"
+        picture = pictures.budgets(points, words.cost_name(metric), unit)
         # A policy over a range of budgets is about this curve.
         found.insert(0 if as_mapping(results.get("budget")).get("range") else len(found), picture)
     return found
 
 
-def _row_of(results: Results, label: str) -> Mapping[str, Any]:
-    return (best_rule(results) if label == "best rule" else learned(results)) or {}
+def _benchmark(results: Results) -> dict[str, Any]:
+    """The pictures and tables that compare a benchmark's methods."""
+    return {
+        "lines": benchmark.sentences(results),
+        "tradeoffs": benchmark.tradeoffs(results),
+        "charts": benchmark.charts(results),
+        "table": benchmark.short(results),
+        "tables": [
+            ("Every figure: mean [95% interval over the seeds]", *comparison.headline(results)),
+            (
+                "Paired differences: mean [95% interval] (seeds on which the method is better)",
+                *comparison.paired(results),
+            ),
+        ],
+    }
 
 
 def _references(results: Results) -> dict[str, float]:
@@ -131,27 +202,26 @@ def _score_unit(results: Results) -> str:
     return score_unit(results.get("score") or workload.get("score", "kl"), workload.get("task"))
 
 
-def _headline(results: Results) -> str:
-    budget, rows = as_mapping(results.get("budget")), as_list(results.get("rows"))
-    share = _ratio(budget.get("target"), budget.get("dense"))
+def headline(results: Results) -> str:
+    """What is known of a run without a dense model or a learned plan, in a sentence each."""
     sentences = []
-    if share is not None:
-        sentences.append(f"Budget: {_percent(share)} of the dense {_text(budget.get('metric', 'macs'))}.")
-    means = _means(rows, results)
+    if asked := words.budget_words(as_mapping(results.get("budget"))):
+        sentences.append(f"Budget: {asked}.")
+    means = means_of(results)
     for label, kind in (("Dense", "dense"), ("Best rule", "rule"), ("Learned", "agent")):
         row = best(row for row in means if kind_of(row) == kind)
         if row is not None:
-            facts = [f"{name} {value}" for name, value in _shown_quality(row) if value != "–"]
-            method = "" if label == "Dense" else f" ({_text(row['method'])})"
-            sentences.append(f"<b>{label}{method}</b>: {', '.join(facts) or 'not measured'}.")
-    return "<p>" + "<br>".join(sentences) + "</p>"
+            facts = [f"{name} {value}" for name, value in _shown_quality(row) if value != words.NONE]
+            method = "" if label == "Dense" else f" ({row['method']})"
+            sentences.append(f"{label}{method}: {', '.join(facts) or 'not measured'}.")
+    return " ".join(sentences)
 
 
-def _means(rows: Sequence[Mapping[str, Any]], results: Results) -> list[dict[str, Any]]:
+def means_of(results: Results) -> list[dict[str, Any]]:
     """One row a method, the mean over its seeds; of a benchmark of several budgets at the first of them."""
     first = next((budget.get("asked") for budget in as_list(results.get("budgets"))), None)
     by_method: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
+    for row in as_list(results.get("rows")):
         if row.get("budget") in (None, first):
             by_method.setdefault(row["method"], []).append(row)
     return [
@@ -167,158 +237,87 @@ def _means(rows: Sequence[Mapping[str, Any]], results: Results) -> list[dict[str
 
 def _shown_quality(row: Mapping[str, object]) -> list[tuple[str, str]]:
     return [
-        ("score", _number(row.get("score"))),
-        ("test", _number(row.get("test"))),
-        ("test after the fine-tune", _number(row.get("test_finetuned"))),
+        ("score", words.number(row.get("score"))),
+        ("test", words.number(row.get("test"))),
+        ("test after the fine-tune", words.number(row.get("test_finetuned"))),
     ]
 
 
-def table_columns(results: Results) -> list[tuple[str, list[str]]]:
-    """Header and cells of every column of the big table, as plain text; empty columns are left out."""
-    rows = as_list(results.get("rows"))
-    budget = as_mapping(results.get("budget"))
-    metric, dense = str(budget.get("metric", "macs")), budget.get("dense")
-    scale, unit = (1.0, "ms") if metric == "latency" else (_MEGA, "M")
-    columns = [
-        ("method", [str(row["method"]) for row in rows]),
-        ("seed", [_count(row.get("seed")) for row in rows]),
-        ("budget", [_count(row.get("budget")) for row in rows]),
-        ("evaluations", [_count(row.get("evaluations")) for row in rows]),
-        (f"{metric} ({unit})", [_scaled(row.get("cost"), scale) for row in rows]),
-        ("of dense", [_share(row.get("cost"), dense) for row in rows]),
-        ("params (k)", [_scaled(row.get("params"), _KILO) for row in rows]),
-        ("score", [_number(row.get("score")) for row in rows]),
-        ("validation", [_number(row.get("validation")) for row in rows]),
-        ("test", [_number(row.get("test")) for row in rows]),
-        ("test loss", [_number(row.get("test_loss")) for row in rows]),
-        ("test, fine-tuned", [_number(row.get("test_finetuned")) for row in rows]),
-        ("test loss, fine-tuned", [_number(row.get("test_loss_finetuned")) for row in rows]),
-        ("latency b1 (ms)", [_number(as_mapping(row.get("latency_ms")).get("1"), 3) for row in rows]),
-        ("latency b64 (ms)", [_number(as_mapping(row.get("latency_ms")).get("64"), 3) for row in rows]),
-        ("seconds", [_number(row.get("seconds"), 3) for row in rows]),
-    ]
-    return [(header, cells) for header, cells in columns if any(cell != "–" for cell in cells)]
+def _commands(folder: Path) -> list[tuple[str, str]]:
+    """What to type in the run's folder to load, check, export and reuse what lies in it: (what it does, lines)."""
+    pruned = folder / "pruned"
+    plan = _plan(folder)
+    if not plan:
+        return []
+    given = as_mapping(plan.get("base")).get("source") == "given"
+    call = (
+        'rlprune.load("pruned", base=model)  # model: yours, as it was before'
+        if given
+        else 'rlprune.load("pruned")'
+    )
+    found = [("Load it, a torch.nn.Module in eval mode", f"import rlprune\n\nslim = {call}")]
+    transformers = (pruned / "modeling_rlprune.py").is_file()
+    if transformers:
+        lines = "from transformers import AutoModelForCausalLM\n\n"
+        lines += 'slim = AutoModelForCausalLM.from_pretrained("pruned", trust_remote_code=True)'
+        found.append(("The same without rlprune", lines))
+    if (pruned / "load_pruned.py").is_file():
+        found.append(("The same without rlprune", "python pruned/load_pruned.py"))
+    if not given and (folder / "config.yaml").is_file():
+        found.append(("Measure it again", "rlprune evaluate pruned config.yaml"))
+        to = "hf" if transformers else "onnx"
+        found.append(
+            ("Export it (`rlprune list formats`)", f"rlprune export pruned --to {to} --out exported")
+        )
+        if (folder / "policy").is_dir():
+            line = "rlprune apply policy config.yaml --checkpoint other.safetensors --out other-pruned"
+            found.append(("Prune another checkpoint, without a search", line))
+    return found
 
 
-def markdown(results: Results) -> str:
-    """The big table in Markdown, for a terminal, a document or an issue."""
-    columns = table_columns(results)
-    rows = list(zip(*[cells for _, cells in columns], strict=True))
-    return markdown_table([header for header, _ in columns], rows)
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with padded columns; pipes in the cells are escaped."""
-    lines = [[str(cell).replace("|", "\\|") for cell in row] for row in [header, *rows]]
-    sizes = [max(3, *(len(row[column]) for row in lines)) for column in range(len(header))]
-    lines.insert(1, ["-" * size for size in sizes])
-    padded = [[cell.ljust(size) for cell, size in zip(row, sizes, strict=True)] for row in lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in padded)
-
-
-def _benchmark(results: Results) -> list[str]:
-    """The pictures and tables that compare a benchmark's methods; nothing for a run."""
-    parts = [_picture(figure, alt) for _, figure, alt in comparison.figures(results)]
-    if parts:
-        parts += [_plain_table(*comparison.headline(results)), _plain_table(*comparison.paired(results))]
-    return parts
-
-
-def _plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
-    body = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def _table(results: Results) -> str:
-    columns = table_columns(results)
-    head = "".join(f"<th>{_text(header)}</th>" for header, _ in columns)
-    marked = {id(row) for row in (best_rule(results), learned(results)) if row is not None}
-    body = []
-    for index, row in enumerate(as_list(results.get("rows"))):
-        cells = "".join(f"<td>{_text(cells[index])}</td>" for _, cells in columns)
-        body.append(f"<tr{' class=mark' if id(row) in marked else ''}>{cells}</tr>")
-    rows = "".join(body)
-    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-
-
-def _facts(results: Results, folder: Path) -> str:
-    sections = [(name, as_mapping(results.get(name))) for name in ("workload", "budget", "hardware")]
+def _plan(folder: Path) -> Mapping[str, Any]:
     try:
-        plan = read_json(folder / "pruned" / "plan.json")
+        return as_mapping(read_json(folder / "pruned" / "plan.json"))
     except ArtifactError:
-        plan = {}
-    wanted = ("version", "fingerprint", "costs", "libraries", "versions", "inexact")
-    sections.append(("pruned model", {key: plan[key] for key in wanted if key in as_mapping(plan)}))
-    rows = [
-        f"<tr><th>{_text(section)}</th><td>{_text(key)}</td><td>{_text(_words(value))}</td></tr>"
+        return {}
+
+
+def _facts(results: Results, folder: Path) -> list[tuple[str, str]]:
+    """What was run, beside the versions of libraries."""
+    sections = [
+        (name, as_mapping(results.get(name))) for name in ("workload", "budget", "hardware", "scoring")
+    ]
+    plan = _plan(folder)
+    wanted = ("version", "fingerprint", "costs", "inexact")
+    sections.append(("pruned model", {key: plan[key] for key in wanted if key in plan}))
+    return [
+        (f"{section}: {key}", _words(value))
         for section, values in sections
         for key, value in flat(values).items()
-        if value != {}
+        if value != {} and "libraries" not in key
     ]
-    return f"<div class=wide><table class=facts><tbody>{''.join(rows)}</tbody></table></div>"
+
+
+def _versions(results: Results, folder: Path) -> list[tuple[str, str]]:
+    """Versions of the libraries that the run used, and that wrote the pruned model."""
+    plan = _plan(folder)
+    named = [*as_mapping(as_mapping(results.get("hardware")).get("libraries")).items()]
+    saved = as_mapping(plan.get("libraries")) or as_mapping(plan.get("versions"))
+    return [
+        *((str(k), str(v)) for k, v in named),
+        *((f"{k} (pruned model)", str(v)) for k, v in saved.items()),
+    ]
 
 
 def _words(value: object) -> str:
-    return _number(value, 6) if isinstance(value, float) else str(value)
+    return words.number(value, 6) if isinstance(value, float) else str(value)
 
 
-def _picture(figure: Figure, alt: str) -> str:
-    data = base64.b64encode(plots.to_svg(figure)).decode("ascii")
-    return f'<figure><img src="data:image/svg+xml;base64,{data}" alt="{_text(alt)}"></figure>'
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-
-def _text(value: object) -> str:
-    return html.escape(str(value), quote=True)
-
-
-def _ratio(part: object, whole: object) -> float | None:
-    return float(part) / float(whole) if is_finite(part) and is_finite(whole) and whole else None
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
-
-
-def _share(part: object, whole: object) -> str:
-    share = _ratio(part, whole)
-    return "–" if share is None else _percent(share)
-
-
-def _count(value: object) -> str:
-    return "–" if value is None else str(value)
-
-
-def _scaled(value: object, scale: float) -> str:
-    return f"{value / scale:.2f}" if is_finite(value) else "–"
-
-
-def _number(value: object, digits: int = 4) -> str:
-    if not is_finite(value):
-        return "–" if value is None or isinstance(value, float) else str(value)
-    return f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:.0f}"
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1080px;
-  margin: 2em auto; padding: 0 1em; }}
-h1 {{ font-size: 1.5em; }} h2 {{ font-size: 1.15em; margin-top: 2em; }}
-figure {{ margin: 1.5em 0; }} figure img {{ max-width: 100%; height: auto; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: 13px; }}
-th, td {{ padding: 0.25em 0.7em; text-align: right; border-bottom: 1px solid #e3e3e3; white-space: nowrap; }}
-thead th {{ border-bottom: 2px solid #888; white-space: normal; vertical-align: bottom; }}
-th:first-child, td:first-child {{ text-align: left; }}
-tr.mark {{ background: #eaf3fb; font-weight: 600; }}
-.facts th, .facts td {{ text-align: left; white-space: normal; font-weight: normal;
-  overflow-wrap: anywhere; }}
-.facts th {{ color: #555; }}
-pre {{ background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 13px; }}
-</style></head><body>
-{body}
-</body></html>
-"""
+    return Environment(
+        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip

@@ -1,6 +1,6 @@
 """The pictures of a run, drawn with matplotlib's object interface (no pyplot: no global state, no display).
 
-Every function takes plain numbers and returns a `Figure`; `to_svg` and `to_png` turn one into bytes.
+Every function takes plain numbers and returns a `Figure`; `to_png` turns one into bytes.
 The colours are those of Okabe and Ito ("Color Universal Design", 2008), which stay apart for colour-blind
 readers; methods differ by marker or line style as well.
 """
@@ -46,47 +46,13 @@ def colours(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     return {method: (PALETTE[index], MARKERS[index]) for method, index in taken.items()}
 
 
-def widths(groups: Sequence[Mapping[str, Any]], series: Mapping[str, Sequence[int]]) -> Figure:
-    """Share of each group's units that is kept, one line a group, the widths themselves at the right.
-
-    Args:
-        groups: {"name", "width", "kind"} of every group, in the model's order; width is dense, in units.
-        series: label -> widths in units, one a group (the best rule and the learned plan, say).
-    """
-    figure, axes = _figure(9.0, 1.5 + 0.21 * len(groups))
-    positions = range(len(groups))
-    dense = [max(1, int(group["width"])) for group in groups]
-    axes.barh(positions, [100] * len(groups), height=0.62, color="#ECECEC", label="dense")
-    styles = colours(list(series))
-    shares = {
-        label: [100 * value / width for value, width in zip(values, dense, strict=True)]
-        for label, values in series.items()
-    }
-    for position, ends in enumerate(zip(*shares.values(), strict=True)):
-        axes.plot([min(ends), max(ends)], [position, position], color=GREY, linewidth=1.2)
-    for size, (label, values) in zip((7.5, 4.8, 3.0, 2.0), shares.items(), strict=False):
-        colour, marker = styles[label]  # later ones are smaller, so that equal widths stay visible
-        axes.plot(values, positions, linestyle="none", marker=marker, markersize=size, color=colour,
-                  label=_plain(label), clip_on=False, zorder=3)  # fmt: skip
-    for position, width in enumerate(dense):
-        kept = " / ".join(str(values[position]) for values in series.values())
-        axes.text(101.5, position, f"{width} → {kept}" if series else str(width), va="center", fontsize=7.5)
-    axes.set_yticks(list(positions), [_plain(_short(str(group["name"]))) for group in groups], fontsize=8)
-    axes.set_ylim(len(groups) - 0.4, -0.6)
-    axes.set_xlim(0, 100)
-    axes.set_xlabel("units kept (% of the dense width); at the right: dense → " + _plain(" / ".join(series)))
-    axes.grid(axis="x", color="#FFFFFF", linewidth=0.8)
-    axes.set_axisbelow(False)
-    _head(axes, "Width of every group", legend_rows=1)
-    return figure
-
-
 def learning(
     curves: Mapping[str, Sequence[Sequence[float]]], references: Mapping[str, float], unit: str = "score"
 ) -> Figure:
     """Best score so far against evaluations spent: mean over the seeds as a line, their range as a band.
 
-    With many methods the bands are faint, and those that share a colour have lines of their own style.
+    Of more than four methods the first four have a colour, the others a thin line, and only the first two a band:
+    more of them cover each other.
 
     Args:
         curves: method -> one list of scores per seed, in the order in which they were charged.
@@ -94,10 +60,10 @@ def learning(
         unit: what the score is, for the axis.
     """
     figure, axes = _figure(8.0, 4.3)
-    styles = colours(list(curves))
-    floor = list(references.values())
     many = len(curves) > 4
-    drawn: dict[str, int] = {}
+    styles = colours(list(curves)[:4] if many else list(curves))
+    floor = list(references.values())
+    thin = 0
     for method, seeds in curves.items():
         best = [_best_so_far(scores) for scores in seeds if scores]
         if not best:
@@ -108,22 +74,27 @@ def learning(
         mean = [sum(column) / len(column) for column in columns]
         steps = list(range(1, length + 1))
         label = f"{method} (mean and range of {len(best)} seeds)" if len(best) > 1 and not many else method
-        colour = styles[method][0]
-        drawn[colour] = drawn.get(colour, -1) + 1
-        line = _LINES[drawn[colour] % len(_LINES)]
-        axes.plot(steps, mean, line, color=colour, linewidth=2, label=_plain(label))
-        if len(best) > 1:
+        if method not in styles:
+            line, colour = _LINES[thin % 4], _THIN[thin // 4 % 5]
+            axes.plot(steps, mean, line, color=colour, linewidth=1, zorder=1, label=_plain(label))
+            thin += 1
+        else:
+            colour = styles[method][0]
+            axes.plot(steps, mean, color=colour, linewidth=2, zorder=3, label=_plain(label))
+        if len(best) > 1 and (not many or method in list(curves)[:2]):
             axes.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns],
-                              color=colour, alpha=0.06 if many else 0.18, linewidth=0)  # fmt: skip
+                              color=colour, alpha=0.14, linewidth=0)  # fmt: skip
         floor.append(mean[min(length - 1, length // 20)])
     for (label, value), dashes in zip(references.items(), ("--", ":", "-.") * 8, strict=False):
         text = f"{label} ({value:.4g})".replace("-", "−")
         axes.axhline(value, color="#444444", linestyle=dashes, linewidth=1.2, label=_plain(text))
     _zoom(axes, floor)
     axes.set_xlabel("evaluations (distinct plans scored)")
-    axes.set_ylabel(f"best so far: {unit}", fontsize=9)
+    axes.set_ylabel(f"best so far, higher is better\n{unit}", fontsize=9)
     axes.grid(color="#E3E3E3", linewidth=0.6)
-    title = "Learning curve (mean and range of the seeds)" if many else "Learning curve"
+    count = max((len(found) for found in curves.values()), default=1)
+    spread = f" (mean of {count} seeds; band: their range, for {' and '.join(list(curves)[:2])})"
+    title = "Learning curve" + (spread if many and count > 1 else "")
     _head(axes, title, legend_rows=-(-(len(curves) + len(references)) // (4 if many else 2)))
     return figure
 
@@ -170,34 +141,49 @@ def quality(points: Sequence[Mapping[str, Any]], metric: str = "macs", unit: str
     return figure
 
 
-def comparison(panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """One line a method: every seed as a small mark, the mean and its 95% interval.
+def comparison(
+    panels: Mapping[str, Sequence[Mapping[str, Any]]],
+    dense: Mapping[str, float | None] | None = None,
+    higher: bool = False,
+) -> Figure:
+    """One line a method: every seed as a small mark, the mean and its 95% interval; the mean alone of one seed.
 
     Args:
         panels: what is drawn, with its unit, for the axis -> {"method", "values": [...], "mean", "low", "high"} of each
             method, best first; several panels stand side by side. Methods stand in the first panel's order.
+        dense: the dense model's value for a panel, drawn as a vertical line.
+        higher: whether more is better, for the axes.
     """
     methods = list(dict.fromkeys(str(row["method"]) for rows in panels.values() for row in rows))
     figure, every = _panels(8.0 if len(panels) < 2 else 11.0, 1.4 + 0.36 * len(methods), len(panels))
     for number, (axes, (unit, rows)) in enumerate(zip(every, panels.items(), strict=True)):
         for row in rows:
             position = methods.index(str(row["method"]))
-            axes.plot(
-                [row["low"], row["high"]], [position, position], color=PALETTE[0], linewidth=2.2, zorder=2
-            )
-            axes.plot(
-                row["values"], [position] * len(row["values"]), "|", color=GREY, markersize=11, zorder=1
-            )
+            if len(row["values"]) > 1:
+                ends, marks = [row["low"], row["high"]], row["values"]
+                axes.plot(ends, [position, position], color=PALETTE[0], linewidth=2.2, zorder=2)
+                axes.plot(marks, [position] * len(marks), "|", color=GREY, markersize=11, zorder=1)
             axes.plot([row["mean"]], [position], "o", color=PALETTE[0], markersize=6, zorder=3)
         axes.set_yticks(range(len(methods)), [_plain(m) for m in methods] if number == 0 else [])
         axes.set_ylim(len(methods) - 0.5, -0.5)
         values = [value for row in rows for value in row["values"]]
         if values and min(values) > 0 and max(values) > 8 * min(values):
             axes.set_xscale("log")
-        axes.set_xlabel(_plain(unit))
-        _head(axes, "Methods compared" if number == 0 else "")
+        _few_ticks(axes)
+        value = (dense or {}).get(unit)
+        if value is not None and (value > 0 or axes.get_xscale() != "log"):
+            axes.axvline(value, color="#444444", linestyle="--", linewidth=1.1, zorder=0)
+            axes.annotate("dense", (value, 1.0), xycoords=("data", "axes fraction"), xytext=(3, 2),
+                          textcoords="offset points", fontsize=8, color="#444444")  # fmt: skip
+        better = "higher is better →" if higher else "← lower is better"
+        axes.set_xlabel(f"{_plain(unit)}\n{better}")
+        axes.set_title(
+            "Methods compared" if number == 0 else "", loc="left", fontsize=11, fontweight="bold", pad=16
+        )
         axes.grid(axis="x", color="#E3E3E3", linewidth=0.6)
-    figure.supxlabel("dot: mean, bar: 95% bootstrap interval, ticks: seeds", fontsize=8, color="#666666")
+    several = any(len(row["values"]) > 1 for rows in panels.values() for row in rows)
+    legend = "dot: mean, bar: 95% bootstrap interval, ticks: seeds" if several else "one seed: no interval"
+    figure.supxlabel(legend, fontsize=8, color="#666666")
     return figure
 
 
@@ -210,11 +196,6 @@ def scatter(x: Sequence[float], y: Sequence[float], labels: tuple[str, str], tit
     _head(axes, _plain(title))
     axes.grid(color="#E3E3E3", linewidth=0.6)
     return figure
-
-
-def to_svg(figure: Figure) -> bytes:
-    """SVG of the figure, without a date, so that the same numbers give the same bytes."""
-    return _render(figure, "svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
 
 
 def to_png(figure: Figure, path: str | Path | None = None) -> bytes:
@@ -278,6 +259,20 @@ def _zoom(axes: Axes, floor: Sequence[float]) -> None:
         axes.set_ylim(min(finite) - 0.06 * (top - min(finite)), top)
 
 
+def _few_ticks(axes: Axes) -> None:
+    """Round numbers on the horizontal axis, so few that they cannot touch."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    if axes.get_xscale() != "log":
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        return
+    low, high = axes.get_xlim()
+    wide = high > 100 * low
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def _negative_log(axes: Axes) -> None:
     """A log scale for values that were drawn with their sign turned: up is better, ticks show the sign."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -287,10 +282,6 @@ def _negative_log(axes: Axes) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"−{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _short(name: str, limit: int = 34) -> str:
-    return name if len(name) <= limit else "…" + name[1 - limit :]
 
 
 def _plain(text: str) -> str:

@@ -13,6 +13,8 @@ from ..utils.reading import parse_json, read_bytes, read_json
 from ..utils.values import are_texts, is_finite, show_value
 
 RESULTS_VERSION = 1
+OUTCOMES_FILE = "outcomes.safetensors"
+"""In a run's folder: the quality of each test sample after the fine-tune, for every row (`experiments.finish`)."""
 Row = TypeVar("Row", bound=Mapping[str, Any])
 
 
@@ -39,6 +41,8 @@ class Results(TypedDict, total=False):
     budget: BudgetFacts
     budgets: list[BudgetFacts]
     groups: list[dict[str, Any]]
+    outcomes: str
+    """What OUTCOMES_FILE holds of each test sample: "metric" or "loss"."""
     hardware: dict[str, Any]
     protocol: dict[str, Any]
     saved: list[str]

@@ -25,6 +25,7 @@ from ..utils.pytrees import Inputs, take
 from .adapter import ModelAdapter, Tokenizer, Tuned, TuneJob, adapter_of
 from .judge import Judge, WholeJudge
 from .metrics import Meter, SumMeter, Targets, TorchMeter, TorchMetric, by_name, make, value_of
+from .outcomes import Outcomes, SampleMeter
 from .tasks.base import Outputs, TaskType, find_task
 from .tasks.guess import guessed
 from .tasks.outputs import Choice
@@ -41,11 +42,15 @@ SplitMetric = Callable[[nn.Module, str], float]
 
 @dataclass(frozen=True)
 class Quality:
-    """How good a model is on one split: mean loss, mean metric (0..1 for accuracy), samples seen."""
+    """How good a model is on one split: mean loss, mean metric (0..1 for accuracy), samples seen.
+
+    ``outcomes`` is the quality of each sample, of the test split and where there is one.
+    """
 
     loss: float
     metric: float
     count: int
+    outcomes: Outcomes | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,8 @@ class Workload(abc.ABC):
     `TorchMetric` with arguments, or an object of torchmetrics."""
     metric_name: str = cast(str, _Known(lambda workload: workload._metric_label()))
     """Name of the metric, as reports have it."""
+    higher_is_better: bool = cast(bool, _Known(lambda workload: workload._metric_rises()))
+    """Whether a larger metric is a better one."""
     sample_noun: str = cast(str, _Known(lambda workload: workload.adapter.sample_noun))
     """What a sample is called, in the plural."""
     name: str = ""
@@ -308,6 +315,13 @@ class Workload(abc.ABC):
             return type(self.split_metric).__name__
         return (self._stated() if self.has_own_metric or self.metric_fn else self.task_type).metric_name
 
+    def _metric_rises(self) -> bool:
+        if self.split_metric is not None:
+            meter = self._torch_meter()
+            return not (isinstance(meter, TorchMeter) and meter.lower_is_better)
+        own = self.has_own_metric or self.metric_fn is not None
+        return own or self.task_type.higher_is_better
+
     def _torch_meter(self) -> Meter:
         named, task = by_name(self.split_metric), self.task_type
         if named is None:
@@ -385,12 +399,15 @@ def evaluate_outputs(workload: Workload, model: nn.Module, split: str, limit: in
     losses: list[Tensor] = []
     counts: list[int] = []
     meter, task = workload.new_meter(), workload.task_type
+    samples = SampleMeter(workload, meter) if split == "test" else None
     with torch.no_grad(), evaluating(model):
         for inputs, targets in workload.batches(split, limit):
             outputs, count = task.forward(model, inputs), workload.samples_in(inputs, targets)
             losses.append(workload.batch_loss(model, inputs, targets, outputs))
             if meter is not None:
                 workload.feed_meter(meter, outputs, targets, count)
+            if samples is not None:
+                samples.update(outputs, targets, count)
             counts.append(count)
         count = sum(counts)
         if count == 0:
@@ -401,7 +418,8 @@ def evaluate_outputs(workload: Workload, model: nn.Module, split: str, limit: in
     if whole is None:
         assert meter is not None
         whole = meter.value()
-    return Quality(float((loss * weights).sum() / count), whole, count)
+    mean = float((loss * weights).sum() / count)
+    return Quality(mean, whole, count, None if samples is None else samples.outcomes(mean, whole))
 
 
 class TrainedWorkload(Workload):

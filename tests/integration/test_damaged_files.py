@@ -28,7 +28,7 @@ from rlprune.config.config import load_config
 from rlprune.errors import RlpruneError
 from rlprune.evaluation.ledger import EvaluationLog
 from rlprune.latency.profile import read_table
-from rlprune.report import html, plots
+from rlprune.report import html
 
 EXAMPLES = int(os.environ.get("RLPRUNE_FUZZ", "0"))
 SECONDS = 20.0  # of the processor that no reading of a damaged file may take
@@ -133,17 +133,14 @@ def replaced(path: Path, content: bytes) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_whole_files_are_read(name: str, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "to_svg", lambda figure: b"")
+def test_whole_files_are_read(name: str, whole: Path) -> None:
     CASES[name].read(whole)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_damaged_files_are_read_or_refused(name: str, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_files_are_read_or_refused(name: str, whole: Path) -> None:
     case = CASES[name]
     path = whole / case.file
-    if not EXAMPLES:  # drawing takes most of a report's time
-        monkeypatch.setattr(plots, "to_svg", lambda figure: b"")
     make = damaged_lines if path.suffix == ".jsonl" else damaged
 
     @settings(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import itertools
+import hashlib
 import json
 import math
 import os
@@ -15,7 +15,7 @@ import pytest
 
 from helpers.run_fixture import write_run
 from rlprune.errors import ArtifactError
-from rlprune.report import comparison, plots
+from rlprune.report import comparison, plots, tables, words
 from rlprune.report import html as report
 from rlprune.report.results import best_rule, learned, learning_curves, read_ledger
 
@@ -26,34 +26,50 @@ def test_the_report_is_one_file_with_every_row_and_no_outside_resource(tmp_path:
     results = write_run(tmp_path / "run")
     page = report.build(tmp_path / "run")
     text = page.read_text(encoding="utf-8")
-    assert page == tmp_path / "run" / "report.html"
-    assert not re.search(r"https?://|<script|<link|@import", text)
-    sources = re.findall(r'src="([^"]+)"', text)
-    assert len(sources) == 3 and all(s.startswith("data:image/svg+xml;base64,") for s in sources)
-    assert all(b"<svg" in base64.b64decode(s.split(",")[1]) for s in sources)
-    table = text.split("Every method")[1].split("What was run")[0]
+    assert page == tmp_path / "run" / "report.html" and len(text) < 3_000_000
+    assert not re.search(r"https?://|<link|@import|<img|src=|url\(", text)
+    assert text.startswith("<!DOCTYPE html>")
+    # Each picture in two sizes: quality against two latencies, against two costs, learning, budgets.
+    assert text.count("<svg") == 2 * 6 and text.count("<figcaption>") == 6
+    table = text.split("Every row, every column")[1].split("Protocol and machine")[0]
     assert table.count("<tr") == 1 + len(results["rows"])
     for column in ("macs (M)", "params (k)", "test loss, fine-tuned", "latency b64 (ms)", "seconds"):
         assert f"<th>{column}</th>" in table
+    short = text.split('<table class="short">')[1].split("</table>")[0]
+    assert short.count("<tr") == 1 + len(results["rows"])
     assert "budget:\n  target: 0.5" in text and "abc123" in text and "sizes.train" in text
+
+
+def test_the_browser_runs_the_pages_own_script_and_no_other(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    text = report.build(tmp_path).read_text(encoding="utf-8")
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', text)
+    assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
+    assert not re.search(r"\son\w+=", text)
 
 
 def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
     results = write_run(tmp_path)
-    evil = "<img src=x onerror=alert(1)>$\\frac{"
+    evil = "<img src=x onerror=alert(1)></script><script>alert(2)</script>\"' autofocus {{ 7 * 7 }}$\\frac{"
     results["workload"]["name"] = results["rows"][-1]["method"] = results["groups"][0]["name"] = evil
     results["rows"][-1]["kind"] = "agent"
     (tmp_path / "results.json").write_text(json.dumps(results))
     (tmp_path / "config.yaml").write_text(evil)
     text = report.build(tmp_path).read_text(encoding="utf-8")
-    assert "<img src=x" not in text and "&lt;img src=x" in text
+    assert "<img" not in text and "&lt;img src=x" in text and text.count("<script>") == 1
+    # Every attribute value ends where the template ends it, and a name is no template.
+    tags = re.findall(r"<[a-zA-Z][^>]*>", text.split("</style>")[1].split("<script>")[0])
+    assert not any(" autofocus" in re.sub(r'"[^"]*"', "", tag) for tag in tags)
+    assert "{{ 7 * 7 }}" in text
 
 
 def test_a_minimal_run_has_a_report_too(tmp_path: Path) -> None:
     row = {"method": "dense", "seed": 0, "score": float("nan"), "test": None, "cost": 5}
     (tmp_path / "results.json").write_text(json.dumps({"version": 1, "rows": [row]}))
     text = report.build(tmp_path).read_text(encoding="utf-8")
-    assert "dense" in text and "nan" not in text.lower().split("<body>")[1]
+    assert "dense" in text and "nan" not in text.lower().split("<body>")[1].split("<script>")[0]
 
 
 @pytest.mark.parametrize(
@@ -131,16 +147,16 @@ def test_the_headline_averages_over_seeds_and_dense_models(tmp_path: Path) -> No
     results["rows"].append(dense | {"seed": 1, "checkpoint": 1, "test": dense["test"] - 0.2})
     scores = [row["score"] for row in results["rows"] if row["method"] == "ppo"]
     assert len(set(scores)) > 1
-    text = report._headline(results)
-    assert f"score {report._number(sum(scores) / len(scores))}" in text
-    assert f"test {report._number(dense['test'] - 0.1)}" in text
+    text = report.headline(results)
+    assert f"score {words.number(sum(scores) / len(scores))}" in text
+    assert f"test {words.number(dense['test'] - 0.1)}" in text
     # Of several budgets it speaks of the first.
     results["budgets"] = [{"asked": 0.5}, {"asked": 0.3}]
     easier = [row | {"budget": 0.3, "score": 0.0} for row in results["rows"] if row["method"] == "ppo"]
     results["rows"] += easier
     for row in results["rows"]:
         row.setdefault("budget", None if row["method"] == "dense" else 0.5)
-    assert report._headline(results) == text
+    assert report.headline(results) == text
 
 
 def test_methods_without_a_kind_are_told_apart_by_the_registry(tmp_path: Path) -> None:
@@ -161,21 +177,23 @@ def test_the_markdown_table_has_a_line_a_row_and_escapes_pipes(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("groups", [1, 12, 60])
-def test_no_two_labels_of_the_widths_plot_overlap(groups: int, tmp_path: Path) -> None:
+def test_every_group_has_its_widths_of_all_three(groups: int, tmp_path: Path) -> None:
     results = write_run(tmp_path, groups=groups)
-    figure = plots.widths(results["groups"], {"learned": results["rows"][-1]["widths"]})
-    figure.draw_without_rendering()
-    page = figure.get_window_extent()
-    for texts in (figure.axes[0].get_yticklabels(), figure.axes[0].texts):
-        boxes = [text.get_window_extent() for text in texts]
-        assert len(boxes) == groups
-        assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
-        assert all(page.x0 <= box.x0 and box.x1 <= page.x1 for box in boxes)
+    rule, plan = best_rule(results), learned(results)
+    assert rule is not None and plan is not None
+    bars = tables.widths(results, plan)
+    assert [bar.dense for bar in bars] == [group["width"] for group in results["groups"]]
+    assert [[kept[2] for kept in bar.kept] for bar in bars] == [
+        list(pair) for pair in zip(rule["widths"], plan["widths"], strict=True)
+    ]
+    assert all(0 < kept[3] <= 100 for bar in bars for kept in bar.kept)
+    text = report.build(tmp_path).read_text(encoding="utf-8")
+    assert text.count('<div class="track">') == groups
 
 
 def test_the_same_numbers_give_the_same_bytes_and_colours_stay_with_their_method(tmp_path: Path) -> None:
     curves = {"random": [[-1.0, -0.5]], "ppo": [[-1.0, float("nan"), -0.2]]}
-    assert plots.to_svg(plots.learning(curves, {})) == plots.to_svg(plots.learning(curves, {}))
+    assert plots.to_png(plots.learning(curves, {})) == plots.to_png(plots.learning(curves, {}))
     assert plots.to_png(plots.learning(curves, {"uniform": -0.6}), tmp_path / "a.png").startswith(PNG)
     assert (tmp_path / "a.png").read_bytes().startswith(PNG)
     assert plots.colours(["ppo"])["ppo"] == plots.colours(["random", "lamp", "ppo"])["ppo"]

@@ -33,6 +33,8 @@ class TaskType:
 
     name: str = ""
     metric_name: str = "metric"
+    higher_is_better: ClassVar[bool] = True
+    """Whether a larger metric is a better one."""
     compares: ClassVar[bool] = True
     """Whether the task knows a divergence to the dense model (`score.kind: kl`) and a distillation loss."""
     own_pass: ClassVar[bool] = False
@@ -82,6 +84,10 @@ class TaskType:
         raise DataError(
             f"task {self.name!r}: has no metric of its own; give the workload a metric(outputs, targets)"
         )
+
+    def sample_metrics(self, read: Read, targets: Targets) -> Tensor | None:
+        """The metric of each sample, (N,), whose sum is `metric`; None where it is asked sample by sample."""
+        return None
 
     def meter(self) -> Meter:
         """Gathers the metric over a split; by default the mean over samples of `metric`."""

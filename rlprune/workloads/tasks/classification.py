@@ -55,6 +55,9 @@ class Classification(TaskType):
     def metric(self, read: Read, targets: Targets) -> Tensor:
         return (read.argmax(1) == targets).sum().float()
 
+    def sample_metrics(self, read: Read, targets: Targets) -> Tensor | None:
+        return (read.argmax(1) == targets).float()
+
     def metric_arguments(self, read: Read) -> Mapping[str, object]:
         return {"task": "multiclass", "num_classes": read.shape[1], "average": "macro"}
 
