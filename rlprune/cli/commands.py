@@ -16,6 +16,7 @@ from typing import Any
 from ..config.config import Config, json_schema
 from ..errors import ConfigError, RlpruneError
 from .catalogue import KINDS, rows
+from .completion import SHELLS
 from .options import (
     Subparsers,
     add_config,
@@ -29,12 +30,11 @@ from .options import (
     free_folder,
     name_list,
     new_command,
-    print_rows,
     read_config,
     show,
-    show_run,
     whole_number,
 )
+from .output import add_json, add_quiet, finish, print_rows, say, show_benchmark, show_run, watcher
 from .pruning_commands import add_apply, add_prune
 
 
@@ -50,6 +50,8 @@ def _add_demo(commands: Subparsers) -> None:
     )
     add_out(parser, "runs/demo")
     add_seed(parser)
+    add_quiet(parser)
+    add_json(parser)
     parser.set_defaults(action=_demo, config="digits", overrides=[])
 
 
@@ -59,15 +61,14 @@ def _demo(args: argparse.Namespace) -> None:
     out = _run_folder(args, "demo")
     _run(args, config, out)
     from ..experiments import apply as deploy
-    from ..utils.progress import Console
 
     other = config.override([f"model.seed={config.model.seed + 1}"])
-    print("\nthe learned policy on a second checkpoint, without a search:")
+    say(args, "\nthe learned policy on a second checkpoint, without a search:")
     target = config.budget.target
-    applied = deploy.apply(out, other, target, callback=Console(True))
+    applied = deploy.apply(out, other, target, callback=watcher(args))
     applied.save(out / "second")
-    print(applied)
-    show_run(out)
+    say(args, str(applied))
+    show_run(out, args)
 
 
 def _add_inspect(commands: Subparsers) -> None:
@@ -106,6 +107,8 @@ def _add_train(commands: Subparsers) -> None:
     )
     add_execution(parser)
     add_seed(parser)
+    add_quiet(parser)
+    add_json(parser)
     parser.set_defaults(action=_train)
 
 
@@ -115,7 +118,7 @@ def _train(args: argparse.Namespace) -> None:
     if args.resume and not out.is_dir():
         raise ConfigError(f"--resume: no run in {out}; give its folder with --out")
     _run(args, config, out)
-    show_run(out)
+    show_run(out, args)
 
 
 def _run_folder(args: argparse.Namespace, name: str) -> Path:
@@ -128,10 +131,9 @@ def _run(args: argparse.Namespace, config: Config, out: Path) -> None:
     """Train into ``out``, which an interruption then names."""
     check_packages(config, config.finish.steps)
     from ..experiments import train as run
-    from ..utils.progress import Console
 
     args.resumable.append(out)
-    run.train(config, out, resume=args.resume, callback=Console(True))
+    run.train(config, out, resume=args.resume, callback=watcher(args))
 
 
 def _add_benchmark(commands: Subparsers) -> None:
@@ -156,6 +158,8 @@ def _add_benchmark(commands: Subparsers) -> None:
         parser.add_argument(option, **options)
     add_execution(parser)
     add_seed(parser)
+    add_quiet(parser)
+    add_json(parser)
     parser.set_defaults(action=_benchmark)
 
 
@@ -163,10 +167,9 @@ def _benchmark(args: argparse.Namespace) -> None:
     config = read_config(args)
     check_packages(config, config.finish.steps)
     from ..benchmarks import verb
-    from ..utils.progress import Console
 
     out = args.out or verb.default_folder(config)
-    verb.benchmark(
+    results = verb.benchmark(
         config,
         args.methods,
         seeds=args.seeds,
@@ -175,10 +178,9 @@ def _benchmark(args: argparse.Namespace) -> None:
         budgets=args.budgets,
         checkpoints=args.checkpoints,
         jobs=args.jobs,
-        callback=Console(True),
+        callback=watcher(args),
     )
-    print((out / "benchmark.md").read_text(encoding="utf-8"))
-    print(f"report: {out / 'report.html'}")
+    show_benchmark(out, results, args)
 
 
 def _add_fidelity(commands: Subparsers) -> None:
@@ -203,6 +205,8 @@ def _add_fidelity(commands: Subparsers) -> None:
     )
     add_execution(parser)
     add_seed(parser)
+    add_quiet(parser)
+    add_json(parser)
     parser.set_defaults(action=_fidelity)
 
 
@@ -212,7 +216,7 @@ def _fidelity(args: argparse.Namespace) -> None:
     from ..experiments import fidelity
 
     out = args.out or Path("runs") / f"{config.name}-fidelity"
-    show(fidelity.run(config, args.candidates, out, args.steps), out)
+    show(args, fidelity.run(config, args.candidates, out, args.steps, callback=watcher(args)), out)
 
 
 def _add_evaluate(commands: Subparsers) -> None:
@@ -235,6 +239,7 @@ def _add_evaluate(commands: Subparsers) -> None:
     parser.add_argument(
         "--limit", metavar="N", type=whole_number(1), help="first N questions of each file only"
     )
+    add_quiet(parser)
     parser.set_defaults(action=_evaluate)
 
 
@@ -245,7 +250,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     config = read_config(args) if args.config is not None else None
     from ..experiments import inspect as inspection
 
-    print(inspection.evaluate(args.directory, config, [Path(t) for t in args.tasks], args.limit))
+    tasks = [Path(t) for t in args.tasks]
+    print(inspection.evaluate(args.directory, config, tasks, args.limit, callback=watcher(args)))
 
 
 def _add_export(commands: Subparsers) -> None:
@@ -270,6 +276,7 @@ def _add_export(commands: Subparsers) -> None:
     )
     parser.add_argument("--out", metavar="PATH", type=Path, help="file to write (in DIR by default)")
     add_force(parser)
+    add_json(parser)
     parser.set_defaults(action=_export)
 
 
@@ -281,7 +288,8 @@ def _export(args: argparse.Namespace) -> None:
     written = export.export(
         args.directory, args.to, args.out, config=config, force=args.force, dtype=args.dtype
     )
-    print(f"written: {written.path}" + (f" ({written.needs})" if written.needs else ""))
+    text = f"written: {written.path}" + (f" ({written.needs})" if written.needs else "")
+    finish(args, text, written=written.path, needs=written.needs)
     for note in written.notes:
         print(f"  {note}")
 
@@ -291,6 +299,7 @@ def _add_report(commands: Subparsers) -> None:
         commands, "report", "rebuild report.html from what the run recorded", "rlprune report runs/demo"
     )
     parser.add_argument("directory", metavar="RUN", type=Path, help="folder of a run")
+    add_json(parser)
     parser.set_defaults(action=_report)
 
 
@@ -298,7 +307,8 @@ def _report(args: argparse.Namespace) -> None:
     existing_folder(args.directory, "RUN")
     from ..report import html as report
 
-    print(f"report: {report.build(args.directory)}")
+    path = report.build(args.directory)
+    finish(args, f"report: {path}", report=path)
 
 
 def _add_list(commands: Subparsers) -> None:
@@ -316,6 +326,23 @@ def _list(args: argparse.Namespace) -> None:
         if kind != "settings":  # long, and asked for by name
             print(f"{kind}:")
             print_rows(rows(kind), "  ")
+
+
+def _add_completion(commands: Subparsers) -> None:
+    parser = new_command(
+        commands,
+        "completion",
+        "a script by which a shell completes commands and options",
+        "rlprune completion bash",
+    )
+    parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help=f"one of: {', '.join(SHELLS)}")
+    parser.set_defaults(action=_completion)
+
+
+def _completion(args: argparse.Namespace) -> None:
+    from .completion import script
+
+    print(script(args.parser, args.shell))
 
 
 def _add_schema(commands: Subparsers) -> None:
@@ -363,5 +390,6 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     _add_report,
     _add_list,
     _add_schema,
+    _add_completion,
 )
 """In the order of `rlprune --help`."""

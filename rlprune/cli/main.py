@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import json
 import os
 import re
 import signal
@@ -46,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings(), _terminated_as_interrupted():
             _show_warnings(debug)
-            args = build_parser().parse_args(words)
-            args.resumable = resumable
+            parser = build_parser()
+            args = parser.parse_args(words)
+            args.resumable, args.parser, args.summary = resumable, parser, None
             _refuse_several_processes(args.command)
             if args.threads is not None:
                 import torch
@@ -58,8 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 with own_exits_named():
                     plugins.load(getattr(args, "plugins", ()))
-            with own_exits_named(), shown_as(args.progress):
+            as_json = getattr(args, "json", False)
+            # What a command prints for people goes the way of the progress, so that a program reads JSON alone.
+            aside = contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout)
+            with own_exits_named(), shown_as(args.progress), aside:
                 args.action(args)
+            if as_json:
+                print(json.dumps(args.summary, indent=1))
             sys.stdout.flush()
         return OK
     except BrokenPipeError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
@@ -11,6 +11,7 @@ from ..config.config import Config, load_config
 from ..errors import ConfigError
 from ..utils.progress import SHOWN
 from .catalogue import check_names, check_wing
+from .output import finish, say
 
 _FIELDS = {
     "budget": "budget.target",
@@ -194,28 +195,8 @@ def existing_folder(path: Path, what: str) -> None:
         raise ConfigError(f"{what}: {path}: no such folder")
 
 
-def show_run(out: Path) -> None:
-    """The table of a finished run and where its report is."""
-    from ..report.html import markdown
-    from ..report.results import read_results
-
-    results = read_results(out)
-    print(markdown(results))
-    for line in results.get("saved", ()):
-        print(line)
-    if (out / "report.html").is_file():
-        print(f"report: {out / 'report.html'}")
-
-
-def show(result: object, out: Path) -> None:
+def show(args: argparse.Namespace, result: object, out: Path) -> None:
     """What a command returned in words, if anything, and where its files are."""
     if isinstance(result, str) and result:
-        print(result)
-    print(f"written: {out}")
-
-
-def print_rows(rows: Sequence[tuple[str, str]], indent: str = "") -> None:
-    """Names and what they are, in two columns."""
-    width = max((len(name) for name, _ in rows), default=0)
-    for name, text in rows:
-        print(f"{indent}{name:<{width}}  {text}".rstrip())
+        say(args, result)
+    finish(args, f"written: {out}", written=out)

@@ -22,6 +22,7 @@ from .options import (
     show,
     whole_number,
 )
+from .output import add_json, add_quiet, say, watcher
 
 
 def add_apply(commands: Subparsers) -> None:
@@ -53,6 +54,8 @@ def add_apply(commands: Subparsers) -> None:
     add_execution(parser)
     add_out(parser, "pruned/NAME of the config")
     add_seed(parser)
+    add_quiet(parser)
+    add_json(parser)
     parser.set_defaults(action=_apply)
 
 
@@ -72,10 +75,11 @@ def _apply(args: argparse.Namespace) -> None:
         ):
             if given:
                 raise ConfigError(f"{option}: not for a plan, which fixes the units; {args.source} is one")
-        show(replay.apply_plan(args.source, config, checkpoint=args.checkpoint, out=out), out)
+        callback = watcher(args)
+        table = replay.apply_plan(args.source, config, checkpoint=args.checkpoint, out=out, callback=callback)
+        show(args, table, out)
         return
     from ..experiments import apply as deploy
-    from ..utils.progress import Console
 
     applied = deploy.apply(
         args.source,
@@ -83,11 +87,11 @@ def _apply(args: argparse.Namespace) -> None:
         checkpoint=args.checkpoint,
         refine=args.refine,
         builds=args.builds,
-        callback=Console(True),
+        callback=watcher(args),
     )
     applied.save(out)
-    print(applied)
-    show(applied.sizes(out), out)
+    say(args, str(applied))
+    show(args, applied.sizes(out), out)
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -144,6 +148,8 @@ def add_prune(commands: Subparsers) -> None:
     add_budget(parser)
     add_out(parser, "pruned/NAME of the config")
     add_seed(parser)
+    add_quiet(parser)
+    add_json(parser)
     parser.set_defaults(action=_prune)
 
 
@@ -167,12 +173,18 @@ def _prune(args: argparse.Namespace) -> None:
     out = args.out or free_folder(config.name, "pruned")
     stages = args.stages or 1
     if stages == 1 and args.steps is None:
-        show(deploy.prune_rule(config, args.rule, config.budget.target, out, args.checkpoint), out)
+        table = deploy.prune_rule(
+            config, args.rule, config.budget.target, out, args.checkpoint, callback=watcher(args)
+        )
+        show(args, table, out)
         return
     steps = config.finish.steps // stages if args.steps is None else args.steps
     check_packages(config, steps)
     target, checkpoint = config.budget.target, args.checkpoint
-    show(deploy.prune_stages(config, args.rule, target, stages, steps, out, checkpoint), out)
+    table = deploy.prune_stages(
+        config, args.rule, target, stages, steps, out, checkpoint, callback=watcher(args)
+    )
+    show(args, table, out)
 
 
 def _prune_equal_widths(args: argparse.Namespace) -> None:
@@ -191,4 +203,7 @@ def _prune_equal_widths(args: argparse.Namespace) -> None:
     from ..experiments import apply as deploy
 
     out = args.out or free_folder(config.name, "pruned")
-    show(deploy.prune_equal_widths(config, config.budget.target, dropped, out, args.checkpoint), out)
+    table = deploy.prune_equal_widths(
+        config, config.budget.target, dropped, out, args.checkpoint, callback=watcher(args)
+    )
+    show(args, table, out)

@@ -235,7 +235,12 @@ def refined(
 
 
 def prune_rule(
-    config: Config, rule: str, budget: str | float, out: Path, checkpoint: Path | None = None
+    config: Config,
+    rule: str,
+    budget: str | float,
+    out: Path,
+    checkpoint: Path | None = None,
+    callback: Callback | None = None,
 ) -> str:
     """A heuristic rule prunes the model, the recovery follows; writes it into ``out``, returns a table.
 
@@ -243,7 +248,7 @@ def prune_rule(
     """
     find_rule(rule)
     experiment = prepare_experiment(
-        _with_budget(config, budget), checkpoint=checkpoint, callback=Console(True)
+        _with_budget(config, budget), checkpoint=checkpoint, callback=callback or Console(True)
     )
     widths = experiment.rule_widths(rule)
     origin: dict[str, object] = {"method": rule, "budget": str(budget), "metric": experiment.metric}
@@ -253,7 +258,12 @@ def prune_rule(
 
 
 def prune_equal_widths(
-    config: Config, budget: str | float, drop_blocks: int, out: Path, checkpoint: Path | None = None
+    config: Config,
+    budget: str | float,
+    drop_blocks: int,
+    out: Path,
+    checkpoint: Path | None = None,
+    callback: Callback | None = None,
 ) -> str:
     """One number of neurons for all blocks, so that `rlprune export --to hf` gives a folder without code of ours.
 
@@ -261,7 +271,7 @@ def prune_equal_widths(
     output (ShortGPT, arXiv 2403.03853, equation 1). Writes the pruned model into ``out``, returns a table.
     """
     experiment = prepare_experiment(
-        _with_budget(config, budget), checkpoint=checkpoint, callback=Console(True)
+        _with_budget(config, budget), checkpoint=checkpoint, callback=callback or Console(True)
     )
     space, metric = experiment.space, experiment.metric
     if drop_blocks and drop_blocks >= block_count(space):
@@ -301,6 +311,7 @@ def prune_stages(
     steps: int,
     out: Path,
     checkpoint: Path | None = None,
+    callback: Callback | None = None,
 ) -> str:
     """`prune_rule` in rounds: cut a part, recover, train ``steps`` steps, look again
     (`experiments.incremental.incremental`).
@@ -308,7 +319,7 @@ def prune_stages(
     A killed run leaves its finished rounds in ``OUT.state`` and the same command goes on from there.
     """
     find_rule(rule)
-    callback = Console(True)
+    callback = callback or Console(True)
     experiment = prepare_experiment(_with_budget(config, budget), checkpoint=checkpoint, callback=callback)
     state = out.with_name(f"{out.name}.state")
     found = incremental(

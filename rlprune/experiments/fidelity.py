@@ -62,7 +62,13 @@ class Tier:
     recovery: RecoveryConfig
 
 
-def run(config: Config, candidates: int, out: str | Path, steps: int | None = None) -> str:
+def run(
+    config: Config,
+    candidates: int,
+    out: str | Path,
+    steps: int | None = None,
+    callback: Callback | None = None,
+) -> str:
     """Score and fine-tune ``candidates`` random plans; write fidelity.json, fidelity.md and fidelity.png into ``out``.
 
     Every score and every fine-tune is kept in ``out`` under a hash of what determines it: a stopped run goes on
@@ -70,6 +76,7 @@ def run(config: Config, candidates: int, out: str | Path, steps: int | None = No
 
     Args:
         steps: gradient steps of the last tier; None for those of the adapter's ladder.
+        callback: is told of the progress; bars without one.
 
     Returns the Markdown text: Spearman's rho between score and final quality with its 95% interval, the
     difference to the best tier, and the cost, per tier; which tier is recommended; and rho for fewer samples.
@@ -83,7 +90,7 @@ def run(config: Config, candidates: int, out: str | Path, steps: int | None = No
     expected = expected_adapter(config)
     if expected is not None:  # before anything is trained
         _length(config, expected)
-    callback, config = Console(True), with_threads(config)
+    callback, config = callback or Console(True), with_threads(config)
     with lock_run(out, worth="cells.jsonl") as folder:
         experiment = prepare_experiment(config, callback=callback)
         length = _length(config, experiment.workload.adapter)

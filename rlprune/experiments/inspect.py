@@ -11,7 +11,7 @@ from ..pruning.cost import plain_amount
 from ..pruning.cost_terms import narrow_lines
 from ..pruning.space import PruningSpace
 from ..tracing.trace import TraceOptions
-from ..utils.progress import Console
+from ..utils.progress import Callback, Console
 from ..workloads.adapter import Target, adapter_of, adapter_of_base, read_pruned
 from ..workloads.builder import Inspected, builder_of
 from .build import build_workload, resolve_device
@@ -59,18 +59,24 @@ def resources(seconds: float) -> str:
 
 
 def evaluate(
-    directory: Path, config: Config | None, tasks: Sequence[Path] = (), limit: int | None = None
+    directory: Path,
+    config: Config | None,
+    tasks: Sequence[Path] = (),
+    limit: int | None = None,
+    callback: Callback | None = None,
 ) -> str:
     """A saved pruned model beside its dense base: costs, latency and, with a config, its quality on test.
 
     Args:
         tasks: multiple-choice files for a language model's zero-shot accuracy (see `zeroshot`).
         limit: only the first ``limit`` questions of each.
+        callback: is told of the progress; bars without one.
     """
     document = read_pruned(directory)
     adapter = adapter_of_base(document["base"])
     adapter.check_tasks(document, directory, tasks)
-    workload = build_workload(config, progress=Console(True).training) if config is not None else None
+    watching = callback or Console(True)
+    workload = build_workload(config, progress=watching.training) if config is not None else None
     return adapter.comparison(directory, document, workload, tasks, limit)
 
 

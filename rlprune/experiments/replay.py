@@ -16,7 +16,7 @@ from ..pruning.cost import plain_amount
 from ..pruning.plan import Plan
 from ..pruning.surgery import prune
 from ..tracing.trace import TraceOptions
-from ..utils.progress import Console
+from ..utils.progress import Callback, Console
 from ..workloads.adapter import holds_pruned_model, read_pruned
 from ..workloads.base import Workload
 from ..workloads.builder import builder_of
@@ -31,7 +31,9 @@ def is_plan(source: Path) -> bool:
     return source.is_file()
 
 
-def apply_plan(source: Path, config: Config, *, checkpoint: Path | None, out: Path) -> str:
+def apply_plan(
+    source: Path, config: Config, *, checkpoint: Path | None, out: Path, callback: Callback | None = None
+) -> str:
     """Cut the units that a plan cuts from the model of the settings, recover it, write it; returns a table.
 
     Without recovery the model may be cut file by file and never loaded (``WorkloadBuilder.cut_files``).
@@ -39,6 +41,7 @@ def apply_plan(source: Path, config: Config, *, checkpoint: Path | None, out: Pa
     Args:
         source: a plan.json, or the folder of a pruned model.
         checkpoint: weights of the model, instead of those of the settings.
+        callback: is told of the progress; bars without one.
 
     Raises ArtifactError: no plan, or one of another architecture.
     """
@@ -55,7 +58,7 @@ def apply_plan(source: Path, config: Config, *, checkpoint: Path | None, out: Pa
     plan = Plan.from_dict(document, space)
     # A plan that does not fit is refused before anything is trained.
     if checkpoint is None and config.workload is None and config.model.train.epochs > 0:
-        callback = Console(True)
+        callback = callback or Console(True)
         train_dense(workload, config.model, callback.training)
         callback.close()
     budget = {k: v for k, v in document["budget"].items() if v is not None}

@@ -328,6 +328,7 @@ def outcome(
             "data": config.data.name,
             "metric": workload.metric_name,
             "higher_is_better": workload.higher_is_better,
+            "exp_of_loss": workload.exp_of_loss,
             "samples": workload.sample_noun,
             "task": workload.task_type.name,
             "sizes": sizes,

@@ -22,6 +22,7 @@ class NextToken(TaskType):
 
     metric_name = "perplexity"
     higher_is_better = False
+    exp_of_loss = True
 
     def read(self, outputs: Outputs, choice: Choice | None = None) -> Read:
         return logits_of(outputs) if choice is None else find_output(outputs, choice)

@@ -53,6 +53,7 @@ class Decision:
     change_of: str
     noun: str
     tuned: bool
+    exp_of_loss: bool
     savings: tuple[Saving, ...]
     rivals: Mapping[int, str] = field(default_factory=dict)
     """Why a row (by its number in results.json) is as good and cheaper."""
@@ -65,7 +66,8 @@ class Compared:
         self.rows: list[Row] = as_list(results.get("rows"))
         workload = as_mapping(results.get("workload"))
         self.metric = str(workload.get("metric") or "test metric")
-        self.higher = bool(workload.get("higher_is_better", self.metric != "perplexity"))
+        self.higher = bool(workload.get("higher_is_better", "protocol" not in workload))
+        self.exp_of_loss = bool(workload.get("exp_of_loss", False))
         size = as_mapping(workload.get("sizes")).get("test")
         self.size = int(size) if is_finite(size) else 0
         self.tuned = any(row.get("test") != row.get("test_finetuned", row.get("test")) for row in self.rows)
@@ -121,6 +123,7 @@ def decide(results: Results, folder: Path | None = None) -> Decision | None:
         change_of=compared.kind,
         noun="sequences" if noun == "sequences" else "samples",
         tuned=compared.tuned,
+        exp_of_loss=compared.exp_of_loss,
         savings=tuple(_savings(results, dense, chosen)),
         rivals=rivals(compared, chosen),
     )
@@ -191,7 +194,7 @@ def change_words(decision: Decision) -> str:
     change = decision.change
     if change is None:
         return ""
-    if decision.metric == "perplexity" and decision.change_of == "loss":
+    if decision.exp_of_loss and decision.change_of == "loss":
         # A smaller loss is better: the change is that of minus the loss.
         shown = [100 * (math.exp(-value) - 1) for value in (change.mean, change.high, change.low)]
         unit, form = "%", ".1f"
@@ -203,7 +206,7 @@ def change_words(decision: Decision) -> str:
         unit, form = (" points", ".1f") if percent else ("", ".3g")
     mean, low, high = (words.signed(value, form) for value in shown)
     how = "" if change.paired else ", not paired, so too wide"
-    of = "loss " if decision.change_of == "loss" and decision.metric != "perplexity" else ""
+    of = "loss " if decision.change_of == "loss" and not decision.exp_of_loss else ""
     return f"{of}{mean}{unit}, 95% interval {low} to {high} on {change.count:,} test {decision.noun}{how}"
 
 

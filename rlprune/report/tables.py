@@ -35,10 +35,11 @@ class Line:
 
 @dataclass(frozen=True)
 class ShortTable:
-    """Headers and rows; where ``rising`` says so of a column, more of it is better."""
+    """Headers and rows; ``spare`` are headers that a narrow table leaves out, the first of them first."""
 
     header: Sequence[str]
     lines: Sequence[Line]
+    spare: Sequence[str] = ()
 
 
 def role_of(row: Row) -> str:
@@ -87,7 +88,8 @@ def short(results: Results, compared: Compared, decision: Decision) -> ShortTabl
     if all(cell.text == words.NONE for line in lines for cell in line.cells[2:3]):
         header.pop(2)
         lines = [Line(x.key, [*x.cells[:2], *x.cells[3:]], x.role, x.badge, x.why) for x in lines]
-    return ShortTable(header, sorted(lines, key=lambda line: _order(line, compared.higher)))
+    spare = [cost_label(key) for key in (*keys[1:], *keys[:1])]
+    return ShortTable(header, sorted(lines, key=lambda line: _order(line, compared.higher)), spare)
 
 
 def interval(compared: Compared, change: Any) -> str:

@@ -228,6 +228,12 @@ class Workload(abc.ABC):
         return type(self).metric is not Workload.metric
 
     @property
+    def exp_of_loss(self) -> bool:
+        """Whether the metric is the exponential of the loss, as the perplexity is."""
+        own = self.metric_fn is not None or self.split_metric is not None or self.has_own_metric
+        return self.task_type.exp_of_loss and not own
+
+    @property
     def has_own_task(self) -> bool:
         """Whether anything of the task is another than the adapter's default."""
         others = self.metric_fn is not None or self.split_metric is not None

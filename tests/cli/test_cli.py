@@ -24,7 +24,7 @@ from rlprune.errors import BudgetError
 
 API_COMMANDS = (
     "demo", "inspect", "train", "apply", "prune", "benchmark", "fidelity", "evaluate", "export", "report", "list",
-    "schema",
+    "schema", "completion",
 )  # fmt: skip
 
 
@@ -163,7 +163,7 @@ def test_train_passes_the_settings_on(
         seen.update(config=config, out=out, resume=resume)
 
     replace_work(monkeypatch, train=train)
-    monkeypatch.setattr(commands, "show_run", lambda out: print(f"shown {out}"))
+    monkeypatch.setattr(commands, "show_run", lambda out, args: print(f"shown {out}"))
     monkeypatch.chdir(tmp_path)
     code, out, err = run(
         capsys, "train", "digits", "--seed", "3", "--set", "search.evaluations=7", "budget.target=30%"
@@ -199,7 +199,7 @@ def test_the_demo_is_a_train_whose_policy_prunes_a_second_checkpoint(
 
     replace_work(monkeypatch, train=train)
     replace_work(monkeypatch, "apply", apply=apply)
-    monkeypatch.setattr(commands, "show_run", lambda out: print(f"shown {out}"))
+    monkeypatch.setattr(commands, "show_run", lambda out, args: print(f"shown {out}"))
     monkeypatch.setattr("torch.set_num_threads", lambda count: None)
     monkeypatch.chdir(tmp_path)
     out = Path("runs/demo")

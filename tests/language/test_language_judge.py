@@ -187,3 +187,15 @@ class TestJudge:
         rough = workload.judge("kl", top_k=40)(model.to(torch.bfloat16))
         assert rough.loss == pytest.approx(exact.loss, rel=0.02)
         assert float(rough.scores.mean()) == pytest.approx(float(exact.scores.mean()), rel=0.2)
+
+
+def test_the_test_split_has_outcomes_by_sequence_that_add_up(workload: LanguageWorkload) -> None:
+    with workload.test_opened():
+        quality = workload.evaluate(workload.model, "test")
+    found = quality.outcomes
+    assert (
+        found is not None and found.kind == "loss" and not workload.higher_is_better and workload.exp_of_loss
+    )
+    assert int(found.weights.sum()) == quality.count and len(found.values) == workload.size("test")
+    assert found.mean == pytest.approx(quality.loss, rel=1e-9)
+    assert workload.evaluate(workload.model, "validation").outcomes is None

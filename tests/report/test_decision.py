@@ -171,7 +171,12 @@ def test_an_older_run_has_a_wider_interval_and_says_so(tmp_path: Path) -> None:
 
 def test_perplexity_is_lower_and_better(tmp_path: Path) -> None:
     results: Any = decided_run(tmp_path)
-    results["workload"] |= {"metric": "perplexity", "higher_is_better": False, "samples": "sequences"}
+    results["workload"] |= {
+        "metric": "perplexity",
+        "higher_is_better": False,
+        "exp_of_loss": True,
+        "samples": "sequences",
+    }
     results["outcomes"] = "loss"
     loss = torch.full((64,), 2.0, dtype=torch.float64) + torch.linspace(-0.5, 0.5, 64)
     sizes = torch.full((64,), 100.0, dtype=torch.float64)

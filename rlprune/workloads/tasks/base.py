@@ -35,6 +35,8 @@ class TaskType:
     metric_name: str = "metric"
     higher_is_better: ClassVar[bool] = True
     """Whether a larger metric is a better one."""
+    exp_of_loss: ClassVar[bool] = False
+    """Whether the metric is the exponential of the loss, so that a difference of losses is a ratio of metrics."""
     compares: ClassVar[bool] = True
     """Whether the task knows a divergence to the dense model (`score.kind: kl`) and a distillation loss."""
     own_pass: ClassVar[bool] = False
