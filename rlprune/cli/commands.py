@@ -289,7 +289,7 @@ def _export(args: argparse.Namespace) -> None:
         args.directory, args.to, args.out, config=config, force=args.force, dtype=args.dtype
     )
     text = f"written: {written.path}" + (f" ({written.needs})" if written.needs else "")
-    finish(args, text, written=written.path, needs=written.needs)
+    finish(args, text, written=written.path, needs=written.needs, notes=list(written.notes))
     for note in written.notes:
         print(f"  {note}")
 
