@@ -128,7 +128,7 @@ def short(results: Results) -> ShortTable | None:
             badge, why = "best rule", "by the score before the fine-tune"
         role = {"rule": "rule", "agent": "agent"}.get(str(entry["kind"]), "search")
         lines.append(Line(str(entry["method"]), cells, role, badge, why))
-    return ShortTable(header, lines)
+    return ShortTable(header, lines, spare=header[-2:])
 
 
 def _field(results: Results) -> str:
