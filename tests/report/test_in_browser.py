@@ -1,6 +1,6 @@
 """The pages in a real browser (Chromium, headless): nothing clipped, nothing over another thing, no error.
 
-A copy of the page, with a script of the test that measures it, stands in a frame of the width that is asked for: windows
+A copy of the page, with a script that measures it, stands in a frame of the width that is asked for: windows
 have a least width. Skipped where no Chromium is installed (Debian: `apt-get install chromium`).
 """
 
