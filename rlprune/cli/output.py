@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..utils.progress import Console
-
 if TYPE_CHECKING:
     from rich.console import Console as Terminal
 
     from ..report.results import Results
     from ..report.tables import ShortTable
+    from ..utils.progress import Console
 
 WIDTH = 100
 """Columns that a table takes at most."""
@@ -44,6 +43,8 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def watcher(args: argparse.Namespace) -> Console:
     """Who shows the progress of a command; with --quiet it shows nothing."""
+    from ..utils.progress import Console
+
     return Console(not getattr(args, "quiet", False))
 
 
