@@ -153,4 +153,4 @@ def test_every_command_with_progress_can_be_quiet() -> None:
     ):
         assert parser.parse_args([*words.split(), "--quiet"]).quiet
     assert parser.parse_args(["fidelity", "digits", "--quiet"]).quiet
-    assert commands.watcher(parser.parse_args(["demo", "--quiet"])).visible is False
+    assert commands.watcher(parser.parse_args(["demo", "--quiet"])).shown == "none"
