@@ -23,7 +23,7 @@ from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace, fingerprint
 from ..recovery.reconstruct import Reconstruction
 from ..tracing.trace import ExampleInputs, TraceOptions, trace_channels
-from ..utils.memory import return_freed_memory
+from ..utils.memory import bound_kernel_caches, return_freed_memory
 from ..workloads.adapter import (
     LatencySettings,
     ModelAdapter,
@@ -178,6 +178,9 @@ class LanguageAdapter(ModelAdapter):
 
     def scoring_formats(self, workload: Workload, space: PruningSpace, wanted: str) -> list[ScoringFormat]:
         return [ScoringFormat(weights=scoring_dtype(workload.model, wanted))]
+
+    def keep_memory(self) -> None:
+        bound_kernel_caches()  # on another machine nobody has yet
 
     def release_memory(self) -> None:
         return_freed_memory()

@@ -212,7 +212,7 @@ class ModelAdapter(abc.ABC):
         return [ScoringFormat()]
 
     def keep_memory(self) -> None:  # noqa: B027
-        """Before the first candidate: let the process keep blocks that every forward pass asks for again."""
+        """Before the first candidate, in every process that scores any: settle what its libraries keep for the next."""
 
     def release_memory(self) -> None:  # noqa: B027  (most models leave nothing that adds up)
         """Give back what candidates of many sizes leave behind."""

@@ -57,6 +57,15 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["LRU_CACHE_CAPACITY"] == "7" and os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
 
 
+def test_a_process_that_gets_a_language_model_bounds_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlprune.language.adapter import LanguageAdapter
+
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        monkeypatch.delenv(name, raising=False)
+    LanguageAdapter().keep_memory()
+    assert os.environ["LRU_CACHE_CAPACITY"] == os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
+
+
 FAULTS = """
 import resource
 import sys
