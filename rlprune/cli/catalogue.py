@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ..importance.importance import Importance
 
 KINDS = (
-    "models", "rules", "agents", "importances", "recoveries", "costs", "scores", "tasks", "formats", "runtimes",
-    "data", "configs", "settings",
+    "models", "families", "rules", "agents", "importances", "recoveries", "costs", "scores", "tasks", "formats",
+    "runtimes", "data", "configs", "settings",
 )  # fmt: skip
 
 
@@ -31,6 +31,10 @@ def rows(kind: str) -> list[tuple[str, str]]:
         from ..experiments.build import list_models
 
         return list_models()
+    if kind == "families":
+        from ..experiments.build import list_families
+
+        return list_families()
     if kind == "data":
         from ..experiments.build import list_data
 

@@ -152,6 +152,11 @@ def list_models() -> list[tuple[str, str]]:
     return [row for builder in reversed(builders()) for row in builder.models()]
 
 
+def list_families() -> list[tuple[str, str]]:
+    """(model type, one line) of the families whose parts are known, and how others are treated."""
+    return [row for builder in reversed(builders()) for row in builder.families()]
+
+
 def list_data() -> list[tuple[str, str]]:
     """(name, one line) of every data set, images and text."""
     return [row for builder in reversed(builders()) for row in builder.data_sets()]

@@ -65,6 +65,7 @@ from .logits import ChunkedLogs
 from .runtime_lines import describe_runtimes
 from .space import is_language_model, language_space
 from .stored import Stored, saved_dtype, size_lines
+from .structure import settle
 from .task import NextToken
 from .tuning.finetune import tune
 from .tuning.loss import train_language
@@ -136,6 +137,7 @@ class LanguageAdapter(ModelAdapter):
                     "allowed here: any"
                 )
             return trace_channels(model, example_inputs, options)
+        settle(model)
         return language_space(model, example_inputs, fingerprint(model), options)
 
     def space_of_plan(

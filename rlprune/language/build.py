@@ -17,7 +17,9 @@ from ..utils.memory import bound_kernel_caches, return_freed_memory
 from ..workloads.base import CutFrom
 from ..workloads.builder import Inspected, WorkloadBuilder
 from ..workloads.checks import check_finite, run_forward
+from . import describe
 from .describe import context_length
+from .families import FAMILIES
 from .files import pretrained
 from .files.without_plan import is_folder_of_ours, plan_against_base
 from .loading import PREFIX, encoder, is_causal, list_causal, load_causal, read_config
@@ -42,6 +44,13 @@ class LanguageBuilder(WorkloadBuilder):
 
     def data_sets(self) -> list[tuple[str, str]]:
         return list_text()
+
+    def families(self) -> list[tuple[str, str]]:
+        rows = [(kind, describe.family_line(FAMILIES[kind])) for kind in sorted(FAMILIES)]
+        return [
+            *rows,
+            ("any other", "parts are found by shape and used where cuts prove exact: docs/families.md"),
+        ]
 
     def holds(self, data: str) -> bool:
         return is_text(data)

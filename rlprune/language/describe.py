@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config.names import COST_METRICS
 from ..pruning.space import PruningSpace
+from .families import Family, UnsupportedModel, blocks_of
 
 Row = tuple[str, float, float, str]
 """One line of `comparison`: name, figure of the dense model, of the pruned one, number format."""
@@ -81,7 +82,10 @@ def protected_lines(protected: Mapping[str, str]) -> list[str]:
 def cost_lines(space: PruningSpace, model: nn.Module) -> list[str]:
     """Dense costs, what each of them counts, and the feasible budgets."""
     length = space.input_shape[-1] if space.input_shape else 0
-    blocks = getattr(getattr(model, "config", None), "num_hidden_layers", 0)
+    blocks = max((group.block for group in space.groups), default=-1) + 1
+    owner: Any = model
+    text = owner.config.get_text_config() if hasattr(owner, "config") else None
+    blocks = getattr(text, "num_hidden_layers", blocks)
     facts = {"length": length, "blocks": blocks}
     lines = []
     for metric in (m for m in space.costs if m != "latency"):  # its line says where it was measured
@@ -90,6 +94,7 @@ def cost_lines(space: PruningSpace, model: nn.Module) -> list[str]:
         budgets = f"feasible budgets {low / dense:.4f} to 1 ({low:,.0f} to {dense:,.0f})"
         lines.append(f"{metric}: dense {dense:,.0f} ({note}); {budgets}")
     lines.append(_shares(space, model))
+    lines += other_parts(model)
     context = context_length(getattr(model, "config", None))
     if context and "kv_cache" in space.costs:
         per_token = space.dense_cost("kv_cache")
@@ -97,6 +102,34 @@ def cost_lines(space: PruningSpace, model: nn.Module) -> list[str]:
             f"kv cache at the context length of {context:,} tokens: {_bytes(per_token * context)} a sequence"
         )
     return lines
+
+
+def other_parts(model: nn.Module) -> list[str]:
+    """What of a model stands beside its language part, in one line; nothing for a plain language model."""
+    try:
+        root = blocks_of(model)[0].path.rpartition(".")[0].rpartition(".")[0]
+    except (UnsupportedModel, AttributeError):
+        return []
+    parent = root.rpartition(".")[0]
+    if not parent:
+        return []
+    inside = {id(p) for p in model.get_submodule(root).parameters()}
+    beside = {
+        name: sum(p.numel() for p in part.parameters() if id(p) not in inside)
+        for name, part in model.get_submodule(parent).named_children()
+        if f"{parent}.{name}" != root
+    }
+    named = ", ".join(f"{parent}.{name} ({count:,} params)" for name, count in beside.items() if count)
+    return [f"beside the language part, kept as they are and not asked by texts: {named}"] if named else []
+
+
+def family_line(family: Family) -> str:
+    """What is cut in the blocks of a family, in one line."""
+    kept = dict(family.kept)
+    heads = "stays" if "attention" in kept else "whole" if family.whole else "by key-value heads"
+    neurons = "stays" if "ffn" in kept else "by neurons"
+    ffn = family.ffn or ", ".join((*family.up, family.down))
+    return f"{family.blocks}: {family.attention or 'no attention'} {heads}, {ffn} {neurons}"
 
 
 def _shares(space: PruningSpace, model: nn.Module) -> str:
@@ -129,8 +162,11 @@ def embeddings(model: nn.Module) -> dict[str, Tensor]:
 
 def context_length(config: object) -> int | None:
     """Tokens that a model was made for, where its config (an object or its fields) says so."""
+    owner: Any = config
+    if not isinstance(config, Mapping) and hasattr(config, "get_text_config"):
+        owner = owner.get_text_config()
     for field in ("max_position_embeddings", "n_positions", "seq_length", "n_ctx"):
-        value = config.get(field) if isinstance(config, Mapping) else getattr(config, field, None)
+        value = owner.get(field) if isinstance(owner, Mapping) else getattr(owner, field, None)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
     return None

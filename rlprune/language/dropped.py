@@ -63,13 +63,17 @@ class DroppedAttention(nn.Module):
     layer_idx: int
     output_layer: str
     adds_residual: bool
+    returns: int = 2
 
-    def forward(self, hidden_states: Tensor, *args: object, **kwargs: Any) -> tuple[Tensor, None]:
+    def forward(
+        self, hidden_states: Tensor, *args: object, **kwargs: Any
+    ) -> Tensor | tuple[Tensor | None, ...]:
         """Hidden states (B, L, H) -> the part's contribution (B, L, H), and no attention weights."""
         caches = [kwargs[name] for name in _CACHES if kwargs.get(name) is not None]
         if caches:
             _advance(caches[0], self.layer_idx, hidden_states)
-        return _contribution(self, hidden_states, args, kwargs), None
+        result = _contribution(self, hidden_states, args, kwargs)
+        return (result, *[None] * (self.returns - 1)) if self.returns else result
 
 
 class DroppedFeedForward(nn.Module):
@@ -98,11 +102,14 @@ def drop(model: nn.Module, module: str, kind: str) -> None:
         _keep_bias(block, family.down)
         return
     inputs, output = (family.qkv, family.out) if kind == "attention" else (family.up, family.down)
+    if kind == "attention":
+        inputs = (*inputs, *family.gates, *family.per_query_head)
     for name in inputs:
         delattr(owner, name)
     _keep_bias(owner, output)
     owner.__dict__["output_layer"] = output
     owner.__dict__["adds_residual"] = family.adds_residual
+    owner.__dict__["returns"] = family.returns
     owner.__class__ = DroppedAttention if kind == "attention" else DroppedFeedForward
 
 

@@ -9,9 +9,10 @@ Shapes: H hidden size, D head size, K key-value heads, R query heads to each of 
 
 from __future__ import annotations
 
+import difflib
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
@@ -57,6 +58,19 @@ class Family:
     per_query_head: tuple[str, ...] = ()
     # Where the feed-forward parts of some or all blocks are mixtures of experts.
     mixture: Mixture | None = None
+    # What follows is said of families that `rlprune.language.structure` found.
+    # More layers of the attention whose rows belong to heads.
+    gates: tuple[str, ...] = ()
+    # Blocks may have no attention or no feed-forward part of this shape: hybrid models.
+    optional: bool = False
+    # Parts that stay as they are, and why: (what is "attention" or "ffn", reason).
+    kept: tuple[tuple[str, str], ...] = ()
+    # Parts that can be cut but not removed: "attention", "ffn".
+    undroppable: tuple[str, ...] = ()
+    # How many things the attention's forward returns; 0: the tensor itself.
+    returns: int = 2
+    # Sizes stand in config.json's `pruned_layers`, not in transformers' per_layer_config.
+    listed: bool = False
 
 
 _PLAIN_UP = ("up_proj",)
@@ -124,6 +138,8 @@ FAMILIES: Mapping[str, Family] = _FAMILIES
 """{model_type: its adapter}."""
 OTHERS: dict[str, str] = {}
 """{model_type: module that registered it}, of those that do not come with rlprune."""
+FOUND: set[str] = set()
+"""Model types whose entry was found by structure in this process, or read from a saved folder."""
 
 
 def register(model_type: str, family: Family) -> None:
@@ -140,8 +156,46 @@ def register(model_type: str, family: Family) -> None:
 
 
 def unregister(model_type: str) -> None:
-    """Take back what `register` added."""
-    del _FAMILIES[model_type], OTHERS[model_type]
+    """Take back what `register` or `remember` added."""
+    del _FAMILIES[model_type]
+    OTHERS.pop(model_type, None)
+    FOUND.discard(model_type)
+
+
+def remember(model_type: str, family: Family) -> None:
+    """Keep the entry of a type that no one registered; one that was registered stays."""
+    if model_type not in FAMILIES or model_type in FOUND:
+        _FAMILIES[model_type] = family
+        FOUND.add(model_type)
+
+
+def family_fields(family: Family) -> dict[str, Any]:
+    """What an entry says beyond the defaults, as JSON holds it; `family_from` reads it."""
+    return {
+        f.name: getattr(family, f.name)
+        for f in fields(family)
+        if getattr(family, f.name) != getattr(_LLAMA, f.name)
+    }
+
+
+def family_from(content: object) -> Family:
+    """The entry of `family_fields`; UnsupportedModel for anything else."""
+    if not isinstance(content, dict):
+        raise UnsupportedModel("pruned_family: must be a table of names")
+    kinds = {f.name: type(getattr(_LLAMA, f.name)) for f in fields(Family)}
+    given: dict[str, Any] = {}
+    for name, value in content.items():
+        value = _tuples(value)
+        if name not in kinds or not isinstance(value, kinds[name]):
+            raise UnsupportedModel(
+                f"pruned_family.{name}: is none of an adapter's fields, or of another kind"
+            )
+        given[name] = value
+    return Family(**given)
+
+
+def _tuples(value: object) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 @dataclass(frozen=True)
@@ -149,9 +203,9 @@ class Block:
     """The parts of one transformer block, as names inside the causal LM, and their sizes.
 
     ``attention`` and ``ffn`` are module paths (``ffn`` is the block's first feed-forward layer where the family
-    has no module for the part). ``whole`` is the reason why the attention's heads cannot be told apart, or "".
-    A block with ``experts`` has a plain feed-forward part where it shares one between all tokens; else ``ffn`` and
-    ``down`` are "" and ``up`` is empty.
+    has no module for the part); "" where the block has no such part. ``whole`` is the reason why the attention's
+    heads cannot be told apart, or "". A block with ``experts`` has a plain feed-forward part where it shares one
+    between all tokens; else ``ffn`` and ``down`` are "" and ``up`` is empty.
     """
 
     index: int
@@ -168,11 +222,17 @@ class Block:
     neurons: int
     whole: str = ""
     experts: Experts | None = None
+    gates: tuple[str, ...] = ()
 
     @property
     def ffn_output(self) -> str:
         """The module whose output is what the feed-forward part adds: the mixture, or the down projection."""
         return self.experts.owner if self.experts is not None else self.down
+
+    @property
+    def heads_rows(self) -> tuple[str, ...]:
+        """All layers of the attention whose rows belong to heads."""
+        return (*self.qkv, *self.gates)
 
     @property
     def ratio(self) -> int:
@@ -186,6 +246,25 @@ def family_of(model_or_config: object) -> Family:
     model = model_or_config if isinstance(model_or_config, nn.Module) else None
     what = type(model if model is not None else config).__name__
     kind = getattr(config, "model_type", "")
+    refuse_kind(model_or_config)
+    if kind not in FAMILIES:
+        raise UnsupportedModel(
+            f"{what}: no adapter for model_type {kind!r}{near_types(kind)}; `rlprune list families` has those that are"
+        )
+    if model is not None and not (kind in FOUND and _output_layer(model) is not None):
+        headless = not hasattr(model, "lm_head") and not hasattr(model, "embed_out")
+        if headless and not getattr(
+            type(model), "sized_by_config", False
+        ):  # a body, or a classifier, of ours
+            raise UnsupportedModel(f"{what}: has no language-model head; load it with AutoModelForCausalLM")
+    return FAMILIES[kind]
+
+
+def refuse_kind(model_or_config: object) -> None:
+    """Raise UnsupportedModel for an encoder-decoder and for a mixture of experts."""
+    config = getattr(model_or_config, "config", model_or_config)
+    model = model_or_config if isinstance(model_or_config, nn.Module) else None
+    what = type(model if model is not None else config).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{what}: an encoder-decoder model; only causal language models can be pruned")
     experts = _experts(model) if model is not None else None
@@ -194,14 +273,17 @@ def family_of(model_or_config: object) -> Family:
         raise UnsupportedModel(
             f"{what}: {experts} is a mixture of experts of a type without an adapter ({kind!r}); allowed: {known}"
         )
-    if kind not in FAMILIES:
-        raise UnsupportedModel(
-            f"{what}: no adapter for model_type {kind!r}; allowed: {', '.join(sorted(FAMILIES))}"
-        )
-    headless = model is not None and not hasattr(model, "lm_head") and not hasattr(model, "embed_out")
-    if headless and not getattr(type(model), "sized_by_config", False):  # a body, or a classifier, of ours
-        raise UnsupportedModel(f"{what}: has no language-model head; load it with AutoModelForCausalLM")
-    return FAMILIES[kind]
+
+
+def near_types(kind: str) -> str:
+    """A hint at known model types that are spelt like ``kind``, or nothing."""
+    close = difflib.get_close_matches(kind, FAMILIES, n=2, cutoff=0.8)
+    return f" (near: {', '.join(close)})" if close else ""
+
+
+def _output_layer(model: nn.Module) -> object:
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if get is not None else None
 
 
 def _experts(model: nn.Module) -> str | None:
@@ -223,6 +305,16 @@ def blocks_of(model: nn.Module) -> list[Block]:
     return [_block(model, family, modules, f"{path}.{i}", i) for i in range(len(layers))]
 
 
+def why_never_plain(model: nn.Module) -> str:
+    """Why no plain config of transformers can say the sizes of such a model's blocks; "" where one may."""
+    owner: Any = model  # torch takes a model's config for a module
+    if owner.config.get_text_config() is not owner.config:
+        return "the language part is one of several, with a configuration inside of the whole model's"
+    if any(not (block.attention and block.ffn) for block in blocks_of(model)):
+        return "not every block has an attention and a feed-forward part"
+    return ""
+
+
 def inside(model: nn.Module, path: str) -> str:
     """The path of a causal LM's module within a model that may be its inner one, without the head (LlamaModel)."""
     prefix = getattr(model, "base_model_prefix", "")
@@ -238,27 +330,50 @@ def _block(
     experts = None if family.mixture is None else find_experts(modules, inner, family.mixture)
     if experts is not None and family.mixture is not None:
         inner = f"{inner}.{family.mixture.shared}" if family.mixture.shared else ""
-    qkv = tuple(f"{attention}.{n}" for n in family.qkv)
+    qkv, gates = (tuple(f"{attention}.{n}" for n in names) for names in (family.qkv, family.gates))
     out, down = f"{attention}.{family.out}", f"{inner}.{family.down}" if inner else ""
     up = tuple(f"{inner}.{n}" for n in family.up) if inner else ()
     no_heads, no_neurons = is_dropped(modules.get(out)), not inner or is_dropped(modules.get(down))
-    for name in (*(() if no_heads else (*qkv, out)), *(() if no_neurons else (*up, down))):
-        if name not in modules or not is_linear(modules[name]):
+    odd_heads = None if no_heads else _odd(modules, (*qkv, *gates, out))
+    odd_neurons = None if no_neurons else _odd(modules, (*up, down))
+    for name in (odd_heads, odd_neurons):
+        if name is not None and not family.optional:
             found = type(modules[name]).__name__ if name in modules else "nothing"
             raise UnsupportedModel(
                 f"{type(model).__name__}: {name!r} should be a linear layer; found: {found}"
             )
-    owner: Any = modules[attention]
-    head = getattr(owner, "head_dim", None) or getattr(owner, "head_size", None)
-    if not isinstance(head, int):
-        raise UnsupportedModel(f"{attention!r}: has no head_dim")
+    part = (inner if family.ffn else up[0], up, down)
+    ffn, up, down = part if odd_neurons is None else ("", (), "")
+    neurons = 0 if no_neurons or not down else features(modules[down])[0]
+    if odd_heads is not None:
+        return Block(index, path, "", (), "", ffn, up, down, 0, 0, 0, neurons)
+    owner = modules[attention]
+    head = _head_dim(model, family, owner, attention)
     queries = 0 if no_heads else features(modules[out])[0] // head
     rows = 0 if no_heads else features(modules[qkv[-1]])[1] // head
     kv = rows if len(qkv) == 3 else (rows - queries) // 2
     return Block(
-        index, path, attention, qkv, out, inner if family.ffn else up[0], up, down, kv, queries, head,
-        0 if no_neurons else features(modules[down])[0], _whole(model, family, owner, kv, head), experts,
+        index, path, attention, qkv, out, ffn, up, down, kv, queries, head, neurons,
+        _whole(model, family, owner, kv, head), experts, gates,
     )  # fmt: skip
+
+
+def _odd(modules: Mapping[str, nn.Module], names: Sequence[str]) -> str | None:
+    """The first name that is no linear layer's."""
+    return next((n for n in names if n not in modules or not is_linear(modules[n])), None)
+
+
+def _head_dim(model: nn.Module, family: Family, attention: nn.Module, path: str) -> int:
+    found: object = None
+    for name in ("head_dim", "head_size", "attention_head_size"):
+        found = found or getattr(attention, name, None)
+    if found is None and family.listed:  # the config's sizes are the dense model's
+        owner: Any = model  # torch takes a model's config for a module
+        config = owner.config.get_text_config()
+        found = config.hidden_size // config.num_attention_heads
+    if not isinstance(found, int):
+        raise UnsupportedModel(f"{path!r}: has no head_dim")
+    return found
 
 
 def _whole(model: nn.Module, family: Family, attention: nn.Module, kv: int, head: int) -> str:
@@ -269,9 +384,10 @@ def _whole(model: nn.Module, family: Family, attention: nn.Module, kv: int, head
     for name, reason in family.whole_if:
         if getattr(model.config, name, False):
             return reason
-    known = {*family.qkv, family.out, *family.per_query_head}
+    known = (*family.qkv, family.out, *family.gates, *family.per_query_head)
     for name, parameter in attention.named_parameters():
-        if name.split(".")[0] not in known and parameter.numel() != head:
+        alone = parameter.numel() in ((1, head) if family.listed else (head,))
+        if not alone and not any(name == n or name.startswith(f"{n}.") for n in known):
             return f"{name.rsplit('.', 1)[0]!r} normalises over all heads"
     return ""
 
@@ -291,6 +407,14 @@ def head_attributes(model: nn.Module, block: Block) -> dict[str, int]:
         "num_kv_heads": block.kv_heads,
         "split_size": block.query_heads * block.head_dim,
     }
+    if family_of(model).listed:  # names of other families, where they hold what they seem to say
+        more = {
+            **dict.fromkeys(("n_heads", "n_head", "num_query_heads"), block.query_heads),
+            **dict.fromkeys(("n_kv_heads", "kv_heads"), block.kv_heads),
+            **dict.fromkeys(("all_head_size", "embed_dim", "hidden_size", "q_size"), worth["split_size"]),
+            "kv_size": block.kv_heads * block.head_dim,
+        }
+        worth |= {n: v for n, v in more.items() if owner.__dict__.get(n) == v}
     found = {
         n: v // units for n, v in worth.items() if isinstance(owner.__dict__.get(n), int) and not block.whole
     }

@@ -103,7 +103,7 @@ class _Shapes:
         self.params = space.dense_cost("params")
         self.sizes = [_inputs_outputs(model, c) for c in unit_consumers(space)]
         owner: Any = model
-        self.hidden = self.sizes[0][1] if self.sizes else int(owner.config.hidden_size)
+        self.hidden = self.sizes[0][1] if self.sizes else int(owner.config.get_text_config().hidden_size)
         table = embeddings(model).get("output")
         self.vocabulary = int(table.shape[0]) if table is not None else self.hidden
         self.blocks = max(len({group.block for group in space.groups if group.block >= 0}), 1)

@@ -28,6 +28,7 @@ from .files.reading import load_folder
 from .files.without_plan import is_folder_of_ours
 from .linear import tensor_of
 from .stored import Stored, stored_folder, stored_weights
+from .structure import settle
 from .text import help_texts
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ _SIZES = (
     ),
 )
 _CAUSAL_NAMES = ("ForCausalLM", "LMHeadModel")
+_WHOLE_NAMES = (*_CAUSAL_NAMES, "ForConditionalGeneration")  # of models whose language part is one of several
 _NAMES = {
     "hf:PATH": "a transformers causal language model: folder with config.json, or a .gguf file",
     "hf:ID": "the same by hub id; it is downloaded where it is not cached",
@@ -175,7 +177,7 @@ def load_causal(
         if check is not None:
             check(tokenizer)
         spread = {} if device_map is None else {"device_map": device_map}
-        model = _weights(name, place, {**options, **spread}, torch_dtype)
+        model = _weights(name, place, config, {**options, **spread}, torch_dtype)
         _refuse_offloaded(model)
         for method in ("to", "cuda"):  # accelerate ties them to this very model: a copy's would move it
             vars(model).pop(method, None)
@@ -306,6 +308,8 @@ def _config(name: str, place: str, options: Mapping[str, object]) -> PreTrainedC
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
+    from .modeling_rlprune import reads_pictures
+
     config = _read(
         lambda: AutoConfig.from_pretrained(place, trust_remote_code=False, **options), name, "config", options
     )
@@ -322,7 +326,9 @@ def _config(name: str, place: str, options: Mapping[str, object]) -> PreTrainedC
             f"model.name {name!r}: config.json: per_layer_config: {kind} of transformers has no layers of different "
             "sizes, and rlprune has not written it (it would have the field 'rlprune')"
         )
-    if kind not in CAUSAL or (classes and not any(c.endswith(_CAUSAL_NAMES) for c in classes)):
+    pictures = reads_pictures(config)
+    ends = _WHOLE_NAMES if pictures else _CAUSAL_NAMES
+    if not (pictures or kind in CAUSAL) or (classes and not any(c.endswith(ends) for c in classes)):
         what = f"{classes[0]} ({kind})" if classes else f"model type {kind!r}"
         # A hub id counts as a language model's until its config is in the cache.
         again = "; it classifies images and its config is cached now: run this again"
@@ -343,35 +349,36 @@ def _refuse_quantised(name: str, settings: Any) -> None:
     raise GraphError(f"model.name {name!r}: its weights are quantised{how}; give the unquantised model")
 
 
-def _refuse_unsupported(name: str, model_or_config: object) -> None:
+def _refuse_unsupported(name: str, model_or_config: PreTrainedModel | PreTrainedConfig) -> None:
     try:
+        settle(model_or_config if isinstance(model_or_config, torch.nn.Module) else _outline(model_or_config))
         family_of(model_or_config)
-    except UnsupportedModel as error:
-        reason = str(_closer(model_or_config) or error)
-        raise GraphError(f"model.name {name!r}: {reason}") from None
+    except (UnsupportedModel, GraphError) as error:
+        raise GraphError(f"model.name {name!r}: {error}") from None
 
 
-def _closer(config: object) -> UnsupportedModel | None:
-    """What is said of the modules of an unknown kind of model, found on a skeleton without weights."""
-    from transformers import AutoModelForCausalLM, PreTrainedConfig
+def _outline(config: PreTrainedConfig) -> torch.nn.Module:
+    """The model of a config without memory for its weights."""
+    from .modeling_rlprune import stock_class
 
-    if not isinstance(config, PreTrainedConfig):
-        return None
     try:
         with torch.device("meta"):
-            family_of(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-    except UnsupportedModel as error:
-        return error
-    except Exception:  # any kind of model, any kind of failure: the config's own refusal stands
-        return None
-    return None
+            return stock_class(config)(config)  # type: ignore[no-any-return]
+    except Exception as error:  # any kind of model, any kind of failure
+        raise UnsupportedModel(f"no {config.model_type} model fits its config ({_line(error)})") from error
 
 
-def _weights(name: str, place: str, options: Mapping[str, object], dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+def _weights(
+    name: str, place: str, config: PreTrainedConfig, options: Mapping[str, object], dtype: torch.dtype
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    from .modeling_rlprune import reads_pictures
+
+    auto: Any = AutoModelForImageTextToText if reads_pictures(config) else AutoModelForCausalLM
 
     def load() -> Any:
-        return AutoModelForCausalLM.from_pretrained(
+        return auto.from_pretrained(
             place, trust_remote_code=False, dtype=dtype, output_loading_info=True, **options
         )
 

@@ -37,6 +37,12 @@ def rows_at_once(vocabulary: int) -> int:
     return max(_LEAST, min(CHUNK_TOKENS, _ELEMENTS // vocabulary))
 
 
+def _vocabulary(model: nn.Module, otherwise: int) -> int:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(getattr(text, "vocab_size", otherwise))
+
+
 class ChunkedLogs:
     """Runs a causal LM's trunk once and its output layer chunk by chunk.
 
@@ -57,7 +63,7 @@ class ChunkedLogs:
         rows, at = (len(ids) if split else max(1, CHUNK_TOKENS // ids.shape[1])), 0
         for row in range(0, len(ids), rows):
             hidden = parts.hidden(ids[row : row + rows])[:, :-1].flatten(0, 1)
-            vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", hidden.shape[-1]))
+            vocabulary = _vocabulary(model, hidden.shape[-1])
             for chunk in hidden.split(rows_at_once(vocabulary)):
                 yield at, at + len(chunk), F.log_softmax(parts.head(chunk), dim=-1, dtype=torch.float32)
                 at += len(chunk)

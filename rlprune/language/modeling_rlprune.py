@@ -22,11 +22,12 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
 )
 
-from .families import FAMILIES, inside
+from .families import FAMILIES, family_from, inside, remember
 from .sizes import resize
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ __all__ = ["AUTO_CLASSES", "add_biases", "auto_map", "config_class", "model_clas
 
 AUTO_CLASSES: dict[str, tuple[Any, str]] = {
     "AutoModelForCausalLM": (MODEL_FOR_CAUSAL_LM_MAPPING, "ForCausalLM"),
+    "AutoModelForImageTextToText": (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, "ForConditionalGeneration"),
     "AutoModel": (MODEL_MAPPING, "Model"),
     "AutoModelForSequenceClassification": (
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -67,6 +69,7 @@ class PerLayerModel(nn.Module):
     sized_by_config = True
 
     def __init__(self, config: PreTrainedConfig, *args: object, **kwargs: object) -> None:
+        learn_family(config)
         inside_another = _BUILDING.get()
         token = _BUILDING.set(True)
         try:
@@ -78,13 +81,60 @@ class PerLayerModel(nn.Module):
         resize(self, sizes_of(config), getattr(config, "pruned_hidden_size", None))
         add_biases(self, getattr(config, "added_biases", None) or [])
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Whether layers may initialise themselves as they like: they are stock, though our class is not.
+
+        Of classes from elsewhere transformers passes over modules without tensors of their own, and leaves the
+        buffers that these fill (Falcon-H1's multipliers) as they were in memory.
+        """
+        return False
+
 
 def sizes_of(config: PreTrainedConfig) -> list[dict[str, int]]:
     """The sizes of every layer under the family's own names, dense ones included; 0 where a part is removed."""
+    listed: list[dict[str, int]] | None = getattr(config, "pruned_layers", None)
+    if listed is not None:
+        return listed
     family = FAMILIES[config.model_type]
     own = family.sizes if family.mixture is None else (*family.sizes, *family.mixture.sizes)
     names = [name for name in dict.fromkeys(own) if name]
     return [{name: getattr(layer, name) for name in names} for layer in config.per_layer_config]
+
+
+def learn_family(config: PreTrainedConfig) -> None:
+    """Take the adapter that config.json brings (`pruned_family`), where this package has none of its own."""
+    content = getattr(config, "pruned_family", None)
+    if content is not None:
+        remember(config.model_type, family_from(content))
+
+
+def is_composite(config: PreTrainedConfig) -> bool:
+    """Whether the language part is one of several, with a configuration of its own."""
+    return config.get_text_config() is not config
+
+
+def reads_pictures(config: PreTrainedConfig) -> bool:
+    """Whether transformers has a class for the whole of a composite model, which reads pictures beside text."""
+    return is_composite(config) and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def stock_class(config: PreTrainedConfig) -> Any:
+    """transformers' own class of a dense model with an output head over tokens; KeyError where there is none.
+
+    Of a composite model the whole, which reads pictures too.
+    """
+    mapping: Any = (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if reads_pictures(config) else MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+    return mapping[type(config)]
+
+
+def main_auto(config: PreTrainedConfig) -> str:
+    """The auto class of the model that is pruned: the whole of a composite one, else the causal one."""
+    made = _made(config.model_type)
+    whole = "AutoModelForImageTextToText"
+    return whole if is_composite(config) and whole in made else "AutoModelForCausalLM"
 
 
 def add_biases(model: nn.Module, modules: list[str]) -> None:
@@ -127,8 +177,6 @@ def _stem(model_type: str) -> str:
 
 def _made(model_type: str) -> dict[str, Any]:
     """All classes of a family, made once."""
-    if model_type not in FAMILIES:
-        raise KeyError(f"{model_type!r} is none of the supported families: {', '.join(FAMILIES)}")
     if model_type not in _CLASSES:
         stem = _stem(model_type)
         stock: Any = CONFIG_MAPPING[model_type]
@@ -137,9 +185,16 @@ def _made(model_type: str) -> dict[str, Any]:
         # Registered, so that save_pretrained puts this file beside the weights.
         config.register_for_auto_class("AutoConfig")
         made = {"AutoConfig": config}
+        # Of a composite model, a user who wants text alone gets the whole: there is no smaller one with these names.
+        whole = (
+            is_composite(stock())
+            and stock in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+            and MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[stock]
+        )
         for auto, (mapping, end) in AUTO_CLASSES.items():
-            if stock in mapping:
-                bases: Any = (PerLayerModel, mapping[stock])
+            base = whole if whole and auto == "AutoModelForCausalLM" else mapping.get(stock, None)
+            if base is not None:
+                bases: Any = (PerLayerModel, base)
                 made[auto] = type(f"Pruned{stem}{end}", bases, body | {"config_class": config})
                 made[auto].register_for_auto_class(auto)
                 # Stock classifiers build their body by `AutoModel`, which would ask whether our code may be run.
@@ -149,7 +204,10 @@ def _made(model_type: str) -> dict[str, Any]:
 
 
 def __getattr__(name: str) -> Any:
-    for model_type in FAMILIES:
+    for model_type in (
+        *CONFIG_MAPPING_NAMES,
+        *(kind for kind in FAMILIES if kind not in CONFIG_MAPPING_NAMES),
+    ):
         if model_type in CONFIG_MAPPING and name.startswith(f"Pruned{_stem(model_type)}"):
             for made in _made(model_type).values():
                 if made.__name__ == name:

@@ -196,6 +196,9 @@ def _uniform(model: nn.Module) -> Restriction:
 
     Which numbers the family's own config and classes take is tried on a model of its sizes without weights.
     """
+    mixed = families.why_never_plain(model)
+    if mixed:
+        raise ConfigError(f"prune.runtime: 'uniform' is not for {type(model).__name__}: {mixed}")
     step, whole = _plain_heads(model)
     blocks, neurons = families.blocks_of(model), families.family_of(model).sizes[2]
     stays = {}

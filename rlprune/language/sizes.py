@@ -25,11 +25,17 @@ from .linear import feature_names, features, is_conv1d, is_dropped, is_linear, s
 
 
 def layer_sizes(model: nn.Module) -> list[dict[str, int]]:
-    """For each block the sizes under the config's own names; 0 heads or neurons where a part is dropped."""
+    """For each block the sizes under the config's own names; 0 heads or neurons where a part is dropped.
+
+    Of a part that the block never had (hybrid models) nothing is said.
+    """
     family = family_of(model)
     heads, kv, _ = family.sizes
     return [
-        {heads: b.query_heads, **({kv: b.kv_heads} if kv else {}), **_inner_sizes(family, b)}
+        {
+            **({heads: b.query_heads, **({kv: b.kv_heads} if kv else {})} if b.attention else {}),
+            **_inner_sizes(family, b),
+        }
         for b in blocks_of(model)
     ]
 
@@ -37,7 +43,7 @@ def layer_sizes(model: nn.Module) -> list[dict[str, int]]:
 def _inner_sizes(family: Family, block: Block) -> dict[str, int]:
     """Sizes of what the feed-forward part of a block is made of, under the config's own names."""
     if block.experts is None or family.mixture is None:
-        return {family.sizes[2]: block.neurons}
+        return {family.sizes[2]: block.neurons} if block.ffn else {}
     count, neurons, shared = family.mixture.sizes
     found = {count: block.experts.count, neurons: block.experts.neurons}
     return found | ({shared: block.neurons} if block.up else {})
@@ -56,7 +62,8 @@ def resize(model: nn.Module, sizes: Sequence[Mapping[str, int]], hidden_size: in
     if len(sizes) != len(blocks):
         raise UnsupportedModel(f"per_layer_config: {len(sizes)} layers for a model of {len(blocks)}")
     for block, wanted in zip(blocks, sizes, strict=True):
-        limits = {heads_name: block.query_heads, **_inner_sizes(family, block)}
+        own = {heads_name: block.query_heads} if block.attention else {}
+        limits = {**own, **_inner_sizes(family, block)}
         sizes_here: dict[str, int] = {}
         for name, most in limits.items():
             value, least = wanted.get(name), 0
@@ -67,7 +74,7 @@ def resize(model: nn.Module, sizes: Sequence[Mapping[str, int]], hidden_size: in
                     f"per_layer_config[{block.index}].{name}: {value!r}; allowed: {least} to {most}"
                 )
             sizes_here[name] = value
-        heads = sizes_here[heads_name]
+        heads = sizes_here.get(heads_name, 0)
         each = block.query_heads if block.whole else block.ratio
         if heads % max(1, each):
             raise UnsupportedModel(
@@ -94,7 +101,7 @@ def _resize_inner(model: nn.Module, family: Family, block: Block, sizes: Mapping
 def _resize_attention(model: nn.Module, block: Block, units: int) -> None:
     dense = 1 if block.whole else block.kv_heads
     attributes = head_attributes(model, block)
-    for name in block.qkv:
+    for name in block.heads_rows:
         _resize_linear(model.get_submodule(name), outputs=lambda n: n // dense * units)
     _resize_linear(model.get_submodule(block.out), inputs=lambda n: n // dense * units)
     owner = model.get_submodule(block.attention)
@@ -138,7 +145,7 @@ def _shrink(owner: nn.Module, name: str, shape: Sequence[int]) -> None:
 def hidden_size(model: nn.Module) -> int:
     """Width of the residual stream, from the shape of the first layer that reads it."""
     modules = dict(model.named_modules())
-    readers = [modules.get(name) for b in blocks_of(model) for name in (b.qkv[0], b.up[0])]
+    readers = [modules.get(name) for b in blocks_of(model) for name in (*b.qkv[:1], *b.up[:1])]
     found = [features(layer)[0] for layer in readers if layer is not None and is_linear(layer)]
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     return found[0] if found else int(embeddings.embedding_dim)  # every part is dropped

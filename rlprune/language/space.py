@@ -82,6 +82,10 @@ def language_space(
         raise GraphError(
             f"prune.hidden: {type(model).__name__} is a mixture of experts, whose hidden size is not cut; leave it out"
         )
+    if options.hidden and families.family_of(model).listed:
+        raise GraphError(
+            f"prune.hidden: not for {type(model).__name__}, whose parts were found by structure; set it to false"
+        )
     ignored = _ignored(model, blocks, options.ignore)
     limits = restriction(model, options)
     layout = _LanguageLayout(model, blocks, length, options.drop, options.hidden, {**limits.stays, **ignored})
@@ -95,7 +99,7 @@ def language_space(
         prove(
             model,
             space,
-            lambda twin, tokens, own: _without_hidden(twin, tokens, options.drop, ignored if own else {}),
+            lambda twin, tokens, own: exact_space(twin, tokens, options.drop, ignored if own else {}),
         )
     return space
 
@@ -120,8 +124,8 @@ def fitting_multiple(width: int) -> int:
     return next((n for n in _MULTIPLES if width % n == 0 and width // n >= _STEPS), 1)
 
 
-def _without_hidden(model: nn.Module, length: int, drop: bool, ignored: dict[str, str]) -> PruningSpace:
-    """The space whose cuts are exact, at another sequence length."""
+def exact_space(model: nn.Module, length: int, drop: bool, ignored: dict[str, str]) -> PruningSpace:
+    """The space whose cuts are exact, for sequences of ``length`` tokens; ``ignored`` has {part: reason}."""
     blocks = families.blocks_of(model)
     return _LanguageLayout(model, blocks, length, drop, False, ignored).space("", 1, 1)
 
@@ -186,6 +190,8 @@ class _LanguageLayout:
         ignored: dict[str, str],
     ) -> None:
         self.model, self.blocks, self.length, self.drop = model, blocks, length, drop
+        self.family = families.family_of(model)
+        self.kept = dict(self.family.kept)
         self.modules = dict(model.named_modules())
         self.canonical = {id(p): n for n, p in model.named_parameters()}
         self.protected: dict[str, str] = {}
@@ -202,6 +208,8 @@ class _LanguageLayout:
             self._attention(block, ignored)
             self._ffn(block, ignored)
             add_experts(self, block, ignored)
+            if self.family.listed:
+                self._others(block)
         if not hidden:
             self.protected["hidden"] = "the residual width stays (prune.hidden makes it a group)"
         elif "hidden" in ignored:
@@ -230,7 +238,12 @@ class _LanguageLayout:
     # Groups
 
     def _attention(self, block: Block, ignored: dict[str, str]) -> None:
+        if not block.attention:
+            return
         reason = ignored.get(block.attention, "" if block.kv_heads else "already dropped")
+        reason = reason or self.kept.get("attention", "")
+        if block.whole and "attention" in self.family.undroppable:
+            reason = reason or block.whole
         if block.whole and not self.drop:
             reason = reason or f"{block.whole}: it can only be dropped whole (prune.drop)"
         elif block.kv_heads == 1 and not self.drop:
@@ -241,31 +254,35 @@ class _LanguageLayout:
         units = 1 if block.whole else block.kv_heads
         r, d = block.query_heads // units, block.head_dim
         kv = block.kv_heads // units
-        rows_of = {n: features(self.modules[n])[1] // units for n in block.qkv}
+        rows_of = {n: features(self.modules[n])[1] // units for n in block.heads_rows}
         members = (*(Member(n, "out", rows) for n, rows in rows_of.items()), Member(block.out, "in", r * d))
         start = self._group(block.attention, "attention", units, r * d, members, block.index, 0)
         heads = np.arange(start, start + units)
         queries, keys = np.repeat(heads, r * d), np.repeat(heads, kv * d)
         if len(block.qkv) == 3:
-            rows = [queries, keys, keys]
-        elif families.family_of(self.model).blocked:
+            rows = [np.repeat(heads, rows_of[n]) for n in block.qkv]
+        elif self.family.blocked:
             rows = [np.concatenate([queries, keys, keys])]
         else:
             rows = [np.repeat(heads, (r + 2 * kv) * d)]
         for name, slots in zip(block.qkv, rows, strict=True):
             self._cut_linear(name, "out", self._axis(slots))
+        for name in block.gates:
+            self._cut_linear(name, "out", self._axis(np.repeat(heads, rows_of[name])))
         self._cut_linear(block.out, "in", self._axis(queries))
         self.heads[block.index] = axis = self._axis(heads)
-        for name in families.family_of(self.model).per_query_head:
+        for name in self.family.per_query_head:
             self.cuts.append(Cut(f"{block.attention}.{name}", 0, self._axis(np.repeat(heads, r)), False))
         for attribute, worth in families.head_attributes(self.model, block).items():
             self.rules.append(_size_rule(block.attention, attribute, axis, worth))
-        self.drops.append(DropRule(block.attention, axis, partial(drop, kind="attention")))
+        if "attention" not in self.family.undroppable:
+            self.drops.append(DropRule(block.attention, axis, partial(drop, kind="attention")))
 
     def _ffn(self, block: Block, ignored: dict[str, str]) -> None:
-        if not block.up:
+        if not block.ffn:
             return
         reason = ignored.get(block.ffn, "" if block.neurons else "already dropped")
+        reason = reason or self.kept.get("ffn", "")
         if block.neurons == 1 and not self.drop:
             reason = reason or "a single unit, nothing to choose from"
         if reason:
@@ -282,7 +299,19 @@ class _LanguageLayout:
         self._cut_linear(block.down, "in", axis)
         for attribute, worth in families.neuron_attributes(self.model, block).items():
             self.rules.append(_size_rule(block.ffn, attribute, axis, worth))
-        self.drops.append(DropRule(block.ffn, axis, partial(drop, kind="ffn")))
+        if "ffn" not in self.family.undroppable:
+            self.drops.append(DropRule(block.ffn, axis, partial(drop, kind="ffn")))
+
+    def _others(self, block: Block) -> None:
+        """Say of each further part of a block, the mixer of a hybrid model above all, that it stays."""
+        inside = {block.attention, block.ffn, *block.up, block.down}
+        for name, module in self.modules[block.path].named_children():
+            path = f"{block.path}.{name}"
+            matrices = any(p.ndim > 1 for p in module.parameters())
+            if matrices and path not in inside and not block.ffn.startswith(f"{path}."):
+                self.protected[path] = (
+                    f"{type(module).__name__} is neither softmax attention nor a feed-forward part"
+                )
 
     def _hidden(self) -> None:
         tensors, attributes = hidden_dims(self.model)
@@ -310,7 +339,7 @@ class _LanguageLayout:
         second: int,
     ) -> int:
         """Append a group and return the number of its first unit."""
-        lowest = 0 if self.drop and kind != "hidden" else 1
+        lowest = 0 if self.drop and kind not in ("hidden", *self.family.undroppable) else 1
         depth = self.depth_of(block, second)
         return self.add_group(
             Group(name, kind, width, unit, lowest, 1, members, depth, 1, 1, block, kind != "hidden")
@@ -356,7 +385,7 @@ class _LanguageLayout:
         builders = {
             n: FormulaBuilder(len(self.groups)) for n in ("macs", "params", "block_params", "kv_cache")
         }
-        stem = families.family_of(self.model).blocks + "."
+        stem = self.family.blocks + "."
         terms = {}
         for name, parameter in self.model.named_parameters():
             cut_dims = {c.dim: c.axis for c in by_tensor.get(name, [])}
@@ -366,7 +395,7 @@ class _LanguageLayout:
             self.terms.append(Term(layer_of(name), "params", rest, tuple(cut_dims.values())))
             if name.startswith(stem):
                 builders["block_params"].add(rest, *terms[name][1])
-        for path, module in self.modules.items():
+        for path, module in self._token_modules():
             if is_linear(module):
                 weight = self.canonical[id(module.weight)]
                 rest, axes = terms[weight]
@@ -376,6 +405,8 @@ class _LanguageLayout:
         for block in self.blocks:
             if block.experts is not None:
                 add_products(self, block.experts, builders["macs"], sizes)
+            if not block.attention:
+                continue
             # Queries times keys and scores times values, whole squares: masked entries are computed too.
             units = 1 if block.whole else max(1, block.kv_heads)
             scores = 2.0 * self.length**2 * block.head_dim * block.query_heads / units
@@ -388,8 +419,17 @@ class _LanguageLayout:
             builders["kv_cache"].add(cached * times, *where)
         return {name: builder.build() for name, builder in builders.items()}
 
+    def _token_modules(self) -> list[tuple[str, nn.Module]]:
+        """The modules that every token of a text goes through: those of a picture tower beside them are none."""
+        owner: Any = self.model  # torch takes a model's config for a module
+        if owner.config.get_text_config() is owner.config:
+            return list(self.modules.items())
+        root = f"{self.family.blocks.rpartition('.')[0]}."
+        head = owner.get_output_embeddings()
+        return [(n, m) for n, m in self.modules.items() if n.startswith(root) or m is head]
+
     def _cached_heads(self, block: Block) -> int:
         """Heads that the cache really holds: some families store a key once for each query head."""
-        field = families.family_of(self.model).cached_by_query
+        field = self.family.cached_by_query
         repeated = bool(field) and getattr(self.model.config, field)
         return block.query_heads if repeated else block.kv_heads

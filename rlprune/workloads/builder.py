@@ -50,6 +50,10 @@ class WorkloadBuilder(abc.ABC):
     def data_sets(self) -> list[tuple[str, str]]:
         """(name, one line) of every data set that can be named."""
 
+    def families(self) -> list[tuple[str, str]]:
+        """(model type, one line) of the families whose parts are known by name; none where parts are traced."""
+        return []
+
     @abc.abstractmethod
     def holds(self, data: str) -> bool:
         """Whether a data set of this name (``data.name``) belongs to the wing."""

@@ -151,7 +151,8 @@ class _BlockProbe:
     def __init__(self, model: nn.Module, block: Block, focus: Focus) -> None:
         self._focus = focus
         self._block = model.get_submodule(block.path)
-        self._parts = {"out": model.get_submodule(block.out), "down": model.get_submodule(block.ffn_output)}
+        names = {"out": block.out, "down": block.ffn_output}
+        self._parts = {key: model.get_submodule(name) for key, name in names.items() if name}
         self._given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._added: dict[str, Tensor] = {}
         self.repeating = False

@@ -40,8 +40,9 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 CODE = ("modeling_rlprune.py", "families.py", "experts.py", "linear.py", "dropped.py", "sizes.py")
 # What differs between config.json and the dense configuration in plan.json, or has no part in the outputs.
 SAID_TWICE = ("added_biases", "pruned_hidden_size")
-_SIZES = ("per_layer_config", *SAID_TWICE)
-OWN = (*_SIZES, "auto_map", "architectures", MARK)
+SIZES = ("per_layer_config", "pruned_layers")  # of which a pruned model has one
+_SIZES = (*SIZES, *SAID_TWICE)
+OWN = (*_SIZES, "pruned_family", "auto_map", "architectures", MARK)
 IDLE = (
     "transformers_version",
     "_name_or_path",
@@ -100,22 +101,37 @@ def build_config(fields: Mapping[str, object]) -> PreTrainedConfig:
     Raises ArtifactError for a model type that is not supported and for fields that transformers refuses.
     """
     model_type = fields.get("model_type")
-    if not isinstance(model_type, str) or model_type not in families.FAMILIES:
-        known = ", ".join(families.FAMILIES)
-        raise ArtifactError(f"model_type: {model_type!r} is not supported; allowed: {known}")
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise ArtifactError(
+            f"model_type: {model_type!r} is not supported{families.near_types(str(model_type))}"
+        )
+    if "pruned_family" in fields:
+        try:
+            families.remember(model_type, families.family_from(fields["pruned_family"]))
+        except families.UnsupportedModel as error:
+            raise ArtifactError(str(error)) from error
     cls = _modeling().config_class(model_type) if is_uneven(fields) else CONFIG_MAPPING[model_type]
     kept = {name: value for name, value in fields.items() if name not in ("auto_map", *IDLE)}
     try:
-        return cls.from_dict(kept)
+        return cls.from_dict(_floats(kept))
     except Exception as error:  # validators of transformers raise errors of many kinds
         raise ArtifactError(f"{model_type} configuration refused: {described(error)}") from error
 
 
+def _floats(value: object) -> Any:
+    """A configuration as transformers writes it into JSON, with infinity and NaN as numbers again."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _floats(entry) for key, entry in value.items()}
+    return [_floats(entry) for entry in value] if isinstance(value, list) else value
+
+
 def is_uneven(fields: Mapping[str, object]) -> bool:
     """Whether a configuration is one of our classes'; transformers gives `per_layer_config` to some families too."""
-    if is_pruned(fields) or any(name in fields for name in SAID_TWICE):
+    if is_pruned(fields) or any(name in fields for name in ("pruned_layers", *SAID_TWICE)):
         return True
     return "per_layer_config" in fields and not _has_sizes_of_its_own(str(fields.get("model_type")))
 
@@ -199,7 +215,14 @@ def pruned_config(slim: PreTrainedModel, base: Mapping[str, Any]) -> dict[str, A
     """The content of config.json: the dense fields, the sizes of the layers that differ, added biases, the classes."""
     sizes = layer_sizes(slim)
     fields = {name: value for name, value in base.items() if name not in OWN}
-    fields |= {"per_layer_config": _sparse(sizes, fields), "dtype": one_dtype(slim)}
+    family = families.family_of(slim)
+    if family.listed:
+        fields |= {"pruned_layers": sizes}
+    else:
+        fields |= {"per_layer_config": _sparse(sizes, fields)}
+    if slim.config.model_type in families.FOUND:
+        fields["pruned_family"] = families.family_fields(family)
+    fields["dtype"] = one_dtype(slim)
     hidden = tensor_of(slim.get_input_embeddings(), "weight").shape[1]
     if hidden < base.get("hidden_size", hidden) and "word_embed_proj_dim" not in base:
         fields["pruned_hidden_size"] = hidden
@@ -210,7 +233,9 @@ def pruned_config(slim: PreTrainedModel, base: Mapping[str, Any]) -> dict[str, A
     if extra:
         fields["added_biases"] = [name.removesuffix(".bias") for name in extra]
     config = build_config(fields)
-    config.architectures = [_modeling().model_class(config.model_type).__name__]
+    config.architectures = [
+        _modeling().model_class(config.model_type, _modeling().main_auto(config)).__name__
+    ]
     return plain_config(with_classes(config))
 
 
@@ -349,12 +374,10 @@ def one_dtype(model: nn.Module) -> str:
 
 
 def class_of(config: PreTrainedConfig) -> Any:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
     modeling = _modeling()
     if isinstance(config, modeling.PerLayerConfig):
-        return modeling.model_class(config.model_type)
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        return modeling.model_class(config.model_type, modeling.main_auto(config))
+    return modeling.stock_class(config)
 
 
 def _modeling() -> ModuleType:

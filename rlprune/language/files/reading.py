@@ -132,13 +132,26 @@ def _checked_config(folder: Path, document: PlanDocument) -> PreTrainedConfig:
             continue
         if fields.get(name) != base.get(name):
             raise ArtifactError(f"{path}: {name}: is {fields.get(name)!r}, plan.json says {base.get(name)!r}")
-    _check_layers(fields.get("per_layer_config", {}), base, document["layers"], path)
+    if "pruned_layers" in fields:
+        _check_listed(fields["pruned_layers"], document["layers"], path)
+    else:
+        _check_layers(fields.get("per_layer_config", {}), base, document["layers"], path)
+        fields |= {"per_layer_config": fields.get("per_layer_config", {})}
     for name in SAID_TWICE:
         if fields.get(name) != document.get(name):
             raise ArtifactError(
                 f"{path}: {name}: is {fields.get(name)!r}, plan.json says {document.get(name)!r}"
             )
-    return read_config(fields | {"per_layer_config": fields.get("per_layer_config", {})}, path)
+    return read_config(fields, path)
+
+
+def _check_listed(given: object, layers: Sequence[object], path: Path) -> None:
+    """The sizes in config.json, a table for each layer, are those in plan.json."""
+    if not isinstance(given, list) or len(given) != len(layers):
+        raise ArtifactError(f"{path}: pruned_layers: must be a list of {len(layers)} tables of sizes")
+    for index, (found, wanted) in enumerate(zip(given, layers, strict=True)):
+        if found != wanted:
+            raise ArtifactError(f"{path}: pruned_layers.{index}: is {found!r}, plan.json says {wanted!r}")
 
 
 def _check_layers(sparse: object, base: Mapping[str, object], layers: Sequence[object], path: Path) -> None:

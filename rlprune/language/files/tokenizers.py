@@ -16,6 +16,10 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""What prepares pictures for a model that reads them beside text."""
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a file of a tokenizer."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
@@ -38,8 +42,12 @@ def why_unreadable(folder: Path, error: BaseException) -> str:
 def write_tokenizer(folder: Path, tokenizer: TokenizerSource | None) -> None:
     """Write a tokenizer's files; ``tokenizer`` may also be a folder that has them, or None."""
     if isinstance(tokenizer, (str, Path)):
-        for name in TOKENIZER_FILES:
+        for name in (*TOKENIZER_FILES, *PROCESSOR_FILES):
             if (Path(tokenizer) / name).is_file():
                 shutil.copyfile(Path(tokenizer) / name, folder / name)
     elif tokenizer is not None:
         tokenizer.save_pretrained(folder)
+        source = Path(str(getattr(tokenizer, "name_or_path", "")))
+        for name in PROCESSOR_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)

@@ -121,7 +121,7 @@ def plain_obstacle(model: nn.Module) -> str:
         plain_form(slim)
     except NotUniform as reason:
         return str(reason)
-    for block, layer in zip(families.blocks_of(slim), layer_sizes(slim), strict=True):
+    for block, layer in zip(families.blocks_of(slim), layer_sizes(slim), strict=True):  # both parts are there
         if not any(layer[name] for name in _cut(slim)):
             for name in (block.out, block.down):
                 bias = getattr(slim.get_submodule(name), "bias", None)
@@ -133,6 +133,9 @@ def plain_obstacle(model: nn.Module) -> str:
 def plain_form(slim: PreTrainedModel) -> PlainForm:
     """The plain form of a pruned causal language model; NotUniform says why there is none."""
     sizes = layer_sizes(slim)
+    mixed = families.why_never_plain(slim)
+    if mixed:
+        raise NotUniform(mixed)
     kept = [index for index, layer in enumerate(sizes) if any(layer[name] for name in _cut(slim))]
     if not kept:
         raise NotUniform("every block was dropped")
@@ -286,7 +289,7 @@ def _check(slim: PreTrainedModel, folder: Path) -> None:
 def _same(slim: PreTrainedModel, other: PreTrainedModel, what: str) -> None:
     """Raise NotUniform unless both give the same logits to the bit on random tokens."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(slim.config.vocab_size, _CHECKED_TOKENS, generator=generator)
+    ids = torch.randint(slim.config.get_text_config().vocab_size, _CHECKED_TOKENS, generator=generator)
     was = slim.training
     with torch.no_grad():
         wanted = slim.eval()(input_ids=ids.to(slim.device)).logits.cpu()

@@ -62,7 +62,7 @@ class TokenModel:
         """Logits (..., V) of what `hidden` gave, (..., H)."""
         if not self._split:
             return hidden
-        config: Any = self._model.config
+        config: Any = self._model.config.get_text_config()  # type: ignore[operator, union-attr]
         logits: Tensor = self._model.get_output_embeddings()(hidden)  # type: ignore[operator]
         scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
         logits = logits * float(scale) if scale else logits  # Cohere

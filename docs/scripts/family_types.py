@@ -1,0 +1,183 @@
+"""Every causal type of the installed transformers with a tiny random model: what of it can be cut, and how exactly.
+
+`docs/scripts/families.py` writes what this finds; by itself it prints it:
+
+    python docs/scripts/family_types.py arcee lfm2
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import select
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+import rlprune
+from rlprune import masked
+from rlprune.language import families, random_plan
+
+DOCS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(DOCS.parent / "tests"))
+from helpers.lm_types import VOCABULARY, type_config, type_model  # noqa: E402  (the tests' own models)
+
+CACHE = DOCS / "results" / "family-types.json"
+SECONDS, START_SECONDS, MEMORY, LARGEST = 300, 600, 12 << 30, 60_000_000
+PLANS, LENGTH = 4, 12
+# float32 steps inside of some families' mixers are rounded; the largest output is the scale.
+EXACT = 1e-6
+
+
+def look(kind: str) -> dict[str, Any]:
+    """What is cut of one type, and how exactly; the line of the refusal where nothing is."""
+    try:
+        config = type_config(kind)
+        with torch.device("meta"):
+            from transformers import AutoModelForCausalLM
+
+            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        if size > LARGEST:
+            return {"result": "not tried", "why": f"its smallest config made here has {size:,} parameters"}
+        model = type_model(kind, torch.float64)
+    except Exception as error:  # types of every kind
+        line = (str(error).strip().splitlines() or [""])[0]
+        return {
+            "result": "not tried",
+            "why": f"no tiny model of it could be made ({type(error).__name__}: {line[:90]})",
+        }
+    ids = torch.arange(2, 2 + LENGTH)[None] % VOCABULARY
+    known = kind in families.FAMILIES
+    try:
+        space = rlprune.trace(model, ids, drop=True)
+    except rlprune.RlpruneError as error:
+        return {"result": "refused", "why": str(error)}
+    return {"class": type(model).__name__, "known": known, **_cut(model, space, ids, kind)}
+
+
+def _cut(model: Any, space: Any, ids: torch.Tensor, kind: str) -> dict[str, Any]:
+    worst, same, changed = 0.0, True, np.inf
+    options: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    with torch.no_grad():
+        dense = model(input_ids=ids, use_cache=False).logits
+        own = [model.generate(ids[:, :6], use_cache=use, **options) for use in (True, False)]
+        for seed in range(PLANS):
+            plan = random_plan(space, np.random.default_rng(seed))
+            slim: Any = rlprune.prune(model, plan)
+            wanted = masked(model, plan)(input_ids=ids, use_cache=False).logits
+            scale = float(wanted.abs().max())
+            worst = max(
+                worst, float((slim(input_ids=ids, use_cache=False).logits - wanted).abs().max()) / scale
+            )
+            changed = min(changed, float((dense - wanted).abs().max()) / scale)
+            outs = [slim.generate(ids[:, :6], use_cache=use, **options) for use in (True, False)]
+            same &= torch.equal(*outs) or not torch.equal(*own)
+        with tempfile.TemporaryDirectory() as folder:
+            rlprune.save(slim, plan, Path(folder) / "pruned")
+            loaded: Any = rlprune.load(Path(folder) / "pruned")
+            back = torch.equal(loaded(input_ids=ids).logits, slim(input_ids=ids).logits)
+    good = worst <= EXACT < changed and same and back
+    kinds = {group.kind for group in space.groups if group.width > 1}
+    whole = {group.kind for group in space.groups} - kinds
+    family = families.FAMILIES[kind]
+    reasons = [why for _, why in family.kept] or [b.whole for b in families.blocks_of(model) if b.whole][:1]
+    blocks = families.blocks_of(model)
+    return {
+        "result": "works" if good else "WRONG", "kinds": sorted(kinds), "whole": sorted(whole), "worst": worst,
+        "same": same, "own_cache": bool(torch.equal(*own)), "loads": back, "reasons": reasons,
+        "blocks": [len(blocks), sum(bool(b.attention) for b in blocks), sum(bool(b.ffn) for b in blocks)],
+    }  # fmt: skip
+
+
+class Looker:
+    """A process that looks at one type after the other; one that takes too long or dies is replaced."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def __call__(self, kind: str) -> dict[str, Any]:
+        if self._process is None or self._process.poll() is not None:
+            command = [sys.executable, "-W", "ignore", __file__, "--serve"]
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+            )
+            self._answer(START_SECONDS)
+        assert self._process.stdin is not None
+        self._process.stdin.write(kind + "\n")
+        self._process.stdin.flush()
+        line = self._answer(SECONDS)
+        if line is None:
+            self._process.kill()
+            self._process.wait()
+            return {"result": "not tried", "why": f"took more than {SECONDS} s"}
+        if not line:
+            return {"result": "not tried", "why": f"its process ended with {self._process.wait()}"}
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def _answer(self, seconds: float) -> str | None:
+        """The next line; None where none came in time, "" where the process ended."""
+        assert self._process is not None and self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], seconds)
+        return self._process.stdout.readline() if ready else None
+
+
+def serve() -> None:
+    """Read types, write what was found, a line each."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    answers, sys.stdout = sys.stdout, sys.stderr  # models print
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(look(line.strip())), file=answers, flush=True)
+
+
+def all_types(fresh: bool = False) -> dict[str, dict[str, Any]]:
+    """{type: what was found} of every causal type; what the file holds of this transformers is not done again."""
+    found: dict[str, dict[str, Any]] = {}
+    if CACHE.exists() and not fresh:
+        content = json.loads(CACHE.read_text(encoding="utf-8"))
+        found = content["types"] if content["transformers"] == transformers.__version__ else {}
+    looker = Looker()
+    for kind in sorted(CAUSAL):
+        if kind not in found:
+            start = time.perf_counter()
+            found[kind] = looker(kind)
+            print(f"{kind}: {found[kind]['result']} ({time.perf_counter() - start:.1f} s)", flush=True)
+            content = {"transformers": transformers.__version__, "types": found}
+            CACHE.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return found
+
+
+def quiet() -> None:
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
+if __name__ == "__main__":
+    quiet()
+    if sys.argv[1:] == ["--serve"]:
+        serve()
+    elif sys.argv[1:] == ["--all"]:
+        all_types()
+    else:
+        looker = Looker()
+        for name in sys.argv[1:]:
+            print(name, json.dumps(looker(name)), flush=True)
