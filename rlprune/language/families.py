@@ -265,6 +265,7 @@ def refuse_kind(model_or_config: object) -> None:
     config = getattr(model_or_config, "config", model_or_config)
     model = model_or_config if isinstance(model_or_config, nn.Module) else None
     what = type(model if model is not None else config).__name__
+    kind = getattr(config, "model_type", "")
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{what}: an encoder-decoder model; only causal language models can be pruned")
     experts = _experts(model) if model is not None else None
