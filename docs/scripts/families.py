@@ -3,6 +3,8 @@
     python docs/scripts/families.py             # all of them, about a minute
     python docs/scripts/families.py llama opt   # only print these
 
+The rows of all causal types come from `docs/results/family-types.json`, which `family_types.py --all` fills.
+
 What has to hold for "works", on widths and units drawn at random (some parts dropped whole): the output equals
 that of the masked dense model in float64, the cost formulas equal torch's FLOP counter, the parameter count and
 the bytes of the real cache, and greedy generation gives the same tokens with and without the cache.
@@ -30,17 +32,15 @@ from rlprune.report import markdown_table
 
 DOCS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(DOCS.parent / "tests"))
+import family_types  # noqa: E402  (beside this file)
+
 from helpers.lm import MIXTURES, VARIANTS, tiny_lm, tokens  # noqa: E402  (the tests' own models)
 
 EXACT, LENGTH, PLANS = 1e-9, 12, 8
-_FEW: dict[str, Any] = {"num_local_experts": 2, "num_key_value_heads": 2, "intermediate_size": 32}
+# Of what is no causal language model.
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "granitemoe": ("GraniteMoeForCausalLM", _FEW),
-    "phimoe": ("PhimoeForCausalLM", _FEW),
     "bert": ("BertForMaskedLM", {"intermediate_size": 32}),
     "t5": ("T5ForConditionalGeneration", {"d_model": 32, "d_ff": 32, "num_layers": 1, "num_heads": 4, "d_kv": 8}),
-    "mpt": ("MptForCausalLM", {"d_model": 32, "n_heads": 4, "n_layers": 1}),
-    "mamba": ("MambaForCausalLM", {"state_size": 4}),
 }  # fmt: skip
 
 
@@ -102,10 +102,9 @@ def row(name: str, facts: dict[str, Any]) -> list[str]:
 def refusal(name: str) -> str:
     """The line that a model which is not supported gets."""
     kind, settings = REFUSED[name]
-    common = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1}
-    heads = {} if name == "mamba" else {"num_attention_heads": 4}
+    common = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     cls = getattr(transformers, kind)
-    model = cls(cls.config_class(**(common | heads | settings)))
+    model = cls(cls.config_class(**(common | settings)))
     try:
         rlprune.trace(model, tokens(LENGTH))
     except rlprune.GraphError as error:
@@ -115,6 +114,50 @@ def refusal(name: str) -> str:
 
 HEADER = ["variant", "class", "result", "query / key-value heads", "attention's units", "layers cut", "tied",
           "largest difference", "costs equal", "same tokens with and without cache"]  # fmt: skip
+
+
+TYPES_HEADER = ["model_type", "class", "parts found by", "blocks with attention / feed-forward / all", "units cut",
+                "dropped whole only", "what stays whole, and why", "largest difference",
+                "same tokens with and without cache"]  # fmt: skip
+_UNITS = {"attention": "key-value heads", "ffn": "neurons", "experts": "experts"}
+_RESULTS = ("works", "refused", "not tried", "WRONG")
+
+
+def type_row(kind: str, facts: dict[str, Any]) -> list[str]:
+    """One line of the table of causal types, of what `family_types.look` found."""
+    attention, ffn = facts["blocks"][1:]
+    units = [_UNITS.get(name, name) for name in facts["kinds"]]
+    return [
+        kind, facts["class"], "an adapter" if facts["known"] else "structure",
+        f"{attention} / {ffn} / {facts['blocks'][0]}",
+        ", ".join(units) or "-", ", ".join(facts["whole"]) or "-", "; ".join(facts["reasons"]) or "-",
+        f"{facts['worst']:.0e}" if facts["worst"] else "0",
+        "yes" if facts["own_cache"] else "no, nor in the dense model",
+    ]  # fmt: skip
+
+
+def by_result(types: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """{result: {type: what was found}}."""
+    return {r: {kind: facts for kind, facts in types.items() if facts["result"] == r} for r in _RESULTS}
+
+
+def types_text(types: dict[str, dict[str, Any]]) -> str:
+    """The page's part on all causal types of transformers."""
+    parts = by_result(types)
+    good = parts["works"].values()
+    return TYPES.format(
+        all=len(types), exact=family_types.EXACT, plans=family_types.PLANS,
+        works=len(good), known=sum(f["known"] for f in good), found=sum(not f["known"] for f in good),
+        heads=sum("attention" in f["kinds"] for f in good),
+        refused=len(parts["refused"]), untried=len(parts["not tried"]), wrong=len(parts["WRONG"]),
+        table=markdown_table(TYPES_HEADER, [type_row(k, f) for k, f in (parts["works"] | parts["WRONG"]).items()]),
+        refusals=markdown_table(["model_type", "in the words of the error"], _reasons(parts["refused"])),
+        untried_rows=markdown_table(["model_type", "why"], _reasons(parts["not tried"])),
+    )  # fmt: skip
+
+
+def _reasons(types: dict[str, dict[str, Any]]) -> list[list[str]]:
+    return [[kind, facts["why"].replace("|", "\\|")] for kind, facts in types.items()]
 
 
 def main() -> int:
@@ -138,6 +181,7 @@ def main() -> int:
         kinds=len({kind for kind, _ in (VARIANTS | MIXTURES).values()}),
         types=", ".join(f"`{n}`" for n in families.FAMILIES),
         refused=markdown_table(["model_type", "in the words of the error"], [[n, refusal(n)] for n in REFUSED]),
+        every=types_text(family_types.stored_types()),
         torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version(),
     )  # fmt: skip
     (DOCS / "families.md").write_text(text, encoding="utf-8")
@@ -172,9 +216,35 @@ dense model, on a narrow skeleton of its config where the model is large.
 
 The hidden size as one group (`prune.hidden: true`) is not exact by nature: every norm crosses it.
 
-Not supported:
+Not causal language models, so not supported:
 
 {refused}
+
+{every}"""
+TYPES = """## All causal types of transformers
+
+Each of the {all} causal types of this transformers was tried once with a tiny random model made from its own
+configuration class ({plans} plans each, float64, `python docs/scripts/family_types.py --all`): **{works} work**,
+{refused} are refused, {untried} were not tried, {wrong} came out wrong. Of those that work {known} have an adapter
+and the parts of {found} are found by structure; {heads} are cut by key-value heads, in the others the attention is
+dropped whole or stays.
+
+"works" means here: the output equals that of the masked dense model to {exact:g} of the largest output (some of
+these families compute steps in float32); greedy generation gives the same tokens with and without the cache, where
+the dense model's does; and the saved folder loads with the same outputs. The real sizes of a type may have parts
+that its tiny model has not: tracing proves every model anew.
+
+{table}
+
+### Refused
+
+{refusals}
+
+### Not tried
+
+No tiny model could be made of these, or it took too long: nothing is said of them.
+
+{untried_rows}
 """
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Every causal type of the installed transformers with a tiny random model: what of it can be cut, and how exactly.
 
-`docs/scripts/families.py` writes what this finds; by itself it prints it:
+    python docs/scripts/family_types.py arcee lfm2   # print what is found of these types
+    python docs/scripts/family_types.py --all        # every type -> docs/results/family-types.json
 
-    python docs/scripts/family_types.py arcee lfm2
+`docs/scripts/families.py` writes the page. Types that the file holds for this version of transformers are not looked
+at again; `--again` names some that are.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import resource
@@ -16,6 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +37,7 @@ sys.path.insert(0, str(DOCS.parent / "tests"))
 from helpers.lm_types import VOCABULARY, type_config, type_model  # noqa: E402  (the tests' own models)
 
 CACHE = DOCS / "results" / "family-types.json"
-SECONDS, START_SECONDS, MEMORY, LARGEST = 300, 600, 12 << 30, 60_000_000
+SECONDS, START_SECONDS, MEMORY, LARGEST = 60, 600, 12 << 30, 60_000_000
 PLANS, LENGTH = 4, 12
 # float32 steps inside of some families' mixers are rounded; the largest output is the scale.
 EXACT = 1e-6
@@ -147,12 +151,17 @@ def serve() -> None:
         print(json.dumps(look(line.strip())), file=answers, flush=True)
 
 
-def all_types(fresh: bool = False) -> dict[str, dict[str, Any]]:
+def stored_types() -> dict[str, dict[str, Any]]:
+    """{type: what was found} in the file, where it is of this transformers; else nothing."""
+    if not CACHE.exists():
+        return {}
+    content = json.loads(CACHE.read_text(encoding="utf-8"))
+    return dict(content["types"]) if content["transformers"] == transformers.__version__ else {}
+
+
+def all_types(again: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
     """{type: what was found} of every causal type; what the file holds of this transformers is not done again."""
-    found: dict[str, dict[str, Any]] = {}
-    if CACHE.exists() and not fresh:
-        content = json.loads(CACHE.read_text(encoding="utf-8"))
-        found = content["types"] if content["transformers"] == transformers.__version__ else {}
+    found = {kind: facts for kind, facts in stored_types().items() if kind not in again}
     looker = Looker()
     for kind in sorted(CAUSAL):
         if kind not in found:
@@ -171,13 +180,26 @@ def quiet() -> None:
     warnings.simplefilter("ignore")
 
 
-if __name__ == "__main__":
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", help="only these, printed and not kept")
+    parser.add_argument("--all", action="store_true", help="every causal type, kept in the file")
+    parser.add_argument(
+        "--again", nargs="+", default=[], metavar="TYPE", help="with --all: look at these anew"
+    )
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
     quiet()
-    if sys.argv[1:] == ["--serve"]:
+    if arguments.serve:
         serve()
-    elif sys.argv[1:] == ["--all"]:
-        all_types()
+    elif arguments.all:
+        all_types(arguments.again)
     else:
         looker = Looker()
-        for name in sys.argv[1:]:
+        for name in arguments.names:
             print(name, json.dumps(looker(name)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -60,6 +60,7 @@ def settle(model: nn.Module) -> None:
         return
     try:
         families.refuse_kind(model)
+        _refuse_headless(model)
         guess = find(model)
     except UnsupportedModel as error:
         raise GraphError(str(error)) from None
@@ -69,6 +70,16 @@ def settle(model: nn.Module) -> None:
     except BaseException:
         families.unregister(kind)
         raise
+
+
+def _refuse_headless(model: nn.Module) -> None:
+    """A body, a classifier or an encoder: what is found in it could not be proved by generating."""
+    generates = getattr(model, "can_generate", None)
+    if generates is not None and not generates():
+        raise UnsupportedModel(
+            f"{type(model).__name__}: is no causal language model, which alone can be pruned "
+            "(load one with AutoModelForCausalLM)"
+        )
 
 
 def _twin(model: nn.Module) -> nn.Module:

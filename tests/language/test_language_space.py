@@ -199,8 +199,8 @@ def small(name: str, **settings: Any) -> torch.nn.Module:
             {"num_local_experts": 2, "intermediate_size": 32, "num_key_value_heads": 2},
             "'model.layers.0.mlp.*mixture of experts",
         ),
-        ("BertConfig:BertForMaskedLM", {"intermediate_size": 32}, "no adapter for model_type 'bert'"),
-        ("BertConfig:BertModel", {"intermediate_size": 32}, "BertModel: no adapter"),
+        ("BertConfig:BertForMaskedLM", {"intermediate_size": 32}, "BertForMaskedLM: is no causal"),
+        ("BertConfig:BertModel", {"intermediate_size": 32}, "BertModel: is no causal language model"),
         (
             "T5Config:T5ForConditionalGeneration",
             {"d_model": 32, "d_ff": 32, "num_layers": 1, "num_heads": 4, "d_kv": 8},
@@ -216,7 +216,6 @@ def small(name: str, **settings: Any) -> torch.nn.Module:
             {"intermediate_size": 32, "pad_token_id": 0},
             "has no language-model head",
         ),
-        ("MptConfig:MptForCausalLM", {"d_model": 32, "n_heads": 4, "n_layers": 1}, "model_type 'mpt'"),
     ],
 )
 def test_what_is_not_supported_is_refused_in_one_line(name: str, settings: dict[str, Any], line: str) -> None:

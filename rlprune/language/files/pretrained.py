@@ -112,7 +112,12 @@ def build_config(fields: Mapping[str, object]) -> PreTrainedConfig:
             families.remember(model_type, families.family_from(fields["pruned_family"]))
         except families.UnsupportedModel as error:
             raise ArtifactError(str(error)) from error
-    cls = _modeling().config_class(model_type) if is_uneven(fields) else CONFIG_MAPPING[model_type]
+    uneven = is_uneven(fields)
+    if uneven and model_type not in families.FAMILIES:
+        raise ArtifactError(
+            f"model_type: {model_type!r} is not supported for a pruned model without pruned_family"
+        )
+    cls = _modeling().config_class(model_type) if uneven else CONFIG_MAPPING[model_type]
     kept = {name: value for name, value in fields.items() if name not in ("auto_map", *IDLE)}
     try:
         return cls.from_dict(_floats(kept))
