@@ -163,7 +163,7 @@ def _llama_cpp(model: nn.Module) -> Restriction:
     It computes what Llama computes. ``openelm`` reads the same arrays with norms on queries and keys (Qwen3), but no
     block without attention.
     """
-    read_by("llama.cpp", model, ("llama", "mistral", "ministral", "qwen2", "qwen3"))
+    read_by("llama.cpp", model, ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss"))
     drops = {"ffn"} if _type(model) == "qwen3" else set(_KINDS)
     return Restriction(
         drops=frozenset(drops),

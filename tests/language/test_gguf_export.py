@@ -58,8 +58,9 @@ class TestDeci:
         found = deci_logits(written(slim, tmp_path), IDS)
         assert torch.allclose(found, own_logits(slim), atol=2e-5)
 
-    def test_qwen2_turns_its_queries_and_keys(self, tmp_path):
-        slim = cut("qwen2", (2, 29, 1, 17, 0, 40))
+    @pytest.mark.parametrize("name", ["qwen2", "seed_oss"])
+    def test_families_with_another_rotation_are_turned(self, tmp_path, name):
+        slim = cut(name, (2, 29, 1, 17, 0, 40))
         assert torch.allclose(deci_logits(written(slim, tmp_path), IDS), own_logits(slim), atol=2e-5)
 
     @pytest.mark.parametrize(

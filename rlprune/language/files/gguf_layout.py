@@ -63,6 +63,7 @@ _READERS: Mapping[str, tuple[Architecture, ...]] = {
     "mistral": (_LLAMA, _DECI),
     "ministral": (_LLAMA, _DECI),
     "qwen2": (_QWEN2, _DECI),
+    "seed_oss": (_DECI,),
     "qwen3": (_QWEN3, _OPENELM),
     "smollm3": (_SMOLLM3,),
     "granite": (_GRANITE,),
@@ -148,7 +149,7 @@ def layout_of(slim: PreTrainedModel) -> Layout:
         known = ", ".join(readable_families())
         raise ArtifactError(
             f"--to gguf: no architecture of llama.cpp is known to compute a pruned {kind!r}; allowed: {known}; with "
-            "equal widths (prune --same-widths) --to hf gives a folder that llama.cpp's own converter reads"
+            "equal widths (prune.runtime=uniform) --to hf gives a folder that llama.cpp's own converter may read"
         )
     _check_config(slim)
     blocks = [_Block.of(slim, found) for found in families.blocks_of(slim)]
