@@ -98,7 +98,8 @@ def test_a_file_that_computes_something_else_is_not_left(folder, tmp_path, capsy
     monkeypatch.setattr(gguf_layout, "paired_rows", lambda rows, heads: rows)  # the layout of another reader
     out = tmp_path / "m.gguf"
     assert main(["export", str(folder), "--to", "gguf", "--out", str(out)]) == 2
-    assert "llama.cpp computes other logits than PyTorch" in capsys.readouterr().err and not out.exists()
+    assert f"{out}: llama.cpp computes other logits than PyTorch" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_image_models_are_refused(tmp_path, capsys):

@@ -142,14 +142,22 @@ class TestCopied:
         folder = folder_of(tmp_path / "a")
         edit(folder / "tokenizer_config.json", lambda c: c.update(chat_template="{{ one }}"))
         first = write_gguf(model, tmp_path / "first.gguf", "f32", folder).path
-        edit(folder / "tokenizer_config.json", lambda c: c.update(chat_template="{{ two }}"))
         second = write_gguf(model, tmp_path / "second.gguf", "f32", folder, origin=first)
-        assert "vocabulary copied from first.gguf" in second.notes[0]
+        assert second.notes[0].endswith("vocabulary copied from first.gguf")
         was, now = (
             {k: v for k, v in fields(path).items() if k.startswith("tokenizer.")}
             for path in (first, second.path)
         )
         assert was == now and now["tokenizer.chat_template"] == "{{ one }}"
+
+    def test_a_chat_template_of_the_folders_own(self, tmp_path):
+        model = tiny_lm("llama-mha-tied", vocab_size=SIZE)
+        folder = folder_of(tmp_path / "a")
+        first = write_gguf(model, tmp_path / "first.gguf", "f32", folder).path
+        (folder / "chat_template.jinja").write_text("{{ two }}")
+        found = vocabulary_of(folder, SIZE, first)
+        assert found.source == "copied from first.gguf, chat template from the folder"
+        assert found.fields["tokenizer.chat_template"].value == "{{ two }}"
 
     def test_a_file_that_does_not_fit_is_passed_over(self, tmp_path):
         other = write_gguf(tiny_lm("llama-mha-tied"), tmp_path / "other.gguf", "f32", tmp_path).path

@@ -47,8 +47,8 @@ def dtype_of(folder: Path) -> torch.dtype:
     [
         (torch.bfloat16, [], torch.bfloat16),
         (torch.float16, [], torch.float16),
-        (torch.float32, [], torch.float32),
-        (torch.bfloat16, ["finish.dtype=float32"], torch.float32),
+        pytest.param(torch.float32, [], torch.float32, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, ["finish.dtype=float32"], torch.float32, marks=pytest.mark.slow),
         (torch.float32, ["finish.dtype=bfloat16"], torch.bfloat16),
     ],
 )

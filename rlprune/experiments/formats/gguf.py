@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ... import __version__
 from ...errors import ArtifactError
@@ -12,11 +13,16 @@ from ...language.loading import PREFIX
 from ...workloads.adapter import read_pruned
 from .base import Export, Written, export_format, need_packages
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ...language.files.gguf_layout import Layout
+
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 _GENERATED = 16
-_MOST_TOKENS = 48
+_MOST_TOKENS = 64
 _TEXT = (
-    "A house is built from the ground up: first the walls, then the roof, and at the end the doors and the windows. "
+    "A house is built from the ground up: first the walls, then the roof, and at the end 12 doors and 345 windows. "
     "Whoever moves in sees the colours of the rooms, but what keeps the rain out was laid long before."
 )
 
@@ -42,28 +48,24 @@ def _gguf(job: Export) -> Written:
         name=f"{Path(name).stem or slim.config.model_type} pruned by rlprune",
         origin=_origin(name),
         version=__version__,
+        check=lambda path, layout: _run(slim, path, dtype, job.directory, layout),
     )
-    notes = [
-        f"{dtype}, {_megabytes(target)}; the folder's weights {_weights_size(job.directory)}",
-        *written.notes,
-    ]
-    notes.append(f"checked: all {len(written.layout.tensors)} tensors read back by the gguf reader")
+    sizes = f"{dtype}, {_megabytes(target)}; the folder's weights {_weights_size(job.directory)}"
+    return Written(target, notes=(sizes, *written.notes))
+
+
+def _run(slim: PreTrainedModel, path: Path, dtype: str, folder: Path, layout: Layout) -> str:
+    """What llama.cpp computes from a file beside PyTorch, in a line; ArtifactError where that is something else."""
     if not llama_cpp.is_installed():
-        notes.append(f"not run: llama.cpp is not installed; {llama_cpp.INSTALL}")
-        return Written(target, notes=tuple(notes))
-    ids, text = _short_text(job.directory, written.layout.vocabulary)
-    most = max(2, written.layout.context // 2)
-    shorter = len(ids) > most
+        return f"not run: llama.cpp is not installed; {llama_cpp.INSTALL}"
+    ids, text = _short_text(folder, layout.vocabulary)
+    most = max(2, layout.context // 2)
+    if len(ids) > most:
+        ids, text = ids[:most], ""
     try:
-        found = llama_cpp.compare(
-            slim, target, dtype, ids[:most], min(_GENERATED, most), "" if shorter else text
-        )
+        return llama_cpp.compare(slim, path, dtype, ids, min(_GENERATED, most), text).line()
     except llama_cpp.WrongBuild as error:
-        return Written(target, notes=(*notes, f"not run: {error}"))
-    except ArtifactError:
-        target.unlink(missing_ok=True)  # what llama.cpp computes wrongly is no export
-        raise
-    return Written(target, notes=(*notes, found.line()))
+        return f"not run: {error}"
 
 
 def _origin(name: str) -> Path | None:

@@ -7,7 +7,7 @@ it. Weights are written one after the other, so that a second copy of the model 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +39,8 @@ DTYPES: Mapping[str, tuple[Kind, gguf.LlamaFileType]] = {
 """{--dtype: the type of the matrices, and what the file calls itself}; vectors are float32, as llama.cpp has them."""
 _LARGEST_HALF = 65504.0
 
+Check = Callable[[Path, Layout], str]
+
 
 @dataclass(frozen=True)
 class WrittenFile:
@@ -64,6 +66,7 @@ def write_gguf(
     name: str = "",
     origin: Path | None = None,
     version: str = "",
+    check: Check | None = None,
 ) -> WrittenFile:
     """Write a pruned language model as one GGUF file, read it back, and only then move it into place.
 
@@ -74,6 +77,8 @@ def write_gguf(
         name: what the model is called in the file.
         origin: the dense model's own GGUF file, whose vocabulary is copied where it fits.
         version: of rlprune.
+        check: looks at the file before it takes its place, and says in a line what it found; raises ArtifactError
+            where the file is not to be kept.
 
     Raises ArtifactError: a family, plan or tokenizer that llama.cpp does not read, numbers that the type cannot hold,
     a file that does not read back.
@@ -81,11 +86,13 @@ def write_gguf(
     layout = layout_of(slim)
     vocabulary = vocabulary_of(folder, layout.vocabulary, origin)
     kinds = {tensor.name: _kind(tensor, dtype) for tensor in layout.tensors}
-    with replacing_path(path) as fresh, _one_line_errors(path):
+    with replacing_path(path) as fresh, _one_line_errors(path, fresh):
         _write(fresh, layout, vocabulary, kinds, dtype, name, version)
         check_file(fresh, layout, kinds)
+        checked = [f"checked: all {len(layout.tensors)} tensors read back by the gguf reader"]
+        checked += [check(fresh, layout)] if check is not None else []
     notes = [f"architecture {layout.architecture.name}; vocabulary {vocabulary.source}", *layout.notes]
-    return WrittenFile(path, layout, dtype, (*notes, *_fallbacks(layout.tensors, kinds, dtype)))
+    return WrittenFile(path, layout, dtype, (*notes, *_fallbacks(layout.tensors, kinds, dtype), *checked))
 
 
 def is_ours(path: Path) -> bool:
@@ -117,9 +124,12 @@ def _fallbacks(tensors: Sequence[FileTensor], kinds: Mapping[str, Kind], dtype: 
 
 
 @contextlib.contextmanager
-def _one_line_errors(path: Path) -> Iterator[None]:
+def _one_line_errors(path: Path, fresh: Path) -> Iterator[None]:
+    """Errors of a line that name the file by its place, not by where it is written."""
     try:
         yield
+    except ArtifactError as error:
+        raise type(error)(str(error).replace(str(fresh), str(path))) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"--to gguf: {path}: cannot be written ({described(error)})") from error
 

@@ -45,6 +45,7 @@ _SPLITS: Mapping[tuple[tuple[str, ...], bool], str] = {
     ((_QWEN35, "bytes"), False): "qwen35",
     ((_TEKKEN, "bytes"), True): "tekken",
 }
+_TEMPLATE = "tokenizer.chat_template"
 _WORD_MARK = "▁"
 
 
@@ -72,7 +73,7 @@ def vocabulary_of(folder: Path, size: int, origin: Path | None) -> Vocabulary:
     if origin is not None:
         copied = _copied(origin, size)
         if copied is not None:
-            return copied
+            return _with_own_template(copied, folder)
     if not has_tokenizer(folder):
         return _no_vocabulary()
     path = folder / "tokenizer.json"
@@ -120,6 +121,19 @@ def _copied(origin: Path, size: int) -> Vocabulary | None:
     except (OSError, ValueError, IndexError):
         return None
     return Vocabulary(f"copied from {origin.name}", fields)
+
+
+def _with_own_template(copied: Vocabulary, folder: Path) -> Vocabulary:
+    """The copied fields, with the folder's chat template where that is another one."""
+    with _quiet_gguf():
+        own = gguf.SpecialVocab(folder).chat_template
+    before = copied.fields.get(_TEMPLATE)
+    if not isinstance(own, str) or (before is not None and before.value == own):
+        return copied
+    template = gguf.GGUFValue(own, gguf.GGUFValueType.STRING)
+    return Vocabulary(
+        f"{copied.source}, chat template from the folder", {**copied.fields, _TEMPLATE: template}
+    )
 
 
 def _derived(folder: Path, document: Any, size: int) -> Vocabulary:

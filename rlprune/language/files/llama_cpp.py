@@ -114,7 +114,7 @@ def run_llama_cpp(
         except subprocess.TimeoutExpired as error:
             raise ArtifactError(f"{path}: llama.cpp does not answer within an hour") from error
         if done.returncode == -signal.SIGILL:
-            raise WrongBuild(f"{path}: the installed llama.cpp was built for another processor than this one")
+            raise WrongBuild("the installed llama.cpp was built for another processor than this one")
         if done.returncode or not answer.is_file():
             raise ArtifactError(f"{path}: llama.cpp cannot run it ({_reason(done.stderr, done.returncode)})")
         found = dict(np.load(answer))
