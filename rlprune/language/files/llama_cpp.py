@@ -151,7 +151,8 @@ def compare(
     Raises ArtifactError: llama.cpp cannot run the file, or its logits are others.
     """
     half = max(1, len(ids) // 2)
-    answer = run_llama_cpp(path, [ids], ids[:half], generate, keep=True, text=text)
+    threads = torch.get_num_threads()
+    answer = run_llama_cpp(path, [ids], ids[:half], generate, keep=True, text=text, threads=threads)
     with torch.no_grad():
         logits = slim(input_ids=torch.tensor([list(ids)])).logits[0].float()
     assert answer.logits is not None
