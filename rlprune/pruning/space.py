@@ -349,7 +349,7 @@ def axis_sizes(
         lanes: those of each group, (G,); None for 1.
     """
     sizes = []
-    counted = np.asarray(widths, dtype=np.int64) * (1 if lanes is None else np.asarray(lanes))
+    counted = np.asarray(widths, dtype=np.int64) * (1 if lanes is None else np.asarray(lanes, dtype=np.int64))
     owner = np.repeat(np.arange(len(widths)), counted)
     for axis in axes:
         slope = np.zeros(len(widths))
