@@ -113,7 +113,8 @@ def _kind(tensor: FileTensor, dtype: str) -> Kind:
 
 
 def _fallbacks(tensors: Sequence[FileTensor], kinds: Mapping[str, Kind], dtype: str) -> list[str]:
-    odd = [t for t in tensors if len(t.shape) > 1 and kinds[t.name] != DTYPES[dtype][0]]
+    # A single column is what stands in for a dropped part; no setting makes it longer.
+    odd = [t for t in tensors if t.shape[-1] > 1 and len(t.shape) > 1 and kinds[t.name] != DTYPES[dtype][0]]
     if not odd:
         return []
     count = sum(len(t.shape) > 1 for t in tensors)

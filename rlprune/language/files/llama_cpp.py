@@ -73,7 +73,7 @@ class Comparison:
     def line(self) -> str:
         text = (
             f"run in llama.cpp (llama-cpp-python {self.version}): loss {self.theirs:.4f}, PyTorch {self.ours:.4f} over "
-            f"{self.scored} tokens; {self.same} of {self.generated} greedy tokens equal; logits apart by "
+            f"{self.scored} tokens; the first {self.same} of {self.generated} greedy tokens equal; logits apart by "
             f"{self.apart:.2%} of their spread"
         )
         if self.same_text is False:
