@@ -70,9 +70,11 @@ class Trip:
         return done.stdout
 
     def step(self, *words: str) -> None:
-        """A command that writes a folder as a row: the folder is evaluated."""
-        self.rlprune(*words)
-        self.rows.append([f"`rlprune {' '.join(words)}`", *self.evaluated(words[words.index("--out") + 1])])
+        """A command that writes a folder as a row: it is evaluated. A folder of an earlier run is not made again."""
+        out = words[words.index("--out") + 1]
+        if not (self.place / out).exists():
+            self.rlprune(*words)
+        self.rows.append([f"`rlprune {' '.join(words)}`", *self.evaluated(out)])
         print(*self.rows[-1], sep=" | ", flush=True)
 
     def export(self, *words: str) -> None:
@@ -257,9 +259,7 @@ def main() -> None:
         ['PEFT: LoRA, `merge_and_unload()`, `save_pretrained("merged")`', *trip.evaluated("merged")]
     )
     print(*trip.rows[-1], sep=" | ", flush=True)
-    trip.step(
-        "export", "merged", "--to", "gguf", "--out", "merged.gguf", said=lambda out: " ".join(out.split())
-    )
+    trip.export("export", "merged", "--to", "gguf", "--out", "merged.gguf")
     trip.step(
         *("prune", "my.yaml", "--set", "model.name=hf:merged", "--rule", "flap", "--budget", "87.5%"),
         "--out",
