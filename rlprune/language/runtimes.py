@@ -123,6 +123,21 @@ def read_by(name: str, model: nn.Module, types: Sequence[str], instead: str = "a
         )
 
 
+def _computes(name: str, model: nn.Module, ropes: Sequence[str] | None = None) -> None:
+    """ConfigError where a model's activation, or its rotation (None: any), is not what a runtime computes."""
+    config = _config(model)
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    for setting, value, known in (
+        ("hidden_act", config.hidden_act, ("silu", "swish")),
+        ("rope_type", rope, ropes or (rope,)),
+    ):
+        if value not in known:
+            raise ConfigError(
+                f"prune.runtime: {name!r} computes {', '.join(known)}, and this model's {setting} is {value!r}; "
+                "allowed here: any, uniform"
+            )
+
+
 def _config(model: nn.Module) -> Any:
     """A model's config, which torch takes for a tensor or a module."""
     return model.config
@@ -163,7 +178,14 @@ def _llama_cpp(model: nn.Module) -> Restriction:
     It computes what Llama computes. ``openelm`` reads the same arrays with norms on queries and keys (Qwen3), but no
     block without attention.
     """
-    read_by("llama.cpp", model, ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss"))
+    name = "llama.cpp"
+    read_by(name, model, ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss"))
+    _computes(name, model, ("default", "linear", "llama3"))
+    if _type(model) == "qwen3" and not _config(model).tie_word_embeddings:
+        raise ConfigError(
+            f"prune.runtime: {name!r} reads blocks of different sizes of a 'qwen3' only where its output layer is the "
+            "embedding, and this model has one of its own; allowed here: any, uniform"
+        )
     drops = {"ffn"} if _type(model) == "qwen3" else set(_KINDS)
     return Restriction(
         drops=frozenset(drops),
@@ -178,6 +200,7 @@ def _vllm(model: nn.Module) -> Restriction:
     stream begins with there.
     """
     read_by("vllm", model, ("llama", "mistral"))
+    _computes("vllm", model)
     window = getattr(model.config, "sliding_window", None)
     if window is not None:
         raise ConfigError(

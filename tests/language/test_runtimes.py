@@ -17,6 +17,7 @@ from helpers.lm_folder import write_config, write_folder
 from rlprune.cli import main as cli
 from rlprune.config.names import RUNTIMES
 from rlprune.errors import ConfigError
+from rlprune.language.files.nemotron_nas import block_configs
 from rlprune.language.files.uniform import plain_form, plain_obstacle
 from rlprune.language.space import fitting_multiple
 from rlprune.report.results import read_results
@@ -41,8 +42,11 @@ def trace(name: str, runtime: str, **options: Any) -> rlprune.PruningSpace:
     return rlprune.trace(tiny_lm(name), tokens(), verify=False, runtime=runtime, **options)
 
 
-def widths_of(space: rlprune.PruningSpace, kind: str) -> list[int]:
-    return [g.width for g in space.groups if g.kind == kind]
+def anything(space: rlprune.PruningSpace) -> rlprune.Plan:
+    """A random plan of the space: any width that its steps allow."""
+    widths = [RNG.choice(sorted({g.minimum, *range(g.step, g.width, g.step), g.width})) for g in space.groups]
+    importance = [RNG.random(g.width) for g in space.groups]
+    return rlprune.make_plan(space, importance=importance, widths=np.array(widths))
 
 
 @pytest.mark.filterwarnings("ignore::rlprune.pruning.NarrowSpaceWarning")
@@ -118,6 +122,12 @@ class TestVllm:
         found = {w for row in plans for g, w in zip(space.groups, row, strict=True) if g.kind == "attention"}
         assert found == {0, 3}
 
+    def test_every_plan_maps(self) -> None:
+        model = tiny_lm("llama")
+        space = rlprune.trace(model, tokens(), verify=False, drop=True, runtime="vllm")
+        for _ in range(10):
+            assert len(block_configs(rlprune.prune(model, anything(space)))) == 3
+
     @pytest.mark.parametrize(
         ("name", "line"),
         [
@@ -136,8 +146,34 @@ class TestLlamaCpp:
             free, own = (trace("llama", runtime, drop=drop) for runtime in ("any", "llama.cpp"))
             assert free.groups == own.groups
 
+    @pytest.mark.parametrize(
+        "name", ["llama", "llama-biases", "llama-mqa", "mistral", "ministral", "qwen2", "qwen3"]
+    )
+    def test_every_plan_has_an_architecture(self, name: str) -> None:
+        pytest.importorskip("gguf")
+        from rlprune.language.files.gguf_layout import layout_of
+
+        model = tiny_lm(name, tie_word_embeddings=True)
+        space = rlprune.trace(model, tokens(), verify=False, drop=True, runtime="llama.cpp")
+        for _ in range(3):
+            assert layout_of(rlprune.prune(model, anything(space))).architecture.per_layer
+
+    @pytest.mark.parametrize(
+        ("name", "settings", "line"),
+        [
+            ("qwen3", {}, "only where its output layer is the embedding, and this model has one of its own"),
+            ("llama", {"hidden_act": "gelu"}, "computes silu, swish, and this model's hidden_act is 'gelu'"),
+        ],
+    )
+    def test_what_its_architectures_do_not_compute(
+        self, name: str, settings: dict[str, Any], line: str
+    ) -> None:
+        with pytest.raises(ConfigError, match=line):
+            rlprune.trace(tiny_lm(name, **settings), tokens(), verify=False, runtime="llama.cpp")
+
     def test_qwen3_has_no_block_without_attention(self) -> None:
-        space = trace("qwen3", "llama.cpp", drop=True)
+        model = tiny_lm("qwen3", tie_word_embeddings=True)
+        space = rlprune.trace(model, tokens(), verify=False, runtime="llama.cpp", drop=True)
         assert {(g.kind, g.minimum) for g in space.groups} == {("attention", 1), ("ffn", 0)}
 
     def test_gemma_is_refused(self) -> None:
