@@ -33,8 +33,14 @@ RUNTIMES = {
 }
 """Row of the table -> settings beside ``prune.runtime``."""
 FEWER = (
-    *("data.calibration=32", "data.validation=32", "data.test=20"),
-    *("score.samples=8", "search.evaluations=40", "finish.candidates=3", "finish.rules=false", "threads=1"),
+    *(
+        "data.calibration=16",
+        "data.validation=12",
+        "data.test=10",
+        "score.samples=6",
+        "search.evaluations=40",
+    ),
+    *("search.ppo.surrogate_steps=2048", "finish.candidates=2", "finish.rules=false", "threads=1"),
 )
 """What makes a search of the shipped config short."""
 
