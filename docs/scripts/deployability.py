@@ -5,8 +5,8 @@
     python docs/scripts/deployability.py ... --out runs/deployability write
 
 Each runtime's search is a run of its own in the --out folder; a killed one goes on where it was, and what is finished
-is not done again. No fine-tune: the perplexities are those of the cut and reconstructed models. `--runtimes` and
-`--set` choose others; `write` puts the table into docs/runtimes.md.
+is not done again. No fine-tune: the perplexities are those of the cut and reconstructed models. `--runtime` and
+`--set` choose others; `write` puts the table of what is finished into docs/runtimes.md.
 """
 
 from __future__ import annotations
@@ -33,14 +33,8 @@ RUNTIMES = {
 }
 """Row of the table -> settings beside ``prune.runtime``."""
 FEWER = (
-    *(
-        "data.calibration=16",
-        "data.validation=12",
-        "data.test=10",
-        "score.samples=6",
-        "search.evaluations=40",
-    ),
-    *("search.ppo.surrogate_steps=2048", "finish.candidates=2", "finish.rules=false", "threads=1"),
+    *("data.calibration=32", "data.validation=32", "data.test=20"),
+    *("score.samples=8", "search.evaluations=40", "finish.candidates=3", "finish.rules=false", "threads=1"),
 )
 """What makes a search of the shipped config short."""
 
@@ -105,7 +99,9 @@ def facts(args: argparse.Namespace, row: str) -> dict[str, Any]:
 
 
 def write(args: argparse.Namespace) -> None:
-    rows = [facts(args, row) for row in args.runtimes]
+    rows = [facts(args, row) for row in args.runtimes if (folder(args, row) / "results.json").is_file()]
+    if not rows:
+        raise SystemExit(f"deployability: no finished run in {args.out}; `run` first")
     head = [name for name in rows[0] if name not in ("dense", "hardware")]
     table = markdown_table(head, [[str(row[name]) for name in head] for row in rows])
     config = settings(args, args.runtimes[0])
@@ -116,7 +112,7 @@ def write(args: argparse.Namespace) -> None:
         f"{data.sequence_length} tokens for calibration, {config.score.samples} for a score, no fine-tune. "
         f"Perplexity on the first {data.test} windows of {data.test_length} tokens of WikiText-2's test text; dense "
         f"{rows[0]['dense']}. "
-        f"Hardware: {hardware}.\n\n{table}"
+        f"{hardware['processor']}, {hardware['threads']} thread, torch {hardware['libraries']['torch']}.\n\n{table}"
     )
     page = DOC.read_text(encoding="utf-8")
     before, _, rest = page.partition(MARKS[0])
@@ -130,10 +126,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--valid", required=True, help="text for calibration and validation")
     parser.add_argument("--test", required=True, help="text for the perplexity")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--runtimes", nargs="+", default=list(RUNTIMES), choices=list(RUNTIMES))
+    parser.add_argument(
+        "--runtime", action="append", choices=list(RUNTIMES), help="of all, these (may be repeated)"
+    )
     parser.add_argument("--set", nargs="*", default=[], help="further settings, a.b=c")
     parser.add_argument("do", choices=("run", "write"))
     args = parser.parse_args(argv)
+    args.runtimes = args.runtime or list(RUNTIMES)
     {"run": run, "write": write}[args.do](args)
 
 
