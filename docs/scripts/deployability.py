@@ -33,8 +33,9 @@ RUNTIMES = {
 }
 """Row of the table -> settings beside ``prune.runtime``."""
 FEWER = (
-    *("data.calibration=32", "data.validation=32", "data.test=20"),
-    *("score.samples=8", "search.evaluations=40", "finish.candidates=3", "finish.rules=false", "threads=1"),
+    *("data.calibration=16", "data.validation=12", "data.test=10", "score.samples=6"),
+    *("search.evaluations=40", "search.ppo.surrogate_steps=2048"),
+    *("finish.candidates=2", "finish.rules=false", "threads=1"),
 )
 """What makes a search of the shipped config short."""
 
@@ -84,7 +85,8 @@ def facts(args: argparse.Namespace, row: str) -> dict[str, Any]:
     results = json.loads((out / "results.json").read_text())
     plan = json.loads((out / "pruned" / "plan.json").read_text())
     rows = {entry["method"]: entry for entry in results["rows"]}
-    found = rows[settings(args, row).search.agent]
+    config = load_config(out / "config.yaml")
+    found = rows[config.search.agent]
     return {
         "prune.runtime": row,
         "neurons by block": shape(plan, "ffn"),
@@ -95,6 +97,7 @@ def facts(args: argparse.Namespace, row: str) -> dict[str, Any]:
         "perplexity": f"{found['test']:.2f}",
         "dense": f"{rows['dense']['test']:.2f}",
         "hardware": results["hardware"],
+        "config": config,
     }
 
 
@@ -102,9 +105,13 @@ def write(args: argparse.Namespace) -> None:
     rows = [facts(args, row) for row in args.runtimes if (folder(args, row) / "results.json").is_file()]
     if not rows:
         raise SystemExit(f"deployability: no finished run in {args.out}; `run` first")
-    head = [name for name in rows[0] if name not in ("dense", "hardware")]
+    head = [name for name in rows[0] if name not in ("dense", "hardware", "config")]
     table = markdown_table(head, [[str(row[name]) for name in head] for row in rows])
-    config = settings(args, args.runtimes[0])
+    config = rows[0]["config"]  # the runs' own, whatever --set says now
+    if any((row["config"].data, row["config"].score) != (config.data, config.score) for row in rows):
+        raise SystemExit(
+            f"deployability: the runs in {args.out} were made on different data; they are no table"
+        )
     data, hardware = config.data, rows[0]["hardware"]
     text = (
         f"SmolLM2-135M-Instruct, {config.budget.target:.0%} of the {config.budget.metric}, seed {config.seed}, "
