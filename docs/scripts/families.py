@@ -132,7 +132,7 @@ def type_row(kind: str, facts: dict[str, Any]) -> list[str]:
         f"{attention} / {ffn} / {facts['blocks'][0]}",
         ", ".join(units) or "-", ", ".join(facts["whole"]) or "-", "; ".join(facts["reasons"]) or "-",
         f"{facts['worst']:.0e}" if facts["worst"] else "0",
-        "yes" if facts["own_cache"] else "no, nor in the dense model",
+        "yes" if facts["own_cache"] else "no, nor does the dense model",
     ]  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def types_text(types: dict[str, dict[str, Any]]) -> str:
     parts = by_result(types)
     good = parts["works"].values()
     return TYPES.format(
-        all=len(types), exact=family_types.EXACT, plans=family_types.PLANS,
+        all=len(types), of=len(family_types.CAUSAL), exact=family_types.EXACT, plans=family_types.PLANS,
         works=len(good), known=sum(f["known"] for f in good), found=sum(not f["known"] for f in good),
         heads=sum("attention" in f["kinds"] for f in good),
         refused=len(parts["refused"]), untried=len(parts["not tried"]), wrong=len(parts["WRONG"]),
@@ -211,7 +211,8 @@ dense model's router gives the removed experts a score of minus infinity
 A difference of exactly 0 is a rounding too: these families' last norm computes in float32 whatever the model's
 format, so that differences of 1e-16 before it vanish.
 
-Adapters exist for {types}. Each model passes the same proof when it is traced: random units against the masked
+Adapters exist for {types}; the parts of other types are found by shape (below).
+Each model passes the same proof when it is traced: random units against the masked
 dense model, on a narrow skeleton of its config where the model is large.
 
 The hidden size as one group (`prune.hidden: true`) is not exact by nature: every norm crosses it.
@@ -223,7 +224,7 @@ Not causal language models, so not supported:
 {every}"""
 TYPES = """## All causal types of transformers
 
-Each of the {all} causal types of this transformers was tried once with a tiny random model made from its own
+{all} of the {of} causal types of this transformers were tried, once each, with a tiny random model made from its own
 configuration class ({plans} plans each, float64, `python docs/scripts/family_types.py --all`): **{works} work**,
 {refused} are refused, {untried} were not tried, {wrong} came out wrong. Of those that work {known} have an adapter
 and the parts of {found} are found by structure; {heads} are cut by key-value heads, in the others the attention is

@@ -343,8 +343,8 @@ def _block(
             raise UnsupportedModel(
                 f"{type(model).__name__}: {name!r} should be a linear layer; found: {found}"
             )
-    part = (inner if family.ffn else up[0], up, down)
-    ffn, up, down = part if odd_neurons is None else ("", (), "")
+    ffn = inner if family.ffn or not up else up[0]
+    ffn, up, down = (ffn, up, down) if odd_neurons is None else ("", (), "")
     neurons = 0 if no_neurons or not down else features(modules[down])[0]
     if odd_heads is not None:
         return Block(index, path, "", (), "", ffn, up, down, 0, 0, 0, neurons)

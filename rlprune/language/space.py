@@ -39,7 +39,7 @@ from . import families
 from .dropped import drop
 from .expert_groups import EXPERTS, add_experts, add_products
 from .families import Block
-from .linear import feature_names, features, is_conv1d, is_linear, set_attribute
+from .linear import feature_names, features, is_conv1d, is_dropped, is_linear, set_attribute
 from .proof import prove
 from .runtimes import restriction
 from .sizes import hidden_dims, hidden_size
@@ -240,7 +240,9 @@ class _LanguageLayout:
     def _attention(self, block: Block, ignored: dict[str, str]) -> None:
         if not block.attention:
             return
-        reason = ignored.get(block.attention, "" if block.kv_heads else "already dropped")
+        dropped = is_dropped(self.modules[block.out])
+        none = "already dropped" if dropped else "its layers have not the shapes that heads give"
+        reason = ignored.get(block.attention, "" if block.kv_heads else none)
         reason = reason or self.kept.get("attention", "")
         if block.whole and "attention" in self.family.undroppable:
             reason = reason or block.whole

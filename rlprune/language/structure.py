@@ -150,16 +150,20 @@ def find(model: nn.Module) -> Family:
 def _blocks(model: nn.Module, text: PreTrainedConfig) -> tuple[str, nn.ModuleList]:
     """The list of the language part's blocks."""
     depth = int(getattr(text, "num_hidden_layers", 0) or 0)
-    found = [
+    lists = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) == depth
-        and not any(mark in part for part in name.split(".")[:-1] for mark in _NOT_TEXT)
         and all(any(is_linear(m) for m in block.modules()) for block in module)
     ]
-    if not found:
+    if not lists:
         raise UnsupportedModel(f"{type(model).__name__}: has no list of {depth} blocks with linear layers")
+    found = [
+        (name, module)
+        for name, module in lists
+        if not any(mark in part for part in name.split(".")[:-1] for mark in _NOT_TEXT)
+    ] or lists  # some language models call their own blocks an encoder
     name, layers = max(found, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
     return name, layers
 

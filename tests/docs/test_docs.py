@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
@@ -293,3 +294,14 @@ def test_the_changelog_counts_what_there_is() -> None:
     assert f"{len(FAMILIES)} model types" in text
     assert "eleven rules for language models" in text
     assert sum(rule.wing == "language" for rule in RULES.values()) == 11
+
+
+def test_the_page_of_families_says_what_was_found_of_every_type() -> None:
+    script = load_script("families")
+    types = json.loads((DOCS / "results" / "family-types.json").read_text(encoding="utf-8"))["types"]
+    page = (DOCS / "families.md").read_text(encoding="utf-8")
+    parts = script.by_result(types)
+    assert not parts["WRONG"] and sum(len(found) for found in parts.values()) == len(types)
+    assert f"**{len(parts['works'])} work**" in page and f"{len(parts['refused'])} are refused" in page
+    assert all(f"| {kind} " in page for kind in types)
+    assert all("\n" not in found["why"] for found in parts["refused"].values())

@@ -33,6 +33,11 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("qk_nope_head_dim", "v_head_dim"), 8),
     "qk_rope_head_dim": 4,
     "first_k_dense_replace": 1,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 0,
+    "laurel_rank": 8,
+    "rotary_dim": 4,
 }
 _LINEAR = {
     "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
@@ -82,9 +87,11 @@ def type_config(kind: str) -> Any:
     config = stock(
         **{**{name: value for name, value in _SIZES.items() if name in known}, **_OWN.get(kind, {})}
     )
-    for name in ("eos_token_id", "pad_token_id"):
+    for name, other in (("eos_token_id", VOCABULARY - 1), ("pad_token_id", 0)):
         if kind not in ("gemma4_text", "gemma4_unified_text"):
             setattr(config, name, None)
+            lost = getattr(stock.from_dict(config.to_dict()), name, None) is not None
+            setattr(config, name, other if lost else None)  # some read None as their own default
     return config
 
 
@@ -94,7 +101,10 @@ def type_model(kind: str, dtype: torch.dtype = torch.float32) -> Any:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(type_config(kind), dtype=dtype)
+        config = type_config(kind)
+        if dtype == torch.float64 and any("expert" in name for name in vars(config)):
+            config._experts_implementation = "eager"  # the product of all experts at once takes no float64
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(dtype)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:

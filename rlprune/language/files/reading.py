@@ -25,8 +25,10 @@ from .pretrained import (
     IDLE,
     OWN,
     SAID_TWICE,
+    build_config,
     dense_fields_of,
     model_of,
+    plain_config,
     published_name,
     put_generation,
     read_config,
@@ -120,6 +122,13 @@ def _has_empty_layers(document: PlanDocument) -> bool:
     return isinstance(sizes, dict) and any(0 in layer.values() for layer in sizes.values())
 
 
+def _read_again(base: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a dense configuration holds as null, as its class gives them."""
+    empty = [name for name, value in base.items() if value is None]
+    again = plain_config(build_config(base)) if empty else {}
+    return {name: again[name] for name in empty if name in again}
+
+
 def _checked_config(folder: Path, document: PlanDocument) -> PreTrainedConfig:
     """config.json as an object, after it was compared with plan.json field by field."""
     path = folder / CONFIG
@@ -127,10 +136,11 @@ def _checked_config(folder: Path, document: PlanDocument) -> PreTrainedConfig:
     if not isinstance(base, dict) or not isinstance(document.get("layers"), list):
         name = "base.config" if not isinstance(base, dict) else "layers"
         raise ArtifactError(f"{folder / 'plan.json'}: damaged: the field {name!r} is missing")
+    meant = {**base, **_read_again(base)}  # some classes read null as a default of theirs
     for name in {**base, **fields}:
         if name in OWN or name in IDLE or name == "dtype":
             continue
-        if fields.get(name) != base.get(name):
+        if fields.get(name) not in (base.get(name), meant.get(name)):
             raise ArtifactError(f"{path}: {name}: is {fields.get(name)!r}, plan.json says {base.get(name)!r}")
     if "pruned_layers" in fields:
         _check_listed(fields["pruned_layers"], document["layers"], path)
