@@ -2,6 +2,7 @@
 
     python docs/scripts/families.py             # all of them, about a minute
     python docs/scripts/families.py llama opt   # only print these
+    python docs/scripts/families.py --types     # the rows of the variants stay as the page has them
 
 The rows of all causal types come from `docs/results/family-types.json`, which `family_types.py --all` fills.
 
@@ -120,6 +121,7 @@ TYPES_HEADER = ["model_type", "class", "parts found by", "blocks with attention 
                 "dropped whole only", "what stays whole, and why", "largest difference",
                 "same tokens with and without cache"]  # fmt: skip
 _UNITS = {"attention": "key-value heads", "ffn": "neurons", "experts": "experts"}
+_WRONG = "largest difference {worst:.0e}; same tokens with and without cache: {same}; loads: {loads}"
 _RESULTS = ("works", "refused", "not tried", "WRONG")
 
 
@@ -150,32 +152,48 @@ def types_text(types: dict[str, dict[str, Any]]) -> str:
         works=len(good), known=sum(f["known"] for f in good), found=sum(not f["known"] for f in good),
         heads=sum("attention" in f["kinds"] for f in good),
         refused=len(parts["refused"]), untried=len(parts["not tried"]), wrong=len(parts["WRONG"]),
-        table=markdown_table(TYPES_HEADER, [type_row(k, f) for k, f in (parts["works"] | parts["WRONG"]).items()]),
+        table=markdown_table(TYPES_HEADER, [type_row(k, f) for k, f in parts["works"].items()]),
         refusals=markdown_table(["model_type", "in the words of the error"], _reasons(parts["refused"])),
+        wrong_rows=markdown_table(["model_type", "what is wrong"], _reasons(parts["WRONG"])),
         untried_rows=markdown_table(["model_type", "why"], _reasons(parts["not tried"])),
     )  # fmt: skip
 
 
 def _reasons(types: dict[str, dict[str, Any]]) -> list[list[str]]:
-    return [[kind, facts["why"].replace("|", "\\|")] for kind, facts in types.items()]
+    return [
+        [kind, (facts.get("why") or _WRONG.format(**facts)).replace("|", "\\|")]
+        for kind, facts in types.items()
+    ]
+
+
+def rows_of_the_page() -> list[list[str]]:
+    """The variants' rows as they were written last."""
+    page = (DOCS / "families.md").read_text(encoding="utf-8").splitlines()
+    first = next(number for number, line in enumerate(page) if line.startswith("| variant "))
+    last = page.index("", first)
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in page[first + 2 : last]]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help="only these, printed and not written")
+    parser.add_argument("--types", action="store_true", help="keep the page's rows of the variants")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     lines, good = [], 0
-    for name in arguments.names or VARIANTS | MIXTURES:
+    for name in () if arguments.types else arguments.names or VARIANTS | MIXTURES:
         facts = examine(name)
         good += works(facts)
         lines.append(row(name, facts))
         print("  ".join(lines[-1]), flush=True)
     if arguments.names:
         return 0
+    if arguments.types:
+        lines = rows_of_the_page()
+        good = sum(line[2] == "works" for line in lines)
     text = PAGE.format(
         table=markdown_table(HEADER, lines), good=good, all=len(lines), exact=EXACT, plans=PLANS,
         kinds=len({kind for kind, _ in (VARIANTS | MIXTURES).values()}),
@@ -224,7 +242,7 @@ Not causal language models, so not supported:
 {every}"""
 TYPES = """## All causal types of transformers
 
-{all} of the {of} causal types of this transformers were tried, once each, with a tiny random model made from its own
+{all} of the {of} causal types of this transformers were looked at, once each, with a tiny random model made from its own
 configuration class ({plans} plans each, float64, `python docs/scripts/family_types.py --all`): **{works} work**,
 {refused} are refused, {untried} were not tried, {wrong} came out wrong. Of those that work {known} have an adapter
 and the parts of {found} are found by structure; {heads} are cut by key-value heads, in the others the attention is
@@ -232,7 +250,8 @@ dropped whole or stays.
 
 "works" means here: the output equals that of the masked dense model to {exact:g} of the largest output (some of
 these families compute steps in float32); greedy generation gives the same tokens with and without the cache, where
-the dense model's does; and the saved folder loads with the same outputs. The real sizes of a type may have parts
+the dense model's does; and the saved folder loads with the same outputs, to the
+same bound. The real sizes of a type may have parts
 that its tiny model has not: tracing proves every model anew.
 
 {table}
@@ -240,6 +259,12 @@ that its tiny model has not: tracing proves every model anew.
 ### Refused
 
 {refusals}
+
+### Wrong
+
+Of these tracing lets plans through that do not hold what is said above: do not use them.
+
+{wrong_rows}
 
 ### Not tried
 

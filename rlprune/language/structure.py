@@ -62,14 +62,18 @@ def settle(model: nn.Module) -> None:
         families.refuse_kind(model)
         _refuse_headless(model)
         guess = find(model)
-    except UnsupportedModel as error:
-        raise GraphError(str(error)) from None
-    families.remember(kind, guess)
-    try:
+        families.remember(kind, guess)
         families.remember(kind, _proved(_twin(model), kind, guess))
-    except BaseException:
-        families.unregister(kind)
-        raise
+    except BaseException as error:
+        if kind in families.FAMILIES:
+            families.unregister(kind)
+        if isinstance(error, UnsupportedModel):
+            raise GraphError(str(error)) from None
+        if isinstance(error, GraphError) or not isinstance(error, Exception):
+            raise
+        raise GraphError(  # a model's own code, of any kind
+            f"{type(model).__name__}: its parts could not be told apart ({described(error)})"
+        ) from error
 
 
 def _refuse_headless(model: nn.Module) -> None:

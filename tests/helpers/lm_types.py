@@ -104,9 +104,10 @@ def type_model(kind: str, dtype: torch.dtype = torch.float32) -> Any:
         config = type_config(kind)
         if dtype == torch.float64 and any("expert" in name for name in vars(config)):
             config._experts_implementation = "eager"  # the product of all experts at once takes no float64
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         with torch.no_grad():
             for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)  # some are float32 whatever is asked for
                 if parameter.ndim > 1:
                     parameter.normal_(0.0, 0.7 / parameter.shape[-1] ** 0.5)
     return model.eval()

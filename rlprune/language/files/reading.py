@@ -123,10 +123,10 @@ def _has_empty_layers(document: PlanDocument) -> bool:
 
 
 def _read_again(base: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that a dense configuration holds as null, as its class gives them."""
-    empty = [name for name, value in base.items() if value is None]
-    again = plain_config(build_config(base)) if empty else {}
-    return {name: again[name] for name in empty if name in again}
+    """What a dense configuration holds as null, at the top or inside, as its class gives it."""
+    unsaid = [name for name, value in base.items() if value is None or isinstance(value, Mapping)]
+    again = plain_config(build_config(base)) if unsaid else {}
+    return {name: again[name] for name in unsaid if name in again}
 
 
 def _checked_config(folder: Path, document: PlanDocument) -> PreTrainedConfig:
@@ -136,7 +136,7 @@ def _checked_config(folder: Path, document: PlanDocument) -> PreTrainedConfig:
     if not isinstance(base, dict) or not isinstance(document.get("layers"), list):
         name = "base.config" if not isinstance(base, dict) else "layers"
         raise ArtifactError(f"{folder / 'plan.json'}: damaged: the field {name!r} is missing")
-    meant = {**base, **_read_again(base)}  # some classes read null as a default of theirs
+    meant = {**base, **_read_again(base)}  # some classes read null as a default
     for name in {**base, **fields}:
         if name in OWN or name in IDLE or name == "dtype":
             continue
