@@ -243,7 +243,8 @@ Not causal language models, so not supported:
 TYPES = """## All causal types of transformers
 
 {all} of the {of} causal types of this transformers were looked at, once each, with a tiny random model made from
-its own configuration class ({plans} plans each, float64, `python docs/scripts/family_types.py --all`): **{works} work**,
+its own configuration class ({plans} plans each, float64, `python docs/scripts/family_types.py --all`):
+**{works} work**,
 {refused} are refused, {untried} were not tried, {wrong} came out wrong. Of those that work {known} have an adapter
 and the parts of {found} are found by structure; {heads} are cut by key-value heads, in the others the attention is
 dropped whole or stays.
