@@ -49,7 +49,7 @@ class LanguageBuilder(WorkloadBuilder):
         rows = [(kind, describe.family_line(FAMILIES[kind])) for kind in sorted(FAMILIES)]
         return [
             *rows,
-            ("any other", "parts are found by shape and used where cuts prove exact: docs/families.md"),
+            ("(others)", "parts are found by shape and used where cuts prove exact: docs/families.md"),
         ]
 
     def holds(self, data: str) -> bool:
