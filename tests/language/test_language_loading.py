@@ -121,20 +121,20 @@ class TestLoading:
         config = json.loads((folder / "config.json").read_text())
         for change, expected in (
             ({"model_type": "lama"}, "config cannot be read"),
-            ({"model_type": "bert", "architectures": None}, "no adapter for model_type 'bert'"),
+            ({"model_type": "bert", "architectures": None}, "BertLMHeadModel: nothing of it c"),
             ({"model_type": "albert", "architectures": None}, "'albert' is not a causal language model"),
         ):
             (folder / "config.json").write_text(json.dumps(config | change))
             assert expected in refused(config_of(f"hf:{folder}"))
 
-    def test_a_mixture_of_experts(self, tmp_path):
-        from transformers import MixtralConfig, MixtralForCausalLM
+    def test_a_mixture_of_experts_without_an_adapter(self, tmp_path):
+        from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
         sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-        config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2)
-        folder = save_tiny(tmp_path / "moe", MixtralForCausalLM(config))
+        config = GraniteMoeConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2)
+        folder = save_tiny(tmp_path / "moe", GraniteMoeForCausalLM(config))
         text = refused(config_of(f"hf:{folder}"), GraphError)
-        assert "'model.layers.0.mlp'" in text and "is a mixture of experts" in text
+        assert "'model.layers.0.block_sparse_moe.experts'" in text and "is a mixture of experts" in text
 
     def test_layers_of_different_sizes_that_rlprune_has_not_written(self, tmp_path):
         folder = save_tiny(tmp_path / "pruned")
