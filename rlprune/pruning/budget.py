@@ -104,7 +104,7 @@ def project(
     metric: str = "macs",
     ties: Ties = (),
 ) -> Ints:
-    """Widths whose cost is at most ``target`` and to which no step can be added.
+    """Widths whose cost is at most ``target`` (to a rounding of 1e-12) and to which no step can be added.
 
     Args:
         distribution: shape (G,) or (N, G); non-negative, finite, not all zero. Group g gives up the

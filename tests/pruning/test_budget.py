@@ -24,7 +24,9 @@ def test_cost_is_within_the_budget_and_no_step_more_fits(space, data, share):
     assert (widths >= limits.minimum).all() and (widths <= limits.dense).all()
     multiple = (widths % limits.step == 0) | (widths == limits.dense) | (widths == limits.minimum)
     assert multiple.all()
-    assert float(cost(widths)) <= target
+    assert float(cost(widths)) <= target * (
+        1 + 1e-12
+    )  # a target one rounding below the dense cost is the dense cost
     for g in range(len(widths)):
         more = widths.copy()
         more[g] = limits.above(widths)[g]
