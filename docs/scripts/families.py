@@ -4,7 +4,7 @@
     python docs/scripts/families.py llama opt   # only print these
     python docs/scripts/families.py --types     # the rows of the variants stay as the page has them
 
-The rows of all causal types come from `docs/results/family-types.json`, which `family_types.py --all` fills.
+The rows of all causal types come from `docs/family-types.json`, which `family_types.py --all` fills.
 
 What has to hold for "works", on widths and units drawn at random (some parts dropped whole): the output equals
 that of the masked dense model in float64, the cost formulas equal torch's FLOP counter, the parameter count and

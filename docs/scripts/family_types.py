@@ -1,7 +1,7 @@
 """Every causal type of the installed transformers with a tiny random model: what of it can be cut, and how exactly.
 
     python docs/scripts/family_types.py arcee lfm2   # print what is found of these types
-    python docs/scripts/family_types.py --all        # every type -> docs/results/family-types.json
+    python docs/scripts/family_types.py --all        # every type -> docs/family-types.json
 
 `docs/scripts/families.py` writes the page. Types that the file holds for this version of transformers are not looked
 at again; `--again` names some that are.
@@ -37,7 +37,7 @@ sys.path.insert(0, str(DOCS.parent / "tests"))
 from helpers.lm_types import VOCABULARY, type_config, type_model  # noqa: E402  (the tests' own models)
 from helpers.whole_models import WHOLE, whole_model  # noqa: E402
 
-CACHE = DOCS / "results" / "family-types.json"
+CACHE = DOCS / "family-types.json"
 SECONDS, START_SECONDS, MEMORY, LARGEST = 60, 600, 12 << 30, 60_000_000
 PLANS, LENGTH = 4, 12
 # float32 steps inside of some families' mixers are rounded; the largest output is the scale.

@@ -359,13 +359,15 @@ def _refuse_unsupported(name: str, model_or_config: PreTrainedModel | PreTrained
 
 def _outline(config: PreTrainedConfig) -> torch.nn.Module:
     """The model of a config without memory for its weights."""
+    from .files.pretrained import named_field
     from .modeling_rlprune import stock_class
 
     try:
         with torch.device("meta"):
             return stock_class(config)(config)  # type: ignore[no-any-return]
     except Exception as error:  # any kind of model, any kind of failure
-        raise UnsupportedModel(f"no {config.model_type} model fits its config ({_line(error)})") from error
+        reason = named_field(error, config).partition("\n")[0]
+        raise UnsupportedModel(f"no {config.model_type} model fits its config: {reason}") from error
 
 
 def _weights(

@@ -298,7 +298,7 @@ def test_the_changelog_counts_what_there_is() -> None:
 
 def test_the_page_of_families_says_what_was_found_of_every_type() -> None:
     script = load_script("families")
-    types = json.loads((DOCS / "results" / "family-types.json").read_text(encoding="utf-8"))["types"]
+    types = json.loads((DOCS / "family-types.json").read_text(encoding="utf-8"))["types"]
     page = (DOCS / "families.md").read_text(encoding="utf-8")
     parts = script.by_result(types)
     assert len(parts["works"]) >= 48 and sum(len(found) for found in parts.values()) == len(types)

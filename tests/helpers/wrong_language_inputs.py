@@ -140,7 +140,7 @@ LANGUAGE_CASES: dict[str, Wrong] = {
     ),
     "an activation that nobody knows": Wrong(
         INSPECT,
-        "no llama model fits the configuration: hidden_act: unknown name 'nonsense'",
+        "model.name 'hf:dense': no llama model fits its config: hidden_act: unknown name 'nonsense'",
         both(dense, put("dense/config.json", "hidden_act", "nonsense")),
     ),
     "an adapter that is not merged": Wrong(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import rlprune
 from helpers.echo import FAMILIES, QUICK, Killed, logits, pruned, same
 from helpers.lm import tiny_lm, tokens
+from helpers.pruned_lm import plan_of
 from rlprune.language.tuning.finetune import METHODS
 from rlprune.language.tuning.peft import GROUP_COLUMNS, GroupScale, RowColumn, attached, target_layers
 
@@ -53,10 +56,10 @@ def test_the_layers_that_are_adapted() -> None:
 
 
 def test_dropped_layers_are_left_out() -> None:
-    model = tiny_lm("llama-mha-tied")
-    for name in ("gate_proj", "up_proj"):
-        getattr(model.model.layers[1].mlp, name).weight.data = torch.empty(0, 32)
-    model.model.layers[1].mlp.down_proj.weight.data = torch.empty(32, 0)
+    dense = tiny_lm("llama-mha-tied")
+    space = rlprune.trace(dense, tokens(), drop=True, verify=False)
+    widths = np.where([g.name == "model.layers.1.mlp" for g in space.groups], 0, space.widths)
+    model = rlprune.prune(dense, plan_of(space, widths))
     for method in ("lora", "group", "spp"):
         with attached(model, replace(QUICK, method=method)):
             assert not [n for n in target_layers(model) if n.startswith("model.layers.1.mlp")]

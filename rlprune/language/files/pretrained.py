@@ -161,11 +161,11 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
             return class_of(config)(config).eval()
     except Exception as error:  # families raise whatever their layers raise
         raise ArtifactError(
-            f"no {config.model_type} model fits the configuration: {_named_field(error, config)}"
+            f"no {config.model_type} model fits the configuration: {named_field(error, config)}"
         ) from error
 
 
-def _named_field(error: Exception, config: PreTrainedConfig) -> str:
+def named_field(error: Exception, config: PreTrainedConfig) -> str:
     """An error of building a model, with the fields that hold the name which a family's table does not know."""
     if not isinstance(error, KeyError) or not error.args:
         return described(error)
