@@ -86,10 +86,10 @@ class TestEvaluator:
         alive: list[weakref.ref[torch.Tensor]] = []
         collected = grams._collected
 
-        def collect(model, names, run):
+        def collect(*args):
             gc.collect()
             assert not [ref for ref in alive if ref() is not None], "the block before is still in memory"
-            found = collected(model, names, run)
+            found = collected(*args)
             for name, gram in found.items():
                 made[name] = made.get(name, 0) + 1
                 alive.append(weakref.ref(gram.product))
