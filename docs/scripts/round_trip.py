@@ -171,22 +171,24 @@ def with_dropped_parts(trip: Trip, name: str) -> Path:
 
 
 def compare(trip: Trip, folder: Path) -> list[list[str]]:
-    """A row for each quantiser: largest and mean difference of the log-probabilities from ours, and the perplexity."""
+    """A row for each quantiser on the pruned model of a folder, and one on the dense model where it takes any model."""
     workload = rlprune.build_workload(rlprune.load_config(str(trip.place / "my.yaml")))
-    ours = rlprune.load(folder)
     ids = next(iter(workload.batches("validation", 4)))[0]
-    with torch.no_grad():
-        wanted = ours(input_ids=ids).logits.log_softmax(-1)
     rows = []
-    for name, quantise in quantisers().items():
-        found = quantise(copy.deepcopy(ours), folder).eval()
-        with torch.no_grad(), workload.test_opened():
-            got = found(input_ids=ids).logits.float().log_softmax(-1)
-            quality = workload.evaluate(found, "test")
-        away = (got - wanted).abs()
-        kl = (wanted.exp() * (wanted - got)).sum(-1).mean()
-        rows.append([name, f"{away.max():.3g}", f"{max(0.0, float(kl)):.2g}", f"{quality.metric:.3f}"])
-        print(*rows[-1], sep=" | ", flush=True)
+    for label, model in (("pruned", rlprune.load(folder)), ("dense", workload.model)):
+        with torch.no_grad():
+            wanted = model(input_ids=ids).logits.log_softmax(-1)
+        for name, quantise in quantisers().items():
+            if label == "dense" and name.startswith("bitsandbytes"):  # which reads a folder
+                continue
+            found = quantise(copy.deepcopy(model), folder).eval()
+            with torch.no_grad(), workload.test_opened():
+                got = found(input_ids=ids).logits.float().log_softmax(-1)
+                quality = workload.evaluate(found, "test")
+            away = float((got - wanted).abs().max())
+            kl = max(0.0, float((wanted.exp() * (wanted - got)).sum(-1).mean()))
+            rows.append([label, name, f"{away:.3g}", f"{kl:.2g}", f"{quality.metric:.3f}"])
+            print(*rows[-1], sep=" | ", flush=True)
     return rows
 
 
@@ -227,7 +229,9 @@ plan in `twice` is one against the dense model. The export said:
 ## Quantisers on dropped parts and unequal widths
 
 The widths of the first step; the attentions of blocks 10 and 20 and the feed-forward part of block 15 are dropped
-whole. Which linear layers are quantised is each tool's default. Differences are over four sequences of 128 tokens.
+whole. Which linear layers are quantised is each tool's default. Differences are from the same model in float32, over
+four sequences of 128 tokens. The dense model stands beside it, so that what a quantiser does to this model by itself
+is not taken for the pruning's: bitsandbytes reads a folder, which the dense model (a GGUF file) is not.
 
 {table}
 """
