@@ -78,8 +78,8 @@ def _shares(t: float, added: Floats, shares: Floats) -> Floats:
     for g, (losses, points) in enumerate(zip(added, shares, strict=True)):
         if threshold <= losses[-1]:
             cut[g] = np.interp(threshold, [0.0, *losses], [0.0, *points])
-        elif points[-1] == 0:  # nothing of this group can be cut
-            cut[g] = 0.0
+        elif points[-1] in (0.0, 1.0):  # nothing of this group can be cut, or the last probe took all of it
+            cut[g] = points[-1]
         else:
             odds = points[-1] / (1.0 - points[-1]) * threshold / max(losses[-1], 1e-300)
             cut[g] = odds / (1.0 + odds)

@@ -129,6 +129,19 @@ class TestVllm:
         for _ in range(10):
             assert len(block_configs(rlprune.prune(model, anything(space)))) == 3
 
+    def test_a_probe_that_takes_a_whole_attention(self) -> None:
+        """`sensitivity` goes on beyond its last probe in proportion to share / (1 - share), which has no end at 1."""
+        model = tiny_lm("llama")
+        workload = Sentences(model)
+        space = rlprune.trace(model, workload.example_inputs, verify=False, drop=True, runtime="vllm")
+        importance = rlprune.importance.magnitude(model, space)
+        losses = iter(np.linspace(1.0, 2.0, 50))
+        context = rlprune.Context(
+            space, model, importance, 0.6, "params", workload, lambda widths: next(losses)
+        )
+        widths = rule_widths(rules_for(space)["sensitivity"], context)
+        assert space.cost(widths, "params") <= space.target(0.6, "params")
+
     @pytest.mark.parametrize(
         ("name", "line"),
         [
