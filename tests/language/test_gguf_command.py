@@ -102,6 +102,26 @@ def test_a_file_that_computes_something_else_is_not_left(folder, tmp_path, capsy
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(not llama_cpp.is_installed(), reason=f"llama.cpp is not installed: {llama_cpp.INSTALL}")
+def test_a_folder_in_bfloat16_is_compared_in_float32(folder, tmp_path, monkeypatch):
+    from rlprune.language.files.gguf_check import run_line
+    from rlprune.language.files.gguf_file import write_gguf
+
+    seen, compare = [], llama_cpp.compare
+    monkeypatch.setattr(
+        llama_cpp, "compare", lambda slim, *rest: seen.append(slim.dtype) or compare(slim, *rest)
+    )
+    model = rlprune.load(folder).bfloat16()
+    said = []
+
+    def check(path, layout):
+        said.append(run_line(model, path, "bf16", folder, layout))
+        return said[-1]
+
+    write_gguf(model, tmp_path / "m.gguf", "bf16", folder, check=check)
+    assert seen == [torch.float32] and "run in llama.cpp" in said[0]
+
+
 def test_image_models_are_refused(tmp_path, capsys):
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 2, 3)).eval()
     space = rlprune.trace(model, torch.zeros(1, 3, 8, 8))

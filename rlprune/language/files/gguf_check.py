@@ -28,6 +28,8 @@ def run_line(slim: PreTrainedModel, path: Path, dtype: str, folder: Path, layout
     most = max(2, layout.context // 2)
     if len(ids) > most:
         ids, text = ids[:most], ""
+    # In bfloat16 PyTorch's own rounding would be taken for llama.cpp's. float() changes the model in place.
+    slim = slim.float()
     try:
         return llama_cpp.compare(slim, path, dtype, ids, min(_GENERATED, most), text).line()
     except llama_cpp.WrongBuild as error:

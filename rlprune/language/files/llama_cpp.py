@@ -32,8 +32,9 @@ INSTALL = "pip install llama-cpp-python"
 _WORKER = Path(__file__).with_name("llama_cpp_worker.py")
 _LIMIT_SECONDS = 3600
 # How far apart the logits may be, as the root mean square of the difference over that of the centred logits. Float16
-# arithmetic and a cache in float16 give up to 0.01; a wrong layout of the rotation gives about 1.
-_ALLOWED = {"f32": 0.05, "f16": 0.05, "bf16": 0.08, "q8_0": 0.15}
+# arithmetic and a cache in float16 give up to 0.01; a wrong layout of the rotation gives about 1. What 8 bits cost is a
+# matter of the model (0.04 of SmolLM2, more of one that pruning has broken): it is printed, for the user to judge.
+_ALLOWED = {"f32": 0.05, "f16": 0.05, "bf16": 0.08, "q8_0": 0.5}
 
 
 class WrongBuild(ArtifactError):
