@@ -94,6 +94,11 @@ class Limits:
         wider: Ints = np.minimum((widths // self.step + 1) * self.step, self.dense)
         return wider
 
+    def below(self, widths: Ints) -> Ints:
+        """The next allowed widths below (the minimum at least)."""
+        narrower: Ints = np.maximum((widths - 1) // self.step * self.step, self.minimum)
+        return narrower
+
 
 def project(
     distribution: ArrayLike,
@@ -104,7 +109,7 @@ def project(
     metric: str = "macs",
     ties: Ties = (),
 ) -> Ints:
-    """Widths whose cost is at most ``target`` (to a rounding of 1e-12) and to which no step can be added.
+    """Widths whose cost is at most ``target`` and to which no step can be added.
 
     Args:
         distribution: shape (G,) or (N, G); non-negative, finite, not all zero. Group g gives up the
@@ -139,6 +144,7 @@ def project(
     over = cost(widths) > target
     if over.any():
         widths[over] = limits.floor(wanted[over], tolerance=0.0)
+    _take_back(widths, rows, target, cost, limits)
     _give_back(widths, wanted, target, cost, limits)
     return widths.reshape(shares.shape)
 
@@ -195,21 +201,41 @@ def _spread(shares: Floats, target: float, cost: Cost, limits: Limits) -> Floats
     return start + cost.root(start, end, target)[:, None] * (end - start)
 
 
+def _take_back(widths: Ints, shares: Floats, target: float, cost: Cost, limits: Limits) -> None:
+    """Take single steps from rows above the target, largest share first, ties by index; in place.
+
+    Only the rounding of the root leaves a row above it, by a part of a step.
+    """
+    over = np.flatnonzero(cost(widths) > target)
+    while len(over):
+        w = widths[over]
+        chosen = np.where(w > limits.minimum, shares[over], -np.inf).argmax(axis=1)
+        pick = np.arange(len(over)), chosen
+        widths[over, chosen] = limits.below(w)[pick]
+        over = over[cost(widths[over]) > target]
+
+
 def _give_back(widths: Ints, wanted: Floats, target: float, cost: Cost, limits: Limits) -> None:
     """Add single steps, largest remainder first, ties by index, until no step fits; in place, all rows at once."""
     open_rows = np.arange(len(widths))
     # Rounded, so that equal remainders are equal in floats too and the tie goes to the lower index.
     remainder = np.round((wanted - widths) / limits.step, 9)
     spent = cost(widths)
+    # The increase and the cost may differ by a rounding; the cost decides, and what it refused is not asked again.
+    refused = np.zeros(widths.shape, dtype=bool)
     while len(open_rows):
         w = widths[open_rows]
         add = limits.above(w) - w
         increase = cost.increase(w.astype(np.float64), add.astype(np.float64))
-        fits = (add > 0) & (increase <= (target - spent[open_rows])[:, None])
+        fits = (add > 0) & ~refused[open_rows] & (increase <= (target - spent[open_rows])[:, None])
         alive = fits.any(axis=1)
-        open_rows, fits, add, increase = open_rows[alive], fits[alive], add[alive], increase[alive]
+        open_rows, fits, add = open_rows[alive], fits[alive], add[alive]
         chosen = np.where(fits, remainder[open_rows], -np.inf).argmax(axis=1)
-        pick = np.arange(len(open_rows)), chosen
-        widths[open_rows, chosen] += add[pick]
-        remainder[open_rows, chosen] -= 1.0
-        spent[open_rows] = cost(widths[open_rows])
+        wider = widths[open_rows]
+        wider[np.arange(len(open_rows)), chosen] += add[np.arange(len(open_rows)), chosen]
+        costs = cost(wider)
+        taken = costs <= target
+        refused[open_rows[~taken], chosen[~taken]] = True
+        rows, groups = open_rows[taken], chosen[taken]
+        widths[rows], spent[rows] = wider[taken], costs[taken]
+        remainder[rows, groups] -= 1.0

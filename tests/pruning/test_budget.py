@@ -24,13 +24,20 @@ def test_cost_is_within_the_budget_and_no_step_more_fits(space, data, share):
     assert (widths >= limits.minimum).all() and (widths <= limits.dense).all()
     multiple = (widths % limits.step == 0) | (widths == limits.dense) | (widths == limits.minimum)
     assert multiple.all()
-    assert float(cost(widths)) <= target * (
-        1 + 1e-12
-    )  # a target one rounding below the dense cost is the dense cost
+    assert float(cost(widths)) <= target
     for g in range(len(widths)):
         more = widths.copy()
         more[g] = limits.above(widths)[g]
         assert more[g] == widths[g] or float(cost(more)) > target
+
+
+def test_a_target_one_rounding_below_the_dense_cost():
+    """The root of the cost rounds to the dense widths there, which are above the target."""
+    builder = FormulaBuilder(1)
+    builder.add(8, AxisSize(3, np.ones(1)), AxisSize(2, 2 * np.ones(1)))
+    cost, limits = builder.build(), Limits(np.array([41]), np.ones(1, int), np.ones(1, int))
+    target = float(np.nextafter(cost(limits.dense), 0.0))
+    assert project([1.0], target, cost, limits).tolist() == [40]
 
 
 @settings(max_examples=60, deadline=None)
