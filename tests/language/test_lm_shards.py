@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
 import rlprune
 from helpers.lm import tiny_lm, tokens
 from helpers.pruned_lm import REPO, edit, error_of, logits, plan_of, pruned_folder, widths_of
 from rlprune.artifacts import pruned_model as artifacts
 from rlprune.artifacts import safetensors as tensorfiles
+from rlprune.errors import GraphError
 from rlprune.language.files import pretrained
 from rlprune.language.files import streaming as shards
 
@@ -68,8 +70,11 @@ def test_checkpoints_that_do_not_fit_a_plan(folder: Path, tmp_path: Path) -> Non
     assert "architecture" in error_of(lambda: shards.prune_shards(source, folder, tmp_path / "a"))
     edit(source / "config.json", lambda c: c.update(quantization_config={"bits": 4}))
     assert "quantization_config" in error_of(lambda: shards.prune_shards(source, folder, tmp_path / "a"))
-    edit(source / "config.json", lambda c: [c.pop("quantization_config"), c.update(model_type="mamba")])
-    assert "mamba" in error_of(lambda: shards.prune_shards(source, folder, tmp_path / "a"))
+    transformers.MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=32).save_pretrained(source)
+    said = error_of(lambda: shards.prune_shards(source, folder, tmp_path / "a"), GraphError)
+    assert said == (
+        "MambaForCausalLM: no adapter for model_type 'mamba'; `rlprune list families` has those that are"
+    )
     tiny_lm().save_pretrained(source)
     tensors = safetensors.torch.load_file(source / "model.safetensors")
     safetensors.torch.save_file(tensors | {"odd": torch.zeros(1)}, source / "model.safetensors")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -51,8 +48,10 @@ class TestTinyLlama:
         fit = LanguageWorkload.train
 
         def diverging(self, *args, **options):
-            # Whether a rate of 10 ends in infinity depends on the processor.
-            return replace(fit(self, *args, **options), loss=math.inf)
+            # Weights that float32 cannot multiply: with the highest rate allowed, 10, some processors end in numbers.
+            with torch.no_grad():
+                self.model.lm_head.weight.mul_(1e38)
+            return fit(self, *args, **options)
 
         monkeypatch.setattr(LanguageWorkload, "train", diverging)
         text = refused(config_of("tiny_llama", *self.SMALL, *training(16, 1, 10, 2)))
