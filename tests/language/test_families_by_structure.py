@@ -18,6 +18,7 @@ from helpers.lm_types import HYBRIDS, type_model
 from rlprune import masked
 from rlprune.errors import ArtifactError, GraphError
 from rlprune.language import families, random_plan
+from rlprune.language.proof import generates_alike
 
 IDS = torch.arange(2, 14)[None]
 # The families whose parts have Llama's names, and shapes of other kinds: gates, sinks, fused and interleaved rows.
@@ -126,6 +127,15 @@ def test_a_refusal_is_one_line_and_names_the_module(kind: str, words: str) -> No
         rlprune.trace(model if kind == "mamba" else model.base_model, IDS)
     assert "\n" not in str(caught.value) and words in str(caught.value)
     assert kind not in families.FAMILIES
+
+
+def test_equal_tokens_are_no_equal_generation() -> None:
+    """Beyond its window a Moshi attends farther without its cache than with it, whatever was cut."""
+    model = type_model("moshi", torch.float64)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    tokens = [model.generate(IDS[:, :6], use_cache=use, **options) for use in (True, False)]
+    assert torch.equal(*tokens) and not generates_alike(model, IDS[:, :6])
+    assert generates_alike(type_model("jais2", torch.float64), IDS[:, :6])
 
 
 def test_an_unknown_type_is_told_where_the_known_ones_are_listed() -> None:
