@@ -311,7 +311,11 @@ def why_never_plain(model: nn.Module) -> str:
     owner: Any = model  # torch takes a model's config for a module
     if owner.config.get_text_config() is not owner.config:
         return "the language part is one of several, with a configuration inside of the whole model's"
-    if any(not (block.attention and block.ffn) for block in blocks_of(model)):
+    blocks = blocks_of(model)
+    missing = [block for block in blocks if not (block.attention and block.ffn)]
+    if any(block.experts for block in missing):
+        return "experts are in the place of a block's feed-forward part"
+    if missing:
         return "not every block has an attention and a feed-forward part"
     return ""
 

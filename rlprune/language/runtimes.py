@@ -113,13 +113,18 @@ def restriction(model: nn.Module, options: TraceOptions) -> Restriction:
     return found
 
 
-def read_by(name: str, model: nn.Module, types: Sequence[str], instead: str = "any, uniform") -> None:
+def _instead(model: nn.Module) -> str:
+    """The runtimes that read any type, where they read this model."""
+    return "any" if families.why_never_plain(model) else "any, uniform"
+
+
+def read_by(name: str, model: nn.Module, types: Sequence[str], instead: str = "") -> None:
     """ConfigError where a model's ``model_type`` is none of those that a runtime reads."""
     kind = _type(model)
     if kind not in types:
         raise ConfigError(
             f"prune.runtime: {name!r} reads blocks of different sizes of {', '.join(types)}, and this model is "
-            f"of type {kind!r}; allowed here: {instead}"
+            f"of type {kind!r}; allowed here: {instead or _instead(model)}"
         )
 
 
@@ -134,7 +139,7 @@ def _computes(name: str, model: nn.Module, ropes: Sequence[str] | None = None) -
         if value not in known:
             raise ConfigError(
                 f"prune.runtime: {name!r} computes {', '.join(known)}, and this model's {setting} is {value!r}; "
-                "allowed here: any, uniform"
+                f"allowed here: {_instead(model)}"
             )
 
 
@@ -221,7 +226,9 @@ def _uniform(model: nn.Module) -> Restriction:
     """
     mixed = families.why_never_plain(model)
     if mixed:
-        raise ConfigError(f"prune.runtime: 'uniform' is not for {type(model).__name__}: {mixed}")
+        raise ConfigError(
+            f"prune.runtime: 'uniform' is not for {type(model).__name__}: {mixed}; allowed here: {_instead(model)}"
+        )
     step, whole = _plain_heads(model)
     blocks, neurons = families.blocks_of(model), families.family_of(model).sizes[2]
     stays = {}

@@ -14,6 +14,7 @@ import rlprune
 from helpers.language_workload import Sentences
 from helpers.lm import tiny_lm, tokens
 from helpers.lm_folder import write_config, write_folder
+from helpers.lm_types import type_model
 from rlprune.cli import main as cli
 from rlprune.config.names import RUNTIMES
 from rlprune.errors import ConfigError
@@ -152,6 +153,15 @@ class TestVllm:
     def test_models_that_it_does_not_read(self, name: str, line: str) -> None:
         with pytest.raises(ConfigError, match=line):
             trace(name, "vllm")
+
+
+def test_what_is_allowed_instead_is_what_reads_the_model() -> None:
+    mixture = type_model("mixtral", torch.float32)
+    for runtime in ("vllm", "llama.cpp"):
+        with pytest.raises(ConfigError, match=r"is of type 'mixtral'; allowed here: any$"):
+            rlprune.trace(mixture, tokens(), verify=False, runtime=runtime)
+    with pytest.raises(ConfigError, match=r"experts are in the place of .* part; allowed here: any$"):
+        rlprune.trace(mixture, tokens(), verify=False, runtime="uniform")
 
 
 class TestLlamaCpp:
