@@ -55,6 +55,7 @@ def settings(args: argparse.Namespace, budget: float) -> Config:
         f"data.files.calibration={args.valid}",
         f"data.files.test={args.test}",
         f"budget.target={budget}",
+        "prune.round_to=1",  # as the published methods have it
         "threads=1",
         *args.set,
     ]

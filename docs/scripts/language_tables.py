@@ -31,7 +31,8 @@ def write(args: argparse.Namespace) -> None:
         "Calibration: 64 sequences of 128 tokens of the valid text, for every method alike; the search scores on "
         "16 other sequences of it, the final choice among 5 on 64; perplexity: the first 40 blocks of 256 tokens "
         "of the test text (10,200 scored tokens), in bfloat16. 10% and 20% are shares of all parameters, "
-        "embeddings included. One calibration seed: gaps of a few percent are ties. "
+        "embeddings included. Neurons are cut one by one (`prune.round_to: 1`; the default is 32). One calibration "
+        "seed: gaps of a few percent are ties. "
         f"{', '.join(sorted(machines))}, 1 thread, torch {versions['torch']}.",
         "",
         *_dense_lines(found),
