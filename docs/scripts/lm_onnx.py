@@ -129,7 +129,7 @@ def main() -> None:
         words = ["prune", "smollm2_135m", "--rule", args.rule, "--budget", args.budget, "--out", str(pruned)]
         command(*words, *(word for text in sets for word in ("--set", text)))
     said = command("export", str(pruned), "--to", "onnx", "--out", str(target))
-    model: Any = rlprune.load(pruned)
+    model: Any = rlprune.load(pruned).float()  # the format of the exported file
     tokenizer = AutoTokenizer.from_pretrained(pruned, trust_remote_code=True)
     text = Path(args.test).read_text(encoding="utf-8")[:8000]
     ids = torch.tensor([tokenizer(text)["input_ids"][: max(LENGTHS)]])
