@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from ...errors import DataError
 from ...pruning.space import PruningSpace
+from ...recovery.elimination import Elimination, eliminate
 from ...utils.arrays import Floats
 from ...utils.modes import evaluating
 from ..tuning.loss import learned
-from .elimination import Elimination, Ranked, eliminate, note_elimination
+from .elimination import Ranked, note_elimination
 from .grams import GramSource, group_consumers, token_rows, unit_consumers
 
 # Share of F's mean diagonal that is added before the root: directions that no gradient has shown count a little.

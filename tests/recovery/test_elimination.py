@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlprune.errors import DataError
-from rlprune.language.calibration import elimination
+from rlprune.recovery import elimination
 
 RIDGE = 1e-3
 
