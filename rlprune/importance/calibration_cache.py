@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..config.config import RecoveryConfig
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..pruning.space import PruningSpace
 from ..utils.pytrees import Inputs, Nest
-from .unit_scores import Batch, Floats
+from .unit_scores import Batch, Floats, Scores
 
 Measured = TypeVar("Measured")
 Curves = dict[int, Floats]
@@ -27,6 +28,9 @@ class CalibrationSource(Protocol):
     def loss(self, outputs: Nest, targets: Nest) -> Tensor: ...
     def loss_of(self, outputs: Nest, targets: Nest) -> Tensor: ...
     def outputs_for_loss(self, model: nn.Module, inputs: Inputs, targets: Nest) -> Any: ...
+    def drawn_loss(
+        self, model: nn.Module, inputs: Inputs, targets: Nest, generator: torch.Generator
+    ) -> Tensor: ...
 
 
 class CalibrationCache:
@@ -86,6 +90,25 @@ class CalibrationCache:
     def known(self, name: str) -> bool:
         """Whether something has been measured under a name."""
         return name in self._measured
+
+    def release(self, name: str) -> None:
+        """Free what was kept under a name."""
+        self._measured.pop(name, None)
+
+    def ranked_by_divergence(self) -> tuple[Scores, Curves]:
+        """Places of the units in the order in which they should go, and the expected divergence of every width.
+
+        The importance `obs_fisher`; ConfigError where nothing is expected of such models.
+        """
+        raise ConfigError("prune.importance: 'obs_fisher' is not known for such a model")
+
+    def divergence_curves(self, importance: Sequence[Floats]) -> Curves:
+        """The expected divergence of every width, for the rule `fisher`, measured once; ConfigError as above.
+
+        Args:
+            importance: G arrays of unit scores by which plans keep units, where the order in which they go matters.
+        """
+        raise ConfigError("the rule 'fisher' is not known for such a model")
 
     @property
     def curves(self) -> Curves | None:

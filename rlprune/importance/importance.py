@@ -18,7 +18,7 @@ from ..errors import ConfigError, near_miss
 from ..pruning.space import PruningSpace
 from ..utils.registry import Registry
 from ..utils.torch_internals import BATCH_NORM
-from .calibration_cache import CalibrationCache
+from .calibration_cache import CURVES, CalibrationCache
 from .gradient import saap, taylor, taylor_param_first, taylor_param_mix, taylor_param_second, taylor_vector
 from .unit_scores import Batches, Forward, Loss, Scores, per_unit
 
@@ -126,3 +126,16 @@ for _function in (l1, l2, bn_scale):
 for _gradient in (taylor, taylor_vector, taylor_param_first, taylor_param_second, taylor_param_mix, saap):
     _of_gradients(_gradient)
 register(first_sentence(random), name="random")(lambda c: random(c.model, c.space, c.seed))
+
+
+@register("place in the order in which units go at the least expected divergence: elimination in nats")
+def obs_fisher(cache: CalibrationCache) -> Scores:
+    """Greedy elimination by closed-form errors that are weighted by the Fisher information of the outputs.
+
+    K-FAC (arXiv 1503.05671; for convolutions 1602.01407) in structured Optimal Brain Surgeon (ZipLM, arXiv 2302.04089).
+    Scores are the places in the order, 0 for the first unit to go. With them comes the expected divergence of every
+    width, which the rule `fisher` spreads the pruning by.
+    """
+    scores, curves = cache.ranked_by_divergence()
+    cache.keep(CURVES, curves)
+    return scores

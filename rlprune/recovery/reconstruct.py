@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import EllipsisType
 
@@ -56,6 +56,7 @@ class Reconstruction:
 
     Args:
         importance: G arrays of unit scores, the ranking that plans will be made with; None: by index.
+        grams: of all `mendable_consumers`, where they have been collected already; ``batches`` are not read then.
     """
 
     def __init__(
@@ -65,20 +66,17 @@ class Reconstruction:
         batches: Batches,
         ridge: float,
         importance: Scores | None = None,
+        grams: Mapping[str, Gram] | None = None,
     ) -> None:
         self._ridge = ridge
         self._space = space
         self._triangles = Triangles()
         self._nested: dict[str, NestedRegression | None] = {}
         self._dense = dict(model.named_parameters())
-        modules = dict(model.named_modules())
-        self._consumers: dict[str, Cut] = {}
-        for cut in space.cuts:
-            name = cut.tensor.removesuffix(".weight")
-            if cut.consumer and _mendable(modules.get(name), len(space.axes[cut.axis].slots)):
-                self._consumers[name] = cut
+        self._consumers = mendable_consumers(model, space)
         self._rows = {c.tensor: c for c in space.cuts if not c.consumer and c.tensor.endswith(".weight")}
-        grams = _collect(model, {n: modules[n] for n in self._consumers}, batches)
+        if grams is None:
+            grams = collect_grams(model, self._consumers, batches)
         self._products = {name: gram.product for name, gram in grams.items()}
         self._means = {name: gram.mean for name, gram in grams.items()}
         # The columns of each layer that has one factor for all widths, by rank.
@@ -150,6 +148,17 @@ class Reconstruction:
         return product if layer.bias is None else product - mean.unsqueeze(-1) * mean.unsqueeze(-2)
 
 
+def mendable_consumers(model: nn.Module, space: PruningSpace) -> dict[str, Cut]:
+    """The layers whose weights can take up what their removed inputs gave, by name, with the cut of their inputs."""
+    modules = dict(model.named_modules())
+    found = {}
+    for cut in space.cuts:
+        name = cut.tensor.removesuffix(".weight")
+        if cut.consumer and _mendable(modules.get(name), len(space.axes[cut.axis].slots)):
+            found[name] = cut
+    return found
+
+
 def _ranked_columns(space: PruningSpace, cut: Cut, importance: Scores | None) -> Ints | None:
     """A layer's input columns by the rank of their units, best first; None where they belong to several groups."""
     slots = space.axes[cut.axis].slots
@@ -182,13 +191,15 @@ def _regress(product: Tensor, k: Tensor, r: Tensor, ridge: float) -> Tensor:
     return torch.cholesky_solve(kr, factor)
 
 
-def _collect(model: nn.Module, layers: dict[str, nn.Module], batches: Batches) -> dict[str, Gram]:
+def collect_grams(model: nn.Module, names: Iterable[str], batches: Batches) -> dict[str, Gram]:
+    """The Gram matrices of what the named layers read, by name: one pass over ``batches``."""
+    layers = {name: model.get_submodule(name) for name in names}
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     rows: dict[str, int] = {}
 
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = _inputs(layer, inputs[0])
+            x = input_rows(layer, inputs[0])
             if x.shape[-1] >= SHARED_FROM and not isinstance(layer, CONVOLUTION):
                 # A few rows of a large mean: in float32 the covariance would lose to rounding what the ridge adds.
                 x = x.double()
@@ -211,7 +222,7 @@ def _collect(model: nn.Module, layers: dict[str, nn.Module], batches: Batches) -
     return {n: Gram(product / rows[n], total / rows[n]) for n, (product, total) in sums.items()}
 
 
-def _inputs(layer: nn.Module, x: Tensor) -> Tensor:
+def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
     """The layer's input as samples: (rows, groups, channels of a group)."""
     if not isinstance(layer, CONVOLUTION):
         return x.reshape(-1, 1, x.shape[-1])

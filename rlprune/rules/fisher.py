@@ -7,52 +7,55 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..importance.calibration_cache import CURVES, Curves
-from ..language.calibration import fisher as information
-from ..language.calibration.grams import GramWalk
+from ..pruning.knapsack import least_sum
 from ..utils.arrays import Floats
 from .context import Context, rule
 from .threshold import widths_distribution
-
-RIDGE = 1e-3
 
 
 @rule(
     "least sum of expected KL divergences: closed-form errors weighted by the Fisher information",
     needs_workload=True,
-    wing="language",
     costly=True,
 )
 def fisher(context: Context) -> Floats:
     """Equal marginal divergence: what every cut is expected to cost, by K-FAC, without a single evaluation.
 
-    Each group has a curve of expected KL(dense || pruned) over its width (``language.calibration.fisher``: greedy
-    elimination with the output's error weighted by the second moments of the log-likelihood's gradients,
-    after K-FAC, arXiv 1503.05671). Costs of groups are taken to add up. Under a budget that is linear in the
-    widths the least sum of the curves' convex hulls is found by taking the hulls' segments in the order of
-    divergence a saved cost (Everett 1963, generalized Lagrange multipliers) until the budget is met. One
-    backward pass over the calibration split; the importance `obs_fisher` has measured the curves already.
-    This rule is ours.
+    Each group has a curve of expected KL(dense || pruned) over its width (`CalibrationCache.divergence_curves`:
+    closed-form errors of the consumers' outputs, weighted by the second moments of the log-likelihood's gradients after
+    K-FAC, arXiv 1503.05671 and, for convolutions, 1602.01407). Costs of groups are taken to add up. Under a budget that
+    is linear in the widths the least sum of their convex hulls is found by taking the hulls' segments in the order
+    of divergence a saved cost (Everett 1963, generalized Lagrange multipliers) until the budget is met; under a
+    quadratic one (the MACs of convolutions) `pruning.knapsack` counts what is saved at the widths that are left, and
+    exchanges improve the plan until no change of one or two groups does. One backward pass over the calibration split;
+    the importance `obs_fisher` has measured the curves already. This rule is ours.
     """
-    return least_sum(context, context.cached(CURVES, lambda: divergences(context)))
+    calibration = context.calibration
+    assert calibration is not None
+    curves = calibration.divergence_curves(context.importance)
+    space = context.space
+    own = {g: curve for g, curve in curves.items() if context.active[g]}
+    if _linear(context):
+        return widths_distribution(space, _hulls(context, own))
+    target = space.target(context.budget, context.metric)
+    return widths_distribution(space, least_sum(space, own, target, context.metric))
 
 
-def divergences(context: Context) -> Curves:
-    """Expected divergence of each attention and feed-forward group when 0, 1, ..., all units are gone: (width + 1,)."""
-    workload, model, space = context.data("fisher"), context.model, context.space
-    moments = information.output_moments(model, space, workload.batches("calibration"), context.seed)
-    grams = GramWalk(model, lambda: workload.batches("calibration"))
-    return information.divergence_curves(information.fisher_eliminations(model, space, grams, moments, RIDGE))
+def _linear(context: Context) -> bool:
+    """Whether what a unit costs is the same at all widths."""
+    space = context.space
+    dense, least = (space.unit_costs(widths, context.metric) for widths in (space.widths, space.minimums + 1))
+    return bool(np.allclose(dense, least, rtol=1e-12))
 
 
-def least_sum(context: Context, curves: Mapping[int, Floats]) -> Floats:
-    """The distribution whose widths meet the budget at the least sum of ``curves``, {group: cost (width + 1,)}."""
+def _hulls(context: Context, curves: Mapping[int, Floats]) -> Floats:
+    """Widths (G,), not whole, that meet the budget at the least sum of the hulls of ``curves``."""
     space = context.space
     saved = space.unit_costs(space.widths, context.metric)
     segments: list[tuple[float, int, int]] = []
-    for g in np.flatnonzero(context.active).tolist():
-        if g in curves and saved[g] > 0:
-            cuts, slopes = hull(curves[g][: space.widths[g] - space.minimums[g] + 1])
+    for g, curve in curves.items():
+        if saved[g] > 0:
+            cuts, slopes = hull(curve[: space.widths[g] - space.minimums[g] + 1])
             segments += [(s / saved[g], int(g), int(c)) for s, c in zip(slopes, cuts, strict=True)]
     left = space.dense_cost(context.metric) - space.target(context.budget, context.metric)
     cut = np.zeros(len(space.groups))
@@ -62,7 +65,7 @@ def least_sum(context: Context, curves: Mapping[int, Floats]) -> Floats:
         left -= taken * saved[group]
         if left <= 0:
             break
-    return widths_distribution(space, space.widths - cut)
+    return space.widths - cut
 
 
 def hull(curve: Floats) -> tuple[list[int], list[float]]:

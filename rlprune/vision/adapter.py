@@ -41,6 +41,7 @@ from ..workloads.base import Quality, Workload, evaluate_outputs
 from ..workloads.judge import Judge
 from ..workloads.score_kinds import task_judge
 from ..workloads.scoring_format import ScoringFormat
+from .calibration import VisionCalibration
 from .detection import Detection
 from .identify import identify
 from .load_pruned import FILE, standalone
@@ -72,6 +73,7 @@ class VisionAdapter(ModelAdapter):
         batch=_LESSON_BATCH,
     )
     recovery_steps = ("none", "reconstruct", "bn", "finetune")
+    calibration = VisionCalibration
     unread = dict.fromkeys(
         (
             *("finish.method", "finish.rank", "finish.alpha", "finish.dropout", "finish.dtype"),
@@ -123,8 +125,11 @@ class VisionAdapter(ModelAdapter):
             )
         if "reconstruct" not in settings.steps:
             return None
+        grams = calibration.take_grams() if isinstance(calibration, VisionCalibration) else None
         batches = calibration.batches(settings.samples)
-        return Reconstruction(calibration.model, calibration.space, batches, settings.ridge, importance)
+        return Reconstruction(
+            calibration.model, calibration.space, batches, settings.ridge, importance, grams
+        )
 
     def gradient_steps(
         self, workload: Workload, calibration: CalibrationCache, settings: RecoveryConfig

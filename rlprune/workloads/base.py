@@ -258,6 +258,22 @@ class Workload(abc.ABC):
         """The loss of what `outputs_for_loss` gave."""
         return self.loss(self.task_type.plain(outputs), targets)
 
+    def drawn_loss(
+        self, model: nn.Module, inputs: Inputs, targets: Targets, generator: torch.Generator
+    ) -> Tensor:
+        """The loss, summed over a batch, under answers that the model itself draws; a scalar tensor.
+
+        Where the task draws none (`TaskType.drawn_loss`), the targets stand in.
+        """
+        task = self.task_type
+        drawn = None
+        if not task.own_pass:
+            drawn = task.drawn_loss(task.read(task.forward(model, inputs), self.output), generator)
+        if drawn is not None:
+            return drawn
+        loss = self.loss_of(self.outputs_for_loss(model, inputs, targets), targets)
+        return loss * self.samples_in(inputs, targets)
+
     def distillation(self, outputs: Outputs, teacher: Outputs, temperature: float) -> Tensor:
         """The loss of imitating a teacher's outputs, both as `outputs_for_loss` gives them; a scalar tensor."""
         task = self.task_type

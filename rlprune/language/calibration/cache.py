@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ...config.config import RecoveryConfig
 from ...errors import ConfigError
-from ...importance.calibration_cache import CalibrationCache
+from ...importance.calibration_cache import CURVES, CalibrationCache, Curves
+from ...importance.importance import l2
 from ...importance.unit_scores import Scores
 from ...utils.arrays import Floats
-from .grams import Consumer, Grams, GramSource, GramWalk, InputGram, UsedUp, unit_consumers
+from ...utils.memory import return_freed_memory
+from ..expert_groups import EXPERTS
+from .fisher import divergence_curves, fisher_eliminations, output_moments
+from .grams import Consumer, Grams, GramSource, GramWalk, InputGram, UsedUp, group_consumers, unit_consumers
 from .nested import Factors, NestedReconstruction
 from .routing import contributions
 from .statistics import Statistics
 from .statistics import collect as collect_statistics
 
 STATISTICS, CONTRIBUTIONS = "statistics", "contributions"
+# Calibration samples of the backward pass of `obs_fisher`: (O, O) moments need fewer than (I, I) ones.
+FISHER_SAMPLES = 64
+# Penalty of the regressions where the rule `fisher` measures the curves by itself.
+RIDGE = 1e-3
 
 
 class LanguageCalibration(CalibrationCache):
@@ -49,6 +59,31 @@ class LanguageCalibration(CalibrationCache):
     def collect_grams(self) -> Grams:
         """All of :meth:`grams` at once, for whoever needs them more than once."""
         return Grams({c.name: gram for c, gram in self.grams().each(unit_consumers(self.space))})
+
+    def ranked_by_divergence(self) -> tuple[Scores, Curves]:
+        most = FISHER_SAMPLES if self.limit is None else min(self.limit, FISHER_SAMPLES)
+        group_consumers(self.space, "prune.importance: 'obs_fisher'")  # refused before the data are read
+        moments = output_moments(self.model, self.space, self.batches(most), self.seed)
+        return_freed_memory()
+        found = fisher_eliminations(self.model, self.space, self.grams(), moments, self.ridge, self.factorise)
+        spare = l2(self.model, self.space) if len(found) < len(self.space.groups) else []
+        # Whole experts are ranked by what each of them adds.
+        added = self.contributions() if any(g.kind == EXPERTS for g in self.space.groups) else {}
+        scores = [
+            added[g] if g in added else found[g].ranks if g in found else spare[g]
+            for g in range(len(self.space.groups))
+        ]
+        return scores, divergence_curves(found)
+
+    def divergence_curves(self, importance: Sequence[Floats]) -> Curves:
+        """Curves of the elimination's own order, whatever the ranking."""
+
+        def measure() -> Curves:
+            moments = output_moments(self.model, self.space, self.batches(), self.seed)
+            grams = GramWalk(self.model, self.batches)
+            return divergence_curves(fisher_eliminations(self.model, self.space, grams, moments, RIDGE))
+
+        return self.cached(CURVES, measure)
 
     def give_grams(self, grams: Grams) -> None:
         """Take Gram matrices that were collected elsewhere; the recovery uses them up."""

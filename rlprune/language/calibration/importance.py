@@ -7,20 +7,16 @@ from collections.abc import Callable
 import numpy as np
 from torch import nn
 
-from ...importance.calibration_cache import CURVES, CalibrationCache, Curves
+from ...importance.calibration_cache import CalibrationCache
 from ...importance.importance import IMPORTANCES, first_sentence, l2, register
-from ...importance.unit_scores import Batches, Floats, Scores
+from ...importance.unit_scores import Floats, Scores
 from ...pruning.space import PruningSpace
-from ...utils.memory import return_freed_memory
 from ..expert_groups import EXPERTS
 from .cache import LanguageCalibration, language_calibration
 from .elimination import Ranked, eliminations
-from .fisher import divergence_curves, fisher_eliminations, output_moments
 from .grams import Consumer, GramSource, group_consumers
 from .statistics import Statistics
 
-# Calibration samples of the backward pass of `obs_fisher`: (O, O) moments need fewer than (I, I) ones.
-FISHER_SAMPLES = 64
 WING = "language"
 
 
@@ -81,30 +77,6 @@ def obs(
     )
 
 
-def obs_fisher(
-    model: nn.Module,
-    space: PruningSpace,
-    grams: GramSource,
-    batches: Batches,
-    ridge: float = 1e-3,
-    seed: int = 0,
-    then: Ranked | None = None,
-) -> tuple[Scores, Curves]:
-    """Greedy elimination that counts nats: output errors are weighted by the Fisher information (`fisher`).
-
-    K-FAC (arXiv 1503.05671) in structured Optimal Brain Surgeon (ZipLM, arXiv 2302.04089). Scores are the
-    places in the order, 0 for the first unit to go. With them comes the expected divergence of every width, which the
-    rule `fisher` spreads the pruning by. ``then`` is told of each consumer's scores.
-    """
-    moments = output_moments(model, space, batches, seed)
-    return_freed_memory()
-    found = fisher_eliminations(model, space, grams, moments, ridge, then)
-    scores = _by_column(
-        model, space, "obs_fisher", lambda consumer, weights: found[consumer.group].ranks[consumer.place]
-    )
-    return scores, divergence_curves(found)
-
-
 def _checked(cache: CalibrationCache, name: str) -> LanguageCalibration:
     """The cache of a language model; refused before the data are read."""
     purpose = f"prune.importance: {name!r}"
@@ -134,18 +106,6 @@ def _flap(cache: CalibrationCache) -> Scores:
 def _obs(cache: CalibrationCache) -> Scores:
     own = _checked(cache, "obs")
     return _with_experts(own, obs(cache.model, cache.space, own.grams(), cache.ridge, own.factorise))
-
-
-@register(first_sentence(obs_fisher), wing=WING, name="obs_fisher")
-def _obs_fisher(cache: CalibrationCache) -> Scores:
-    own = _checked(cache, "obs_fisher")
-    most = FISHER_SAMPLES if cache.limit is None else min(cache.limit, FISHER_SAMPLES)
-    batches = cache.batches(most)
-    scores, curves = obs_fisher(
-        cache.model, cache.space, own.grams(), batches, cache.ridge, cache.seed, own.factorise
-    )
-    cache.keep(CURVES, curves)
-    return _with_experts(own, scores)
 
 
 OWN_IMPORTANCES = tuple(name for name, found in IMPORTANCES.items() if found.wing == WING)

@@ -132,6 +132,17 @@ class TaskType:
         """Loss of imitating a teacher, a scalar tensor whose gradient is 0 where both say the same."""
         raise DataError(f"task {self.name!r}: has no distillation loss")
 
+    def drawn_loss(self, read: Read, generator: torch.Generator) -> Tensor | None:
+        """Minus the log-likelihood of answers that are drawn from the outputs, summed over the samples.
+
+        Its gradient at a sample's outputs has the Hessian of `divergence` as its second moment, which tells what small
+        changes cost without a target (the Fisher information). None where the task draws none.
+
+        Args:
+            generator: on the CPU, so that every device draws the same.
+        """
+        return None
+
     def rows(self, read: Read) -> Tensor | None:
         """Logits (N * R, C) whose divergence the score is, for models of the search; None where there are none."""
         return None
@@ -180,6 +191,12 @@ def softmax_divergence(dense_log: Tensor, logits: Tensor, axis: int = -1) -> Ten
     """KL(dense || pruned) of each sample, (N,), over the classes of ``axis``; further dimensions are averaged."""
     each = (dense_log.exp() * (dense_log - F.log_softmax(logits.float(), dim=axis))).sum(dim=axis)
     return each.flatten(1).mean(dim=1) if each.ndim > 1 else each
+
+
+def drawn_classes(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One class for each row of logits (N, C), drawn by its probabilities."""
+    chances = logits.detach().float().softmax(dim=-1).cpu()
+    return torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
 
 
 def bernoulli_divergence(dense: Tensor, logits: Tensor) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...recovery.finetune import softmax_distillation
 from ..metrics import Read, Targets
-from .base import Scale, TaskType, is_labels, shape_of, softmax_divergence, task_type
+from .base import Scale, TaskType, drawn_classes, is_labels, shape_of, softmax_divergence, task_type
 
 
 @task_type("one class a sample: logits (N, classes), targets (N,)", name="classification")
@@ -72,6 +73,11 @@ class Classification(TaskType):
 
     def distillation(self, read: Read, teacher: Read, temperature: float) -> Tensor:
         return softmax_distillation(read, teacher, temperature)
+
+    def drawn_loss(self, read: Read, generator: torch.Generator) -> Tensor | None:
+        if read.ndim != 2:
+            return None
+        return F.cross_entropy(read.float(), drawn_classes(read, generator), reduction="sum")
 
     def rows(self, read: Read) -> Tensor | None:
         return read.float().cpu() if read.ndim == 2 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,6 +44,16 @@ class Embedding(TaskType):
         cosine = F.cosine_similarity(read.float(), dense.float(), dim=-1)
         each = (1 - cosine).clamp_min(0.0)
         return each.flatten(1).mean(dim=1) if each.ndim > 1 else each
+
+    def drawn_loss(self, read: Read, generator: torch.Generator) -> Tensor | None:
+        """Of normal noise across each vector, in units of its length."""
+        vectors = read.float()
+        length = vectors.detach().norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        along = vectors.detach() / length
+        noise = torch.randn(read.shape, generator=generator).to(along)
+        across = (noise - (noise * along).sum(dim=-1, keepdim=True) * along) / length
+        count = vectors[0].numel() // vectors.shape[-1]  # the divergence is a mean over a sample's vectors
+        return (vectors * across).sum() / count**0.5
 
     def distillation(self, read: Read, teacher: Read, temperature: float) -> Tensor:
         return (1 - F.cosine_similarity(read.float(), teacher.float(), dim=-1)).mean()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -61,3 +62,9 @@ class Multilabel(TaskType):
     def distillation(self, read: Read, teacher: Read, temperature: float) -> Tensor:
         each = bernoulli_divergence(teacher / temperature, read / temperature)
         return each.mean() * temperature**2
+
+    def drawn_loss(self, read: Read, generator: torch.Generator) -> Tensor | None:
+        logits = read.float()
+        drawn = torch.bernoulli(logits.detach().sigmoid().cpu(), generator=generator).to(logits.device)
+        labels = logits[0].numel()  # the divergence is a mean over them
+        return F.binary_cross_entropy_with_logits(logits, drawn, reduction="sum") / labels**0.5

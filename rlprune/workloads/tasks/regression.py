@@ -64,6 +64,12 @@ class Regression(TaskType):
         each = (read.double() - dense.double()) ** 2 / (1.0 if scale is None else scale)
         return each.flatten(1).mean(dim=1) if each.ndim > 1 else each
 
+    def drawn_loss(self, read: Read, generator: torch.Generator) -> Tensor | None:
+        """Of normal noise, whose variance makes the divergence (over the batch's variance) the log-likelihood."""
+        noise = torch.randn(read.shape, generator=generator).to(read)
+        weight = 2.0 / (read[0].numel() * torch.as_tensor(self.scale([read])).to(read))
+        return (read * noise * weight.sqrt()).sum()
+
     def distillation(self, read: Read, teacher: Read, temperature: float) -> Tensor:
         return F.mse_loss(read, teacher)
 

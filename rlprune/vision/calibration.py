@@ -1,0 +1,70 @@
+"""What is measured once of a model of images: Gram matrices, and what every width of a group is expected to cost."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ..importance.calibration_cache import CURVES, CalibrationCache, Curves
+from ..importance.importance import l2
+from ..importance.unit_scores import Scores
+from ..recovery.elimination import Elimination
+from ..recovery.reconstruct import Gram, collect_grams, mendable_consumers
+from ..utils.arrays import Floats, Ints
+from .fisher import divergence_curves, eliminations, gradient_moments
+
+GRAMS = "grams"
+# Calibration samples of the backward passes: moments of gradients need no more.
+FISHER_SAMPLES = 256
+
+
+class VisionCalibration(CalibrationCache):
+    """Gram matrices of all layers that can be mended, and what cuts of each group are expected to cost."""
+
+    def grams(self) -> Mapping[str, Gram]:
+        """Second moments of what the consumers read, over what the recovery reads; kept until `take_grams`."""
+        return self.cached(
+            GRAMS,
+            lambda: collect_grams(
+                self.model, mendable_consumers(self.model, self.space), self.batches(self.recovery_limit)
+            ),
+        )
+
+    def take_grams(self) -> Mapping[str, Gram]:
+        """The same for the recovery, which uses them up; whoever asks again reads the data again."""
+        found = self.grams()
+        self.release(GRAMS)
+        return found
+
+    def ranked_by_divergence(self) -> tuple[Scores, Curves]:
+        found = self._eliminations(None)
+        spare = l2(self.model, self.space) if len(found) < len(self.space.groups) else []
+        scores = [found[g].ranks if g in found else spare[g] for g in range(len(self.space.groups))]
+        curves = divergence_curves(found)
+        self.keep(_key(removal_orders(scores)), curves)
+        return scores, curves
+
+    def divergence_curves(self, importance: Sequence[Floats]) -> Curves:
+        """Curves of the ranking that plans keep units by."""
+        orders = removal_orders(importance)
+        curves = self.cached(_key(orders), lambda: divergence_curves(self._eliminations(orders)))
+        self.keep(CURVES, curves)
+        return curves
+
+    def _eliminations(self, orders: Sequence[Ints] | None) -> dict[int, Elimination]:
+        grams = self.grams()
+        batches = self.batches(FISHER_SAMPLES if self.limit is None else min(self.limit, FISHER_SAMPLES))
+        moments, samples = gradient_moments(self.source, self.model, self.space, batches, grams, self.seed)
+        return eliminations(self.model, self.space, grams, moments, samples, self.ridge, orders)
+
+
+def removal_orders(importance: Sequence[Floats]) -> list[Ints]:
+    """The order (units,) in which each group's units go: the lowest score first, as `plan.best_units` keeps them."""
+    return [np.argsort(-np.asarray(s, dtype=np.float64), kind="stable")[::-1] for s in importance]
+
+
+def _key(orders: Sequence[Ints]) -> str:
+    digest = hashlib.sha256(b"".join(order.astype(np.int64).tobytes() for order in orders)).hexdigest()
+    return f"{CURVES} {digest}"
