@@ -196,6 +196,7 @@ def page(trip: Trip, rows: list[list[str]], args: argparse.Namespace, loss: floa
     steps = markdown_table(["step", "test perplexity", "parameters"], trip.rows)
     table = markdown_table(
         [
+            "model",
             "format",
             "largest difference of a log-probability",
             "KL from ours, nats a token",
