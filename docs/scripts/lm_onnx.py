@@ -116,14 +116,15 @@ def main() -> None:
     parser.add_argument("--valid", required=True)
     parser.add_argument("--test", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rule", default="adapt_pruner")
+    parser.add_argument("--rule", default="flap")
     parser.add_argument("--budget", default="80%")
     args = parser.parse_args()
     torch.set_num_threads(1)
     pruned, target = args.out / "pruned", args.out / "small.onnx"
     sets = [
         f"model.name=hf:{args.model}", f"data.files.calibration={args.valid}", f"data.files.test={args.test}",
-        "prune.importance=l2", "prune.round_to=1", "recovery.steps=[none]", "data.calibration=8", "threads=1",
+        "prune.importance=flap", "prune.round_to=1", "recovery.steps=[reconstruct]", "recovery.shrink=0.2",
+        "data.calibration=16", "threads=1",
     ]  # fmt: skip
     if not (pruned / "plan.json").is_file():
         words = ["prune", "smollm2_135m", "--rule", args.rule, "--budget", args.budget, "--out", str(pruned)]
@@ -152,7 +153,7 @@ def main() -> None:
         "# Pruned language models in ONNX Runtime",
         "",
         "Written by `docs/scripts/lm_onnx.py`; the command is at its top. " + Path(args.model).name
-        + f", rule `{args.rule}` at {args.budget} of the parameters, units ranked by L2 norm, no recovery; one thread, "
+        + f", rule `{args.rule}` at {args.budget} of the parameters, units ranked by FLAP, repaired in closed form; one thread, "
         "float32.",
         "",
         f"- The command said: {said.partition('(')[2].rstrip(')')}.",
