@@ -153,8 +153,8 @@ def main() -> None:
         "# Pruned language models in ONNX Runtime",
         "",
         "Written by `docs/scripts/lm_onnx.py`; the command is at its top. " + Path(args.model).name
-        + f", rule `{args.rule}` at {args.budget} of the parameters, units ranked by FLAP, repaired in closed form; one thread, "
-        "float32.",
+        + f", rule `{args.rule}` at {args.budget} of the parameters, units ranked by FLAP, repaired in closed "
+        "form; one thread, float32.",
         "",
         f"- The command said: {said.partition('(')[2].rstrip(')')}.",
         f"- Key-value heads of the blocks: {', '.join(map(str, heads))}; {len(heads)} blocks have a cache.",
