@@ -119,6 +119,15 @@ _SHIPPED = {
             "baselines.rl_pruner:RLPruner",
         ),
         Entry(
+            "eagleeye", "random rates near the budget, as published (EagleEye)", "baselines.eagleeye:EagleEye"
+        ),
+        Entry(
+            "evopress_drop",
+            "evolution over whole attentions and feed-forward parts, as published (EvoPress)",
+            "baselines.evopress_drop:EvoPressDrop",
+        ),
+        Entry("rule", "the plan of one rule, search.base_rule, and no search", "baselines.one_rule:OneRule"),
+        Entry(
             "bypass",
             "policy gradient over Bernoulli keep probabilities (Bypass back-propagation)",
             "baselines.bypass:Bypass",

@@ -37,6 +37,7 @@ from .yaml_files import dump_yaml, read_yaml
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 TEXT_FORMATS = ("auto", "text", "chat", "instruction")
 DTYPES = ("auto", "float32", "bfloat16")
+SCHEDULES = ("cosine", "linear", "step", "wsd")
 AUTO = "auto"
 """The value of ``prune.round_to`` that leaves the multiple to the kind of model."""
 RENAMED = {"score.images": "score.samples", "recovery.images": "recovery.samples"}
@@ -355,10 +356,19 @@ class FinishConfig(Section):
     dropout: float = setting(0.05, "Dropout before the low-rank adapters.", low=0, high=0.9)
     lr: float | None = setting(
         None,
-        "Peak learning rate, falling to zero by a cosine; null for 0.02 (SGD on images), 1e-4 (AdamW on "
-        "adapters) or 2e-5 (AdamW on a whole language model).",
+        "Peak learning rate; null for 0.02 (SGD on images), 1e-4 (AdamW on adapters) or 2e-5 (AdamW on a whole "
+        "language model).",
         above=0,
         high=10,
+    )
+    schedule: str = setting(
+        "cosine",
+        "How the learning rate falls after the warm-up: `cosine` and `linear` to zero; `step` to a tenth after 60% and "
+        "again after 80% of the steps; `wsd`, it stays and falls to a tenth in the last 10%.",
+        choices=SCHEDULES,
+    )
+    warmup: float = setting(
+        0.05, "Share of the steps in which the learning rate rises to its peak.", low=0, high=1
     )
     batch_size: int = setting(128, "Images (or sequences, over all processes) in a batch.", low=1)
     weight_decay: float = setting(5e-4, "L2 penalty on every weight.", low=0, high=1)
@@ -367,6 +377,9 @@ class FinishConfig(Section):
         True, "Whether the dense model's outputs are learned beside the labels, where the task has a way."
     )
     temperature: float = setting(2.0, "Temperature of the distillation.", above=0, high=100)
+    soft: float = setting(
+        0.75, "Share of the distillation in the loss; the labels have the rest.", above=0, high=1
+    )
     mixed_precision: bool = setting(True, "Whether a GPU computes in mixed precision; a CPU never does.")
     rules: bool = setting(True, "Whether every rule gets the same fine-tune and a row in the table.")
     dtype: str = setting(
@@ -459,9 +472,10 @@ def json_schema() -> dict[str, Any]:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The YAML files that come with the package, by name."""
+    """The YAML files that come with the package, by name; `FOLDER/NAME` in a folder below."""
     folder = Path(__file__).parent.parent / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    paths = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml"))]
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
 
 
 def load_config(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -499,6 +513,6 @@ def _find_config(path_or_name: str | Path) -> Path:
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder, not a config file")
     if not path.exists():
-        hint = near_miss(path.stem, shipped) or f"; shipped ones: {', '.join(shipped)}"
+        hint = near_miss(path.with_suffix("").as_posix(), shipped) or near_miss(path.stem, shipped) or f"; shipped ones: {', '.join(shipped)}"
         raise ConfigError(f"config {show(text)}: no such file and no shipped config of that name{hint}")
     return path

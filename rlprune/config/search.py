@@ -222,6 +222,32 @@ class EvoPressConfig(Section):
 
 
 @section
+class EvoPressDropConfig(Section):
+    """Settings of the agent `evopress_drop`; defaults are those of the authors' scripts."""
+
+    prefix: ClassVar[str] = "search.evopress_drop."
+
+    initial: int = setting(64, "Random plans of which the best is the first parent.", low=1, high=100_000)
+    offspring: int = setting(32, "Offspring of a generation.", low=1, high=100_000)
+    mutations: int = setting(
+        3, "Most exchanges in an offspring; the lower of two draws from 1 to this.", low=1, high=10_000
+    )
+
+
+@section
+class EagleEyeConfig(Section):
+    """Settings of the agent `eagleeye`; defaults are those of the authors' code."""
+
+    prefix: ClassVar[str] = "search.eagleeye."
+
+    min_rate: float = setting(0.0, "Smallest share that a group loses.", low=0, high=1)
+    max_rate: float = setting(0.7, "Width of the range of shares that a group loses.", above=0, high=1)
+    tolerance: float = setting(
+        0.005, "Half of the window of accepted costs, as a share of the dense cost.", above=0, high=1
+    )
+
+
+@section
 class RLPrunerConfig(Section):
     """Settings of the agent `rl_pruner`."""
 
@@ -275,6 +301,12 @@ class SearchConfig(Section):
         "Rule that action 0 stands for; `auto` takes the best-scoring rule, and for image models uniform where the "
         "policy learns a range of budgets or several checkpoints.",
     )
+    starts: str = setting(
+        "rules",
+        "What a search begins with: `rules`, uniform and the rules that are worth it; `none`: nothing, no rule stands "
+        "beside the agent, and the plan that it ends with is final.",
+        choices=("rules", "none"),
+    )
     baselines: tuple[str, ...] = setting(
         ("random",), "Agents searched with beside it, with as many evaluations."
     )
@@ -319,6 +351,8 @@ class SearchConfig(Section):
     tpe: TPEConfig = setting(TPEConfig, "Settings of TPE.")
     gp: GPConfig = setting(GPConfig, "Settings of Gaussian-process optimisation.")
     evopress: EvoPressConfig = setting(EvoPressConfig, "Settings of EvoPress-style evolution.")
+    evopress_drop: EvoPressDropConfig = setting(EvoPressDropConfig, "Settings of EvoPress for depth.")
+    eagleeye: EagleEyeConfig = setting(EagleEyeConfig, "Settings of EagleEye.")
     rl_pruner: RLPrunerConfig = setting(RLPrunerConfig, "Settings of RL-Pruner.")
     bypass: BypassConfig = setting(BypassConfig, "Settings of Bypass back-propagation.")
 

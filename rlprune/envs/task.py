@@ -206,6 +206,10 @@ class Task:
         """Base distribution (G,) of the named rule at a budget."""
         return self._cached(("base", budget), lambda: self._rule(self.base_rule, budget))
 
+    def base_plan(self, budget: BudgetLike) -> Ints:
+        """Widths (G,) that the named rule gives at a budget."""
+        return rule_widths(RULES[self.base_rule], self._context(budget))
+
     def uniform_widths(self, budget: BudgetLike) -> Ints:
         return self.space.project(np.ones(len(self.space.groups)), budget, self.metric)
 

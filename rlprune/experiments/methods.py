@@ -74,6 +74,8 @@ def _automatic_base(experiments: Sequence[Experiment], agent: Any) -> str:
     taught what the best plans of several checkpoints have in common has it too: a rule's plan is another one on each.
     """
     taught = len(experiments) > 1 and isinstance(agent, PPOAgent) and agent.settings.mode == "surrogate"
+    if experiments[0].config.search.starts == "none":
+        return "uniform"  # nothing is scored that the agent does not ask for
     fixed = experiments[0].workload.adapter.base_rule_over_budgets
     if fixed is not None and (taught or experiments[0].config.search.budget_range):
         return fixed
@@ -129,7 +131,8 @@ def run_agent(
         )
     )
     kind = "agent" if method == settings.agent else "baseline"
-    history = best_within(experiments[0], accounts[0])
+    own = settings.starts == "none"  # the agent's choice, which need not be its highest score
+    history = result.best[0] if own else best_within(experiments[0], accounts[0])
     return MethodResult(
         method, kind, seed, accounts[0], history, time.perf_counter() - started, result.policy
     )

@@ -82,7 +82,7 @@ class Experiment:
         """Plans that every search starts from and pays for: uniform and the other rules, probes included.
 
         ``budgets`` are those of a search over a range, which starts from the rules at each of them after its own,
-        as far as half of its evaluations allow.
+        as far as half of its evaluations allow. None at all where ``search.starts`` is `none`.
         """
         plans: list[Ints] = []
 
@@ -90,7 +90,7 @@ class Experiment:
             plans.append(widths)
             return self.evaluator.evaluate(widths).loss
 
-        names = self.start_rules()
+        names = self.start_rules() if self.config.search.starts == "rules" else []
         for budget in dict.fromkeys((self.budget, *budgets)):
             if plans and len(plans) + len(names) > self.config.search.evaluations / 2:
                 break

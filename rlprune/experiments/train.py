@@ -115,11 +115,15 @@ def _search_all(
     experiment, ledger = experiments[0], EvaluationLog(folder / "ledger.jsonl")
     for name in _agents(config):  # they start from the rules
         keep_logits(make_agent(name, config.search), [experiment])
-    rules = _scored_rules(experiment, ledger, config.seed, callback)
-    best = max(rules, key=lambda r: r.best.score)
-    callback.note(f"best rule: {best.method}, score {best.best.score:.4f}")
+    alone = config.search.starts == "none"
+    rules = [] if alone else _scored_rules(experiment, ledger, config.seed, callback)
+    if rules:
+        best = max(rules, key=lambda r: r.best.score)
+        callback.note(f"best rule: {best.method}, score {best.best.score:.4f}")
     found = [_searched(name, experiments, ledger, folder, callback) for name in _agents(config)]
     experiment.evaluator.refuse_equal_scores(least=3)
+    if alone:
+        return rules, found, found
     return rules, found, [choose(experiment, f, rules if f.kind == "agent" else ()) for f in found]
 
 
@@ -266,9 +270,11 @@ def _curve(
     """Score against budget of the policy as it stands, at budgets it may not have seen, and of rules beside it.
 
     A policy that was trained over a range is shown over that range, beside every rule that needs no probes;
-    one of a single budget beside uniform and the best rule there.
+    one of a single budget beside uniform and the best rule there. None of a run without rules (``search.starts``).
     """
     space, metric = experiment.space, experiment.metric
+    if not rules:
+        return []
     if searched := experiment.config.search.budget_range:
         low, high = searched
         budgets = sorted({low, high, *(b for b in _CURVE if low < b < high)}, reverse=True)

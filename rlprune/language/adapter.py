@@ -216,6 +216,7 @@ class LanguageAdapter(ModelAdapter):
             out=job.state,
             progress=job.progress,
             phase=job.phase,
+            part=None if job.whole is None else (job.before, job.whole),
         )
         if not found.steps:
             return Tuned(found.model)

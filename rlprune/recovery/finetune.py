@@ -1,6 +1,6 @@
 """One training loop for dense training, the short recovery of a candidate, and the final fine-tune.
 
-SGD with Nesterov momentum, linear warm-up and a cosine to zero (Loshchilov & Hutter 2017, arXiv
+SGD with Nesterov momentum, linear warm-up and, unless told otherwise, a cosine to zero (Loshchilov & Hutter 2017, arXiv
 1608.03983), optional distillation (Hinton et al. 2015, arXiv 1503.02531), optional private state that a
 killed run goes on from. On a CPU with a fixed number of threads the result depends on the generator
 alone, and a resumed run gives the bits of an uninterrupted one.
@@ -79,6 +79,8 @@ class Schedule:
 
     ``weight_decay`` is an L2 penalty on tensors of two and more dimensions (no biases, no norms).
     ``mixed_precision`` is bfloat16 autocast, on CUDA devices that compute in it; ignored elsewhere.
+    ``shape`` says how the rate falls after the warm-up (``finish.schedule``). A training that is one of several under
+    one schedule begins at step ``before`` of ``whole`` steps in all; None: it has the schedule to itself.
     """
 
     steps: int
@@ -87,13 +89,30 @@ class Schedule:
     weight_decay: float = 5e-4
     warmup: float = 0.05
     mixed_precision: bool = False
+    shape: str = "cosine"
+    before: int = 0
+    whole: int | None = None
 
     def rate(self, step: int) -> float:
-        """Learning rate of step 0, 1, ...: linear warm-up, then a cosine that ends at zero."""
-        warm = math.ceil(self.warmup * self.steps)
+        """Learning rate of step 0, 1, ...: linear warm-up, then what ``shape`` says."""
+        steps = self.steps if self.whole is None else self.whole
+        step += self.before
+        warm = math.ceil(self.warmup * steps)
         if step < warm:
             return self.lr * (step + 1) / (warm + 1)
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+        return self.lr * _fallen(self.shape, (step - warm) / max(1, steps - warm), step / steps)
+
+
+def _fallen(shape: str, share: float, of_all: float) -> float:
+    """The rate as a share of its peak, when a share of the steps after the warm-up, or of all, is done."""
+    if shape == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * share))
+    if shape == "linear":
+        return 1 - share
+    if shape == "step":
+        return 1.0 if share < 0.6 else 0.1 if share < 0.8 else 0.01
+    # Warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395).
+    return 1.0 if of_all < 0.9 else 1 - 0.9 * (of_all - 0.9) / 0.1
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,9 @@ class VisionAdapter(ModelAdapter):
         steps = job.steps
         if steps is None:
             steps = settings.epochs * workload.train_steps(settings.batch_size)
-        distill = workload.distill_targets(workload.model, settings.temperature) if settings.distill else None
+        distill = None
+        if settings.distill:
+            distill = workload.distill_targets(workload.model, settings.temperature, settings.soft)
         result = fit(
             model,
             lambda generator: workload.train_batches(generator, settings.batch_size),
@@ -168,7 +170,11 @@ class VisionAdapter(ModelAdapter):
                 SGD_LR if settings.lr is None else settings.lr,
                 settings.momentum,
                 settings.weight_decay,
-                mixed_precision=settings.mixed_precision,
+                settings.warmup,
+                settings.mixed_precision,
+                settings.schedule,
+                job.before,
+                job.whole,
             ),
             distill=distill,
             forward=workload.outputs_for_loss,

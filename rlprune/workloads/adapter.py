@@ -92,7 +92,8 @@ class Target:
 class TuneJob:
     """One final fine-tune: what is random, how long, where its state lies, who is told.
 
-    ``steps`` None takes the length of the settings; ``state`` is where a killed one goes on from.
+    ``steps`` None takes the length of the settings; ``state`` is where a killed one goes on from. One of several
+    trainings under one schedule begins after ``before`` of ``whole`` steps.
     """
 
     seed: int
@@ -100,6 +101,8 @@ class TuneJob:
     state: Path | None = None
     progress: Progress | None = None
     phase: str = "fine-tune"
+    before: int = 0
+    whole: int | None = None
 
 
 @dataclass(frozen=True)

@@ -281,11 +281,13 @@ class Workload(abc.ABC):
             task.read(outputs, self.output), task.read(teacher, self.output), temperature
         )
 
-    def distill_targets(self, teacher: nn.Module | None, temperature: float = 2.0) -> DistillTargets | None:
+    def distill_targets(
+        self, teacher: nn.Module | None, temperature: float = 2.0, soft: float = 0.75
+    ) -> DistillTargets | None:
         """Settings of a distillation; None where the task has none."""
         if not self.task_type.compares:
             return None
-        return DistillTargets(teacher, temperature, divergence=self.distillation)
+        return DistillTargets(teacher, temperature, soft, self.distillation)
 
     def logit_rows(self, model: nn.Module, inputs: Inputs) -> Tensor | None:
         """Rows of logits (N * R, C) of a model in eval mode, by which searches compare plans; None where the task has

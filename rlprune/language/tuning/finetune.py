@@ -65,10 +65,11 @@ def tune(
     progress: Progress | None = None,
     phase: str = "fine-tune",
     save_steps: int | None = None,
+    part: tuple[int, int] | None = None,
 ) -> TuneResult:
     """Fine-tune a causal language model on the workload's train split, in place, and merge what was learned.
 
-    AdamW, linear warm-up over 5% of the steps, a cosine to zero, gradients clipped to norm 1. The loss
+    AdamW, a learning rate by ``settings.schedule``, gradients clipped to norm 1. The loss
     is that of `TokenLoss`: with ``settings.distill`` the dense model (``workload.model``) is the teacher.
     The model is a plain one again afterwards, in eval mode: the same modules and state-dict names, tied weights
     still tied. On a CPU with a fixed number of threads the result depends on the seed alone, and a resumed
@@ -83,6 +84,7 @@ def tune(
         out: folder of the Trainer's checkpoints; where it holds some of this very fine-tune, it goes on.
         progress: called as progress(phase, done, total, values).
         save_steps: steps between two checkpoints; None for a tenth of all.
+        part: (before, whole) where this is one of several fine-tunes under one schedule of ``whole`` steps.
 
     Raises:
         ConfigError: an unknown method, or a package of the extra ``language`` is missing.
@@ -95,7 +97,14 @@ def tune(
     if total < 1:
         return TuneResult(model, 0, math.nan, 0, 0, 0.0)
     work = Work(
-        settings, settings.method, total, learning_rate(settings.lr, settings.method), seed, phase, save_steps
+        settings,
+        settings.method,
+        total,
+        learning_rate(settings.lr, settings.method),
+        seed,
+        phase,
+        save_steps,
+        part,
     )
     with ExitStack() as stack:
         stack.enter_context(_isolated())
@@ -107,7 +116,7 @@ def tune(
         torch.manual_seed(seed)
         teacher = workload.model if settings.distill else None
         with attached(model, settings) as handle:
-            loss = TokenLoss(model, teacher, settings.temperature)
+            loss = TokenLoss(model, teacher, settings.temperature, settings.soft)
             saving = out is not None
             mean, whole = run_trainer(model, loss, lessons, work, folder, progress, saving=saving)
             handle.model = whole or model

@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from ...config.config import FinishConfig
 from ...errors import ArtifactError, ConfigError
-from ...recovery.finetune import Progress
+from ...recovery.finetune import Progress, Schedule
 from ...utils.checkpoints import require_same, settings_key
 from ...utils.files import read_json, write_json_atomic
 from ...utils.launched import process_count
 from ...utils.values import is_finite
 from ..linear import is_dropped
 from ..transformers_internals import TrainedOnly, lend_block_classes, use_one_gpu
-from .loss import WARMUP, TokenLoss
+from .loss import TokenLoss
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -45,6 +46,18 @@ class Work:
     seed: int
     phase: str
     save_steps: int | None = None
+    part: tuple[int, int] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether transformers has the schedule by name."""
+        return self.part is None and self.settings.schedule in ("cosine", "linear")
+
+    @property
+    def schedule(self) -> Schedule:
+        before, whole = self.part or (0, self.steps)
+        s = self.settings
+        return Schedule(self.steps, self.lr, warmup=s.warmup, shape=s.schedule, before=before, whole=whole)
 
 
 class Student(nn.Module):
@@ -133,7 +146,7 @@ def run_trainer(
         data_collator=_stacked,
         callbacks=[watch],
     )
-    trainer.watch = watch
+    trainer.watch, trainer.own_schedule = watch, None if work.plain else work.schedule
     with _quiet(trainer):
         trainer.train(resume_from_checkpoint=_checkpoint(out, watch.key) if saving else None)
     if whole is not None:
@@ -165,9 +178,18 @@ def _classes() -> tuple[Any, Any]:
 
 
 class _Watched:
-    """Shows every loss to a watch."""
+    """Shows every loss to a watch, and follows a schedule that transformers has no name for."""
 
     watch: Any
+    own_schedule: Schedule | None
+    lr_scheduler: Any
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        own = self.own_schedule
+        if own is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+        self.lr_scheduler = LambdaLR(optimizer, lambda step: own.rate(step) / own.lr)
+        return self.lr_scheduler
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], *args: object, **kwargs: object
@@ -245,8 +267,8 @@ def _arguments(work: Work, device: torch.device, length: int, out: Path, saving:
         gradient_accumulation_steps=rounds,
         learning_rate=work.lr,
         weight_decay=work.settings.weight_decay,
-        lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(WARMUP * work.steps),
+        lr_scheduler_type=work.settings.schedule if work.plain else "constant",
+        warmup_steps=math.ceil(work.settings.warmup * work.steps) if work.plain else 0,
         optim="adamw_torch",
         seed=work.seed % 2**32,
         bf16=bf16,
@@ -301,7 +323,8 @@ def _key(model: nn.Module, work: Work) -> str:
     shapes = {n: list(p.shape) for n, p in model.named_parameters()}
     s = work.settings
     facts = [s.rank, s.alpha, s.dropout, s.batch_size, s.weight_decay, s.distill, s.temperature]
-    return settings_key([shapes, work.method, work.steps, work.lr, work.seed, facts])
+    facts += [s.schedule, s.warmup, s.soft]
+    return settings_key([shapes, work.method, work.steps, work.lr, work.seed, work.part, facts])
 
 
 def _checkpoint(out: Path, key: str) -> str | None:

@@ -1,0 +1,148 @@
+"""The published methods of rlprune/configs/published/ beside their authors' settings -> docs/published.md.
+
+    python docs/scripts/published.py [--only flap rl_pruner] [--out runs/published]
+
+What the authors set stands in docs/scripts/published.yaml. Every config is run once, end to end and in small: a tiny
+model on data that need no download, its own hyperparameters but for lengths and counts. Finished runs are kept in
+--out. What such a run shows is that the pipeline works, not how good the method is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlprune.report import markdown_table
+from rlprune.utils import hardware, read_json
+
+DOCS = Path(__file__).resolve().parents[1]
+TABLE: dict[str, Any] = yaml.safe_load((DOCS / "scripts" / "published.yaml").read_text(encoding="utf-8"))
+IMAGES = (
+    "model.name=cifar_resnet20", "model.arguments={width: 8}", "model.weights=null", "model.checkpoint=null",
+    "model.train.epochs=10", "data.name=digits", "data.root=null", "data.image_size=null", "data.calibration=200",
+    "data.validation=400", "data.batch_size=256", "prune.round_to=1",
+)  # fmt: skip
+TEXT = (
+    "model.name=tiny_llama",
+    "model.arguments={layers: 6, hidden: 64, heads: 4, kv_heads: 2, intermediate: 128, vocab: 512}",
+    "model.train.epochs=4", "model.train.lr=0.006", "model.train.batch_size=16", "model.train.weight_decay=0.01",
+    "data.name=help_texts", "data.files={}", "data.sequence_length=64", "data.test_length=null", "data.calibration=64",
+    "data.validation=64", "data.test=64",
+)  # fmt: skip
+TUNED = ("finish.steps=50", "finish.batch_size=16")
+SMALL = {
+    "amc": (*IMAGES, "search.evaluations=40", "search.amc.warmup=10", "finish.epochs=3", "finish.batch_size=64"),
+    "depgraph": (*IMAGES, "finish.epochs=3"),
+    "eagleeye": (*IMAGES, "search.evaluations=20", "finish.epochs=3", "finish.batch_size=64"),
+    "evopress": (*TEXT, "search.evaluations=40", "search.evopress_drop.initial=8", "search.evopress_drop.offspring=8"),
+    "fastforward": (*TEXT, "search.evaluations=40"),
+    "flap": TEXT,
+    "llm_pruner": (*TEXT, *TUNED),
+    "saap": (*TEXT, *TUNED),
+    "shortgpt": TEXT,
+    "wanda_sp": TEXT,
+}
+"""What makes a run of each config small."""
+NOT_BUILT = {
+    "RL-Pruner": "arXiv 2411.06463: stages with distillation between them, re-ranking, a budget in filters. The agent "
+    "`rl_pruner` is a variant without these ([agents.md](agents.md)).",
+    "Adapt-Pruner": "arXiv 2502.03460: one learning rate over all rounds. `rlprune prune --stages` is a variant.",
+    "Bypass back-propagation": "arXiv 2406.10576: learned unit masks. The agent `bypass` learns widths.",
+    "SPP": "arXiv 2405.16057: for 2:4 and unstructured masks. `finish.method: spp` is a variant for pruned widths.",
+    "Compresso": "arXiv 2310.05015: nothing of it.",
+    "SliceGPT": "arXiv 2401.15024: nothing of it; a rotated model is another parametrisation.",
+}
+
+
+def arguments(name: str, out: Path) -> list[str]:
+    """The command line of the small run of a config, after `rlprune`."""
+    words = ["train", f"published/{name}", "--progress", "none", "--threads", "1", "--out", str(out)]
+    return [*words, *(word for override in SMALL[name] for word in ("--set", override))]
+
+
+def ran(name: str, runs: Path) -> dict[str, Any]:
+    """What the small run of a config recorded, run now where it has not been."""
+    out = runs / name
+    if not (out / "results.json").is_file():
+        subprocess.run([sys.executable, "-m", "rlprune", *arguments(name, out)], check=True, stdout=subprocess.DEVNULL)
+    found: dict[str, Any] = read_json(out / "results.json")
+    return found
+
+
+def last_line(results: dict[str, Any]) -> str:
+    """What the small run ended in: dense model, after the cut, after the fine-tune."""
+    rows = {row["kind"]: row for row in results["rows"]}
+    dense, agent, about = rows["dense"], rows["agent"], results["workload"]
+    left = agent["cost"] / results["budget"]["dense"]
+    tuned = f", {agent['test_finetuned']:.4g} after training" if agent["test_finetuned"] != agent["test"] else ""
+    return (
+        f"{about['model']} on {about['data']}, {left:.1%} of the {results['budget']['metric']} left, "
+        f"{agent['evaluations']} evaluation(s): {about['metric']} {dense['test']:.4g} of the dense model, "
+        f"{agent['test']:.4g} after the cut{tuned}."
+    )
+
+
+def shown(value: object) -> str:
+    return json.dumps(value) if not isinstance(value, str) else value
+
+
+def section(name: str, runs: Path) -> str:
+    """The part of the page on one method."""
+    entry = TABLE[name]
+    same = [[f"`{row[0]}`" if "." in row[0] else row[0], shown(row[1]), row[2]] for row in entry["values"] if len(row) == 3]
+    other = [[row[0], f"{shown(row[1])} ({row[2]})", shown(row[3]), row[4]] for row in entry["values"] if len(row) == 5]
+    other += [[shown(cell) for cell in row] for row in entry["differences"]]
+    parts = [
+        f"## {entry['title']}",
+        f"`rlprune train published/{name}` · {entry['paper']} · code: {entry['code']}",
+        markdown_table(["setting", "published", "ours", "reason"], other),
+    ]
+    if same:
+        parts += ["As published:", markdown_table(["setting", "value", "where it is read"], same)]
+    parts += ["No published value could be read for (style): " + ", ".join(f"`{s}`" for s in entry["style"]) + "."]
+    return "\n\n".join([*parts, f"Small run: {last_line(ran(name, runs))}"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=list(SMALL), default=list(SMALL), metavar="NAME")
+    parser.add_argument("--out", type=Path, default=Path("runs/published"))
+    options = parser.parse_args()
+    facts = hardware()
+    text = PAGE.format(
+        machine=f"{facts['processor']}, 1 thread, torch {facts['libraries']['torch']}",
+        methods="\n\n".join(section(name, options.out) for name in sorted(options.only)),
+        missing=markdown_table(["method", "what is missing"], [list(row) for row in NOT_BUILT.items()]),
+    )
+    print(text)
+    if set(options.only) == set(SMALL):
+        (DOCS / "published.md").write_text(text, encoding="utf-8")
+    return 0
+
+
+PAGE = """# Published methods
+
+Written by `python docs/scripts/published.py` on {machine}; seed 0.
+
+`rlprune train published/NAME` runs a method of the literature with its authors' settings (`rlprune list configs`): the
+method's own plan is final (`search.starts: none`), no rule stands beside it. Give your model and data by `--set`. A
+test compares every number of these files with the table of the authors' values, `docs/scripts/published.yaml`. Below
+is what differs, and why; "style" in a name says that the source could not be read well enough to call it published,
+"second hand" that a value comes from notes on the source. Our own variants have other names ([agents.md](agents.md)).
+The small runs, one seed on tiny models, show that the pipeline works, not how good a method is.
+
+{methods}
+
+## Not built
+
+{missing}
+"""
+
+if __name__ == "__main__":
+    sys.exit(main())
