@@ -37,27 +37,58 @@ TEXT = (
 )  # fmt: skip
 TUNED = ("finish.steps=50", "finish.batch_size=16")
 SMALL = {
-    "amc": (*IMAGES, "search.evaluations=40", "search.amc.warmup=10", "finish.epochs=3", "finish.batch_size=64"),
+    "amc": (
+        *IMAGES,
+        "search.evaluations=40",
+        "search.amc.warmup=10",
+        "finish.epochs=3",
+        "finish.batch_size=64",
+    ),
     "depgraph": (*IMAGES, "finish.epochs=3"),
     "eagleeye": (*IMAGES, "search.evaluations=20", "finish.epochs=3", "finish.batch_size=64"),
-    "evopress": (*TEXT, "search.evaluations=40", "search.evopress_drop.initial=8", "search.evopress_drop.offspring=8"),
+    "evopress": (
+        *TEXT,
+        "search.evaluations=40",
+        "search.evopress_drop.initial=8",
+        "search.evopress_drop.offspring=8",
+    ),
     "fastforward": (*TEXT, "search.evaluations=40"),
+    "adapt_pruner": (*TEXT, "rounds.steps=20", "finish.batch_size=16", "finish.lr=1e-3"),
+    "bypass": (*TEXT, "data.train=null", "search.bypass_published.steps=300"),
     "flap": TEXT,
+    **dict.fromkeys(("flap_ul_um", "flap_ul_mm", "flap_al_mm", "flap_ifv", "flap_wifn"), TEXT),
     "llm_pruner": (*TEXT, *TUNED),
+    "rl_pruner": (
+        *IMAGES,
+        "rounds.count=5",
+        "rounds.epochs=2",
+        "search.evaluations=40",
+        "finish.batch_size=64",
+        "search.rl_pruner_published.batches=4",
+        "search.rl_pruner_published.samples=5",
+    ),
     "saap": (*TEXT, *TUNED),
     "shortgpt": TEXT,
     "wanda_sp": TEXT,
 }
 """What makes a run of each config small."""
 NOT_BUILT = {
-    "RL-Pruner": "arXiv 2411.06463: stages with distillation between them, re-ranking, a budget in filters. The agent "
-    "`rl_pruner` is a variant without these ([agents.md](agents.md)).",
-    "Adapt-Pruner": "arXiv 2502.03460: one learning rate over all rounds. `rlprune prune --stages` is a variant.",
-    "Bypass back-propagation": "arXiv 2406.10576: learned unit masks. The agent `bypass` learns widths.",
     "SPP": "arXiv 2405.16057: for 2:4 and unstructured masks. `finish.method: spp` is a variant for pruned widths.",
     "Compresso": "arXiv 2310.05015: nothing of it.",
     "SliceGPT": "arXiv 2401.15024: nothing of it; a rotated model is another parametrisation.",
 }
+
+
+def entry(name: str) -> dict[str, Any]:
+    """What the table says of a method; of a variant what is not its own is that of what it is like."""
+    own: dict[str, Any] = TABLE[name]
+    if "like" not in own:
+        return own
+    other = TABLE[own["like"]]
+    known = {row[0] for row in own["values"]}
+    values = own["values"] + [row for row in other["values"] if row[0] not in known]
+    differences = own.get("differences", []) + other["differences"]
+    return {**other, **own, "values": values, "differences": differences}
 
 
 def arguments(name: str, out: Path) -> list[str]:
@@ -70,7 +101,9 @@ def ran(name: str, runs: Path) -> dict[str, Any]:
     """What the small run of a config recorded, run now where it has not been."""
     out = runs / name
     if not (out / "results.json").is_file():
-        subprocess.run([sys.executable, "-m", "rlprune", *arguments(name, out)], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "rlprune", *arguments(name, out)], check=True, stdout=subprocess.DEVNULL
+        )
     found: dict[str, Any] = read_json(out / "results.json")
     return found
 
@@ -80,12 +113,18 @@ def last_line(results: dict[str, Any]) -> str:
     rows = {row["kind"]: row for row in results["rows"]}
     dense, agent, about = rows["dense"], rows["agent"], results["workload"]
     left = agent["cost"] / results["budget"]["dense"]
-    tuned = f", {agent['test_finetuned']:.4g} after training" if agent["test_finetuned"] != agent["test"] else ""
+    tuned = (
+        f", {agent['test_finetuned']:.4g} after training" if agent["test_finetuned"] != agent["test"] else ""
+    )
     return (
         f"{about['model']} on {about['data']}, {left:.1%} of the {results['budget']['metric']} left, "
         f"{agent['evaluations']} evaluation(s): {about['metric']} {dense['test']:.4g} of the dense model, "
         f"{agent['test']:.4g} after the cut{tuned}."
     )
+
+
+def named(setting: str) -> str:
+    return f"`{setting}`" if "." in setting else setting
 
 
 def shown(value: object) -> str:
@@ -94,10 +133,15 @@ def shown(value: object) -> str:
 
 def section(name: str, runs: Path) -> str:
     """The part of the page on one method."""
-    entry = TABLE[name]
-    same = [[f"`{row[0]}`" if "." in row[0] else row[0], shown(row[1]), row[2]] for row in entry["values"] if len(row) == 3]
-    other = [[row[0], f"{shown(row[1])} ({row[2]})", shown(row[3]), row[4]] for row in entry["values"] if len(row) == 5]
-    other += [[shown(cell) for cell in row] for row in entry["differences"]]
+    method = entry(name)
+    values = method["values"]
+    same = [[named(row[0]), shown(row[1]), row[2]] for row in values if len(row) == 3]
+    other = [
+        [named(row[0]), f"{shown(row[1])} ({row[2]})", shown(row[3]), row[4]]
+        for row in values
+        if len(row) == 5
+    ]
+    other += [[shown(cell) for cell in row] for row in method["differences"]]
     parts = [
         f"## {entry['title']}",
         f"`rlprune train published/{name}` · {entry['paper']} · code: {entry['code']}",
@@ -105,7 +149,9 @@ def section(name: str, runs: Path) -> str:
     ]
     if same:
         parts += ["As published:", markdown_table(["setting", "value", "where it is read"], same)]
-    parts += ["No published value could be read for (style): " + ", ".join(f"`{s}`" for s in entry["style"]) + "."]
+    parts += [
+        "No published value could be read for (style): " + ", ".join(f"`{s}`" for s in method["style"]) + "."
+    ]
     return "\n\n".join([*parts, f"Small run: {last_line(ran(name, runs))}"])
 
 

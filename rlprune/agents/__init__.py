@@ -19,7 +19,7 @@ from ..rules.context import RULES, check_free
 from ..utils.lazy import lazy_names
 from ..utils.registry import Registry
 from . import baselines
-from .base import Agent, SearchRequest, SearchResult, TrialRecorder
+from .base import Agent, Memory, Round, SearchRequest, SearchResult, TrialRecorder
 from .baselines.function import FunctionAgent, SearchContext
 from .state import StateDir
 
@@ -52,13 +52,15 @@ Own = TypeVar("Own", bound=Callable[..., object])
 class Entry:
     """A registered agent: a sentence for ``rlprune list agents``, and "module:class" within this package.
 
-    ``own`` is the function or class itself of an agent from outside of this package.
+    ``own`` is the function or class itself of an agent from outside of this package. ``on_request`` says that it runs
+    only where it is named, and is no part of a benchmark of all methods: it fits some models or settings only.
     """
 
     name: str
     summary: str
     target: str
     own: Any = None
+    on_request: bool = False
 
     def load(self) -> Callable[[SearchConfig], Agent]:
         """The agent's class; imported on first use, since some bring heavy libraries."""
@@ -119,14 +121,35 @@ _SHIPPED = {
             "baselines.rl_pruner:RLPruner",
         ),
         Entry(
-            "eagleeye", "random rates near the budget, as published (EagleEye)", "baselines.eagleeye:EagleEye"
+            "eagleeye",
+            "random rates near the budget, as published (EagleEye)",
+            "baselines.eagleeye:EagleEye",
+            on_request=True,
         ),
         Entry(
             "evopress_drop",
             "evolution over whole attentions and feed-forward parts, as published (EvoPress)",
             "baselines.evopress_drop:EvoPressDrop",
+            on_request=True,
         ),
-        Entry("rule", "the plan of one rule, search.base_rule, and no search", "baselines.one_rule:OneRule"),
+        Entry(
+            "rule",
+            "the plan of one rule, search.base_rule, and no search",
+            "baselines.one_rule:OneRule",
+            on_request=True,
+        ),
+        Entry(
+            "rl_pruner_published",
+            "RL-Pruner as published, a stage a round (section `rounds`, arXiv 2411.06463)",
+            "baselines.rl_pruner_published:RLPrunerPublished",
+            on_request=True,
+        ),
+        Entry(
+            "bypass_published",
+            "policy gradient over masks of heads and neurons, as published (Bypass back-propagation)",
+            "baselines.bypass_published:BypassPublished",
+            on_request=True,
+        ),
         Entry(
             "bypass",
             "policy gradient over Bernoulli keep probabilities (Bypass back-propagation)",
@@ -205,8 +228,10 @@ __all__ = [
     "Agent",
     "Entry",
     "GroupPolicy",
+    "Memory",
     "PolicyTransferWarning",
     "PortablePolicy",
+    "Round",
     "SearchContext",
     "SearchRequest",
     "SearchResult",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from ..envs.task import Scored, Task
 from ..errors import ConfigError
@@ -24,6 +24,10 @@ Starts = Sequence[Sequence[PlanLike]]
 """For each task plans that are scored first: widths (G,)."""
 
 
+Memory = Mapping[str, Any]
+"""Plain values, as JSON has them, that one round of pruning leaves to the next."""
+
+
 class Batch(TypedDict):
     """Plans that were compared by successive halving."""
 
@@ -35,15 +39,31 @@ Call = History | Batch
 
 
 @dataclass(frozen=True)
+class Round:
+    """Which round of pruning a search is of (section `rounds`): ``number`` 1, 2, ... of ``count``.
+
+    ``memory`` is what the agent's search of the round before left (`SearchResult.memory`), empty in the first;
+    ``dense`` the costs of the model before any cut, by metric, empty where there is one round.
+    """
+
+    number: int = 1
+    count: int = 1
+    memory: Memory = field(default_factory=dict)
+    dense: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class SearchResult:
     """What a search found.
 
     ``best``: for each task the best-scoring plan of its account within its (highest) budget, as one tuple
     of widths per stage (a single tuple with one stage). ``policy``: the trained policy, where the agent has one.
+    ``memory``: plain values, as JSON has them, that the search of the next round is to know.
     """
 
     best: tuple[History, ...]
     policy: GroupPolicy | None = None
+    memory: Memory = field(default_factory=dict)
 
     def widths(self, task: int = 0) -> Ints:
         """Final widths (G,) of a task's best plan."""
@@ -58,7 +78,7 @@ class SearchRequest:
     its plans and charges for them. ``starts``: for each task plans that are scored first (uniform, the rules), or
     nothing at all. ``seed``: decides everything random. ``state``: where the search saves itself and continues from.
     ``progress``: called after every evaluation. ``tensorboard``: a folder for curves. ``policy``: a trained one whose
-    plan is scored before the starts, and that training continues from.
+    plan is scored before the starts, and that training continues from. ``round``: where pruning goes in rounds.
 
     Raises:
         ConfigError: there is no task, not one account for each task, or starts for some of the tasks only.
@@ -73,6 +93,7 @@ class SearchRequest:
     progress: Callable[[Progress], None] | None = None
     tensorboard: Path | None = None
     policy: PortablePolicy | None = None
+    round: Round = field(default_factory=Round)
 
     def __post_init__(self) -> None:
         tasks, accounts = len(self.tasks), len(self.accounts)

@@ -23,7 +23,8 @@ from ..execution.base import NoWorkers
 from ..experiments.prepare import dense_model
 from ..pruning.space import PruningSpace
 from ..report.results import Results
-from ..rules import RULES, rules_for
+from ..rules import RULES
+from ..rules.context import applies
 from ..utils.files import lock_run, write_text_atomic
 from ..utils.progress import Callback
 from ..workloads.adapter import adapter_named
@@ -290,11 +291,12 @@ def applicable(
     reasons = {
         name: f"for {adapter_named(rule.wing).models} only"
         for name, rule in RULES.items()
-        if rule.wing is not None and name not in rules_for(space, external=True)
+        if not applies(rule, space)
     }
     reasons |= unable
     _refuse(methods, reasons)
-    names = _checked(methods, [*RULES, *AGENTS])
+    usual = [n for n, m in (*RULES.items(), *AGENTS.items()) if not m.on_request]
+    names = _checked(methods, [*RULES, *AGENTS]) if methods else usual
     return [name for name in names if name not in reasons], {} if methods else reasons
 
 

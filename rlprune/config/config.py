@@ -391,6 +391,31 @@ class FinishConfig(Section):
 
 
 @section
+class RoundsConfig(Section):
+    """Pruning, training and pruning again; the training of each round is that of section `finish`."""
+
+    prefix: ClassVar[str] = "rounds."
+
+    count: int = setting(
+        1, "Rounds, each with a search of its own on the model as the one before left it.", low=1, high=10_000
+    )
+    epochs: int = setting(0, "Images: epochs of training after the cut of each round.", low=0)
+    steps: int = setting(0, "Language models: optimizer steps after the cut of each round.", low=0)
+    schedule: str = setting(
+        "each",
+        "Whose the learning rate of `finish.schedule` is: `each` round's, or one over the `whole`.",
+        choices=("each", "whole"),
+    )
+    cut: float = setting(
+        0.0,
+        "Largest share of the dense cost that a round cuts before everything is measured anew; 0 for all of it at "
+        "once.",
+        low=0,
+        high=1,
+    )
+
+
+@section
 class Config(Section):
     """All settings of a run. Relative paths are relative to the folder the command runs in."""
 
@@ -410,6 +435,7 @@ class Config(Section):
     recovery: RecoveryConfig = setting(RecoveryConfig, "Recovery before scoring.")
     score: ScoreConfig = setting(ScoreConfig, "The score.")
     search: SearchConfig = setting(SearchConfig, "The search.")
+    rounds: RoundsConfig = setting(RoundsConfig, "Pruning in rounds, with training between them.")
     finish: FinishConfig = setting(FinishConfig, "The finish.")
     execution: ExecutionConfig = setting(ExecutionConfig, "Where it is computed.")
     seed: int = setting(0, "Seed of the search and of the final fine-tune.", low=0, high=LARGEST)
@@ -513,6 +539,10 @@ def _find_config(path_or_name: str | Path) -> Path:
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder, not a config file")
     if not path.exists():
-        hint = near_miss(path.with_suffix("").as_posix(), shipped) or near_miss(path.stem, shipped) or f"; shipped ones: {', '.join(shipped)}"
+        hint = (
+            near_miss(path.with_suffix("").as_posix(), shipped)
+            or near_miss(path.stem, shipped)
+            or f"; shipped ones: {', '.join(shipped)}"
+        )
         raise ConfigError(f"config {show(text)}: no such file and no shipped config of that name{hint}")
     return path

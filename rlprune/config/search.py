@@ -266,6 +266,25 @@ class RLPrunerConfig(Section):
 
 
 @section
+class RLPrunerPublishedConfig(Section):
+    """Settings of the agent `rl_pruner_published`; defaults are those of the authors' code."""
+
+    prefix: ClassVar[str] = "search.rl_pruner_published."
+
+    batches: int = setting(10, "Batches of samples in a stage.", low=1, high=100_000)
+    samples: int = setting(10, "Samples of a batch, and places in the buffer.", low=1, high=100_000)
+    noise: float = setting(0.04, "Standard deviation of the noise on the probabilities.", above=0, high=1)
+    step: float = setting(0.1, "How far the probabilities go towards the best sample.", above=0, high=1)
+    clip: float = setting(0.25, "Largest change of a probability, as a share of it.", above=0, high=1)
+    epsilon: float = setting(0.4, "Chance, at first, that a stage ends with any of its best.", low=0, high=1)
+    fall: float = setting(
+        0.1, "Relative fall of the score after which a stage is sampled anew.", low=0, high=1
+    )
+    flops_weight: float = setting(0.0, "Weight in Q of the share of the FLOPs that is gone.", low=0)
+    params_weight: float = setting(0.0, "Weight in Q of the share of the parameters that is gone.", low=0)
+
+
+@section
 class BypassConfig(Section):
     """Settings of the agent `bypass`."""
 
@@ -278,6 +297,19 @@ class BypassConfig(Section):
         "First keep probabilities: `rule`, those of the best start; `importance`, from the units' scores; `uniform`.",
         choices=("rule", "importance", "uniform"),
     )
+
+
+@section
+class BypassPublishedConfig(Section):
+    """Settings of the agent `bypass_published`; defaults are those of the authors' scripts."""
+
+    prefix: ClassVar[str] = "search.bypass_published."
+
+    steps: int = setting(15_000, "Steps, each on a minibatch of its own.", low=1)
+    batch_size: int = setting(8, "Sequences of the train split in a minibatch.", low=1, high=1_000_000)
+    masks: int = setting(2, "Masks sampled for a step.", low=2, high=10_000)
+    lr: float = setting(2e-3, "Rate of the gradient descent; it falls to zero by a cosine.", above=0, high=1)
+    window: int = setting(5, "The present loss has one part of so many in the average.", low=1)
 
 
 @section
@@ -354,6 +386,12 @@ class SearchConfig(Section):
     evopress_drop: EvoPressDropConfig = setting(EvoPressDropConfig, "Settings of EvoPress for depth.")
     eagleeye: EagleEyeConfig = setting(EagleEyeConfig, "Settings of EagleEye.")
     rl_pruner: RLPrunerConfig = setting(RLPrunerConfig, "Settings of RL-Pruner.")
+    rl_pruner_published: RLPrunerPublishedConfig = setting(
+        RLPrunerPublishedConfig, "Settings of RL-Pruner as published."
+    )
+    bypass_published: BypassPublishedConfig = setting(
+        BypassPublishedConfig, "Settings of Bypass back-propagation as published."
+    )
     bypass: BypassConfig = setting(BypassConfig, "Settings of Bypass back-propagation.")
 
     def __post_init__(self) -> None:

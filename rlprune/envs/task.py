@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -75,6 +75,13 @@ class Judge(Scorer, Protocol):
     def context(
         self, budget: BudgetLike, metric: str | None = None, probe: Callable[[Ints], float] | None = None
     ) -> Context: ...
+
+
+@runtime_checkable
+class Reranks(Protocol):
+    """A judge whose units an agent may rank anew, before any plan is scored (`Evaluator.rerank`)."""
+
+    def rerank(self, scores: Sequence[Floats]) -> None: ...
 
 
 Source = Workload | Judge

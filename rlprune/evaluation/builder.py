@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ..config.config import RecoveryConfig
-from ..errors import BudgetError
+from ..errors import BudgetError, ConfigError
 from ..importance.calibration_cache import CalibrationCache
 from ..importance.importance import find_importance
 from ..importance.unit_scores import Scores
@@ -63,6 +64,17 @@ class Builder:
         scores, recovery = self._prepared(self.calibration, given)
         self.dense = Stage(workload.model, None, space, scores, recovery)
         self._last: dict[History, Stage] = {}
+
+    def rerank(self, scores: Scores | Sequence[ArrayLike]) -> None:
+        """Rank the units of the dense model anew; ConfigError where its recovery was made for another ranking."""
+        if "reconstruct" in self.settings.steps:
+            raise ConfigError(
+                "recovery.steps: 'reconstruct' is prepared for the ranking of prune.importance; leave it out where the "
+                "agent ranks the units"
+            )
+        given = [np.asarray(s, dtype=np.float64) for s in scores]
+        self._importance_name = None
+        self.dense = dataclasses.replace(self.dense, importance=given)
 
     def fork(self) -> Builder:
         """One that shares what was measured of the dense model, and no stage after it."""

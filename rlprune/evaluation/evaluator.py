@@ -256,6 +256,18 @@ class Evaluator:
         plan = self._builder(as_history(history))[1]
         return dataclasses.replace(plan, origin=dict(origin or {}))
 
+    def rerank(self, scores: Sequence[Floats]) -> None:
+        """From now on rank units by these G arrays of scores, which an agent has learned; before any plan is scored.
+
+        Raises:
+            ConfigError: plans have been scored already, or the closed-form recovery is made for another ranking.
+        """
+        dense = as_history(self.space.widths)
+        if any(history != dense for history in self._memo):
+            raise ConfigError("rerank: plans have been scored with another ranking of the units")
+        self._builder.rerank(scores)
+        self.importance = self._builder.dense.importance
+
     def context(
         self, budget: BudgetLike, metric: str | None = None, probe: Callable[[Ints], float] | None = None
     ) -> Context:

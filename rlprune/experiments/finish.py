@@ -76,11 +76,29 @@ def finish(
     The test split is read here and nowhere else, after everything has been chosen. With ``state`` the
     outcome is kept in that folder and a killed fine-tune goes on where it was.
     """
-    callback = callback or Callback()
-    method = found.method if found else "dense"
-    label = f"{method}-{found.seed if found else 0}"
     model, plan = _built(experiment, found.history if found else None)
-    keep = _Kept(state, label)
+    head = _head(experiment, found, seed)
+    return finish_model(experiment, model, plan, head, seed=seed, state=state, callback=callback)
+
+
+def finish_model(
+    experiment: Experiment,
+    model: nn.Module,
+    plan: Plan | None,
+    head: Mapping[str, object],
+    *,
+    seed: int,
+    state: Path | None = None,
+    callback: Callback | None = None,
+) -> FinalModel:
+    """`finish` of a model that is there already; ``plan`` is None for the dense one.
+
+    ``head`` is the part of its row that the method knows: method, kind, seed, evaluations, seconds, score, validation,
+    validation_loss.
+    """
+    callback = callback or Callback()
+    method, kind = str(head["method"]), str(head["kind"])
+    keep = _Kept(state, f"{method}-{0 if kind == 'dense' else head['seed']}")
     # Only the same plan under the same settings may be taken from an earlier try.
     mark = {
         "widths": list(plan.widths.tolist()) if plan else [],
@@ -89,14 +107,14 @@ def finish(
     }
     facts = keep.load(mark, model)
     if facts is None:
-        wanted = None if found is None else experiment.config.finish.dtype
+        wanted = None if kind == "dense" else experiment.config.finish.dtype
         facts = _measured(experiment, model, seed, keep.training, f"fine-tune {method}", callback, wanted)
         keep.save(mark, facts, model)
     callback.close()
     kept_outcomes = facts.pop("outcomes", None)
     outcomes = None if kept_outcomes is None else Outcomes.from_dict(kept_outcomes)
-    row = _row(experiment, found, model, plan, seed, facts)
-    kept = experiment.workload.adapter.keeps_models or row["kind"] in ("dense", "agent")
+    row = _row(experiment, head, model, plan, facts)
+    kept = experiment.workload.adapter.keeps_models or kind in ("dense", "agent")
     return FinalModel(row, model if kept else None, plan, outcomes)
 
 
@@ -185,16 +203,8 @@ def tensor_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def _row(
-    experiment: Experiment,
-    found: MethodResult | None,
-    model: nn.Module,
-    plan: Plan | None,
-    seed: int,
-    facts: Mapping[str, object],
-) -> dict[str, Any]:
-    space = experiment.space
-    widths = space.widths if plan is None else plan.widths
+def _head(experiment: Experiment, found: MethodResult | None, seed: int) -> dict[str, Any]:
+    """What a method, or the dense model, knows of its row before the test split is read."""
     if found is None:
         quality = experiment.workload.evaluate(experiment.workload.model, "validation")
         head: dict[str, Any] = {
@@ -217,9 +227,20 @@ def _row(
         score, validation, validation_loss = full.score, full.metric, full.loss
         if experiment.evaluator.format_trial is not None:
             head["scoring"] = experiment.evaluator.scoring_facts["format"]
+    return head | {"score": score, "validation": validation, "validation_loss": validation_loss}
+
+
+def _row(
+    experiment: Experiment,
+    head: Mapping[str, object],
+    model: nn.Module,
+    plan: Plan | None,
+    facts: Mapping[str, object],
+) -> dict[str, Any]:
+    space = experiment.space
+    widths = space.widths if plan is None else plan.widths
     costs = {metric: space.cost(widths, metric) for metric in space.costs}
-    row = head | {"cost": costs[experiment.metric], **costs, "score": score, "validation": validation}
-    row |= {"validation_loss": validation_loss, **facts, "bytes": tensor_bytes(model)}
+    row = {**head, "cost": costs[experiment.metric], **costs, **facts, "bytes": tensor_bytes(model)}
     row["widths"] = [int(w) for w in widths]
     dense = {name for name, _ in experiment.workload.model.named_parameters()}
     # The recovery step `bias` gives some layers a bias that the dense model has not.

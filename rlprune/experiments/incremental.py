@@ -1,12 +1,13 @@
-"""Incremental pruning led by a rule: cut a little, train, look again, cut again (Adapt-Pruner).
+"""Incremental pruning led by a rule or by a search in each round: cut a little, train, look again, cut again.
 
-The learned counterpart needs nothing of this file: with ``search.stages`` above 1 and the recovery step
-``finetune`` an agent chooses the distribution of each stage.
+An agent that searches the distributions of all stages at once needs nothing of this file: that is ``search.stages``
+above 1 with the recovery step ``finetune``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..agents import Memory
 from ..errors import ArtifactError, ConfigError
 from ..evaluation.importance import compute
 from ..evaluation.recovery import Recovery
@@ -47,7 +49,7 @@ class Incremental:
 
 
 @dataclass
-class _Now:
+class Now:
     """The model as it stands: its space, and which units of the dense model it has kept."""
 
     model: nn.Module
@@ -55,30 +57,36 @@ class _Now:
     kept: tuple[Ints, ...]
 
 
+Chosen = tuple[Ints, dict[str, Any]]
+"""Widths (G,), and plain values that the next choice is told."""
+Choose = Callable[[Now, int, float, Memory], Chosen]
+"""``choose(now, round, cost, memory)``: the widths that a round cuts to, of at most that cost."""
+
+
 def incremental(
     experiment: Experiment,
-    rule: str | Sequence[Sequence[int]],
+    rule: str | Sequence[Sequence[int]] | Choose,
     *,
     stages: int = 5,
     steps: int = 0,
     seed: int = 0,
     out: str | Path | None = None,
     callback: Callback | None = None,
+    part: float = 0.0,
+    whole: bool = False,
 ) -> Incremental:
     """Prune in rounds: statistics, rule, cut, closed-form recovery and training, each on what is left.
 
-    Adapt-Pruner (Pan et al. 2025, arXiv 2502.03460): 5 to 20 rounds of about 5% with linear targets, the
-    importances recomputed in each, all parameters trained in between at a peak of 2e-5. Round t of T cuts to
-    ``dense - t / T (dense - budget)`` in the budget's metric (the published one is ``params``). The recovery steps
-    of the settings follow each cut, but for their gradient steps: ``steps`` of training take their place
-    (`language.tuning.finetune.tune` for language models, by ``finish.method`` with ``finish.lr`` and the rest of that
-    section; SGD otherwise). ``method: full`` is the published choice.
+    Round t of T cuts to ``dense - t / T (dense - budget)``, as in Adapt-Pruner (Pan et al. 2025, arXiv 2502.03460).
+    ``steps`` of training by section ``finish`` take the place of the gradient steps of the recovery.
 
     Args:
-        rule: name of a rule; or the widths (G,) after each stage themselves, none above those before.
+        rule: name of a rule; or the widths (G,) after each stage themselves, none above those before; or who chooses.
         stages: rounds; ignored where the widths are given.
         steps: optimizer steps of each round, 0 for none.
-        seed: of the training's data; every round has text of its own.
+        seed: of the training's data; every round of a language model has sequences of its own.
+        part: largest share of the dense cost that is cut before a rule looks again; 0 for a whole round at once.
+        whole: one learning-rate schedule over all rounds, instead of one for each.
         out: folder of the state; rounds that an earlier try finished are taken from there.
 
     Raises:
@@ -86,53 +94,73 @@ def incremental(
         BudgetError: the budget or the widths do not fit.
         ArtifactError: ``out`` holds the state of other settings.
     """
-    callback = callback or Callback()
-    wanted = [] if isinstance(rule, str) else [np.asarray(w, dtype=np.int64) for w in rule]
-    stages = stages if isinstance(rule, str) else len(wanted)
+    told = (callback or Callback()).training
+    choose, stages = _chooser(experiment, rule, stages)
     if stages < 1 or steps < 0:
         raise ConfigError(f"stages: at least 1 stage and 0 steps are needed, got {stages} and {steps}")
-    if isinstance(rule, str):
-        find_rule(rule)
     space = experiment.space
-    now = _Now(experiment.workload.model, space, tuple(np.arange(g.units) for g in space.groups))
-    kept = _Rounds(out, experiment, rule, stages, steps, seed)
-    history: list[Widths] = []
-    rounds = []
+    now = Now(experiment.workload.model, space, tuple(np.arange(g.units) for g in space.groups))
+    method = rule if isinstance(rule, str) else experiment.config.search.agent if callable(rule) else "widths"
+    label = rule if not callable(rule) else experiment.config.search
+    kept = _Rounds(out, experiment, label, (stages, steps, seed, part, whole))
+    memory: Memory = {}
+    history, rounds = list[Widths](), []
     for stage in range(1, stages + 1):
         folder = None if out is None else Path(out) / f"round-{stage}.state"
         finished = kept.load(stage, now)
         if finished is None:
-            if isinstance(rule, str):
-                widths = _widths(experiment, rule, now, stage, stages)
-            else:
-                widths = wanted[stage - 1]
-            job = TuneJob(seed + 1000 * stage, steps, folder, callback.training, f"round {stage}/{stages}")
-            now, finished = _round(experiment, now, widths, job)
+            for cost in _costs(experiment, now, stage, stages, part if isinstance(rule, str) else 0.0):
+                widths, memory = choose(now, stage, cost, memory)
+                now = _cut(experiment, now, widths)
+            job = TuneJob(seed, steps, folder, told, f"round {stage}/{stages}", (stage - 1) * steps)
+            job = replace(job, whole=stages * steps) if whole else job
+            finished = _trained(experiment, now, job) | {"memory": memory}
             kept.save(stage, now, finished)
+        memory = finished["memory"]
         history.append(tuple(space.widths_of(now.kept).tolist()))
         rounds.append(finished)
-    origin = {"method": rule if isinstance(rule, str) else "widths", "stages": stages, "steps": steps}
+    origin: dict[str, object] = {"method": method, "stages": stages, "steps": steps}
     origin |= {"budget": str(experiment.budget), "metric": experiment.metric}
     plan = Plan(space, final_widths(tuple(history)), now.kept, origin)
     return Incremental(now.model, plan, tuple(history), tuple(rounds))
 
 
-def _round(experiment: Experiment, now: _Now, widths: Ints, job: TuneJob) -> tuple[_Now, dict[str, float]]:
-    """Cut to ``widths``, train where ``job`` has steps, validate: the smaller model, and the facts of the round."""
-    now = _cut(experiment, now, widths)
+def _chooser(
+    experiment: Experiment, rule: str | Sequence[Sequence[int]] | Choose, stages: int
+) -> tuple[Choose, int]:
+    """Who chooses the widths of each round, and how many rounds there are."""
+    if callable(rule):
+        return rule, stages
+    if isinstance(rule, str):
+        find_rule(rule)
+        return lambda now, stage, cost, memory: (_widths(experiment, rule, now, cost), {}), stages
+    wanted = [np.asarray(w, dtype=np.int64) for w in rule]
+    return lambda now, stage, cost, memory: (wanted[stage - 1], {}), len(wanted)
+
+
+def _costs(experiment: Experiment, now: Now, stage: int, stages: int, part: float) -> list[float]:
+    """Absolute costs that a round cuts to, one after the other, the last of them its own."""
+    dense, metric = experiment.space.dense_cost(experiment.metric), experiment.metric
+    last = dense - stage / stages * (dense - experiment.target)
+    begin = now.space.dense_cost(metric)
+    cuts = 1 if part == 0 else max(1, math.ceil((begin - last) / (part * dense) - 1e-9))
+    return [begin - i / cuts * (begin - last) for i in range(1, cuts)] + [last]
+
+
+def _trained(experiment: Experiment, now: Now, job: TuneJob) -> dict[str, Any]:
+    """Train where ``job`` has steps, and validate: the facts of the round."""
     if job.steps:
         experiment.workload.fine_tune(now.model, experiment.config.finish, job)
     quality = experiment.workload.evaluate(now.model, "validation")
-    cost = experiment.space.cost(widths, experiment.metric)
-    return now, {"cost": cost, "loss": quality.loss, "metric": quality.metric}
+    cost = now.space.dense_cost(experiment.metric)
+    return {"cost": cost, "loss": quality.loss, "metric": quality.metric}
 
 
-def _widths(experiment: Experiment, rule: str, now: _Now, stage: int, stages: int) -> Ints:
-    """What the rule keeps after a stage, judged by the model as it stands now."""
-    dense, metric = experiment.space.dense_cost(experiment.metric), experiment.metric
-    # The costs count kept units, so a stage's absolute target means the same in every stage's space.
-    share = (dense - stage / stages * (dense - experiment.target)) / now.space.dense_cost(metric)
-    share = min(1.0, share)
+def _widths(experiment: Experiment, rule: str, now: Now, cost: float) -> Ints:
+    """What the rule keeps at a cost, judged by the model as it stands now."""
+    metric = experiment.metric
+    # The costs count kept units, so an absolute target means the same in every round's space.
+    share = min(1.0, cost / now.space.dense_cost(metric))
     context = Context(
         space=now.space,
         model=now.model,
@@ -145,14 +173,14 @@ def _widths(experiment: Experiment, rule: str, now: _Now, stage: int, stages: in
     return rule_widths(find_rule(rule), context)
 
 
-def _importance(experiment: Experiment, now: _Now) -> Any:
+def _importance(experiment: Experiment, now: Now) -> Any:
     if now.model is experiment.workload.model:
         return experiment.evaluator.importance
     name = experiment.config.prune.importance
     return compute(name, experiment.workload, now.space, experiment.config.seed, now.model)
 
 
-def _cut(experiment: Experiment, now: _Now, widths: Ints) -> _Now:
+def _cut(experiment: Experiment, now: Now, widths: Ints) -> Now:
     """The next smaller model, recovered without gradient steps."""
     settings = experiment.config.recovery
     closed = tuple(step for step in settings.steps if step != "finetune") or ("none",)
@@ -161,7 +189,7 @@ def _cut(experiment: Experiment, now: _Now, widths: Ints) -> _Now:
     slim = prune(now.model, cut)
     Recovery(experiment.workload, now.space, settings, now.model)(slim, cut)
     kept = tuple(before[units] for before, units in zip(now.kept, cut.kept, strict=True))
-    return _Now(slim, experiment.space.after(kept), kept)
+    return Now(slim, experiment.space.after(kept), kept)
 
 
 class _Rounds:
@@ -171,10 +199,8 @@ class _Rounds:
         self,
         out: str | Path | None,
         experiment: Experiment,
-        rule: str | Sequence[Sequence[int]],
-        stages: int,
-        steps: int,
-        seed: int,
+        label: object,
+        lengths: tuple[object, ...],
     ) -> None:
         self._folder = None if out is None else Path(out)
         config = experiment.config
@@ -184,10 +210,10 @@ class _Rounds:
             config.prune,
             experiment.budget,
             experiment.metric,
-            rule,
-            stages,
+            label,
+            *lengths,
         ]
-        self._key = repr([*facts, steps, seed, experiment.space.fingerprint])
+        self._key = repr([*facts, experiment.space.fingerprint])
         self._done: list[dict[str, Any]] = []
         self._last: dict[str, Any] | None = None
         if self._folder is not None and (self._folder / "rounds.json").is_file():
@@ -196,7 +222,7 @@ class _Rounds:
             self._done, self._last = _rounds(content, self._folder), content
         self._experiment = experiment
 
-    def load(self, stage: int, now: _Now) -> dict[str, Any] | None:
+    def load(self, stage: int, now: Now) -> dict[str, Any] | None:
         """The facts of a finished round; with the last of them ``now`` becomes the model that it left."""
         if self._last is None or stage > len(self._done):
             return None
@@ -211,7 +237,7 @@ class _Rounds:
             _put(now.model, read_tensors(self._folder / f"round-{stage}.safetensors"))
         return {k: v for k, v in self._done[stage - 1].items() if k != "kept"}
 
-    def save(self, stage: int, now: _Now, facts: dict[str, float]) -> None:
+    def save(self, stage: int, now: Now, facts: dict[str, Any]) -> None:
         if self._folder is None:
             return
         tensors = {name: p.detach() for name, p in now.model.named_parameters()}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..agents import SearchRequest, StateDir, make_agent
+from ..agents import Round, SearchRequest, StateDir, make_agent
 from ..agents.ppo.agents import PPOAgent
 from ..agents.ppo.policy import PortablePolicy
 from ..envs.task import Task
@@ -33,6 +33,7 @@ class MethodResult:
     history: History
     seconds: float
     policy: Any = None
+    memory: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def best(self) -> Candidate:
@@ -93,12 +94,13 @@ def run_agent(
     progress: Callable[[Any], None] | None = None,
     tensorboard: Path | None = None,
     policy: PortablePolicy | None = None,
+    at: Round | None = None,
 ) -> MethodResult:
     """Let an agent search; the plan of the first experiment is wanted, the others train the policy.
 
     The starts are scored first and charged, and the best rule among them is what actions deviate from (see
-    ``search.base_rule``). With a ``policy`` the search starts from its plan and its weights instead, and its base rule
-    stays.
+    ``search.base_rule``). ``at`` is the round that the search is of. With a ``policy`` it starts from that one's plan
+    and weights instead, and its base rule stays.
     """
     started = time.perf_counter()
     settings = experiments[0].config.search
@@ -128,14 +130,14 @@ def run_agent(
             progress=progress,
             tensorboard=tensorboard,
             policy=policy,
+            round=at or Round(),
         )
     )
     kind = "agent" if method == settings.agent else "baseline"
     own = settings.starts == "none"  # the agent's choice, which need not be its highest score
     history = result.best[0] if own else best_within(experiments[0], accounts[0])
-    return MethodResult(
-        method, kind, seed, accounts[0], history, time.perf_counter() - started, result.policy
-    )
+    seconds = time.perf_counter() - started
+    return MethodResult(method, kind, seed, accounts[0], history, seconds, result.policy, result.memory)
 
 
 def _task(experiment: Experiment, base: str) -> Task:

@@ -34,6 +34,7 @@ from .finish import FinalModel, add_latency, choose, finish, save_outcomes
 from .methods import MethodResult, keep_logits, run_agent, score_rule
 from .prepare import Experiment, find_rule, prepare_experiment
 from .result import PruningResult
+from .rounds import in_rounds
 from .saving import save_model
 from .usage import check_usage
 from .workers import working
@@ -83,9 +84,16 @@ def run(
         experiment = experiments[0]
         _note_experiment(experiment, callback)
         state = folder / "state"
-        with working(config, experiments, logs=state):
-            rules, found, chosen = _search_all(config, experiments, folder, callback)
-        finished = _finish_all(experiment, rules, chosen, state, callback)
+        rules: list[MethodResult] = []
+        found: list[MethodResult] = []
+        if config.rounds.count > 1:
+            dense = finish(experiment, None, seed=config.seed, state=state, callback=callback)
+            finished = [dense, in_rounds(experiment, folder, callback)]
+            add_latency(finished, experiment)
+        else:
+            with working(config, experiments, logs=state):
+                rules, found, chosen = _search_all(config, experiments, folder, callback)
+            finished = _finish_all(experiment, rules, chosen, state, callback)
         plan, sizes = _save_outcome(experiment, folder, found, finished)
         _write_results(experiment, folder, finished, _curve(experiment, rules, found), sizes)
         _forget_models(state)

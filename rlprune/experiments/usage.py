@@ -62,7 +62,9 @@ class Run:
         """Whether the final fine-tune has any length."""
         if self.command not in ("train", "benchmark"):
             return True
-        finish = self.config.finish
+        finish, rounds = self.config.finish, self.config.rounds
+        if rounds.count > 1 and rounds.epochs + rounds.steps > 0:
+            return True
         if self.adapter is None:
             return finish.epochs + finish.steps > 0
         return self.adapter.fine_tune_length(finish)[0] > 0
@@ -119,6 +121,7 @@ def _section(name: str) -> Rule:
 
 RULES = (
     # What a command does at all.
+    Rule(("rounds.*",), _by("train"), "{command} prunes once", "`rlprune train` uses it"),
     Rule(("search.*",), _by(*SEARCHING), "{command} does no search",
          "`rlprune train`, `benchmark` and `apply --refine` use it"),
     Rule(("search.baselines", "search.checkpoints", "search.model_seeds", "search.tensorboard"), _by("train"),
@@ -128,7 +131,8 @@ RULES = (
     Rule(("search.base_rule",), _not_by("apply --refine"), "the policy's own base rule is taken",
          "`rlprune train` and `benchmark` use it"),
     *(_section(name) for name in ("ppo", "ppo_sequential", "ppo_stages", "amc", "sb3", "cma_es", "tpe", "gp",
-                                  "evopress", "evopress_drop", "eagleeye", "rl_pruner", "bypass")),
+                                  "evopress", "evopress_drop", "eagleeye", "rl_pruner", "rl_pruner_published",
+                                  "bypass", "bypass_published")),
     Rule(("search.mode", "search.batch", "search.ahead"), lambda run: run.foreign or "ppo" in run.agents,
          "{agents}", "give search.agent=ppo, or --methods ppo of `rlprune benchmark`"),
     Rule(("search.environments",), lambda run: run.foreign or not set(SEVERAL).isdisjoint(run.agents),
@@ -166,6 +170,8 @@ RULES = (
     Rule(("execution.*",), _by(*SEARCHING, "fidelity"), "{command} computes in this process alone",
          "`rlprune train`, `benchmark`, `fidelity` and `apply --refine` use it"),
     # What the other settings leave of use.
+    Rule(("rounds.epochs", "rounds.steps", "rounds.schedule", "rounds.cut"), lambda run: run.config.rounds.count > 1,
+         "rounds.count is 1", "give it", ("rounds.count",)),
     Rule(("execution.workers",), lambda run: run.config.execution.engine != "serial",
          "execution.engine is serial", "give execution.engine=processes", ("execution.engine",)),
     Rule(("execution.address",), lambda run: run.config.execution.engine == "ray",

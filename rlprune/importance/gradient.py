@@ -55,6 +55,52 @@ def taylor(
         return per_unit(model, space, lambda c, t: (sums[c.tensor] * t).abs() if c.tensor in sums else None)
 
 
+def taylor_filters(
+    model: nn.Module, space: PruningSpace, batches: Batches, loss: Loss, forward: Forward = plain_forward
+) -> Scores:
+    """RL-Pruner's Taylor score sum |w * dL/dw| of the weights of a unit's own filters (arXiv 2411.06463).
+
+    As in the authors' code: no norms, biases or consumers; gradients of the summed losses of the batches, in training
+    mode; the mean over the layers whose filters are cut together. The model, its buffers included, is left as it was.
+    """
+    parameters = dict(model.named_parameters())
+    wanted = {c.tensor for c in space.cuts if not c.consumer and c.tensor in parameters}
+    weights = {name: parameters[name] for name in wanted if parameters[name].ndim > 1}
+    before = {p: p.requires_grad for p in parameters.values()}
+    modes = {m: m.training for m in model.modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    model.train()
+    try:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in weights)
+        for inputs, targets in batches:
+            with torch.enable_grad():
+                value = loss(forward(model, inputs, targets), targets)
+                gradients = torch.autograd.grad(value, [*weights.values()], allow_unused=True)
+            for total, gradient in zip(sums.values(), gradients, strict=True):
+                if gradient is not None:
+                    total += gradient
+    finally:
+        for parameter, trained in before.items():
+            parameter.requires_grad_(trained)
+        for module, mode in modes.items():
+            module.training = mode
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+
+    def own(cut: Cut) -> Tensor | None:
+        return None if cut.consumer else sums.get(cut.tensor)
+
+    def share(cut: Cut, tensor: Tensor) -> Tensor | None:
+        return None if own(cut) is None else torch.full_like(tensor, tensor.shape[cut.dim] / tensor.numel())
+
+    with torch.no_grad():
+        scores = per_unit(model, space, lambda c, t: None if (s := own(c)) is None else (s * t).abs())
+        filters = per_unit(model, space, share)
+    return [score / np.maximum(count, 1.0) for score, count in zip(scores, filters, strict=True)]
+
+
 def taylor_vector(
     model: nn.Module, space: PruningSpace, batches: Batches, loss: Loss, forward: Forward = plain_forward
 ) -> Scores:

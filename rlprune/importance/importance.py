@@ -19,7 +19,15 @@ from ..pruning.space import PruningSpace
 from ..utils.registry import Registry
 from ..utils.torch_internals import BATCH_NORM
 from .calibration_cache import CURVES, CalibrationCache
-from .gradient import saap, taylor, taylor_param_first, taylor_param_mix, taylor_param_second, taylor_vector
+from .gradient import (
+    saap,
+    taylor,
+    taylor_filters,
+    taylor_param_first,
+    taylor_param_mix,
+    taylor_param_second,
+    taylor_vector,
+)
 from .unit_scores import Batches, Forward, Loss, Scores, per_unit
 
 
@@ -123,7 +131,15 @@ def first_sentence(function: Callable[..., object]) -> str:
 
 for _function in (l1, l2, bn_scale):
     _of_weights(_function)
-for _gradient in (taylor, taylor_vector, taylor_param_first, taylor_param_second, taylor_param_mix, saap):
+for _gradient in (
+    taylor,
+    taylor_filters,
+    taylor_vector,
+    taylor_param_first,
+    taylor_param_second,
+    taylor_param_mix,
+    saap,
+):
     _of_gradients(_gradient)
 register(first_sentence(random), name="random")(lambda c: random(c.model, c.space, c.seed))
 

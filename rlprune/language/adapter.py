@@ -94,6 +94,7 @@ class LanguageAdapter(ModelAdapter):
     recovery_steps = ("none", "bias", "reconstruct", "bn", "finetune")
     unread = {
         "finish.epochs": ("{model} is a language model", "give finish.steps"),
+        "rounds.epochs": ("{model} is a language model", "give rounds.steps"),
         **dict.fromkeys(
             ("finish.momentum", "model.train.momentum"),
             ("{model} is a language model, trained by AdamW", "only SGD has a momentum"),
@@ -216,7 +217,8 @@ class LanguageAdapter(ModelAdapter):
             out=job.state,
             progress=job.progress,
             phase=job.phase,
-            part=None if job.whole is None else (job.before, job.whole),
+            before=job.before,
+            whole=job.whole,
         )
         if not found.steps:
             return Tuned(found.model)

@@ -61,6 +61,19 @@ def parameter_cost(
     return builder.build()
 
 
+@cost_metric("output channels of the convolutions and linear layers that are cut (filters)", wing="vision")
+def filters(space: PruningSpace, model: nn.Module) -> CostFormula | None:
+    """Filters as RL-Pruner (arXiv 2411.06463) counts them; what cannot be cut, as the last layer, is left out."""
+    sizes, parameters = space.axis_sizes(), dict(model.named_parameters())
+    builder = FormulaBuilder(len(space.groups))
+    found = [
+        c for c in space.cuts if not c.consumer and c.tensor in parameters and parameters[c.tensor].ndim > 1
+    ]
+    for cut in found:
+        builder.add(1.0, sizes[cut.axis])
+    return builder.build() if found else None
+
+
 def with_registered_costs(space: PruningSpace, model: nn.Module) -> PruningSpace:
     """The space with the registered costs that its model has; ConfigError naming one that is no cost."""
     further = dict(space.costs)

@@ -100,7 +100,7 @@ class Rule:
     ``alike`` names a kind of groups that the rule gives one width, where they are as wide: what the budget leaves over
     then stays unspent, because one step of a single group would make them differ. ``shipped`` says that a rule comes
     with rlprune: only those are among the starts of every search, so that a rule of yours changes nobody else's
-    results.
+    results. ``on_request`` marks a variant of another rule, which runs only where it is named.
     """
 
     name: str
@@ -113,6 +113,7 @@ class Rule:
     external: bool = False
     shipped: bool = True
     alike: str | None = None
+    on_request: bool = False
 
     @property
     def probes(self) -> bool:
@@ -135,12 +136,15 @@ def applies(rule: Rule, space: PruningSpace) -> bool:
 
 
 def rules_for(space: PruningSpace, *, external: bool = False) -> dict[str, Rule]:
-    """The rules that apply to a space, by name; with ``external`` other libraries' methods are among them."""
+    """The rules that apply to a space, by name; with ``external`` other libraries' methods are among them.
+
+    Those that run on request only are not.
+    """
     RULES.complete()
     return {
         name: found
         for name, found in RULES.items()
-        if applies(found, space) and (external or not found.external)
+        if applies(found, space) and (external or not found.external) and not found.on_request
     }
 
 
@@ -170,6 +174,7 @@ def rule(
     costly: bool = False,
     external: bool = False,
     alike: str | None = None,
+    on_request: bool = False,
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register a function under its own name, and check what it is given and what it returns.
 
@@ -181,6 +186,7 @@ def rule(
         costly: the rule runs backward passes, or dozens of forward passes over the calibration split.
         external: another library's method: in comparisons only.
         alike: a kind of groups ("ffn") that get one width, where they are as wide.
+        on_request: the rule runs only where it is named.
 
     Raises (when applied):
         ConfigError: the name is taken, or the summary is missing.
@@ -205,7 +211,7 @@ def rule(
         update_wrapper(checked, function)
         shipped = function.__module__.startswith(f"{__package__}.")
         RULES[name] = Rule(
-            name, summary, checked, needs_workload, probes, wing, costly, external, shipped, alike
+            name, summary, checked, needs_workload, probes, wing, costly, external, shipped, alike, on_request
         )
         return checked
 

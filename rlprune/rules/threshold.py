@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..pruning.space import PruningSpace
-from ..utils.arrays import Floats, Ints
+from ..utils.arrays import Bools, Floats, Ints
 from .context import Context
 
 
@@ -39,6 +39,22 @@ def threshold_distribution(context: Context, scores: Sequence[ArrayLike]) -> Flo
         else:
             low = middle + 1
     return widths_distribution(space, widths(low))
+
+
+def pooled_widths(context: Context, scores: Sequence[ArrayLike], groups: Bools, count: int) -> Ints:
+    """Widths (G,) when the ``count`` units of the lowest scores of some groups (G,) go; the others keep all.
+
+    Groups keep their minimum and lose whole steps.
+    """
+    space = context.space
+    chosen = [np.asarray(s, dtype=np.float64) for s, own in zip(scores, groups, strict=True) if own]
+    if not chosen or count <= 0:
+        return space.widths.copy()
+    pooled = np.sort(np.concatenate(chosen))
+    limit = pooled[min(count, len(pooled)) - 1]
+    kept = np.array([float((np.asarray(s) > limit).sum()) for s in scores]) / space.lanes
+    widths: Ints = np.where(groups, np.maximum(space.limits.floor(kept), space.minimums), space.widths)
+    return widths
 
 
 def scaled_distribution(context: Context, keep: Callable[[float], Floats]) -> Floats:

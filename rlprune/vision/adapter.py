@@ -83,7 +83,10 @@ class VisionAdapter(ModelAdapter):
             *("data.format", "data.answers_only", "data.packing"),
         ),
         ("only for language models", "{model} is none"),
-    ) | {"finish.steps": ("{model} is fine-tuned by epochs", "give finish.epochs")}
+    ) | {
+        "finish.steps": ("{model} is fine-tuned by epochs", "give finish.epochs"),
+        "rounds.steps": ("{model} is trained by epochs", "give rounds.epochs"),
+    }
     # No rule is the best one at all budgets or on all checkpoints, and from uniform the best plans of all of them are
     # within an action's reach.
     base_rule_over_budgets = "uniform"
@@ -173,12 +176,12 @@ class VisionAdapter(ModelAdapter):
                 settings.warmup,
                 settings.mixed_precision,
                 settings.schedule,
-                job.before,
+                0 if job.whole is None else job.before,
                 job.whole,
             ),
             distill=distill,
             forward=workload.outputs_for_loss,
-            generator=torch.Generator().manual_seed(job.seed),
+            generator=torch.Generator().manual_seed(job.seed + job.before),
             watch=Watch(job.progress, job.phase, job.state),
             team=team_of(workload.device),
         )

@@ -157,6 +157,13 @@ class Workload(abc.ABC):
         dense.model, dense.cut_from = self.architecture, None
         return dense
 
+    def around(self, model: nn.Module) -> Workload:
+        """A copy whose model is a later one, cut and trained; its scores stay those against this workload's own."""
+        other = copy.copy(self)
+        other.model = model
+        setattr(other, "judge", self.judge)  # noqa: B010  (a method for one object)
+        return other
+
     @abc.abstractmethod
     def batches(self, split: str, limit: int | None = None) -> Iterator[Batch]:
         """Batches of one split in a fixed order, without augmentation; what goes beyond ``limit`` is cut off."""

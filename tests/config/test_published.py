@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from helpers.scripts import load_script
 from rlprune.config.config import Config, load_config, shipped_configs
 from rlprune.experiments.usage import check_usage
 
-ROOT = Path(__file__).parents[2]
-TABLE: dict[str, Any] = yaml.safe_load((ROOT / "docs" / "scripts" / "published.yaml").read_text("utf-8"))
+SCRIPT = load_script("published")
+TABLE: dict[str, Any] = {name: SCRIPT.entry(name) for name in SCRIPT.TABLE}
 NAMES = [name for name in shipped_configs() if name.startswith("published/")]
 # What says which model and data a method is applied to.
 FREE = ("model", "data.name", "data.root", "data.files", "device", "threads")

@@ -86,8 +86,7 @@ class _Parts:
 
     def state(self, widths: Ints) -> Bools:
         """The state that widths (G,) are of."""
-        gone: Bools = ~(self._holds & (widths > 0)).any(axis=2)
-        return gone
+        return np.asarray(~(self._holds & (widths > 0)).any(axis=2), dtype=bool)
 
     def random(self, generator: np.random.Generator) -> Bools:
         """A state with ``count`` parts of each kind gone."""

@@ -55,8 +55,9 @@ class GradientFree(ABC):
         recorders = [TrialRecorder(account, watcher) for account in request.accounts]
         for index, (task, recorder) in enumerate(zip(tasks, recorders, strict=True)):
             recorder.score_starts(task, request.starts_of(index), request.policy)
+            later = () if request.round.number == 1 else (request.round.number,)
             with suppress(BudgetExhausted):  # an account also ends after too many repeats
-                self.spend(task, recorder, (request.seed, index))
+                self.spend(task, recorder, (request.seed, index, *later))
         return SearchResult(tuple(r.best(task) for task, r in zip(tasks, recorders, strict=True)))
 
 

@@ -18,6 +18,8 @@ from .grams import Consumer, GramSource, group_consumers
 from .statistics import Statistics
 
 WING = "language"
+FLAP_METRIC = "flap metric"
+"""The name that the metric of FLAP is kept under where one of its importances ranks the units."""
 
 
 def _by_column(
@@ -47,20 +49,34 @@ def wanda_sp(model: nn.Module, space: PruningSpace, statistics: Statistics) -> S
     return _by_column(model, space, "wanda_sp", score)
 
 
-def flap(model: nn.Module, space: PruningSpace, statistics: Statistics) -> Scores:
-    """FLAP's fluctuation: Var(X_j) * ||W_:j||^2, squared in attention, averaged over a unit's input columns j.
+def fluctuation(
+    space: PruningSpace, statistics: Statistics, metric: str
+) -> Callable[[Consumer, Floats], Floats]:
+    """FLAP's metrics of the input columns j of a consumer: ``score(consumer, weights (I, O))`` gives (I,).
 
-    An et al. 2023, arXiv 2312.11983, equation 5; the square is in the authors' code. Their standardisation
-    within a layer changes no ranking within it and belongs to the rule `flap`.
+    `wifv` Var(X_j) * ||W_:j||^2, `ifv` Var(X_j), `wifn` the mean over outputs of |W_ij| * ||X_j||; squared in attention
+    (the code: lib/prune.py).
     """
 
     def score(consumer: Consumer, weights: Floats) -> Floats:
-        values = statistics.inputs[consumer.name].variance * (weights**2).sum(axis=1)
-        if space.groups[consumer.group].kind == "attention":
-            values = values**2
-        return values[consumer.columns].mean(axis=1)
+        moments = statistics.inputs[consumer.name]
+        if metric == "wifn":
+            values = np.abs(weights).mean(axis=1) * np.sqrt(moments.second)
+        else:
+            values = moments.variance * ((weights**2).sum(axis=1) if metric == "wifv" else 1.0)
+        return values**2 if space.groups[consumer.group].kind == "attention" else values
 
-    return _by_column(model, space, "flap", score)
+    return score
+
+
+def flap(model: nn.Module, space: PruningSpace, statistics: Statistics, metric: str = "wifv") -> Scores:
+    """FLAP's fluctuation: Var(X_j) * ||W_:j||^2, squared in attention, averaged over a unit's input columns j.
+
+    An et al. 2023, arXiv 2312.11983, equation 5; the square is in the authors' code. Their standardisation
+    within a layer changes no ranking within it and belongs to the rule `flap`. ``metric``: see `fluctuation`.
+    """
+    of_columns = fluctuation(space, statistics, metric)
+    return _by_column(model, space, "flap", lambda c, weights: of_columns(c, weights)[c.columns].mean(axis=1))
 
 
 def obs(
@@ -96,10 +112,20 @@ def _wanda_sp(cache: CalibrationCache) -> Scores:
     return _with_experts(own, wanda_sp(cache.model, cache.space, own.statistics()))
 
 
-@register(first_sentence(flap), wing=WING, name="flap")
-def _flap(cache: CalibrationCache) -> Scores:
-    own = _checked(cache, "flap")
-    return _with_experts(own, flap(cache.model, cache.space, own.statistics()))
+def _flap(name: str, metric: str, summary: str) -> None:
+    """Register FLAP with one of its metrics; the rules of FLAP read which one ranks the units."""
+
+    def scores(cache: CalibrationCache) -> Scores:
+        own = _checked(cache, name)
+        cache.keep(FLAP_METRIC, metric)
+        return _with_experts(own, flap(cache.model, cache.space, own.statistics(), metric))
+
+    register(summary, wing=WING, name=name)(scores)
+
+
+_flap("flap", "wifv", first_sentence(flap))
+_flap("flap_ifv", "ifv", "FLAP's metric IFV: the variance of the input columns alone.")
+_flap("flap_wifn", "wifn", "FLAP's metric WIFN: mean |W_ij| * ||X_j|| of the input columns.")
 
 
 @register(first_sentence(obs), wing=WING, name="obs")

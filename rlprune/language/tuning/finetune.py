@@ -65,64 +65,55 @@ def tune(
     progress: Progress | None = None,
     phase: str = "fine-tune",
     save_steps: int | None = None,
-    part: tuple[int, int] | None = None,
+    before: int = 0,
+    whole: int | None = None,
 ) -> TuneResult:
     """Fine-tune a causal language model on the workload's train split, in place, and merge what was learned.
 
-    AdamW, a learning rate by ``settings.schedule``, gradients clipped to norm 1. The loss
-    is that of `TokenLoss`: with ``settings.distill`` the dense model (``workload.model``) is the teacher.
-    The model is a plain one again afterwards, in eval mode: the same modules and state-dict names, tied weights
-    still tied. On a CPU with a fixed number of threads the result depends on the seed alone, and a resumed
-    fine-tune gives the bits of an uninterrupted one; the global random state is left as it was.
+    AdamW, a learning rate by ``settings.schedule``, gradients clipped to norm 1. The loss is that of `TokenLoss`: with
+    ``settings.distill`` the dense model (``workload.model``) is the teacher. The model is a plain one again afterwards,
+    in eval mode: the same names, tied weights still tied. On a CPU with a fixed number of threads the result depends on
+    the seed alone, and a resumed fine-tune gives the bits of an uninterrupted one; global random states stay.
 
     Args:
         workload: ``train_batches(generator, batch_size)`` gives (input_ids, targets), (B, L); -100 is not learned.
         model: the pruned model, any causal language model of transformers.
         settings: section ``finish``; ``lr`` None means 1e-4 for adapters and 2e-5 for all parameters.
         seed: of the data's order, the adapters' start and dropout.
-        steps: optimizer steps; None for ``settings.steps``. None at all (0) changes nothing.
+        steps: optimizer steps; None for ``settings.steps``, 0 changes nothing.
         out: folder of the Trainer's checkpoints; where it holds some of this very fine-tune, it goes on.
         progress: called as progress(phase, done, total, values).
         save_steps: steps between two checkpoints; None for a tenth of all.
-        part: (before, whole) where this is one of several fine-tunes under one schedule of ``whole`` steps.
+        before: steps of earlier fine-tunes of one seed, whose sequences are passed over.
+        whole: steps of all of them where they have one schedule; None: this one has its own.
 
     Raises:
         ConfigError: an unknown method, or a package of the extra ``language`` is missing.
         DataError: the train split is empty.
         ArtifactError: ``out`` holds the state of a fine-tune with other settings.
     """
-    started = time.monotonic()
     _check_method(settings.method)
+    started, lr = time.monotonic(), learning_rate(settings.lr, settings.method)
     total = settings.steps if steps is None else steps
     if total < 1:
         return TuneResult(model, 0, math.nan, 0, 0, 0.0)
-    work = Work(
-        settings,
-        settings.method,
-        total,
-        learning_rate(settings.lr, settings.method),
-        seed,
-        phase,
-        save_steps,
-        part,
-    )
+    work = Work(settings, settings.method, total, lr, seed, phase, save_steps, before, whole)
     with ExitStack() as stack:
         stack.enter_context(_isolated())
         folder = Path(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        lessons = _lessons(workload, total * settings.batch_size, settings.batch_size, seed)
+        lessons = _lessons(workload, total, settings.batch_size, seed, before)
         stack.enter_context(torch.enable_grad())
         if settings.method == "full":
             stack.enter_context(full_precision(model))
         torch.manual_seed(seed)
-        teacher = workload.model if settings.distill else None
         with attached(model, settings) as handle:
+            teacher = workload.model if settings.distill else None
             loss = TokenLoss(model, teacher, settings.temperature, settings.soft)
-            saving = out is not None
-            mean, whole = run_trainer(model, loss, lessons, work, folder, progress, saving=saving)
-            handle.model = whole or model
+            mean, gathered = run_trainer(model, loss, lessons, work, folder, progress, saving=out is not None)
+            handle.model = gathered or model
         handle.model.eval()
-    tokens = total * settings.batch_size * len(lessons.ids[0])
-    return TuneResult(handle.model, total, mean, tokens, handle.trained, time.monotonic() - started)
+    tokens, seconds = total * settings.batch_size * len(lessons.ids[0]), time.monotonic() - started
+    return TuneResult(handle.model, total, mean, tokens, handle.trained, seconds)
 
 
 def _check_method(method: str) -> None:
@@ -138,24 +129,26 @@ def learning_rate(lr: float | None, method: str) -> float:
     return FULL_LR if method == "full" else ADAPTER_LR
 
 
-def _lessons(workload: Workload, count: int, batch_size: int, seed: int) -> Lessons:
-    """The first ``count`` sequences (L,) of shuffled epochs of the train split, as int32 on the CPU."""
+def _lessons(workload: Workload, steps: int, batch_size: int, seed: int, done: int) -> Lessons:
+    """Sequences (L,) of shuffled epochs of the train split, as int32 on the CPU: ``steps`` of them after ``done``."""
+    before, count = done * batch_size, steps * batch_size
     generator = torch.Generator().manual_seed(seed)
     rows: list[Tensor] = []
     wanted: list[Tensor] = []
     masked = False
-    while len(rows) < count:
-        before = len(rows)
+    while len(rows) < before + count:
+        known = len(rows)
         for ids, targets in workload.train_batches(generator, batch_size):
             rows += ids.to("cpu", torch.int32).unbind(0)
             some = learned(ids, targets)
             masked |= some is not None
             wanted += (ids if some is None else some).to("cpu", torch.int32).unbind(0)
-            if len(rows) >= count:
+            if len(rows) >= before + count:
                 break
-        if len(rows) == before:
+        if len(rows) == known:
             raise DataError(f"workload {workload.name!r}: the split 'train' is empty")
-    return Lessons(rows[:count], wanted[:count] if masked else None)
+    own = slice(before, before + count)
+    return Lessons(rows[own], wanted[own] if masked else None)
 
 
 @contextlib.contextmanager

@@ -46,18 +46,21 @@ class Work:
     seed: int
     phase: str
     save_steps: int | None = None
-    part: tuple[int, int] | None = None
+    before: int = 0
+    whole: int | None = None
 
     @property
     def plain(self) -> bool:
         """Whether transformers has the schedule by name."""
-        return self.part is None and self.settings.schedule in ("cosine", "linear")
+        return self.whole is None and self.settings.schedule in ("cosine", "linear")
 
     @property
     def schedule(self) -> Schedule:
-        before, whole = self.part or (0, self.steps)
-        s = self.settings
-        return Schedule(self.steps, self.lr, warmup=s.warmup, shape=s.schedule, before=before, whole=whole)
+        """The schedule of the learning rate, where transformers has no name for it."""
+        s, before = self.settings, 0 if self.whole is None else self.before
+        return Schedule(
+            self.steps, self.lr, warmup=s.warmup, shape=s.schedule, before=before, whole=self.whole
+        )
 
 
 class Student(nn.Module):
@@ -184,9 +187,11 @@ class _Watched:
     own_schedule: Schedule | None
     lr_scheduler: Any
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
         own = self.own_schedule
-        if own is None or self.lr_scheduler is not None:
+        if own is None or optimizer is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
         self.lr_scheduler = LambdaLR(optimizer, lambda step: own.rate(step) / own.lr)
         return self.lr_scheduler
@@ -322,9 +327,9 @@ def _key(model: nn.Module, work: Work) -> str:
     """Hash of what has to be equal for a checkpoint to fit: shapes and settings."""
     shapes = {n: list(p.shape) for n, p in model.named_parameters()}
     s = work.settings
-    facts = [s.rank, s.alpha, s.dropout, s.batch_size, s.weight_decay, s.distill, s.temperature]
+    facts: list[object] = [s.rank, s.alpha, s.dropout, s.batch_size, s.weight_decay, s.distill, s.temperature]
     facts += [s.schedule, s.warmup, s.soft]
-    return settings_key([shapes, work.method, work.steps, work.lr, work.seed, work.part, facts])
+    return settings_key([shapes, work.method, work.steps, work.lr, work.seed, work.before, work.whole, facts])
 
 
 def _checkpoint(out: Path, key: str) -> str | None:
