@@ -295,7 +295,9 @@ def applicable(
     }
     reasons |= unable
     _refuse(methods, reasons)
-    usual = [n for n, m in (*RULES.items(), *AGENTS.items()) if not m.on_request]
+    usual = [n for n, r in RULES.items() if not r.on_request] + [
+        n for n, a in AGENTS.items() if not a.on_request
+    ]
     names = _checked(methods, [*RULES, *AGENTS]) if methods else usual
     return [name for name in names if name not in reasons], {} if methods else reasons
 

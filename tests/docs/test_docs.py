@@ -188,7 +188,8 @@ def test_the_fidelity_page_says_what_is_open_and_what_is_below_the_best() -> Non
     assert all(study.command in opened for name, study in script.STUDIES.items() if name != "digits-50")
     assert "rlprune fidelity digits --candidates" not in opened
     shipped = {study.config for study in script.STUDIES.values()}
-    assert shipped == set(shipped_configs()), "every shipped config has a study"
+    own = {name for name in shipped_configs() if not name.startswith("published/")}
+    assert shipped == own, "every shipped config of ours has a study"
 
 
 # What the pages promise exists.
@@ -293,7 +294,7 @@ def test_the_changelog_counts_what_there_is() -> None:
     text = (DOCS.parent / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"{len(FAMILIES)} model types" in text
     assert "eleven rules for language models" in text
-    assert sum(rule.wing == "language" for rule in RULES.values()) == 11
+    assert sum(rule.wing == "language" and not rule.on_request for rule in RULES.values()) == 11
 
 
 def test_the_page_of_families_says_what_was_found_of_every_type() -> None:
