@@ -131,8 +131,8 @@ def shown(value: object) -> str:
     return json.dumps(value) if not isinstance(value, str) else value
 
 
-def section(name: str, runs: Path) -> str:
-    """The part of the page on one method."""
+def section(name: str, runs: Path, present: bool = False) -> str:
+    """The part of the page on one method; with ``present`` its run may be missing."""
     method = entry(name)
     values = method["values"]
     same = [[named(row[0]), shown(row[1]), row[2]] for row in values if len(row) == 3]
@@ -143,27 +143,28 @@ def section(name: str, runs: Path) -> str:
     ]
     other += [[shown(cell) for cell in row] for row in method["differences"]]
     parts = [
-        f"## {entry['title']}",
-        f"`rlprune train published/{name}` · {entry['paper']} · code: {entry['code']}",
+        f"## {method['title']}",
+        f"`rlprune train published/{name}` · {method['paper']} · code: {method['code']}",
         markdown_table(["setting", "published", "ours", "reason"], other),
     ]
     if same:
         parts += ["As published:", markdown_table(["setting", "value", "where it is read"], same)]
-    parts += [
-        "No published value could be read for (style): " + ", ".join(f"`{s}`" for s in method["style"]) + "."
-    ]
-    return "\n\n".join([*parts, f"Small run: {last_line(ran(name, runs))}"])
+    style = ", ".join(f"`{setting}`" for setting in method["style"])
+    parts += [f"Of this package, without a published value that could be read: {style}."]
+    missing = present and not (runs / name / "results.json").is_file()
+    return "\n\n".join([*parts, f"Small run: {'not yet.' if missing else last_line(ran(name, runs))}"])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=list(SMALL), default=list(SMALL), metavar="NAME")
+    parser.add_argument("--present", action="store_true", help="run nothing: write what has been run")
     parser.add_argument("--out", type=Path, default=Path("runs/published"))
     options = parser.parse_args()
     facts = hardware()
     text = PAGE.format(
         machine=f"{facts['processor']}, 1 thread, torch {facts['libraries']['torch']}",
-        methods="\n\n".join(section(name, options.out) for name in sorted(options.only)),
+        methods="\n\n".join(section(name, options.out, options.present) for name in sorted(options.only)),
         missing=markdown_table(["method", "what is missing"], [list(row) for row in NOT_BUILT.items()]),
     )
     print(text)

@@ -16,7 +16,8 @@ TINY = {
     "images": ("model.arguments={width: 4}", "model.train.epochs=1", "data.calibration=64", "data.validation=100"),
     "text": (
         "model.arguments={layers: 3, hidden: 32, heads: 4, kv_heads: 2, intermediate: 64, vocab: 300}",
-        "model.train.epochs=1", "data.train=64", "data.calibration=8", "data.validation=8", "data.test=8", "data.sequence_length=32",
+        "model.train.epochs=1", "data.train=64", "data.calibration=8", "data.validation=8", "data.test=8",
+        "data.sequence_length=32",
     ),
 }  # fmt: skip
 QUICK = {
