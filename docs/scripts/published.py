@@ -116,10 +116,11 @@ def last_line(results: dict[str, Any]) -> str:
     tuned = (
         f", {agent['test_finetuned']:.4g} after training" if agent["test_finetuned"] != agent["test"] else ""
     )
+    done = f"{agent['rounds']} rounds of cut and training" if "rounds" in agent else "the cut"
     return (
         f"{about['model']} on {about['data']}, {left:.1%} of the {results['budget']['metric']} left, "
         f"{agent['evaluations']} evaluation(s): {about['metric']} {dense['test']:.4g} of the dense model, "
-        f"{agent['test']:.4g} after the cut{tuned}."
+        f"{agent['test']:.4g} after {done}{tuned}."
     )
 
 
