@@ -88,7 +88,7 @@ def save(
     Args:
         slim: what `rlprune.prune(model, plan)` made, fine-tuned or not.
         plan: the plan it was made with.
-        directory: new, empty, or an earlier pruned model of ours.
+        directory: new, empty, or an earlier pruned model written by rlprune.
         base: how to build the dense architecture, ``{"source", "name", "arguments"}`` (a workload's
             `.base`). Without it, models of torchvision, timm and our zoo are recognised; for others the
             folder says that `load` needs ``base=model``. For language models only its "name" is used.

@@ -66,7 +66,7 @@ class _Collected:
         self._types: set[str] = set()
 
     def header(self) -> str:
-        """The imports; a type of ours that only annotations name is anything."""
+        """The imports; rlprune's types that only annotations name become `Any`."""
         types = sorted(self._types - set(self._owners))
         lines: dict[str, list[str]] = {}
         for line in sorted({*self._imports.values(), *(["from typing import Any"] if types else [])}):

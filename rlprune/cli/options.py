@@ -70,7 +70,7 @@ def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
 
 def add_plugin(parser: argparse.ArgumentParser) -> None:
-    """--plugin; whoever types it runs that code, so nothing on disk may name one."""
+    """--plugin; it runs code, so only the command line may name one, no file."""
     parser.add_argument(
         "--plugin",
         metavar="FILE.py",

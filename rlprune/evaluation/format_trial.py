@@ -168,7 +168,7 @@ def kept_trial(key: str, make: Callable[[], FormatTrial]) -> FormatTrial:
     with contextlib.suppress(ArtifactError, TypeError):
         return FormatTrial(**read_json(path))
     trial = make()
-    with contextlib.suppress(ArtifactError, TypeError):  # whoever was first has decided for all
+    with contextlib.suppress(ArtifactError, TypeError):  # the first process decides for all
         return FormatTrial(**read_json(path))
     with contextlib.suppress(ArtifactError):  # the cache is a convenience
         write_json_atomic(path, trial.facts())

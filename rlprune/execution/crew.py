@@ -1,7 +1,7 @@
 """Workers of any engine: who takes which piece of work, and what happens when one of them dies.
 
 A worker does one piece of work at a time, so that what died with it is known. One thread of this process hands the
-work out; whoever submits only waits for futures.
+work out; the caller only waits for futures.
 """
 
 from __future__ import annotations

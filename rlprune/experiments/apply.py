@@ -265,7 +265,7 @@ def prune_equal_widths(
     checkpoint: Path | None = None,
     callback: Callback | None = None,
 ) -> str:
-    """One number of neurons for all blocks, so that `rlprune export --to hf` gives a folder without code of ours.
+    """One number of neurons for all blocks, so that `rlprune export --to hf` gives a folder that needs no custom code.
 
     Of the blocks the ``drop_blocks`` with the least influence go first, 1 - the mean cosine of their input and
     output (ShortGPT, arXiv 2403.03853, equation 1). Writes the pruned model into ``out``, returns a table.

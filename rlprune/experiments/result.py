@@ -1,4 +1,4 @@
-"""What a search leaves, for whoever goes on in Python."""
+"""The result of a search, for further use in Python."""
 
 from __future__ import annotations
 

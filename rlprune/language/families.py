@@ -255,7 +255,7 @@ def family_of(model_or_config: object) -> Family:
         headless = not hasattr(model, "lm_head") and not hasattr(model, "embed_out")
         if headless and not getattr(
             type(model), "sized_by_config", False
-        ):  # a body, or a classifier, of ours
+        ):  # one of rlprune's own bodies or classifiers
             raise UnsupportedModel(f"{what}: has no language-model head; load it with AutoModelForCausalLM")
     return FAMILIES[kind]
 

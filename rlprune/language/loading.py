@@ -194,7 +194,7 @@ def _pruned(
     device_map: str | None,
     check: Callable[[PreTrainedTokenizerBase], None] | None,
 ) -> Causal:
-    """The model of a folder of ours, to be pruned further; none of its code is run."""
+    """The model of an rlprune folder, to be pruned further; none of its code is run."""
     if device_map is not None:
         raise ConfigError(
             "model.device_map: a pruned model is read by rlprune itself, onto one device; leave it out"

@@ -37,7 +37,7 @@ class TableCost:
         constant: milliseconds of a forward pass that no width changes.
         groups: number of groups, G.
         dense: the dense model's widths (G,) and measured milliseconds.
-        table: where the terms came from, for whoever wants to keep it.
+        table: where the terms came from, for callers that keep it.
     """
 
     def __init__(

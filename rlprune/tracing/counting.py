@@ -17,7 +17,7 @@ from ..utils.pytrees import Inputs, batch_size, call
 
 @contextmanager
 def without_fused_kernels() -> Iterator[None]:
-    """Attention and recurrent layers as plain matrix products: fused ones escape whoever counts or follows operations.
+    """Attention and recurrent layers as plain matrix products: fused ones are invisible to tracing and FLOP counting.
 
     Kernels of the CPU for attention do so without gradients always, and in some versions of torch (2.14) with them;
     oneDNN's recurrent layers do in float32 only, so that a count would depend on the number format; the fast

@@ -148,7 +148,7 @@ class ChannelFlow(Interruptible):
         return tensor in self._labels
 
     def of(self, tensor: Tensor) -> list[Labels]:
-        """The labels of a tensor; none for what no channel of ours is behind (inputs, constants)."""
+        """The labels of a tensor; none for inputs and constants, which carry no labelled channel."""
         return [settled(self.sets, found.of, found.origin) for found in self._labels.get(tensor, ())]
 
     def put(self, tensor: Tensor, found: Sequence[Labels]) -> None:

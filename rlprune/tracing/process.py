@@ -64,7 +64,7 @@ class Limits:
 
 
 def in_place(work: Callable[[], Result]) -> Result:
-    """What ``work`` returns, in this process; GraphError for what it raises that is no error of ours."""
+    """What ``work`` returns, in this process; GraphError for exceptions that are not rlprune's own."""
     try:
         return work()
     except (RlpruneError, KeyboardInterrupt):
@@ -86,7 +86,7 @@ def in_child(limits: Limits, work: Callable[[], Result]) -> Result:
     Its warnings are given here again. It runs on one thread: a fork has none of the others. Where the system cannot
     fork, ``work`` runs here, and only its own looks at the limits hold it.
 
-    Raises GraphError for a limit, or a process that died; else what ``work`` raises, where that is an error of ours.
+    Raises GraphError for a limit, or a process that died; rlprune's own exceptions from ``work`` pass through.
     """
     forks = sys.platform not in ("win32", "darwin") and "fork" in multiprocessing.get_all_start_methods()
     if not forks or multiprocessing.current_process().daemon:  # which may have no children

@@ -40,7 +40,7 @@ def replacing_file(path: str | Path) -> Iterator[IO[bytes]]:
     """A fresh file to write into that takes the place of ``path`` when the block ends without an error.
 
     The path holds the old or the new content at every moment, a power cut included. What a kill leaves beside it is
-    removed by whoever writes there next.
+    removed by the next write there.
     """
     target = Path(path)
     refuse_special(target)
@@ -194,7 +194,7 @@ def lock_run(folder: str | Path, worth: str = "ledger.jsonl") -> Iterator[Path]:
     """Hold the folder of a run, made if it is missing; a second run into it is refused with ArtifactError.
 
     The lock is the operating system's, so a killed run leaves none. A folder with other people's files
-    in it is refused as well. A new run that stops with an error of ours (a wrong setting, say), or that code of the
+    in it is refused as well. A new run that stops with an rlprune error (a wrong setting, say), or that code of the
     user's ends, before it has a file ``worth`` leaves nothing behind.
     """
     target = Path(folder)
@@ -228,7 +228,7 @@ def lock_run(folder: str | Path, worth: str = "ledger.jsonl") -> Iterator[Path]:
 
 @contextlib.contextmanager
 def exclusive(path: str | Path, poll_seconds: float = 0.2) -> Iterator[None]:
-    """Hold a lock file, made if it is missing, while the block runs; waits for whoever holds it."""
+    """Hold a lock file, made if it is missing, while the block runs; waits while another process holds it."""
     target = Path(path)
     refuse_special(target)
     with writing(target):

@@ -1,4 +1,4 @@
-"""Locks of the operating system on open files: whoever dies loses them."""
+"""Operating-system locks on open files: a process that dies releases them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX files of ours: the mark by which they are known, and what an error of an exporter says in one line."""
+"""ONNX files written by rlprune: the mark that identifies them, and what an error of an exporter says in one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import first_line, one_line
 
 MARK = "rlprune"
-"""What a file of ours says about itself."""
+"""The mark in a file written by rlprune."""
 
 
 def mark_onnx(path: Path, facts: Mapping[str, str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Scoring a candidate must not disturb the random numbers of whoever asked for it."""
+"""Scoring a candidate must not disturb the random numbers of the caller."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading what anybody may have written: plain files only, JSON of bounded size, no links out of a folder of ours."""
+"""Reading what anybody may have written: plain files only, JSON of bounded size, no links out of an rlprune folder."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def refuse_special(path: Path) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """ArtifactError where a symbolic link in a folder of ours leads out of it, or a file there is no plain one."""
+    """ArtifactError where a symbolic link in an rlprune folder leads out of it, or a file is not a regular one."""
     root = folder.resolve()
     for place, folders, names in os.walk(folder):
         for path in (Path(place) / name for name in sorted([*folders, *names])):

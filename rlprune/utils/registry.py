@@ -122,7 +122,7 @@ def installed() -> tuple[metadata.EntryPoint, ...]:
 
 @contextlib.contextmanager
 def named_errors(word: str, name: str) -> Iterator[None]:
-    """Whatever a registered function raises becomes one line that names it; errors of ours stay as they are."""
+    """Whatever a registered function raises becomes one line that names it; rlprune's own errors pass through."""
     try:
         yield
     except RlpruneError:

@@ -32,7 +32,7 @@ def measure(
     """Median milliseconds of one forward pass, for every model and batch size.
 
     The models run in turns (a round times each of them once, every second round backwards): timing one
-    model after the other would charge a slow minute of the machine to whoever happened to be running.
+    model after the other would charge a slow minute of the machine to the model that happened to run.
     A run that loses the time limit keeps the rounds it has, at least three of them.
 
     Args:

@@ -48,7 +48,7 @@ class ScoringFormat:
 
 
 class _Autocast:
-    """Hooks around a model's forward pass: torch's autocast is on inside of it, whoever calls the model.
+    """Hooks around a model's forward pass: torch's autocast is on inside it, no matter who calls the model.
 
     A wrapper in the place of ``forward`` would hold the model that holds it, and a candidate's memory would wait for
     the garbage collector.

@@ -57,7 +57,7 @@ class LanguageCalibration(CalibrationCache):
         return GramWalk(self.model, lambda: self.batches(limit))
 
     def collect_grams(self) -> Grams:
-        """All of :meth:`grams` at once, for whoever needs them more than once."""
+        """All of :meth:`grams` at once, for callers that need them more than once."""
         return Grams({c.name: gram for c, gram in self.grams().each(unit_consumers(self.space))})
 
     def ranked_by_divergence(self) -> tuple[Scores, Curves]:

@@ -160,7 +160,7 @@ class GramSource(Protocol):
 
 
 class Grams:
-    """The :class:`InputGram` of each consumer by module name; whoever is the last to need one takes it out."""
+    """The :class:`InputGram` of each consumer by module name; the last user of one removes it."""
 
     def __init__(self, entries: Mapping[str, InputGram]) -> None:
         self._entries = dict(entries)

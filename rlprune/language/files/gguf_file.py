@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MARK = "rlprune.version"
-"""The field by which a file of ours is known."""
+"""The metadata field that marks a file written by rlprune."""
 DTYPES: Mapping[str, tuple[Kind, gguf.LlamaFileType]] = {
     "f32": (Kind.F32, gguf.LlamaFileType.ALL_F32),
     "f16": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16),

@@ -1,6 +1,6 @@
 """Runs in a process of its own: ``python llama_cpp_worker.py JOB.npz ANSWER.npz`` asks llama.cpp about one GGUF file.
 
-llama.cpp ends the whole process where a file breaks its assertions, so nothing of ours may live in it. This file
+llama.cpp ends the whole process where a file breaks its assertions, so nothing else may live in it. This file
 imports nothing of rlprune.
 
 The job holds ``path`` and ``threads``, ``blocks`` (N, L) of token ids, ``prompt`` (P,), how many tokens to

@@ -43,7 +43,7 @@ def prune_shards(
         source: a transformers folder: config.json and safetensors, in one file or in shards; tokenizer files and
             the generation config are taken along.
         plan: a `Plan` made for this architecture (on ``meta``, say), a plan.json, or a folder with one.
-        out: new, empty, or an earlier pruned model of ours.
+        out: new, empty, or an earlier pruned model written by rlprune.
         max_shard_size: a larger model is written as several files.
 
     Raises ArtifactError: files that are missing, damaged, quantised or of another architecture than the plan.

@@ -1,6 +1,6 @@
 """A pruned language model as a plain transformers folder, where its layers have equal widths.
 
-Such a folder names no code of ours, so everything that reads the family's checkpoints reads it: transformers
+Such a folder needs no custom code, so everything that reads the family's checkpoints reads it: transformers
 without ``trust_remote_code``, vLLM, llama.cpp's converter. Blocks that were dropped whole are left out and the
 others numbered anew.
 """

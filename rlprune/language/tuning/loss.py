@@ -127,9 +127,7 @@ class TokenLoss:
             each = None if each is None else each[kept]
         total = hidden.new_zeros((), dtype=torch.float32)
         if not len(targets):
-            return (
-                total + 0.0 * hidden.sum()
-            )  # nothing to learn, and yet a gradient for whoever waits for one
+            return total + 0.0 * hidden.sum()  # nothing to learn, but the backward pass needs a graph
         for start in range(0, len(targets), CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
             lesson = None if taught is None else taught[rows].to(hidden.device)
