@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         rules,
         surrogates,
         tracing,
+        tracking,
         utils,
         vision,
         workloads,
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
     from .workloads import LoaderWorkload, TaskType, TorchMetric, Workload, task_type
     from .workloads.score_kinds import score_kind
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _NAMES = {
     "AppliedPolicy": "experiments.apply",
@@ -124,6 +125,7 @@ _MODULES = (
     "rules",
     "surrogates",
     "tracing",
+    "tracking",
     "utils",
     "vision",
     "workloads",
@@ -197,6 +199,7 @@ __all__ = [
     "text_data",
     "trace",
     "tracing",
+    "tracking",
     "train",
     "utils",
     "vision",

@@ -33,6 +33,7 @@ FLOORS = {
     "report": 10,
     "surrogates": 11,
     "agents": 12,
+    "tracking": 12,
     "experiments": 13,
     "plugins": 13,
     "benchmarks": 14,

@@ -37,7 +37,8 @@ DENSE = "dense"
 _TELL_SECONDS = 1.0
 # Settings that say how a run is shown or where it runs, not what comes out of a cell.
 _NOT_DETERMINING = (
-    "name", "device", "threads", "seed", "search.baselines", "search.tensorboard", "finish.rules", "execution",
+    "name", "device", "threads", "seed", "search.baselines", "search.tensorboard", "search.trackers", "finish.rules",
+    "execution",
 )  # fmt: skip
 
 

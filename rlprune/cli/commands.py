@@ -36,6 +36,7 @@ from .options import (
 )
 from .output import add_json, add_quiet, finish, print_rows, say, show_benchmark, show_run, watcher
 from .pruning_commands import add_apply, add_prune
+from .sharing_commands import add_optuna, add_push
 
 
 def _add_demo(commands: Subparsers) -> None:
@@ -80,6 +81,7 @@ def _add_inspect(commands: Subparsers) -> None:
     )
     add_config(parser)
     parser.add_argument("--resources", action="store_true", help="also print seconds and peak memory")
+    add_json(parser)
     parser.set_defaults(action=_inspect)
 
 
@@ -88,7 +90,9 @@ def _inspect(args: argparse.Namespace) -> None:
     config = read_config(args)
     from ..experiments import inspect as inspection
 
-    print(inspection.inspect(config))
+    found = inspection.inspect(config)
+    print(found.text)
+    args.summary = found.facts
     if args.resources:
         print(inspection.resources(time.perf_counter() - started))
 
@@ -198,7 +202,7 @@ def _add_fidelity(commands: Subparsers) -> None:
         "--steps",
         metavar="N",
         type=whole_number(0),
-        help="gradient steps of the dearest recovery (20; none for language models)",
+        help="gradient steps of the most expensive recovery (20; none for language models)",
     )
     parser.add_argument(
         "--out", metavar="DIR", type=Path, help="folder (runs/NAME-fidelity); what it holds is reused"
@@ -240,6 +244,7 @@ def _add_evaluate(commands: Subparsers) -> None:
         "--limit", metavar="N", type=whole_number(1), help="first N questions of each file only"
     )
     add_quiet(parser)
+    add_json(parser)
     parser.set_defaults(action=_evaluate)
 
 
@@ -251,7 +256,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     from ..experiments import inspect as inspection
 
     tasks = [Path(t) for t in args.tasks]
-    print(inspection.evaluate(args.directory, config, tasks, args.limit, callback=watcher(args)))
+    found = inspection.evaluate(args.directory, config, tasks, args.limit, callback=watcher(args))
+    print(found.text)
+    args.summary = found.facts
 
 
 def _add_export(commands: Subparsers) -> None:
@@ -315,10 +322,17 @@ def _add_list(commands: Subparsers) -> None:
     parser = new_command(commands, "list", "what there is, one line each", "rlprune list rules")
     parser.add_argument("kind", nargs="?", choices=KINDS, metavar="KIND", help=f"one of: {', '.join(KINDS)}")
     add_plugin(parser)
+    add_json(parser)
     parser.set_defaults(action=_list)
 
 
 def _list(args: argparse.Namespace) -> None:
+    if args.json:
+        wanted = KINDS if args.kind is None else (args.kind,)
+        args.summary = {
+            kind: [{"name": name, "summary": text} for name, text in rows(kind)] for kind in wanted
+        }
+        return
     if args.kind is not None:
         print_rows(rows(args.kind))
         return
@@ -387,7 +401,9 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     _add_fidelity,
     _add_evaluate,
     _add_export,
+    add_push,
     _add_report,
+    add_optuna,
     _add_list,
     _add_schema,
     _add_completion,

@@ -105,3 +105,7 @@ def recovery_order() -> list[str]:
         if step.function is None:
             order += [name, *(own.name for own in further if own.after == name)]
     return order
+
+
+TRACKER_NAMES = ("mlflow", "wandb", "trackio")
+"""What `search.trackers` may name; the package and the extra have the same name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from ..errors import ConfigError
+from .names import TRACKER_NAMES
 from .schema import Section, section, setting, show
 
 # Those whose actions may be a box of numbers; DQN and the like choose among a few.
@@ -374,6 +375,9 @@ class SearchConfig(Section):
         high=1,
     )
     tensorboard: bool = setting(False, "Whether curves are written to RUN/tensorboard (extra `tensorboard`).")
+    trackers: tuple[str, ...] = setting(
+        (), "Trackers that are told of the run, each with the extra of its name.", choices=TRACKER_NAMES
+    )
     ppo: PPOConfig = setting(PPOConfig, "Settings of PPO.")
     ppo_sequential: SequentialPPOConfig = setting(SequentialPPOConfig, "Settings of PPO, one group a step.")
     ppo_stages: StagedPPOConfig = setting(StagedPPOConfig, "Settings of PPO in stages.")

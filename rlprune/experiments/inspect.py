@@ -11,6 +11,7 @@ from ..pruning.cost import plain_amount
 from ..pruning.cost_terms import narrow_lines
 from ..pruning.space import PruningSpace
 from ..tracing.trace import TraceOptions
+from ..utils.findings import Findings
 from ..utils.progress import Callback, Console
 from ..workloads.adapter import Target, adapter_of, adapter_of_base, read_pruned
 from ..workloads.builder import Inspected, builder_of
@@ -18,8 +19,8 @@ from .build import build_workload, resolve_device
 from .prepare import timed_space
 
 
-def inspect(config: Config) -> str:
-    """Groups, widths, costs, protected parts and feasible budgets as text; nothing is trained or searched."""
+def inspect(config: Config) -> Findings:
+    """Groups, widths, costs, protected parts and feasible budgets; nothing is trained or searched."""
     device = resolve_device(config.device)
     if config.workload is None:
         found = builder_of(config.model.name).inspected(config, device)
@@ -45,7 +46,31 @@ def inspect(config: Config) -> str:
     lines.append(_budget_line(space, config))
     target = Target(config.budget.target, config.budget.metric)
     lines += adapter.runtime_lines(found.model, found.example_inputs, options, target)
-    return "\n".join([*lines, *adapter.memory_lines(config, space, found.model, device)])
+    lines += adapter.memory_lines(config, space, found.model, device)
+    return Findings("\n".join(lines), _facts(space, config))
+
+
+def _facts(space: PruningSpace, config: Config) -> dict[str, object]:
+    """What `inspect` says, as plain values; budgets are absolute costs, latency in milliseconds."""
+    metric = config.budget.metric
+    return {
+        "groups": [
+            {"name": group.name, "kind": group.kind, "width": group.width, "minimum": int(least)}
+            for group, least in zip(space.groups, space.minimums, strict=True)
+        ],
+        "protected": dict(space.protected),
+        "inexact": dict(space.inexact),
+        "unused": list(space.unused),
+        "costs": {
+            name: {"dense": float(space.feasible(name)[1]), "lowest": float(space.feasible(name)[0])}
+            for name in space.costs
+        },
+        "budget": {
+            "asked": config.budget.target,
+            "metric": metric,
+            "target": float(space.target(config.budget.target, metric)),
+        },
+    }
 
 
 def resources(seconds: float) -> str:
@@ -64,7 +89,7 @@ def evaluate(
     tasks: Sequence[Path] = (),
     limit: int | None = None,
     callback: Callback | None = None,
-) -> str:
+) -> Findings:
     """A saved pruned model beside its dense base: costs, latency and, with a config, its quality on test.
 
     Args:

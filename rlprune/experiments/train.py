@@ -22,8 +22,9 @@ from ..pruning.cost_terms import narrow_lines
 from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
 from ..report import html as report
-from ..report.results import OUTCOMES_FILE
+from ..report.results import OUTCOMES_FILE, read_results
 from ..rules import rules_for
+from ..tracking import Together, TrackingCallback, make_tracker
 from ..utils.checkpoints import forget
 from ..utils.dotted import flat
 from ..utils.files import lock_run, write_json_atomic, write_text_atomic
@@ -73,12 +74,15 @@ def run(
 
     ``prepared(folder)`` gives the experiment whose plan is wanted, then those that only train the policy.
     """
+    trackers = [TrackingCallback(make_tracker(name)) for name in config.search.trackers]
+    callback = Together([callback, *trackers]) if trackers else callback
     with _run_folder(config, out, resume) as folder:
         if (folder / "results.json").is_file():
             callback.note(f"{folder}: this run is complete; nothing to resume")
             report.build(folder)
             _forget_models(folder / "state")
             return PruningResult.read(folder)
+        callback.on_start(config.name, config.to_dict())
         _say_stages(config, callback)
         experiments = prepared(folder)
         experiment = experiments[0]
@@ -96,6 +100,7 @@ def run(
             finished = _finish_all(experiment, rules, chosen, state, callback)
         plan, sizes = _save_outcome(experiment, folder, found, finished)
         _write_results(experiment, folder, finished, _curve(experiment, rules, found), sizes)
+        callback.on_result(folder, read_results(folder))
         _forget_models(state)
     model = next(done.model for done in finished if done.row["kind"] == "agent")
     return PruningResult(folder, experiment.workload, plan, model)
@@ -157,7 +162,12 @@ def _run_folder(config: Config, folder: Path, resume: bool) -> Iterator[Path]:
 
 def _same_settings(before: Config, now: Config, folder: Path) -> None:
     ours, theirs = flat(now.to_dict()), flat(before.to_dict())
-    free = ("threads", "search.tensorboard", "recovery.spill")  # they change nothing of the result
+    free = (
+        "threads",
+        "search.tensorboard",
+        "search.trackers",
+        "recovery.spill",
+    )  # they change nothing of the result
     changed = [
         key
         for key in theirs

@@ -23,6 +23,7 @@ from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace, fingerprint
 from ..recovery.reconstruct import Reconstruction
 from ..tracing.trace import ExampleInputs, TraceOptions, trace_channels
+from ..utils.findings import Findings
 from ..utils.memory import bound_kernel_caches, return_freed_memory
 from ..workloads.adapter import (
     LatencySettings,
@@ -299,7 +300,7 @@ class LanguageAdapter(ModelAdapter):
         workload: Workload | None,
         tasks: Sequence[Path] = (),
         limit: int | None = None,
-    ) -> str:
+    ) -> Findings:
         return compare(self.load(directory, document, None), directory, document, workload, tasks, limit)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..artifacts.documents import PlanDocument
 from ..artifacts.pruned_model import example_of
 from ..errors import ArtifactError
 from ..pruning.space import fingerprint
+from ..utils.findings import Findings
 from ..utils.timing import measure
 from ..workloads.base import Workload
 from . import describe, zeroshot
@@ -40,7 +42,7 @@ def compare(
     workload: Workload | None,
     tasks: Sequence[Path],
     limit: int | None,
-) -> str:
+) -> Findings:
     """Perplexity, costs, speeds and zero-shot accuracy of a pruned language model beside its dense base."""
     costs: Mapping[str, float] = plan["dense_cost"]
     before = "dense"
@@ -61,13 +63,24 @@ def compare(
             short = [str(d).removeprefix("torch.") for d in (stored, next(slim.parameters()).dtype)]
             notes.append(f"the folder's weights are {short[0]}; both models were computed in {short[1]}")
     lines = [*describe.comparison(rows, before), *notes]
+    facts: dict[str, object] = {
+        "dense": {name: first for name, first, _, _ in rows},
+        "pruned": {name: second for name, _, second, _ in rows},
+        "notes": notes,
+    }
     if tasks:
         tokenizer: Any = (workload and workload.tokenizer) or _tokenizer_of(directory, plan)
         # Without CONFIG the dense model has the right shape only, not its weights.
         known = models if workload is not None else {"pruned": slim}
         accuracies = {name: zeroshot.accuracy(m, tokenizer, tasks, limit) for name, m in known.items()}
         lines += ["", *zeroshot.table(accuracies)]
-    return "\n".join(lines)
+        facts["tasks"] = {name: [_plain(found) for found in every] for name, every in accuracies.items()}
+    return Findings("\n".join(lines), facts)
+
+
+def _plain(found: zeroshot.Accuracy) -> dict[str, object]:
+    """Without the error of a mean over one question, which is no number."""
+    return {name: value for name, value in asdict(found).items() if value == value}
 
 
 def _costs_before(

@@ -1,4 +1,4 @@
-"""Who watches a run: a callback of yours, bars on a terminal or lines in a log; and the log file."""
+"""Progress of a run: callbacks, bars on a terminal or lines in a log; and the log file."""
 
 from __future__ import annotations
 
@@ -48,6 +48,8 @@ class ProgressEvent:
     facts: str = ""
     run: RunShare | None = None
     """Where the whole run is; None where nobody has said what it consists of."""
+    values: Mapping[str, float] = field(default_factory=dict)
+    """The figures among the facts: ``best_score`` of a search, losses of a training."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,12 @@ class Callback:
     _phase = ""
     _run: _Run | None = None
 
+    def on_start(self, name: str, settings: Mapping[str, Any]) -> None:
+        """Called once when a run begins, with its name and all its settings, nested."""
+
+    def on_result(self, folder: Path, results: Mapping[str, Any]) -> None:
+        """Called once when a run is complete: its folder, and the content of results.json."""
+
     def on_stage(self, where: RunShare) -> None:
         """Called when a stage of the run begins: preparing, the rules, a search, finishing."""
 
@@ -170,31 +178,39 @@ class Callback:
             self.on_stage(where)
 
     def note(self, text: str) -> None:
-        """A line for the log, and for whoever watches."""
+        """A line for the log and for `on_note`."""
         logger.info(text)
         self.on_note(text)
 
     def training(self, phase: str, done: int, total: int, values: Mapping[str, float]) -> None:
         """Progress of one training (see ``recovery.finetune.fit``)."""
-        self.status(phase, done, total, ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        self.status(
+            phase, done, total, ", ".join(f"{name} {value:.4f}" for name, value in values.items()), values
+        )
 
     def search(self, label: str) -> Callable[[SearchState], None]:
         """Progress of a search by an agent: evaluations and best score."""
         return lambda state: self.status(
-            label, state.spent, state.limit, f"best score {state.best_score:.4f}"
+            label,
+            state.spent,
+            state.limit,
+            f"best score {state.best_score:.4f}",
+            {"best_score": state.best_score},
         )
 
     def counting(self, label: str, total: int) -> Callable[[int], None]:
         """Progress of anything that is counted."""
         return lambda done: self.status(label, done, total)
 
-    def status(self, phase: str, done: int, total: int, facts: str = "") -> None:
+    def status(
+        self, phase: str, done: int, total: int, facts: str = "", values: Mapping[str, float] | None = None
+    ) -> None:
         """Progress of anything that is counted, with what is going on now."""
         if phase != self._phase:
             self.close()
             self._phase = phase
         run = self._run.at(done, total) if self._run is not None and self._run.stage else None
-        self.on_progress(ProgressEvent(phase, done, total, facts, run))
+        self.on_progress(ProgressEvent(phase, done, total, facts, run, values or {}))
         if done >= total:
             logger.info("%s: %d of %d %s", phase, done, total, facts)
             self.close()
@@ -234,6 +250,7 @@ class Console(Callback):
         chosen = shown or _CHOSEN.get() or _known(os.environ.get(VARIABLE) or "auto", VARIABLE)
         self._shown = _known(chosen, "shown")
         self._bar: tqdm[Any] | None = None
+        self._whole: tqdm[Any] | None = None
         self._last = 0.0
         self._begun = ""
         self._stage = ""
@@ -279,8 +296,27 @@ class Console(Callback):
                 leave=True,
                 dynamic_ncols=True,
             )
-        self._bar.set_postfix_str(_joined(event.facts, event.run), refresh=False)
+        if event.run is not None and event.run.share is not None:
+            self._move_whole(event.run, event.run.share)
+        self._bar.set_postfix_str(event.facts, refresh=False)
         self._bar.update(event.done - self._bar.n)
+
+    def _move_whole(self, run: RunShare, share: float) -> None:
+        """The bar of the whole run, below that of the phase; it goes with the phase, the next one brings it back."""
+        if self._whole is None:
+            self._whole = tqdm(
+                total=1.0,
+                initial=share,
+                desc=f"run {run.place}",
+                bar_format="{desc} {percentage:3.0f}%|{bar}|{postfix}",
+                position=1,
+                file=_stderr(),
+                leave=False,
+                dynamic_ncols=True,
+            )
+        if run.seconds_left is not None:
+            self._whole.set_postfix_str(f"about {span(run.seconds_left)} left", refresh=False)
+        self._whole.update(share - self._whole.n)
 
     def _write_line(self, event: ProgressEvent) -> None:
         """A line when a phase is over, and one every `LINE_SECONDS` while it runs."""
@@ -297,6 +333,9 @@ class Console(Callback):
 
     def on_close(self) -> None:
         self._begun = ""
+        if self._whole is not None:
+            self._whole.close()
+            self._whole = None
         if self._bar is not None:
             self._bar.close()
             self._bar = None

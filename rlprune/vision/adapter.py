@@ -25,6 +25,7 @@ from ..recovery.finetune import Item, Schedule, Watch, fit
 from ..recovery.processes import team_of
 from ..recovery.reconstruct import Reconstruction
 from ..tracing.trace import ExampleInputs, TraceOptions, count_macs, trace_channels
+from ..utils.findings import Findings
 from ..utils.memory import keep_large_blocks
 from ..utils.modes import evaluating
 from ..utils.timing import DEFAULT_BATCH_SIZES, measure
@@ -261,7 +262,7 @@ class VisionAdapter(ModelAdapter):
         workload: Workload | None,
         tasks: Sequence[Path] = (),
         limit: int | None = None,
-    ) -> str:
+    ) -> Findings:
         if workload is not None:
             dense, example = workload.model, workload.example_inputs
             slim = self.load(directory, document, workload.architecture).to(workload.device)
@@ -271,15 +272,23 @@ class VisionAdapter(ModelAdapter):
         models = {"dense": dense, "pruned": slim}
         times = measure(models, example, budget_seconds=10.0)
         lines = [f"{'':<8} {'macs':>16} {'params':>14} {'ms batch 1':>11} {'ms batch 64':>12}  quality"]
+        facts: dict[str, dict[str, float]] = {}
         for name, model in models.items():
             quality = "(give CONFIG to measure it)"
+            macs, params = count_macs(model, example), sum(p.numel() for p in model.parameters())
+            ms = times[name]
+            facts[name] = {"macs": macs, "params": params, "ms_batch_1": ms[1], "ms_batch_64": ms[64]}
             if workload is not None:
                 with workload.test_opened():
                     q = workload.evaluate(model, "test")
                 quality = f"test {workload.metric_name} {q.metric:.4f}, loss {q.loss:.4f} ({q.count} samples)"
-            costs = f"{count_macs(model, example):>16,.0f} {sum(p.numel() for p in model.parameters()):>14,}"
-            lines.append(f"{name:<8} {costs} {times[name][1]:>11.3f} {times[name][64]:>12.3f}  {quality}")
-        return "\n".join(lines)
+                facts[name] |= {
+                    f"test_{workload.metric_name}": q.metric,
+                    "test_loss": q.loss,
+                    "samples": q.count,
+                }
+            lines.append(f"{name:<8} {macs:>16,.0f} {params:>14,} {ms[1]:>11.3f} {ms[64]:>12.3f}  {quality}")
+        return Findings("\n".join(lines), {**facts})
 
 
 class _Lesson:

@@ -29,6 +29,7 @@ from ..pruning.space import PruningSpace
 from ..recovery.finetune import Progress
 from ..recovery.steps import Repair as Repair
 from ..tracing.trace import ExampleInputs, TraceOptions
+from ..utils.findings import Findings
 from ..utils.wrapped import refuse_adapters
 from .scoring_format import ScoringFormat
 
@@ -331,8 +332,11 @@ class ModelAdapter(abc.ABC):
         workload: Workload | None,
         tasks: Sequence[Path] = (),
         limit: int | None = None,
-    ) -> str:
-        """A saved pruned model beside its dense base, as a table for `rlprune evaluate`."""
+    ) -> Findings:
+        """A saved pruned model beside its dense base, as a table for `rlprune evaluate`.
+
+        The facts hold ``dense`` and ``pruned``, {figure: value} each.
+        """
 
 
 @cache

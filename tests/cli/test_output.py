@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from helpers.run_fixture import write_run
+from helpers.small import SMALL_DIGITS, without
 from rlprune.cli import commands, output
 from rlprune.cli import main as cli
 from rlprune.cli.completion import SHELLS
@@ -94,9 +95,35 @@ def test_report_and_rebuilt_pages_have_json_too(tmp_path: Path, capsys: pytest.C
     assert err == f"report: {tmp_path / 'report.html'}\n"
 
 
+def test_lists_have_json(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "list", "rules", "--json")
+    assert code == 0 and list(found := json.loads(out)) == ["rules"]
+    assert {"uniform", "lamp"} <= {entry["name"] for entry in found["rules"]}
+    assert all(entry["summary"] for entry in found["rules"])
+
+
+def test_inspect_and_evaluate_have_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = without(SMALL_DIGITS, "model.train", "data", "device")
+    code, out, err = run(capsys, "inspect", "digits", "--json", *words)
+    found = json.loads(out)
+    assert code == 0 and "feasible budgets" in err
+    assert found["budget"]["target"] == pytest.approx(0.5 * found["costs"]["macs"]["dense"], rel=0.01)
+    assert 0 < found["costs"]["params"]["lowest"] < found["costs"]["params"]["dense"]
+    assert all(1 <= group["minimum"] <= group["width"] for group in found["groups"]) and found["protected"]
+    folder = str(tmp_path / "half")
+    words = ["prune", "digits", "--rule", "uniform", "--budget", "50%", "--out", folder]
+    assert run(capsys, *words, *without(SMALL_DIGITS))[0] == 0
+    code, out, err = run(capsys, "evaluate", folder, "--json")
+    found = json.loads(out)
+    assert code == 0 and "give CONFIG" in err
+    assert (
+        0.45 < found["pruned"]["macs"] / found["dense"]["macs"] <= 0.5 and found["pruned"]["ms_batch_1"] > 0
+    )
+
+
 @pytest.mark.parametrize("option", ["--json", "--quiet"])
 def test_commands_without_a_use_for_them_refuse_them(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run(capsys, "list", "rules", option)
+    code, out, err = run(capsys, "schema", option)
     assert (code, out) == (2, "") and f"{option}, which another command has" in err
 
 

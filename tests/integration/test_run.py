@@ -254,12 +254,12 @@ class TestOtherCommands:
 
     def test_inspect_needs_no_training(self, monkeypatch):
         monkeypatch.setattr("rlprune.experiments.build.train_dense", None)
-        text = inspection.inspect(tiny())
+        text = inspection.inspect(tiny()).text
         assert "layer1.0.conv1" in text and "feasible budgets" in text and "protected: linear" in text
 
     def test_evaluate_with_and_without_a_config(self, finished):
-        assert "test accuracy" in inspection.evaluate(finished / "pruned", tiny())
-        assert "give CONFIG" in inspection.evaluate(finished / "pruned", None)
+        assert "test accuracy" in inspection.evaluate(finished / "pruned", tiny()).text
+        assert "give CONFIG" in inspection.evaluate(finished / "pruned", None).text
 
     def test_several_checkpoints_train_one_policy(self, tmp_path, monkeypatch):
         monkeypatch.setattr("rlprune.agents.ppo.transfer.PROBES", 1)
