@@ -1,11 +1,11 @@
-# make demo | test | check | benchmark: each makes its own environment in .venv the first time.
+# make demo | test | check | docs | benchmark: each makes its own environment in .venv the first time.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # One thread a process: two test processes with two threads each run three times slower on two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test slow check format benchmark wheel clean
+.PHONY: install demo test slow check format docs benchmark wheel clean
 
 install: $(VENV)/.installed
 
@@ -33,6 +33,12 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site in site/; a link that leads nowhere, or a name without a page, ends it.
+docs: install
+	@$(BIN)/python -c "import mkdocs, material, mkdocstrings" 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	$(BIN)/python -m mkdocs build --strict
+
 benchmark: install
 	$(BIN)/rlprune benchmark digits --seeds 3 --out runs/benchmark
 
@@ -40,4 +46,4 @@ wheel: install
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
