@@ -277,7 +277,6 @@ def parser() -> argparse.ArgumentParser:
     four = commands.add_parser("write")
     four.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8])
     four.add_argument("--doc", type=Path, required=True)
-    four.add_argument("--readme", type=Path, help="file whose language-results markers are filled")
     four.add_argument("--more", type=Path, help="folder of results with a larger calibration split")
     four.set_defaults(action=language_tables.write)
     return made

@@ -1,4 +1,4 @@
-"""Tables of docs/language-results.md and of the README, from what `language.py` has measured."""
+"""Tables of docs/language-results.md, from what `language.py` has measured."""
 
 from __future__ import annotations
 
@@ -48,50 +48,10 @@ def write(args: argparse.Namespace) -> None:
     write_text_atomic(args.doc, "\n".join(lines) + "\n")
     write_json_atomic(args.doc.with_suffix(".json"), rows)
     print(f"written: {args.doc}")
-    if args.readme:
-        start, end = "<!-- language-results:start -->", "<!-- language-results:end -->"
-        before, _, rest = args.readme.read_text(encoding="utf-8").partition(start)
-        after = rest.partition(end)[2]
-        body = "\n".join(_summary(found, args.budgets))
-        write_text_atomic(args.readme, f"{before}{start}\n{body}\n{end}{after}")
 
 
 def _read(folder: Path) -> Rows:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-
-
-def _summary(found: Rows, budgets: Sequence[float]) -> list[str]:
-    """The README's table: the best of each kind, by test perplexity at each budget."""
-    kinds = {
-        "best method as published": ("published", lambda row: row["test"]),
-        "uniform FFN widths, our closed form": ("allocation", lambda row: row["test"]),
-        "best rule, our closed form": ("allocation", lambda row: row["test"]),
-        "random search, our closed form": ("search", lambda row: row["test"]),
-        "PPO, our closed form": ("search", lambda row: row["test"]),
-    }
-    lines = []
-    for label, (kind, value) in kinds.items():
-        cells = [label]
-        for budget in budgets:
-            own = [row for row in found if row["key"].startswith(f"{kind} {budget} ")]
-            if "uniform" in label:
-                own = [row for row in own if row["rule"] == "ffn_uniform"]
-            elif kind == "search":
-                own = [row for row in own if row["method"] == ("ppo" if "PPO" in label else "random")]
-            best = min(own, key=value, default=None)
-            name = "" if best is None or kind == "search" or "uniform" in label else f" ({_name(best)})"
-            cells.append("-" if best is None else f"{value(best):.2f}{name}")
-        lines.append(cells)
-    dense = next(row["test"] for row in found if row["key"] == "dense float32")
-    header = ["SmolLM2-135M, WikiText-2", *(f"{1 - b:.0%} of all parameters removed" for b in budgets)]
-    text = f"Test perplexity without any gradient step (dense {dense:.2f}; one calibration seed, 150 evaluations):"
-    return [
-        text,
-        "",
-        markdown_table(header, lines),
-        "",
-        "More in [docs/language-results.md](docs/language-results.md).",
-    ]
 
 
 def _name(row: dict[str, Any]) -> str:

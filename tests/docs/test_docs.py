@@ -277,17 +277,32 @@ def test_the_guide_to_language_models_is_complete() -> None:
     assert set(COST_NOTES) <= set(code)
 
 
-def test_the_readme_names_every_extra() -> None:
+def test_the_page_of_installation_names_every_extra() -> None:
     project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^\| `(\w+)` \|", text, re.M)) == set(project["optional-dependencies"]) - {"dev"}
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", (DOCS / "install.md").read_text(encoding="utf-8"), re.M)
+    named = {name for row in rows for name in re.findall(r"\w+", row)}
+    assert named == set(project["optional-dependencies"]) - {"dev"}
 
 
-def test_the_readme_keeps_a_place_for_the_results() -> None:
+def test_the_readme_is_short_and_its_table_is_what_the_script_writes(tmp_path: Path) -> None:
     text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
-    for start, end in (("results:begin", "results:end"), ("language-results:start", "language-results:end")):
-        marks = f"<!-- {start} -->", f"<!-- {end} -->"
-        assert [text.count(mark) for mark in marks] == [1, 1] and text.index(marks[0]) < text.index(marks[1])
+    assert len(text.splitlines()) < 150
+    script = load_script("results")
+    every = {path.stem: json.loads(path.read_text()) for path in sorted((DOCS / "results").glob("*.json"))}
+    emptied = re.sub(f"({script.BEGIN}).*({script.END})", r"\1\2", text, flags=re.S)
+    assert emptied != text
+    (tmp_path / "README.md").write_text(emptied, encoding="utf-8")
+    script.write_readme(tmp_path / "README.md", every)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == text
+    header, rows = script.after_finetune(every)
+    assert len(rows) == 6 and all(len(row) == len(header) for row in rows)
+    # The best rule stands there by what is shown, not by the score.
+    tuned = [e["test_finetuned"]["mean"] for e in every["cifar10_resnet20"]["summary"] if e["kind"] == "rule"]
+    assert rows[0][3] == f"{100 * max(tuned):.1f} sensitivity" and "[" not in rows[0][5]
+
+
+def test_the_drawing_is_what_its_script_draws() -> None:
+    assert load_script("drawing").drawing() == (DOCS / "loop.svg").read_text(encoding="utf-8")
 
 
 def test_the_changelog_counts_what_there_is() -> None:

@@ -1,4 +1,4 @@
-"""The README's example and docs/python.md run as the texts stand, in an empty folder; and the page names all names."""
+"""The README's ten lines, docs/own-model.md and docs/python.md run as the texts stand, in empty folders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import rlprune
 from helpers.pages import DOCS, blocks
 
 ROOT = DOCS.parent
-README, PAGE = ROOT / "README.md", DOCS / "python.md"
+README, FIRST, PAGE = ROOT / "README.md", DOCS / "own-model.md", DOCS / "python.md"
 SIGNATURE = re.compile(r"^```text\nrlprune\.([\w.]+)(\(.*?\))\n```$", re.M | re.S)
 # Runs the first file, then the blocks of the second one among the names that it left.
 GO_ON = """
@@ -31,18 +31,18 @@ for number, block in enumerate(json.loads(pathlib.Path(sys.argv[2]).read_text())
 
 
 def example() -> str:
-    """The block between the marks of the README."""
-    text = README.read_text(encoding="utf-8")
+    """The block between the marks of the page on models of one's own."""
+    text = FIRST.read_text(encoding="utf-8")
     (marked,) = re.findall(r"<!-- example:begin -->\n```python\n(.*?)```\n<!-- example:end -->", text, re.S)
     return str(marked)
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
-    """The folder afterwards, what stood in it after the README's example, and what was printed."""
+    """The folder afterwards, what stood in it after the first page's example, and what was printed."""
     scripts, folder = tmp_path_factory.mktemp("scripts"), tmp_path_factory.mktemp("empty")
     (scripts / "example.py").write_text(example(), encoding="utf-8")
-    following = [blocks(README, "python")[1], *blocks(PAGE, "python")]
+    following = [*blocks(FIRST, "python")[1:], *blocks(PAGE, "python")]
     (scripts / "blocks.json").write_text(json.dumps(following), encoding="utf-8")
     words = ["-c", GO_ON, *(str(scripts / name) for name in ("example.py", "blocks.json", "files.txt"))]
     done = subprocess.run(
@@ -57,7 +57,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     return folder, (scripts / "files.txt").read_text(encoding="utf-8"), done.stdout
 
 
-def test_the_readmes_example_leaves_what_it_says(ran: tuple[Path, str, str]) -> None:
+def test_the_first_example_leaves_what_it_says(ran: tuple[Path, str, str]) -> None:
     folder, files, printed = ran
     for name in ("report.html", "runs/mine/pruned/model.safetensors", "runs/mine/policy/policy.json"):
         assert name in files
@@ -69,6 +69,23 @@ def test_the_readmes_example_leaves_what_it_says(ran: tuple[Path, str, str]) -> 
     rows = rlprune.PruningResult.read(folder / "runs" / "mine").table
     (dense,), (ours,) = ([row for row in rows if row["method"] == name] for name in ("dense", "ppo"))
     assert 0.48 < ours["macs"] / dense["macs"] <= 0.5 and ours["test"] > 0.9
+
+
+def test_the_readmes_ten_lines_learn_a_distribution(tmp_path: Path) -> None:
+    (code,) = blocks(README, "python")
+    assert sum(bool(line.strip()) and not line.startswith("#") for line in code.splitlines()) <= 10
+    done = subprocess.run(
+        [sys.executable, "-c", code + "\nassert smaller is not workload.model"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = rlprune.PruningResult.read(tmp_path / "runs" / "ten-lines").table
+    (dense,), (ours,) = ([row for row in rows if row["method"] == name] for name in ("dense", "ppo"))
+    assert 0.48 < ours["macs"] / dense["macs"] <= 0.5 and ours["test_finetuned"] > 0.9
 
 
 def test_the_examples_of_the_page_go_on_from_it(ran: tuple[Path, str, str]) -> None:

@@ -11,7 +11,10 @@ import pytest
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 PAGES = [
-    *(DOCS.parent / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")),
+    *(
+        DOCS.parent / f"{name}.md"
+        for name in ("README", "CHANGELOG", "CONTRIBUTING", "SECURITY", "CODE_OF_CONDUCT")
+    ),
     *sorted(DOCS.glob("*.md")),
 ]
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
