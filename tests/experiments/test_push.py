@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import subprocess
-import sys
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 import yaml
 
 import rlprune
-from helpers.small import SMALL_DIGITS, SMALL_RUN, without
+from helpers.run_fixture import write_run
+from helpers.small import SMALL_DIGITS, without
 from rlprune.cli.main import main
 from rlprune.experiments.push import model_card
 from rlprune.workloads.adapter import read_pruned
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +54,16 @@ def test_a_local_folder_is_what_would_be_pushed(
     assert main(words) == 0, "a folder of ours is replaced"
 
 
-def test_the_card_of_a_run_says_what_it_costs(tmp_path: Path) -> None:
+def test_the_card_of_a_run_says_what_it_costs(pruned: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    rlprune.train(rlprune.load_config("digits", [*SMALL_RUN, "search.baselines=[]"]), run)
-    card = model_card(read_pruned(run / "pruned"), "me/digits", run=run)
-    assert "# digits\n" in card and "accuracy" in card and 'snapshot_download("me/digits")' in card
+    write_run(run)
+    shutil.rmtree(run / "pruned")
+    shutil.copytree(pruned, run / "pruned")
+    assert main(["push", str(run), "--out", str(tmp_path / "card")]) == 0
+    card = (tmp_path / "card" / "README.md").read_text(encoding="utf-8")
+    assert "# card\n" in card and "50.0% of the dense MACs" in card and "from 0.92 to 0.94" in card
+    card = model_card(read_pruned(pruned), "me/digits")
+    assert 'snapshot_download("me/digits")' in card and "0.94" not in card
 
 
 @pytest.mark.parametrize(
@@ -86,6 +89,7 @@ class Hub(BaseHTTPRequestHandler):
 
     files: dict[str, bytes]
     made: list[dict[str, Any]]
+    refuses = False
 
     def do_GET(self) -> None:
         self._answer(
@@ -94,7 +98,11 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.path.endswith("/repos/create"):
+        if self.refuses:
+            self._answer({"error": "You may not"}, 403)
+        elif self.path.endswith("/validate-yaml"):
+            self._answer({"errors": [], "warnings": []})
+        elif self.path.endswith("/repos/create"):
             self.made.append(json.loads(body))
             self._answer({"url": f"http://{self.headers['Host']}/me/digits", "name": "me/digits"})
         elif "/preupload/" in self.path:
@@ -106,7 +114,11 @@ class Hub(BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             self._answer(
-                {"success": True, "commitOid": "1" * 40, "commitUrl": "http://hub/me/digits/commit/1"}
+                {
+                    "success": True,
+                    "commitOid": "1" * 40,
+                    "commitUrl": f"http://{self.headers['Host']}/me/digits/commit/1",
+                }
             )
         else:
             self._answer({}, 404)
@@ -133,33 +145,38 @@ def hub() -> Iterator[tuple[str, type[Hub]]]:
     server.server_close()
 
 
-def pushed(pruned: Path, endpoint: str, home: Path) -> subprocess.CompletedProcess[str]:
-    words = ["-m", "rlprune", "push", str(pruned), "me/digits", "--private", "--endpoint", endpoint]
-    env = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
-    env |= {
-        "PYTHONPATH": str(ROOT),
-        "HF_HOME": str(home),
-        "HF_TOKEN": "hf_made_up",
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    return subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, env=env, timeout=120, cwd=home.parent
-    )
+def push(pruned: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_made_up")
+    return main(["push", str(pruned), "me/digits", "--private", "--endpoint", endpoint])
 
 
-def test_a_push_is_one_commit_of_all_files(pruned: Path, hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
+def test_a_push_is_one_commit_of_all_files(
+    pruned: Path,
+    hub: tuple[str, type[Hub]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     endpoint, handler = hub
-    done = pushed(pruned, endpoint, tmp_path / "home")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "pushed: http://hub/me/digits/commit/1"
-    assert handler.made[0]["private"] is True or handler.made[0].get("visibility") == "private"
+    assert push(pruned, endpoint, monkeypatch) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.strip() == f"pushed: {endpoint}/me/digits/commit/1"
+    assert "private" in (
+        handler.made[0].get("visibility"),
+        *(k for k, v in handler.made[0].items() if v is True),
+    )
     assert set(handler.files) == {path.name for path in pruned.iterdir()} | {"README.md"}
     for path in pruned.iterdir():
         assert handler.files[path.name] == path.read_bytes()
 
 
-def test_a_hub_that_is_not_there_is_one_line(pruned: Path, tmp_path: Path) -> None:
-    done = pushed(pruned, "http://127.0.0.1:9", tmp_path / "home")
-    assert done.returncode == 1 and "hf_made_up" not in done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("rlprune: error")]
-    assert "push to me/digits: " in line
+def test_a_hub_that_refuses_is_one_line(
+    pruned: Path,
+    hub: tuple[str, type[Hub]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    endpoint, handler = hub
+    handler.refuses = True
+    assert push(pruned, endpoint, monkeypatch) == 1
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("rlprune: error")]
+    assert "push to me/digits: " in line and "hf_made_up" not in line and not handler.files

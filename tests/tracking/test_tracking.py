@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 import rlprune
-from helpers.run_fixture import write_run
 from helpers.small import SMALL_RUN
 from rlprune.cli.main import main
 from rlprune.config.names import TRACKER_NAMES
@@ -185,7 +184,8 @@ def test_a_storage_that_cannot_be_opened_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("optuna")
-    write_run(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "ledger.jsonl").touch()
     assert main(["optuna", str(tmp_path / "run"), "--storage", "nonsense://x"]) == 2
     assert main(["optuna", str(tmp_path), "--storage", "sqlite:///x.db"]) == 2
     first, second = capsys.readouterr().err.splitlines()
