@@ -10,7 +10,6 @@ import inspect
 import os
 import re
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +18,6 @@ from rlprune.cli.catalogue import KINDS, rows
 from rlprune.cli.main import build_parser
 from rlprune.config.config import settings_reference
 
-DOCS = Path(__file__).resolve().parents[1]
 # What a person looks for first comes first; the other packages follow in the order of their names.
 _FIRST = ("rules", "importance", "envs", "agents", "tracking")
 
