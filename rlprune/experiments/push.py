@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -113,13 +111,8 @@ def model_card(
         repo: the name it goes by.
         run: a finished run's folder, for what it costs in quality.
     """
-    language = adapter_of_base(document["base"]).wing == "language"
-    facts: dict[str, Any] = {
-        "library_name": "transformers" if language else "pytorch",
-        "tags": ["pruning", "structured-pruning", "rlprune"],
-    }
-    if language:
-        facts["pipeline_tag"] = "text-generation"
+    adapter = adapter_of_base(document["base"])
+    facts: dict[str, object] = {**adapter.card_facts, "tags": ["pruning", "structured-pruning", "rlprune"]}
     if license_name:
         facts["license"] = license_name
     if base_model:
@@ -138,7 +131,7 @@ def model_card(
         _costs(document),
         "",
         "## Load it\n",
-        _loading(language, document, repo),
+        adapter.loading_code(document, repo),
         "",
     ]
     parts += ["## Widths\n", _widths(document), ""]
@@ -158,27 +151,13 @@ def _costs(document: PlanDocument) -> str:
     return markdown_table(["cost", "dense", "pruned", "left"], rows)
 
 
-def _loading(language: bool, document: PlanDocument, repo: str) -> str:
-    if language:
-        return (
-            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True)\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{repo}", trust_remote_code=True)\n```'
-        )
-    base = "" if adapter_of_base(document["base"]).rebuilds(document) else ", base=model"
-    return (
-        "```python\nimport rlprune\nfrom huggingface_hub import snapshot_download\n\n"
-        f'model = rlprune.load(snapshot_download("{repo}"){base})\n```\n\n'
-        "`load_pruned.py` in the repository loads it without rlprune."
-    )
+def _cell(name: str) -> str:
+    return name.replace("|", "\\|").replace("\n", " ")
 
 
 def _widths(document: PlanDocument) -> str:
-    def cell(group: Mapping[str, Any]) -> str:
-        return str(group["name"]).replace("|", "\\|").replace("\n", " ")
-
     rows = [
-        [f"`{cell(group)}`", group["kind"], str(group["width"]), str(width)]
+        [f"`{_cell(group['name'])}`", group["kind"], str(group["width"]), str(width)]
         for group, width in zip(document["groups"], document["widths"], strict=True)
     ]
     return markdown_table(["group", "kind", "dense", "kept"], rows)

@@ -78,6 +78,7 @@ class LanguageAdapter(ModelAdapter):
     """Feed-forward neurons and key-value heads by family; next tokens as the default task; AdamW."""
 
     wing = "language"
+    card_facts = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     models = "language models"
     task = NextToken.name
     sample_noun = "sequences"
@@ -292,6 +293,15 @@ class LanguageAdapter(ModelAdapter):
 
     def check_tasks(self, document: PlanDocument, directory: Path, tasks: Sequence[Path]) -> None:
         read_tasks(tasks)
+
+    def loading_code(self, document: PlanDocument, repo: str) -> str:
+        kinds = {"model": "AutoModelForCausalLM", "tokenizer": "AutoTokenizer"}
+        calls = (
+            f'{name} = {kind}.from_pretrained("{repo}", trust_remote_code=True)'
+            for name, kind in kinds.items()
+        )
+        lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", "", *calls]
+        return "\n".join(["```python", *lines, "```"])
 
     def comparison(
         self,

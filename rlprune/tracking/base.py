@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..utils.dotted import flat
 from ..utils.progress import Callback, ProgressEvent, RunShare
@@ -29,7 +29,7 @@ class Tracker(Protocol):
     Steps count the events of one phase (evaluations of a search, steps of a training) from its beginning.
     """
 
-    def begin(self, name: str, settings: Mapping[str, Any]) -> None:
+    def begin(self, name: str, settings: Mapping[str, object]) -> None:
         """A run of this name begins; ``settings`` by dotted name, plain values."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -48,7 +48,7 @@ class TrackingCallback(Callback):
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker
 
-    def on_start(self, name: str, settings: Mapping[str, Any]) -> None:
+    def on_start(self, name: str, settings: Mapping[str, object]) -> None:
         """See :class:`Callback`."""
         self.tracker.begin(name, flat(dict(settings)))
 
@@ -59,11 +59,13 @@ class TrackingCallback(Callback):
         if finite:
             self.tracker.log(finite, event.done)
 
-    def on_result(self, folder: Path, results: Mapping[str, Any]) -> None:
+    def on_result(self, folder: Path, results: Mapping[str, object]) -> None:
         """See :class:`Callback`."""
+        rows = results["rows"]
+        assert isinstance(rows, list)
         summary = {
             f"{row['method']}/{name}": float(row[name])
-            for row in results["rows"]
+            for row in rows
             for name in _SUMMARY
             if isinstance(row.get(name), int | float)
         }
@@ -77,7 +79,7 @@ class Together(Callback):
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self.callbacks = tuple(callbacks)
 
-    def on_start(self, name: str, settings: Mapping[str, Any]) -> None:
+    def on_start(self, name: str, settings: Mapping[str, object]) -> None:
         """See :class:`Callback`."""
         for callback in self.callbacks:
             callback.on_start(name, settings)
@@ -107,7 +109,7 @@ class Together(Callback):
         for callback in self.callbacks:
             callback.on_close()
 
-    def on_result(self, folder: Path, results: Mapping[str, Any]) -> None:
+    def on_result(self, folder: Path, results: Mapping[str, object]) -> None:
         """See :class:`Callback`."""
         for callback in self.callbacks:
             callback.on_result(folder, results)

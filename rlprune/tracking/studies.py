@@ -5,12 +5,15 @@ from __future__ import annotations
 import datetime
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..artifacts.documents import read_plan
 from ..errors import ArtifactError, ConfigError, one_line
 from ..evaluation.ledger import EvaluationLog, LogRow, history_of
 from ..report.results import read_results
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
 
 _FACTS = ("cost", "loss", "metric", "error", "seconds", "samples")
 
@@ -49,7 +52,7 @@ def to_optuna(folder: str | Path, storage: str, name: str | None = None) -> list
     return written
 
 
-def _open(storage: str) -> Any:
+def _open(storage: str) -> BaseStorage:
     try:
         import optuna
     except ImportError:
@@ -76,7 +79,7 @@ def _group_names(folder: Path, count: int) -> list[str]:
 
 
 def _write(
-    storage: Any, study_name: str, rows: list[LogRow], names: list[str], ended: datetime.datetime
+    storage: BaseStorage, study_name: str, rows: list[LogRow], names: list[str], ended: datetime.datetime
 ) -> None:
     """One study; its trials are finished ones."""
     import optuna

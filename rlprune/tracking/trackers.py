@@ -36,7 +36,7 @@ class MLflowTracker:
         self._mlflow = _package("mlflow")
         self._experiment = experiment
 
-    def begin(self, name: str, settings: Mapping[str, Any]) -> None:
+    def begin(self, name: str, settings: Mapping[str, object]) -> None:
         """See :class:`Tracker`."""
         import os
 
@@ -72,7 +72,7 @@ class WandbTracker:
         self._project = project
         self._run: Any = None
 
-    def begin(self, name: str, settings: Mapping[str, Any]) -> None:
+    def begin(self, name: str, settings: Mapping[str, object]) -> None:
         """See :class:`Tracker`."""
         import os
 
@@ -107,7 +107,7 @@ class TrackioTracker:
         self._trackio = _package("trackio")
         self._project = project
 
-    def begin(self, name: str, settings: Mapping[str, Any]) -> None:
+    def begin(self, name: str, settings: Mapping[str, object]) -> None:
         """See :class:`Tracker`."""
         self._trackio.init(project=self._project, name=name, config=dict(settings))
 

@@ -138,10 +138,10 @@ class Callback:
     _phase = ""
     _run: _Run | None = None
 
-    def on_start(self, name: str, settings: Mapping[str, Any]) -> None:
+    def on_start(self, name: str, settings: Mapping[str, object]) -> None:
         """Called once when a run begins, with its name and all its settings, nested."""
 
-    def on_result(self, folder: Path, results: Mapping[str, Any]) -> None:
+    def on_result(self, folder: Path, results: Mapping[str, object]) -> None:
         """Called once when a run is complete: its folder, and the content of results.json."""
 
     def on_stage(self, where: RunShare) -> None:

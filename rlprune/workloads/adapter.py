@@ -320,6 +320,18 @@ class ModelAdapter(abc.ABC):
         """Predicted peaks of memory of preparing and searching, a line each; none where there is no formula."""
         return []
 
+    card_facts: Mapping[str, str] = {"library_name": "pytorch"}
+    """Metadata of a model card that follows from the kind of model, as the hub spells it."""
+
+    def loading_code(self, document: PlanDocument, repo: str) -> str:
+        """What a model card says of loading the model from a repository of the hub, as Markdown."""
+        base = "" if self.rebuilds(document) else ", base=model"
+        code = (
+            "import rlprune\nfrom huggingface_hub import snapshot_download\n\n"
+            f'model = rlprune.load(snapshot_download("{repo}"){base})'
+        )
+        return f"```python\n{code}\n```\n\n`load_pruned.py` in the repository loads it without rlprune."
+
     @abc.abstractmethod
     def check_tasks(self, document: PlanDocument, directory: Path, tasks: Sequence[Path]) -> None:
         """Refuse, before minutes of measuring, question files that cannot be asked."""
