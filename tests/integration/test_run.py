@@ -292,7 +292,7 @@ class TestOtherCommands:
         out = tmp_path / "run"
         assert cli.main(["train", "digits", *sets, "--out", str(out)]) == 0
         printed = capsys.readouterr().out
-        assert "| ppo" in printed and f"report: {out / 'report.html'}" in printed
+        assert "\nppo" in printed and f"report: {out / 'report.html'}" in printed
         assert (
             cli.main(
                 ["apply", str(out), "digits", *pruned, "--set", "model.seed=1", "--out", str(tmp_path / "b")]
