@@ -159,11 +159,12 @@ def types_text(types: dict[str, dict[str, Any]]) -> str:
     )  # fmt: skip
 
 
+def _wrong(facts: dict[str, Any]) -> str:
+    return _WRONG.format(worst=facts["worst"], same=facts["same"], loads=facts["loads"])
+
+
 def _reasons(types: dict[str, dict[str, Any]]) -> list[list[str]]:
-    return [
-        [kind, (facts.get("why") or _WRONG.format(**facts)).replace("|", "\\|")]
-        for kind, facts in types.items()
-    ]
+    return [[kind, (facts.get("why") or _wrong(facts)).replace("|", "\\|")] for kind, facts in types.items()]
 
 
 def rows_of_the_page() -> list[list[str]]:

@@ -30,8 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import rlprune
 from rlprune import masked
-from rlprune.language import families, random_plan
-from rlprune.language.proof import generates_alike
+from rlprune.language import families, generates_alike, random_plan
 
 DOCS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(DOCS.parent / "tests"))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .calibration.grams import Grams
     from .files.llama_cpp import greedy_tokens, run_llama_cpp
     from .footprints import footprint
-    from .proof import counted, random_plan
+    from .proof import counted, generates_alike, random_plan
     from .runtimes import Restriction, read_by
 
 __getattr__, __dir__ = lazy_names(
@@ -28,6 +28,7 @@ __getattr__, __dir__ = lazy_names(
         "counted": "proof",
         "footprint": "footprints",
         "greedy_tokens": "files.llama_cpp",
+        "generates_alike": "proof",
         "random_plan": "proof",
         "read_by": "runtimes",
         "run_llama_cpp": "files.llama_cpp",
@@ -43,6 +44,7 @@ __all__ = [
     "counted",
     "families",
     "footprint",
+    "generates_alike",
     "greedy_tokens",
     "random_plan",
     "read_by",

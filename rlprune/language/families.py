@@ -145,13 +145,16 @@ FOUND: set[str] = set()
 def register(model_type: str, family: Family) -> None:
     """Add the adapter of a ``model_type`` that transformers knows, or that was registered with its auto classes.
 
+    It takes the place of parts that were found by structure.
+
     Raises ValueError: the type has an adapter, or ``family`` is none.
     """
-    if model_type in FAMILIES:
+    if model_type in FAMILIES and model_type not in FOUND:
         raise ValueError(f"families.register: the model_type {model_type!r} has an adapter already")
     if not isinstance(family, Family):
         raise ValueError(f"families.register: {model_type!r} needs a Family, got {type(family).__name__}")
     _FAMILIES[model_type] = family
+    FOUND.discard(model_type)
     OTHERS[model_type] = str(sys._getframe(1).f_globals.get("__name__", ""))
 
 

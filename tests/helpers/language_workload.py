@@ -16,6 +16,7 @@ from rlprune.language.text import Text as TextOf
 from rlprune.language.text import TextRequest, split_text
 from rlprune.language.workload import LanguageWorkload
 from rlprune.pruning.plan import Plan
+from rlprune.tracing.trace import TraceOptions
 from rlprune.workloads import SPLITS
 from rlprune.workloads.base import Workload
 
@@ -59,6 +60,8 @@ def evaluator_of(workload, *, rungs=(), dtype="float32", importance="l2", steps=
     """An evaluator by the divergence in float32; without a recovery unless ``steps`` asks for one."""
     return Evaluator(
         workload,
+        # Steps of one: the default ones leave a tiny model hardly a plan to choose from.
+        workload.adapter.trace(workload.model, workload.example_inputs, TraceOptions(round_to=1)),
         importance=importance,
         recovery=RecoveryConfig(steps=steps),
         score=ScoreConfig(rungs=rungs, dtype=dtype, top_k=20, **score),
