@@ -49,6 +49,14 @@ def test_the_index_names_every_script_and_document() -> None:
     assert {path.name for path in DOCS.glob("*.md")} - {"README.md"} <= set(re.findall(r"\]\((.*?)\)", index))
 
 
+def test_the_site_has_a_place_for_every_document() -> None:
+    nav = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8").partition("nav:")[2]
+    named = re.findall(r"[\w-]+\.md", nav)
+    assert len(named) == len(set(named))
+    generated = {"api.md", "commands.md", "settings.md"}
+    assert set(named) == {path.name for path in DOCS.glob("*.md")} | generated
+
+
 def test_the_budget_curve_of_several_seeds_is_that_of_their_means() -> None:
     script = load_script("budget_curve")
     own, policy = "a search of its own", "policy"
