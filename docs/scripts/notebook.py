@@ -22,7 +22,8 @@ CELLS = (
     ),
     (
         "code",
-        'import rlprune\n\nconfig = rlprune.load_config("digits", ["model.train.epochs=10"])\n'
+        "import rlprune\n\n"
+        'config = rlprune.load_config("digits", ["model.arguments.width=8", "model.train.epochs=8"])\n'
         "workload = rlprune.build_workload(config)  # a dense model, trained, with its data\n"
         'workload.evaluate(workload.model, "validation")',
     ),
@@ -45,8 +46,8 @@ CELLS = (
     ),
     (
         "code",
-        'settings = {"finish": {"epochs": 3}, "search": {"baselines": ["random"]}}\n'
-        'result = rlprune.search(workload, budget="50%", evaluations=60, settings=settings)\n'
+        'settings = {"finish": {"epochs": 1}, "search": {"baselines": ["random"]}}\n'
+        'result = rlprune.search(workload, budget="50%", evaluations=32, settings=settings)\n'
         'columns = ("score", "test_loss", "test_loss_finetuned", "test_finetuned", "evaluations")\n'
         'print(f"{\'method\':<18}" + "".join(f"{name:>21}" for name in columns))\n'
         "for row in result.table:\n"
@@ -117,7 +118,7 @@ def run(book: Any) -> Any:
     from nbclient import NotebookClient
 
     with tempfile.TemporaryDirectory() as folder:
-        NotebookClient(book, timeout=600, resources={"metadata": {"path": folder}}).execute()
+        NotebookClient(book, timeout=None, resources={"metadata": {"path": folder}}).execute()
     for cell in book.cells:
         cell.metadata.pop("execution", None)  # times of the run
         # What libraries warn of names files of the machine.

@@ -96,6 +96,7 @@ def test_the_command_line_from_python() -> None:
     assert len(found["compared"]["rows"]) == 3  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_language_models() -> None:
     pytest.importorskip("peft")
     words = ["prune", "tiny_llama", "--rule", "ffn_uniform", "--budget", "80%", "--out", "runs/mine/pruned"]
