@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,8 +119,7 @@ class LanguageWorkload(TrainedWorkload):
         """Token ids (B, L) and targets (B, L), in the split's order."""
         part = self.data.splits[split]
         for start, stop in part.cuts(self.rows(split), limit):
-            ids, targets = part.window(start, stop)
-            yield ids.to(self._place), targets.to(self._place)
+            yield self._placed([part.window(start, stop)])
 
     def rows(self, split: str) -> int:
         """Sequences of a split in one batch."""
@@ -134,8 +133,15 @@ class LanguageWorkload(TrainedWorkload):
         order = torch.randperm(len(part), generator=generator).tolist()
         for step in range(self.train_steps(size)):
             windows = [part.window(i, i + 1) for i in order[step * size : (step + 1) * size]]
-            ids, targets = (torch.cat(side).to(self._place) for side in zip(*windows, strict=True))
-            yield ids, targets
+            yield self._placed(windows)
+
+    def _placed(self, windows: Sequence[tuple[Tensor, Tensor]]) -> Batch:
+        """Windows as one batch on the model's device. Targets that are the ids stay the same tensor: whether some are
+        left out is then known without asking the device."""
+        ids = torch.cat([window for window, _ in windows]).to(self._place)
+        if all(targets is window for window, targets in windows):
+            return ids, ids
+        return ids, torch.cat([targets for _, targets in windows]).to(self._place)
 
     def train_steps(self, batch_size: int | None = None) -> int:
         """Number of batches of one epoch of ``train_batches``."""

@@ -179,7 +179,8 @@ class TokenLoss:
 def learned(ids: Tensor, targets: object) -> Tensor | None:
     """Targets (B, L) where they leave tokens of ``ids`` out (-100), else None: all are learned."""
     if (
-        not isinstance(targets, Tensor)
+        targets is ids
+        or not isinstance(targets, Tensor)
         or targets.shape != ids.shape
         or not bool((targets[:, 1:] == -100).any())
     ):
