@@ -69,11 +69,11 @@ SMALL = {
     ),
     "saap": (*TEXT, *TUNED),
     "shortgpt": TEXT,
+    "spp": (*TEXT, *TUNED),
     "wanda_sp": TEXT,
 }
 """What makes a run of each config small."""
 NOT_BUILT = {
-    "SPP": "arXiv 2405.16057: for 2:4 and unstructured masks. `finish.method: spp` is a variant for pruned widths.",
     "Compresso": "arXiv 2310.05015: nothing of it.",
     "SliceGPT": "arXiv 2401.15024: nothing of it; a rotated model is another parametrisation.",
 }

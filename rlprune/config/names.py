@@ -20,7 +20,7 @@ class StepName(Named):
 
 RECOVERY_STEPS = Registry(
     "recovery step",
-    home="recovery.steps",
+    home="language.sparse_steps",
     entries=(
         (name, StepName(name, summary))
         for name, summary in (

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,10 +59,14 @@ def seen(ids: Tensor, targets: object) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a model: its module's ``path``, and ``run``, which takes all batches through it, once, in order."""
+    """A piece of a model: its module's ``path``, and ``run``, which takes all batches through it, once, in order.
+
+    ``look`` does so beforehand for the hooks' sake alone: the next part's inputs are still those that ``run`` gives.
+    """
 
     path: str
     run: Callable[[], None]
+    look: Callable[[], None]
 
     def holds(self, module: str) -> bool:
         """Whether a module lies in this part."""
@@ -79,13 +84,15 @@ def parts(
     waiting = list(batches)
     paths = _paths(model)
     if not waiting or not paths or not _is_stream(model, paths, waiting[0][0]):
-        yield Part("", lambda: run_blocks(model, waiting, focus))
+        whole = partial(run_blocks, model, waiting, focus)
+        yield Part("", whole, whole)
         return
     with torch.no_grad(), evaluating(model):
         sample: list[object] = []
         streams = [_Stream.captured(model, paths, ids, sample) for ids, _ in waiting]
     for path in paths:
-        yield Part(path, lambda path=path: _advance(model, path, streams, waiting, focus))  # type: ignore[misc]
+        move, look = (partial(_advance, model, path, streams, waiting, focus, stay) for stay in (False, True))
+        yield Part(path, move, look)
 
 
 def run_blocks(
@@ -127,13 +134,14 @@ def _advance(
     streams: Sequence[_Stream],
     batches: Sequence[tuple[Tensor, object]],
     focus: Focus | None,
+    stay: bool,
 ) -> None:
     block = model.get_submodule(path)
     with torch.no_grad(), evaluating(model):
         for stream, batch in zip(streams, batches, strict=True):
             if focus is not None:
                 focus.on(*batch)
-            stream.through(block, path)
+            stream.through(block, path, stay)
     return_freed_memory()  # of the activations
 
 
@@ -172,10 +180,13 @@ class _Stream:
 
         return note
 
-    def through(self, block: nn.Module, path: str) -> None:
-        """Run one block; what it was called with is let go."""
-        args, kwargs = self._calls.pop(path)
-        self.hidden = stream_of(block(self.hidden, *args, **kwargs))
+    def through(self, block: nn.Module, path: str, stay: bool = False) -> None:
+        """Run one block; what it was called with is let go, unless the stream is to ``stay`` where it is."""
+        args, kwargs = self._calls[path]
+        found = stream_of(block(self.hidden, *args, **kwargs))
+        if not stay:
+            del self._calls[path]
+            self.hidden = found
 
 
 @contextlib.contextmanager

@@ -90,13 +90,13 @@ def target_layers(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or _is_conv1d(module))
+        if (isinstance(module, nn.Linear) or stored_inputs_first(module))
         and any(name.startswith(start) for start in lists)
     ]
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D, whose weight is stored (in, out)."""
+def stored_inputs_first(module: nn.Module) -> bool:
+    """Whether a layer is transformers' Conv1D, whose weight is stored (in, out)."""
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 
@@ -117,7 +117,7 @@ def _lora(model: nn.Module, names: list[str], settings: FinishConfig) -> TakeOff
             "finish.method: 'lora' needs the package peft; install it with: pip install 'rlprune[language]'"
         ) from error
     before = set(vars(model))
-    transposed = [_is_conv1d(model.get_submodule(name)) for name in names]
+    transposed = [stored_inputs_first(model.get_submodule(name)) for name in names]
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
@@ -156,8 +156,10 @@ def _factors(model: nn.Module, names: list[str], settings: FinishConfig) -> Take
     for name in names:
         layer = model.get_submodule(name)
         weight: Any = layer.weight
-        rows, columns = weight.shape[::-1] if _is_conv1d(layer) else weight.shape
-        factor = kind(rows, columns, settings.rank, settings.alpha, _is_conv1d(layer)).to(weight.device)
+        rows, columns = weight.shape[::-1] if stored_inputs_first(layer) else weight.shape
+        factor = kind(rows, columns, settings.rank, settings.alpha, stored_inputs_first(layer)).to(
+            weight.device
+        )
         parametrize.register_parametrization(layer, "weight", factor, unsafe=True)
 
     def take_off(model: nn.Module, merge: bool) -> None:
@@ -217,8 +219,9 @@ class RowColumn(_Factor):
     """SPP (arXiv 2405.16057): W + alpha / rank * W * (rows' factor) * (columns' factors), elementwise.
 
     Each row has one factor, zero at the start; the rows are split into ``rank`` runs that have one factor
-    a column each. A weight that is zero stays zero. The columns' factors start at 1 (derived; the first
-    step then learns the scale of each row).
+    a column each, with the Kaiming-uniform start of the authors' code (Lucky-Lance/SPP, peft/tuners/lora.py: 16 runs,
+    alpha / rank = 2). A weight that is zero stays zero, so masks survive the merge. Their dropout of the inputs has no
+    place in a weight and is left out.
     """
 
     def __init__(self, rows: int, columns: int, rank: int, alpha: float, transposed: bool) -> None:
@@ -226,7 +229,8 @@ class RowColumn(_Factor):
         runs = min(rank, rows)
         self.scaling = alpha / rank
         self.row = nn.Parameter(torch.zeros(rows, 1))
-        self.column = nn.Parameter(torch.ones(runs, columns))
+        self.column = nn.Parameter(torch.empty(runs, columns))
+        nn.init.kaiming_uniform_(self.column, a=math.sqrt(5))
         self.register_buffer("run", torch.arange(rows) * runs // rows, persistent=False)
 
     def adapted(self, weight: Tensor) -> Tensor:
