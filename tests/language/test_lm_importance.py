@@ -66,6 +66,20 @@ class TestActivations:
         squared = (x.var(0) * (w**2).sum(0)) ** 2
         np.testing.assert_allclose(scores[0], by_kv_head(squared) / (HEAD * RATIO), rtol=1e-9)
 
+    @pytest.mark.parametrize("name", ["flap_ifv", "flap_wifn"])
+    def test_flaps_other_metrics_written_out(self, name):
+        workload, space = llama()
+        scores = compute(name, workload, space)
+        attention, mlp = parts(workload.model)
+        for g, (layer, path) in enumerate(
+            ((attention.o_proj, "self_attn.o_proj"), (mlp.down_proj, "mlp.down_proj"))
+        ):
+            x = activations(workload, f"model.layers.0.{path}").numpy()
+            w = layer.weight.detach().numpy()
+            columns = x.var(0) if name == "flap_ifv" else (np.abs(w) * np.sqrt((x**2).mean(0))).mean(0)
+            expected = columns if g else by_kv_head(columns**2) / (HEAD * RATIO)
+            np.testing.assert_allclose(scores[g], expected, rtol=1e-9)
+
     def test_a_query_head_counts_for_its_own_kv_head(self):
         """The trap of LLM-Pruner: with h % n_kv another KV head would get the score."""
         for name in ("wanda_sp", "flap", "taylor_param_second"):
