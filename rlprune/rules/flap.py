@@ -78,7 +78,7 @@ def _neurons_take_the_rest(context: Context, widths: Ints, pooled: bool) -> Floa
     others: Bools = ~of_kind(space, "attention") & context.active
     scores = _scores(context) if pooled else []
     low, high = 0.0, 1.0  # share of the neurons that goes
-    found = widths
+    found = np.where(others, space.minimums, widths)
     for _ in range(30):
         middle = (low + high) / 2
         if pooled:
@@ -86,8 +86,11 @@ def _neurons_take_the_rest(context: Context, widths: Ints, pooled: bool) -> Floa
             cut = pooled_widths(context, scores, others, count)
         else:
             cut = space.limits.floor(space.widths.astype(np.float64) * (1.0 - middle))
-        found = np.where(others, np.maximum(cut, space.minimums), widths)
-        low, high = (low, middle) if space.cost(found, metric) <= target else (middle, high)
+        tried = np.where(others, np.maximum(cut, space.minimums), widths)
+        if space.cost(tried, metric) <= target:
+            found, high = tried, middle
+        else:
+            low = middle
     return widths_distribution(space, found)
 
 
