@@ -56,6 +56,22 @@ def test_a_bar_that_appears_late_takes_its_pace_from_what_it_saw(capsys: pytest.
     assert " 4/11 " in printed and " 0/11 " not in printed and "11/11" in printed
 
 
+def test_a_second_bar_shows_the_whole_run(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(shown="bar")
+    console.expect({"rules": 1.0, "ppo": 3.0})
+    console.stage("rules")
+    console.status("rules", 1, 2)
+    assert console._whole is not None and console._whole.n == pytest.approx(0.125)
+    clock.now += 10
+    console.status("rules", 2, 2)
+    assert console._whole is None, "it goes with the phase"
+    console.stage("ppo")
+    console.status("ppo", 1, 3)
+    assert console._whole is not None and console._whole.n == pytest.approx(0.5)
+    console.close()
+    assert "run [2/2] ppo  50%" in capsys.readouterr().err
+
+
 class TestStreams:
     def test_a_log_gets_a_line_now_and_then(self, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
         console = Console()
