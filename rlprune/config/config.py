@@ -342,6 +342,12 @@ class FinishConfig(Section):
         5, "Best candidates that are scored again on the whole validation split.", low=1
     )
     epochs: int = setting(0, "Epochs of the final fine-tune; 0 leaves it out.", low=0)
+    start: str = setting(
+        "recovered",
+        "Models of images: where the fine-tune starts: `recovered` (all of recovery.steps), `statistics` (the same "
+        "without closed forms), or `auto`: both are trained for a few steps, and the validation loss decides.",
+        choices=("recovered", "statistics", "auto"),
+    )
     method: str = setting(
         "lora",
         "Language models: `lora`, `full`, `group` (SAAP: scaled column groups and low rank) or `spp` (row and "

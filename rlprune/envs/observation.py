@@ -16,7 +16,15 @@ Floats = NDArray[np.float64]
 
 _CHANNELS = ("conv", "linear", "depthwise", "grouped", "residual")
 # The kinds of group that have a column of their own, by feature version; each version names those before it.
-KINDS: dict[int, tuple[str, ...]] = {1: _CHANNELS, 2: (*_CHANNELS, "attention", "ffn", "hidden")}
+KINDS: dict[int, tuple[str, ...]] = {
+    1: _CHANNELS,
+    2: (*_CHANNELS, "attention", "ffn", "hidden"),
+    3: _CHANNELS,
+}
+# What cuts of so large a share of a group are expected to cost has a column each, from version 3 on.
+EXPECTED_SHARES = (0.25, 0.5, 0.75)
+EXPECTING = 3
+_EXPECTED = ("expected_quarter", "expected_half", "expected_three_quarters", "log_expected_per_cost")
 # The columns of one moment of an episode stand last in every version.
 _DYNAMIC = ("base", "base_kept", "budget", "spent", "kept")
 # The names of the F columns, by feature version. A saved policy says which of them it saw.
@@ -42,6 +50,7 @@ FEATURE_VERSIONS: dict[int, tuple[str, ...]] = {
         "log_importance_per_cost",
         "sensitivity_1",
         "sensitivity_2",
+        *(_EXPECTED if version == EXPECTING else ()),
         *_DYNAMIC,
     )
     for version, kinds in KINDS.items()
@@ -53,7 +62,7 @@ _TINY = 1e-12
 
 def feature_version(spaces: Iterable[PruningSpace]) -> int:
     """The first version with a column for every kind of group in these spaces that any version has one for."""
-    latest = set(KINDS[max(KINDS)])
+    latest = {kind for kinds in KINDS.values() for kind in kinds}
     present = {g.kind for space in spaces for g in space.groups} & latest
     return min(version for version, kinds in KINDS.items() if present <= set(kinds))
 
@@ -64,6 +73,7 @@ def static_features(
     metric: str,
     sensitivity: Floats | None = None,
     version: int = 1,
+    expected: Floats | None = None,
 ) -> NDArray[np.float32]:
     """The columns that depend neither on the budget nor on what has been cut yet.
 
@@ -71,6 +81,7 @@ def static_features(
         importance: one array per group with the importance of each unit.
         sensitivity: (G, 2), loss of score when one group alone is cut at two ratios; None leaves zeros.
         version: one of ``FEATURE_VERSIONS``; a kind without a column there is "other".
+        expected: (3, G), what a cut of each of ``EXPECTED_SHARES`` is expected to cost; None leaves zeros.
 
     Returns:
         float32 (G, F); the columns of :func:`fill_dynamic` are zero.
@@ -99,6 +110,11 @@ def static_features(
     if sensitivity is not None:
         scaled = _log_ratio(np.maximum(sensitivity, 0.0))
         columns["sensitivity_1"], columns["sensitivity_2"] = scaled[:, 0], scaled[:, 1]
+    if expected is not None and version == EXPECTING:
+        scaled = _log_ratio(np.maximum(expected.T, 0.0))
+        columns |= dict(zip(_EXPECTED[:3], scaled.T, strict=True))
+        rate = np.log(np.maximum(expected[1], _TINY) / np.maximum(share, _TINY))
+        columns["log_expected_per_cost"] = (rate - rate.mean()) / 2.0
     table = np.zeros((len(dense), len(names)), dtype=np.float32)
     for name, column in columns.items():
         table[:, names.index(name)] = np.clip(column, -BOUND, BOUND)

@@ -21,7 +21,14 @@ from ..rules.context import Context, rule_widths
 from ..utils.arrays import Floats, Floats32, Ints
 from ..utils.randomness import isolated_randomness
 from ..workloads.base import Workload
-from .observation import FEATURE_VERSIONS, feature_version, fill_dynamic, static_features
+from .observation import (
+    EXPECTED_SHARES,
+    EXPECTING,
+    FEATURE_VERSIONS,
+    feature_version,
+    fill_dynamic,
+    static_features,
+)
 from .reward import RewardScale, reward_scale
 
 # d = base * exp(ACTION_SCALE * (a - mean a)): two groups can differ by a factor of e^3 from the base rule.
@@ -82,6 +89,13 @@ class Reranks(Protocol):
     """A judge whose units an agent may rank anew, before any plan is scored (`Evaluator.rerank`)."""
 
     def rerank(self, scores: Sequence[Floats]) -> None: ...
+
+
+@runtime_checkable
+class Expects(Protocol):
+    """An evaluator that may know what cuts are expected to cost."""
+
+    def expected(self, widths: ArrayLike) -> Floats | None: ...
 
 
 Source = Workload | Judge
@@ -146,7 +160,10 @@ class Task:
     @property
     def feature_version(self) -> int:
         """Which of ``observation.FEATURE_VERSIONS`` a policy is shown."""
-        return feature_version([self.space]) if self.shown is None else self.shown
+        if self.shown is not None:
+            return self.shown
+        found = feature_version([self.space])
+        return EXPECTING if found == 1 and self.expected(self.space.widths[None]) is not None else found
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -178,6 +195,11 @@ class Task:
         if not isinstance(self.budget, (tuple, list)):
             return (self.budget,)
         return tuple(float(b) for b in np.linspace(*self.budget_range, KNOTS))
+
+    def expected(self, widths: Ints) -> Floats | None:
+        """What each group's cut is expected to cost at widths (N, G) before any evaluation, (N, G); None where nothing
+        is (see `Evaluator.expected`)."""
+        return self.evaluator.expected(widths) if isinstance(self.evaluator, Expects) else None
 
     def ratio(self, budget: BudgetLike) -> float:
         """A budget as a ratio of the dense cost."""
@@ -310,7 +332,9 @@ class Task:
         space = self.space
         losses = self._sensitivities() if self.sensitivity else None
         importance = self.evaluator.importance
-        return static_features(space, importance, self.metric, losses, self.feature_version)
+        wanted = [space.limits.floor(space.widths * (1.0 - share)) for share in EXPECTED_SHARES]
+        expected = self.expected(np.array(wanted))
+        return static_features(space, importance, self.metric, losses, self.feature_version, expected)
 
     def _sensitivities(self) -> Floats:
         """Loss of score (G, 2) when one group alone is cut."""

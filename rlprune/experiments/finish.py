@@ -25,6 +25,7 @@ from ..workloads.outcomes import Outcomes
 from .methods import MethodResult, finalists
 from .prepare import Experiment
 from .saving import round_weights
+from .tuning_start import tuning_start
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,10 @@ def finish(
     """
     model, plan = _built(experiment, found.history if found else None)
     head = _head(experiment, found, seed)
-    return finish_model(experiment, model, plan, head, seed=seed, state=state, callback=callback)
+    one_stage = found is not None and len(found.history) == 1
+    return finish_model(
+        experiment, model, plan, head, seed=seed, state=state, callback=callback, one_stage=one_stage
+    )
 
 
 def finish_model(
@@ -90,8 +94,12 @@ def finish_model(
     seed: int,
     state: Path | None = None,
     callback: Callback | None = None,
+    one_stage: bool = False,
 ) -> FinalModel:
     """`finish` of a model that is there already; ``plan`` is None for the dense one.
+
+    ``one_stage``: the model is the dense one's cut by the plan, so that its fine-tune may start elsewhere
+    (`finish.start`).
 
     ``head`` is the part of its row that the method knows: method, kind, seed, evaluations, seconds, score, validation,
     validation_loss.
@@ -108,7 +116,8 @@ def finish_model(
     facts = keep.load(mark, model)
     if facts is None:
         wanted = None if kind == "dense" else experiment.config.finish.dtype
-        facts = _measured(experiment, model, seed, keep.training, f"fine-tune {method}", callback, wanted)
+        job = TuneJob(seed, None, keep.training, callback.training, f"fine-tune {method}")
+        model, facts = _measured(experiment, model, plan if one_stage else None, job, wanted)
         keep.save(mark, facts, model)
     callback.close()
     kept_outcomes = facts.pop("outcomes", None)
@@ -145,15 +154,12 @@ def _built(experiment: Experiment, history: History | None) -> tuple[nn.Module, 
 
 
 def _measured(
-    experiment: Experiment,
-    model: nn.Module,
-    seed: int,
-    training: Path | None,
-    label: str,
-    callback: Callback,
-    dtype: str | None,
-) -> dict[str, Any]:
-    """Test figures before and after the fine-tune, with the weights that ``dtype`` saves (None: it is not saved)."""
+    experiment: Experiment, model: nn.Module, plan: Plan | None, job: TuneJob, dtype: str | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The fine-tuned model, and test figures before and after, with the weights that ``dtype`` saves (None: not saved).
+
+    ``plan`` is that of a model of one stage, whose fine-tune may start elsewhere (`finish.start`).
+    """
     workload = experiment.workload
     if dtype is not None:
         round_weights(workload, model, dtype)
@@ -164,7 +170,8 @@ def _measured(
     facts |= workload.test_facts(before.count) | workload.adapter.finish_facts(experiment.config.finish)
     after = before
     if workload.adapter.fine_tune_length(experiment.config.finish)[0]:
-        job = TuneJob(seed, state=training, progress=callback.training, phase=label)
+        model, chosen = tuning_start(experiment, model, plan, job.seed)
+        facts |= chosen
         workload.fine_tune(model, experiment.config.finish, job)
         if dtype is not None:
             round_weights(workload, model, dtype)
@@ -175,7 +182,7 @@ def _measured(
     outcomes = (before if dtype is None else after).outcomes
     if outcomes is not None:
         facts["outcomes"] = outcomes.to_dict()
-    return facts | {"finish_seconds": time.perf_counter() - started}
+    return model, facts | {"finish_seconds": time.perf_counter() - started}
 
 
 def save_outcomes(finished: Sequence[FinalModel], path: Path) -> str | None:

@@ -23,6 +23,8 @@ from .logit_gp import LogitGP
 
 # Scored plans from which on the process is worth asking.
 _ENOUGH = 5
+# What the curves expect is off by a power, which the scored plans tell, within these bounds.
+_SLOPES = (0.5, 2.0)
 # Divergences are told apart down to this (nats).
 _FLOOR = 1e-6
 
@@ -53,6 +55,8 @@ class CompositeGP:
         self._logits = cache
         self._groups = len(task.space.groups)
         dense = as_history(task.space.widths)
+        self._task = task
+        self._trend: tuple[float, float] | None = None
         self._model = LogitGP(task.space.widths, self._logits.take(dense), self._logits.dense)
 
     @staticmethod
@@ -67,15 +71,43 @@ class CompositeGP:
             if key[-1] not in self._model.known:
                 self._model.learn(plan, self._logits.take(key))
         self._model.fit()
+        self._trend = self._line()
 
     def predict(self, widths: Ints) -> tuple[Floats, Floats]:
         """Mean (P,) and standard deviation (P,) of minus the logarithm of the divergence.
 
         The mean is that of the expected divergence, not of the divergence of the expected logits: where nothing is
-        known the latter are the dense model's, and any plan far from the known ones would look best.
+        known the latter are the dense model's, and any plan far from the known ones would look best. Where curves of
+        the groups say what cuts are expected to cost, they are the prior mean: as far as the logits are not known, the
+        logarithm is that of the summed curves, on the line through the scored plans.
         """
         centre, spread = (np.maximum(part, _FLOOR) for part in self._model.expected(widths))
-        return -np.log(centre + spread), spread / (centre + spread)
+        logarithm, unknown = np.log(centre + spread), spread / (centre + spread)
+        expected = self._prior(widths)
+        if expected is not None:
+            logarithm = (1.0 - unknown) * logarithm + unknown * expected
+        return -logarithm, unknown
+
+    def _prior(self, widths: Ints) -> Floats | None:
+        """Logarithm (P,) of the divergence that curves of the groups lead to expect; None where there are none."""
+        costs = self._task.expected(np.asarray(widths, dtype=np.int64))
+        if costs is None or self._trend is None:
+            return None
+        slope, level = self._trend
+        found: Floats = slope * np.log(np.maximum(costs.sum(axis=1), _FLOOR)) + level
+        return found
+
+    def _line(self) -> tuple[float, float] | None:
+        """Slope and level of the line from what was expected of the known plans to what they cost, in logarithms."""
+        plans = np.array(list(self._model.known), dtype=np.int64).reshape(-1, self._groups)
+        costs = self._task.expected(plans)
+        if costs is None or len(plans) < _ENOUGH:
+            return None
+        x = np.log(np.maximum(costs.sum(axis=1), _FLOOR))
+        y = np.log(np.maximum(list(self._model.known.values()), _FLOOR))
+        slope = float(np.polyfit(x, y, 1)[0]) if np.ptp(x) > 1e-9 else 1.0
+        slope = min(max(slope, _SLOPES[0]), _SLOPES[1])
+        return slope, float(np.median(y - slope * x))
 
     def covariance(self, widths: Ints) -> tuple[Floats, Floats]:
         """Mean (P,) and joint covariance (P, P)."""

@@ -161,7 +161,7 @@ def test_a_policy_of_the_other_side_is_refused(name, other):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: m.update(feature_version=3), r"features of version 3; this program shows 1, 2"),
+        (lambda m: m.update(feature_version=4), r"features of version 4; this program shows 1, 2, 3"),
         (lambda m: m.pop("feature_version"), r"features of version None"),
         (lambda m: m.update(feature_version=2), r"its features are not those of version 2"),
     ],

@@ -102,9 +102,8 @@ class SurrogateTrainer:
             return ProbedModel(task)
         if self.search.settings.ppo.surrogate == "logits" and CompositeGP.applies(task):
             return CompositeGP(task)
-        expected = getattr(task.evaluator, "expected", None)
         cost = partial(task.space.cost, metric=task.metric) if task.is_range else None
-        return ScoreGP(task.space.widths, task.evaluator.dense.score, expected, cost)
+        return ScoreGP(task.space.widths, task.evaluator.dense.score, task.expected, cost)
 
     @property
     def batch(self) -> int:
