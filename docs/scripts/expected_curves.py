@@ -25,14 +25,12 @@ from scipy.stats import spearmanr
 
 import rlprune
 from rlprune import Evaluator, Workload
-from rlprune.config import load_config
-from rlprune.config.config import FinishConfig
+from rlprune.config import FinishConfig, load_config
 from rlprune.experiments import prepare_experiment
 from rlprune.report import markdown_table
 from rlprune.rules import RULES
-from rlprune.rules.context import rule_widths
 from rlprune.utils import hardware
-from rlprune.workloads.adapter import TuneJob
+from rlprune.workloads import TuneJob
 
 DOCS = Path(__file__).resolve().parents[1]
 PLANS = 40
@@ -179,7 +177,7 @@ def rules(evaluator: Evaluator, budget: float) -> dict[str, Any]:
     """Widths, score and validation loss of each rule, and the seconds that it took beside its probes."""
     found = {}
     for rule in RULES_COMPARED:
-        widths = rule_widths(RULES[rule], evaluator.context(budget))
+        widths = evaluator.space.project(RULES[rule].function(evaluator.context(budget)), budget)
         one = evaluator.evaluate(widths)
         found[rule] = {"widths": widths.tolist(), "score": one.score, "loss": one.loss, "metric": one.metric}
     return found
@@ -209,10 +207,17 @@ def mean(values: list[float], digits: int = 2) -> str:
     return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
+def pair(values: list[Any]) -> str:
+    """Mean loss and accuracy; a dash where they have not been measured."""
+    if not values or not all(values):
+        return "–"
+    return " / ".join(f"{np.mean([v[k] for v in values]):.3f}" for k in (0, 1))
+
+
 def section(name: str, case: Case, cells: dict[str, Any]) -> str:
-    seeds = [s for s in range(case.seeds) if f"{name} {s} tuned" in cells]
+    seeds = [s for s in range(case.seeds) if f"{name} {s} rankings" in cells]
     of = {
-        what: [cells[f"{name} {s} {what}"] for s in seeds]
+        what: [cells[f"{name} {s} {what}"] for s in seeds if f"{name} {s} {what}" in cells]
         for what in ("plans", "singles", "rules", "tuned", "rankings")
     }
 
@@ -231,13 +236,11 @@ def section(name: str, case: Case, cells: dict[str, Any]) -> str:
         row += [mean([c[i][rule]["score"] for c in of["rules"]], 3) for i in IMPORTANCES]
         for when in ("before", "after"):
             values = [c[rule].get(when) for c in of["tuned"]]
-            row.append(
-                " / ".join(f"{np.mean([v[k] for v in values]):.3f}" for k in (0, 1)) if all(values) else "–"
-            )
+            row.append(pair(values))
         rows.append(row)
     ranked = [mean([float(np.mean(c[i])) for c in of["rankings"]], 3) for i in IMPORTANCES]
     ahead = np.mean([np.mean(np.array(c["obs_fisher"]) > np.array(c["taylor"])) for c in of["rankings"]])
-    dense = " / ".join(f"{np.mean([c['dense']['before'][k] for c in of['tuned']]):.3f}" for k in (0, 1))
+    dense = pair([c["dense"]["before"] for c in of["tuned"]])
     head = ["rule", "score, obs_fisher", "score, taylor", "test loss / accuracy", "after the fine-tune"]
     return SECTION.format(
         title=case.title, share=f"{case.budget:.0%}", seeds=len(seeds), single=mean(single), ratio=mean(ratios),
@@ -267,25 +270,26 @@ def verdict(cells: dict[str, Any], done: dict[str, Case]) -> str:
                 tests = [
                     cells[f"{name} {s} tuned"] for s in range(case.seeds) if f"{name} {s} tuned" in cells
                 ]
-                if not all(when in t["fisher"] for t in tests):
+                if not tests or not all(when in t["fisher"] for t in tests):
                     continue
                 gap = np.mean([t["fisher"][when][0] - t[other][when][0] for t in tests])
                 (ahead if gap < 0 else behind).append(f"{name} ({gap:+.3f})")
             lines.append(
-                f"- `fisher` against `{other}` by the mean test loss {label}: lower on {', '.join(ahead) or 'none'}; "
-                f"not on {', '.join(behind) or 'none'}."
+                f"- `fisher` against `{other}` by the mean test loss {label}: lower on {', '.join(ahead) or 'none'}"
+                f"{'; not on ' + ', '.join(behind) if behind else ''}."
             )
     return "\n".join(lines)
 
 
 def page(cells: dict[str, Any]) -> str:
-    done = {n: c for n, c in CASES.items() if f"{n} 0 tuned" in cells}
+    done = {n: c for n, c in CASES.items() if f"{n} 0 rankings" in cells}
     left = [f"`{n}`" for n in CASES if n not in done]
+    left += [f"`{n}` on the test split and after the fine-tune" for n in done if f"{n} 0 tuned" not in cells]
     machine = hardware()
     return PAGE.format(
         processor=machine["processor"], torch=machine["libraries"]["torch"], plans=PLANS,
         verdict=verdict(cells, done), parts="\n".join(section(n, c, cells) for n, c in done.items()),
-        left=f"Not measured: {', '.join(left)}.\n" if left else "",
+        left=OPEN.format(left=", ".join(left)) if left else "",
     )  # fmt: skip
 
 
@@ -323,6 +327,11 @@ Rules; the dense model's test loss and accuracy are {dense}. The last two column
 Twelve random plans by ranking: mean score {own} with `obs_fisher`, {taylor} with `taylor`; the former is ahead on
 {ahead}.
 """
+OPEN = """## Open
+
+Not measured: {left}; the same command goes on there. A curve varies with the answers that are drawn for it, one an
+image of 256 at most: unlikely ones weigh most where the model is sure.
+"""
 PAGE = """# What cuts are expected to cost
 
 Written by `python docs/scripts/expected_curves.py` (as its head says): one thread of an {processor}, torch {torch},
@@ -331,8 +340,7 @@ the error of the closed form, weighted by the Fisher information of what reads t
 without a label and without a cut model. A plan is expected to cost the sum of its groups. Scores are −KL to the dense
 model on the validation split (higher is better), of {plans} random plans at the budget. The rule `fisher` takes the
 least sum (`rlprune/pruning/knapsack.py`) and scores nothing; `sensitivity` scores two cuts of every group. Test losses
-are means over the models. The seconds of a curve are those of one forward and one backward pass over the calibration
-images.
+are means over the models.
 
 {verdict}
 

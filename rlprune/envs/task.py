@@ -332,7 +332,8 @@ class Task:
         space = self.space
         losses = self._sensitivities() if self.sensitivity else None
         importance = self.evaluator.importance
-        wanted = [space.limits.floor(space.widths * (1.0 - share)) for share in EXPECTED_SHARES]
+        dense = space.widths.astype(np.float64)
+        wanted = [space.limits.floor(dense * (1.0 - share)) for share in EXPECTED_SHARES]
         expected = self.expected(np.array(wanted))
         return static_features(space, importance, self.metric, losses, self.feature_version, expected)
 
