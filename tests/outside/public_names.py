@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import assert_type
 
 import numpy as np
@@ -15,6 +16,9 @@ class Mine(rlprune.Workload):
     def __init__(self) -> None:
         self.model = nn.Linear(4, 2)
         self.example_inputs = torch.zeros(1, 4)
+
+    def batches(self, split: str, limit: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        yield torch.zeros(8, 4), torch.zeros(8, dtype=torch.long)
 
 
 @rlprune.rule("a rule")
