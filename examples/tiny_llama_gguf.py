@@ -32,7 +32,7 @@ def main() -> None:
     )
     result = rlprune.train(config, FOLDER, resume=True)
     print(result)
-    written = export(FOLDER, "gguf", force=True)
+    written = export.export(FOLDER, "gguf", force=True)
     for note in written.notes:
         print(f"  {note}")
     reader = gguf.GGUFReader(str(written.path))
