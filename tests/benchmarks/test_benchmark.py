@@ -244,6 +244,8 @@ def test_methods_that_cannot_run_here_are_left_out_or_refused(
     small_digits: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Needy:
+        on_request = False
+
         def load(self) -> Any:
             import no_such_library  # type: ignore[import-not-found]
 
