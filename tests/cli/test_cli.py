@@ -21,10 +21,11 @@ from rlprune.cli import main as cli
 from rlprune.cli.catalogue import KINDS
 from rlprune.config.config import load_config, shipped_configs
 from rlprune.errors import BudgetError
+from rlprune.utils.findings import Findings
 
 API_COMMANDS = (
-    "demo", "inspect", "train", "apply", "prune", "benchmark", "fidelity", "evaluate", "export", "report", "list",
-    "schema", "completion",
+    "demo", "inspect", "train", "apply", "prune", "benchmark", "fidelity", "evaluate", "export", "push", "report",
+    "optuna", "list", "schema", "completion",
 )  # fmt: skip
 
 
@@ -264,10 +265,10 @@ def test_our_warnings_are_one_line_and_those_of_libraries_are_quiet(
     class OwnWarning(UserWarning):
         __module__ = "rlprune.somewhere"
 
-    def inspect(config: Any) -> str:
+    def inspect(config: Any) -> Findings:
         warnings.warn("ours,\nin two lines", OwnWarning, stacklevel=1)
         warnings.warn("theirs", FutureWarning, stacklevel=1)
-        return "groups"
+        return Findings("groups")
 
     replace_work(monkeypatch, "inspect", inspect=inspect)
     with warnings.catch_warnings():

@@ -30,7 +30,7 @@ from rlprune.experiments.build import build_workload
 from rlprune.report.results import read_results
 from rlprune.rules import RULES
 
-OWN_RULES = [name for name, rule in RULES.items() if not rule.external]
+OWN_RULES = [name for name, rule in RULES.items() if not rule.external and not rule.on_request]
 
 # Big enough to learn which tokens are frequent in a second; enough blocks for a distribution to matter.
 TINY = (

@@ -77,15 +77,15 @@ def test_spilled_factors_are_on_the_disk(tmp_path):
 def test_inspect_says_both_peaks_without_reading_weights(tmp_path):
     folder = write_folder(tmp_path / "model", hidden_size=128, intermediate_size=4096)
     (folder / "model.safetensors").unlink()
-    text = inspect(config(f"model.name=hf:{folder}"))
+    text = inspect(config(f"model.name=hf:{folder}")).text
     prepare, search = text.splitlines()[-2:]
     assert prepare.startswith("memory, prepare: ") and search.startswith("memory, search: ")
     assert "MB at the peak (weights " in search and "candidate" in search
-    assert "factors" not in inspect(config(f"model.name=hf:{folder}", "recovery.steps=[none]"))
+    assert "factors" not in inspect(config(f"model.name=hf:{folder}", "recovery.steps=[none]")).text
 
 
 def test_images_have_no_formula():
-    text = inspect(rlprune.load_config("digits"))
+    text = inspect(rlprune.load_config("digits")).text
     assert "memory: not predicted for such a model" in text and "MiB" not in text
 
 

@@ -75,9 +75,9 @@ def test_a_cost_may_be_a_sum_of_its_own_and_may_be_absent() -> None:
     rlprune.cost_metric("never", name="never")(lambda space, model: None)
     rlprune.cost_metric("text only", name="texts", wing="language")(lambda space, model: space.costs["macs"])
     space = rlprune.trace(Residual(), example(torch.float32))
-    assert list(space.costs) == ["macs", "params", "units"]
+    assert list(space.costs) == ["macs", "params", "filters", "units"]
     assert "texts" in rlprune.trace(tiny_lm(), tokens(8)).costs
-    with pytest.raises(BudgetError, match=r"unknown metric 'never'; allowed: macs, params, units"):
+    with pytest.raises(BudgetError, match=r"unknown metric 'never'; allowed: macs, params, filters, units"):
         space.dense_cost("never")
 
 
