@@ -65,7 +65,7 @@ def run(
     page: str, names: dict[str, object] | None = None, change: dict[str, str] | None = None
 ) -> dict[str, object]:
     """All blocks of a page one after the other, among one set of names; returns these."""
-    found = {} if names is None else names
+    found = {"__name__": page} if names is None else names  # what it registers is foreign, and forgotten
     for number, block in enumerate(blocks(DOCS / page, "python")):
         for old, new in (change or {}).items():
             block = block.replace(old, new)

@@ -392,7 +392,7 @@ CASES: dict[str, Wrong] = {
     ),
     "a policy's feature version": Wrong(
         APPLY,
-        "policy: saw features of version [1]; this program shows 1, 2",
+        "policy: saw features of version [1]; this program shows 1, 2, 3",
         put("policy/policy.json", "meta.feature_version", [1]),
     ),
     "a policy's tensors": Wrong(

@@ -35,7 +35,7 @@ def test_the_loss_falls_and_the_model_stays_plain(family: str, method: str) -> N
     workload, model = Echo(family), pruned(family)
     names = list(model.state_dict())
     before = workload.evaluate_loss(model)
-    lr = 3e-3 if method == "full" else 2e-2
+    lr = {"full": 3e-3, "spp": 6e-2}.get(method, 2e-2)  # half of SPP's factors begin at zero
     result = tune(workload, model, replace(QUICK, method=method, steps=25, lr=lr, distill=False), seed=0)
     assert result.steps == 25 and result.tokens == 25 * 4 * 12
     assert workload.evaluate_loss(model) < before - 0.2
