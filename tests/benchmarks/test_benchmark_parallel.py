@@ -108,6 +108,7 @@ def serial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("how", ["kill", "interrupt"])
 def test_a_stopped_benchmark_leaves_no_worker_and_goes_on_as_if_never_stopped(
@@ -135,6 +136,7 @@ def test_a_stopped_benchmark_leaves_no_worker_and_goes_on_as_if_never_stopped(
     assert not list(out.glob("cells/*.state"))
 
 
+@pytest.mark.slow
 @linux
 def test_the_cell_of_a_killed_worker_goes_on_in_another(tmp_path: Path) -> None:
     out = tmp_path / "run"

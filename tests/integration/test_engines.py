@@ -167,6 +167,7 @@ def test_ray_survives_the_death_of_a_worker_a_node_and_the_driver(
     assert left(out) == left(long)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_takes_its_processes_along_and_another_goes_on(long: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = started(words(out, "random", *WORKERS, evaluations=LONG))

@@ -48,6 +48,7 @@ def kills() -> ModuleType:
     return load_script("kills")
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(tmp_path: Path, kills: ModuleType) -> None:
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     running = []

@@ -37,7 +37,9 @@ def _few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ADAPTER, "latency", replace(ADAPTER.latency, batch_sizes=(1, 2)), raising=False)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "detection" else n for n in RUNS]
+)
 def test_from_start_to_report(name: str, tmp_path: Path) -> None:
     config, out = tmp_path / "run.yaml", tmp_path / "run"
     config.write_text(SETTINGS.format(name=name))
