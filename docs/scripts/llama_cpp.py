@@ -234,7 +234,7 @@ def page(args: argparse.Namespace, found: dict[str, dict[str, Any]], plans: dict
         "the same token ids for both; transformers in float32, llama.cpp with its defaults (a cache in float16). No "
         "fine-tune. Speeds: "
         f"medians of {args.rounds} rounds in which all files take turns, prefill of {LENGTH} tokens, decoding of "
-        f"{DECODED} one by one after a prompt of {len(PROMPT.split())} words.",
+        f"{DECODED} one by one after a prompt of {len(PROMPT.split())} words. {args.note}".strip(),
         "",
         f"- learned: `prune.runtime=llama.cpp`, PPO with {plans['learned']['evaluations']} evaluations of 16 sequences "
         f"of 128 tokens, seed 0, {args.calibration} calibration sequences, recovery `reconstruct`; "
@@ -264,6 +264,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--blocks", type=int, default=12, help=f"blocks of {LENGTH} tokens")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the speeds")
     parser.add_argument("--doc", type=Path, help="page to write")
+    parser.add_argument(
+        "--note", default="", help="what the page says of the machine and the build, behind the speeds"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     kept = Kept(args.out)
