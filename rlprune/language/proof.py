@@ -32,8 +32,9 @@ _NEW = 6  # tokens of the comparison with and without cache
 _EXACT = 1e-8
 # Families that none has looked at may compute a step in float32 whatever the format of the weights.
 _EXACT_MIXED = 1e-6
-# Some caches hold float32, and some steps of a mixer with states compute in it.
-_EXACT_CACHED = 1e-4
+# Of the largest logit, between generation with and without the cache. Mixers with states compute them in float32, and
+# what follows enlarges the rounding: 1e-4 in Nemotron-H, in the masked dense model as in the cut one.
+_EXACT_CACHED = 1e-2
 # Random matrices: standard deviation times the root of the inputs.
 _SPREAD = 0.7
 
