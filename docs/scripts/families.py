@@ -251,8 +251,8 @@ and the parts of {found} are found by structure; {heads} are cut by key-value he
 dropped whole or stays.
 
 "works" means here: the output equals that of the masked dense model to {exact:g} of the largest output (some of
-these families compute steps in float32); greedy generation gives the same tokens with and without the cache, where
-the dense model's does; and the saved folder loads with the same outputs, to the
+these families compute steps in float32); greedy generation gives the same tokens with and without the cache, and
+logits within 1% of the largest, where the dense model's does; and the saved folder loads with the same outputs, to the
 same bound. The real sizes of a type may have parts
 that its tiny model has not: tracing proves every model anew.
 
