@@ -256,7 +256,7 @@ def test_names_are_known_to_the_settings_while_their_plugin_is_loaded() -> None:
         ScoreConfig(kind="plug_score")
     plugins.load(["plug.py"])
     assert ScoreConfig(kind="plug_score").kind == "plug_score"
-    with pytest.raises(ConfigError, match=r"is not one of .*, plug_step \(did you mean 'plug_step'\?\)"):
+    with pytest.raises(ConfigError, match=r"is not one of .*\bplug_step\b.*\(did you mean 'plug_step'\?\)"):
         RecoveryConfig(steps=("plugstep",))
     assert "plug_cost" in json_schema()["$defs"]["BudgetConfig"]["properties"]["metric"]["enum"]
 
