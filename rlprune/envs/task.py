@@ -95,6 +95,9 @@ class Reranks(Protocol):
 class Expects(Protocol):
     """An evaluator that may know what cuts are expected to cost."""
 
+    @property
+    def ranks_by_divergence(self) -> bool: ...
+
     def expected(self, widths: ArrayLike) -> Floats | None: ...
 
 
@@ -163,7 +166,7 @@ class Task:
         if self.shown is not None:
             return self.shown
         found = feature_version([self.space])
-        return EXPECTING if found == 1 and self.expected(self.space.widths[None]) is not None else found
+        return EXPECTING if found == 1 and self.prior(self.space.widths[None]) is not None else found
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -200,6 +203,12 @@ class Task:
         """What each group's cut is expected to cost at widths (N, G) before any evaluation, (N, G); None where nothing
         is (see `Evaluator.expected`)."""
         return self.evaluator.expected(widths) if isinstance(self.evaluator, Expects) else None
+
+    def prior(self, widths: Ints) -> Floats | None:
+        """As `expected`, where the ranking of the units comes with the curves: a rule that has measured them by the way
+        changes neither what a policy sees nor what a search begins with."""
+        ranked = isinstance(self.evaluator, Expects) and self.evaluator.ranks_by_divergence
+        return self.expected(widths) if ranked else None
 
     def ratio(self, budget: BudgetLike) -> float:
         """A budget as a ratio of the dense cost."""
@@ -334,7 +343,7 @@ class Task:
         importance = self.evaluator.importance
         dense = space.widths.astype(np.float64)
         wanted = [space.limits.floor(dense * (1.0 - share)) for share in EXPECTED_SHARES]
-        expected = self.expected(np.array(wanted))
+        expected = self.prior(np.array(wanted))
         return static_features(space, importance, self.metric, losses, self.feature_version, expected)
 
     def _sensitivities(self) -> Floats:

@@ -362,6 +362,11 @@ class Evaluator:
         """Whether something that an importance or a rule measures of the dense model is there (see `fork`)."""
         return self.calibration.known(name) and (self._visible is None or name in self._visible)
 
+    @property
+    def ranks_by_divergence(self) -> bool:
+        """Whether what cuts are expected to cost was measured for the ranking of the units itself (`obs_fisher`)."""
+        return CURVES in self._prepared_names
+
     def expected(self, widths: ArrayLike) -> Floats | None:
         """Divergence (N, G) that each group's cut is expected to cost at widths (N, G), before any evaluation.
 

@@ -4,8 +4,9 @@ A model's MACs are a quadratic form of the widths, so what a cut saves depends o
 cuts is right for all budgets. Here a greedy descent along the curves' convex hulls meets the budget (Everett 1963,
 generalized Lagrange multipliers, with each cut's saving at the widths that are left), and exchanges improve the plan:
 one group goes to another of its allowed widths, and a second one becomes as wide as the budget then allows. Costs are
-exact everywhere. What comes out cannot be improved by changing one group or any two; for three and more that is not
-shown, so a few other starts are tried as well.
+exact everywhere. What comes out cannot be improved by changing one group or any two (among the widths that are tried);
+for three and more that is not shown, so a few other starts are tried as well. Pairs of groups grow with the square of
+their number, so that deep models are given fewer widths and no other starts: seconds for a DenseNet-121.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from .cost import Cost, formula
 from .space import PruningSpace
 from .ties import classes
 
-# Widths of a group that an exchange tries at most; of more, those near its own and ever fewer further away.
-_MOST_LEVELS = 96
+# Widths of a group that an exchange tries at most; of more, those near its own and ever fewer further away. With more
+# groups than _MANY in proportion fewer, and with twice as many a single start.
+_MOST_LEVELS, _LEAST_LEVELS = 96, 8
+_MANY = 25
 # What counts as an improvement, as a share of the sum.
 _GAIN = 1e-9
 
@@ -40,7 +43,7 @@ def least_sum(space: PruningSpace, curves: Mapping[int, Floats], target: float, 
     if problem.cost(descended) > target:
         return descended
     # Exchanges may end in different places: the best of several starts is taken.
-    starts = [descended, *problem.spread()]
+    starts = [descended, *(problem.spread() if len(problem.members) <= 2 * _MANY else ())]
     return min((problem.improved(start) for start in starts), key=problem.total)
 
 
@@ -54,6 +57,7 @@ class _Problem:
         known = [np.flatnonzero(of_group == k) for k in np.unique(of_group)]
         self.members = [m for m in known if all(int(g) in curves for g in m)]
         self.levels = [_allowed(space, int(m[0])) for m in self.members]
+        self.most = max(_LEAST_LEVELS, _MOST_LEVELS * _MANY // max(_MANY, len(self.members)))
         self.values: list[Floats] = []
         for group, levels in zip(self.members, self.levels, strict=True):
             cut = space.widths[group[0]] - levels
@@ -134,7 +138,7 @@ class _Problem:
 
     def exchanged(self, widths: Ints, k: int) -> Ints:
         """The best plan that differs from ``widths`` in class k and at most one other; itself if none is better."""
-        tried = _near(len(self.levels[k]), self.at(widths, k))
+        tried = _near(len(self.levels[k]), self.at(widths, k), self.most)
         rows = np.repeat(widths[None], len(tried), axis=0)
         rows[:, self.members[k]] = self.levels[k][tried][:, None]
         own = self.values[k][tried]
@@ -179,11 +183,11 @@ def _allowed(space: PruningSpace, group: int) -> Ints:
     return allowed
 
 
-def _near(count: int, at: int) -> Ints:
+def _near(count: int, at: int, most: int) -> Ints:
     """Numbers of the levels that are tried from one of ``count``: all, or the nearest and ever fewer further away."""
-    if count <= _MOST_LEVELS:
+    if count <= most:
         return np.arange(count)
-    ahead = np.unique(np.round(np.geomspace(1, count, _MOST_LEVELS // 2)).astype(np.int64))
+    ahead = np.unique(np.round(np.geomspace(1, count, most // 2)).astype(np.int64))
     tried = np.concatenate([at - ahead, [at], at + ahead])
     return np.unique(tried[(tried >= 0) & (tried < count)])
 

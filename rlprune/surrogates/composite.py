@@ -90,7 +90,7 @@ class CompositeGP:
 
     def _prior(self, widths: Ints) -> Floats | None:
         """Logarithm (P,) of the divergence that curves of the groups lead to expect; None where there are none."""
-        costs = self._task.expected(np.asarray(widths, dtype=np.int64))
+        costs = self._task.prior(np.asarray(widths, dtype=np.int64))
         if costs is None or self._trend is None:
             return None
         slope, level = self._trend
@@ -100,7 +100,7 @@ class CompositeGP:
     def _line(self) -> tuple[float, float] | None:
         """Slope and level of the line from what was expected of the known plans to what they cost, in logarithms."""
         plans = np.array(list(self._model.known), dtype=np.int64).reshape(-1, self._groups)
-        costs = self._task.expected(plans)
+        costs = self._task.prior(plans)
         if costs is None or len(plans) < _ENOUGH:
             return None
         x = np.log(np.maximum(costs.sum(axis=1), _FLOOR))

@@ -49,7 +49,18 @@ def test_columns_are_there_where_the_ranking_has_measured_curves(experiments):
 def test_a_policy_that_has_not_seen_them_keeps_its_columns(experiments):
     task = task_of(experiments["obs_fisher"])
     assert task.showing(1).observe(0.5).shape[1] == len(FEATURE_VERSIONS[1])
-    assert DistributionEnv([task, task_of(experiments["taylor"])]).tasks[1].feature_version == 3
+    both = [experiments[name].evaluator.fork() for name in ("obs_fisher", "taylor")]
+    assert [task.feature_version for task in DistributionEnv(both, budget=0.5).tasks] == [3, 3]
+
+
+def test_a_rule_that_measures_curves_by_the_way_changes_nothing(experiments):
+    """The rule `fisher` is among the starts of every search: whether it was scored before must not matter."""
+    experiment = experiments["taylor"]
+    experiment.rule_widths("fisher")
+    task = Task(experiment.evaluator, 0.5, "macs", base_rule="uniform")
+    widths = task.space.widths[None]
+    assert task.expected(widths) is not None
+    assert task.prior(widths) is None and task.feature_version == 1
 
 
 class TestPriorMean:
