@@ -151,13 +151,9 @@ def _costs(document: PlanDocument) -> str:
     return markdown_table(["cost", "dense", "pruned", "left"], rows)
 
 
-def _cell(name: str) -> str:
-    return name.replace("|", "\\|").replace("\n", " ")
-
-
 def _widths(document: PlanDocument) -> str:
     rows = [
-        [f"`{_cell(group['name'])}`", group["kind"], str(group["width"]), str(width)]
+        [f"`{group['name']}`", group["kind"], str(group["width"]), str(width)]
         for group, width in zip(document["groups"], document["widths"], strict=True)
     ]
     return markdown_table(["group", "kind", "dense", "kept"], rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,7 +119,7 @@ class LanguageWorkload(TrainedWorkload):
         """Token ids (B, L) and targets (B, L), in the split's order."""
         part = self.data.splits[split]
         for start, stop in part.cuts(self.rows(split), limit):
-            yield self._placed([part.window(start, stop)])
+            yield self._placed(*part.window(start, stop))
 
     def rows(self, split: str) -> int:
         """Sequences of a split in one batch."""
@@ -133,15 +133,15 @@ class LanguageWorkload(TrainedWorkload):
         order = torch.randperm(len(part), generator=generator).tolist()
         for step in range(self.train_steps(size)):
             windows = [part.window(i, i + 1) for i in order[step * size : (step + 1) * size]]
-            yield self._placed(windows)
+            ids = torch.cat([window for window, _ in windows])
+            whole = all(targets is window for window, targets in windows)
+            yield self._placed(ids, ids if whole else torch.cat([targets for _, targets in windows]))
 
-    def _placed(self, windows: Sequence[tuple[Tensor, Tensor]]) -> Batch:
-        """Windows as one batch on the model's device. Targets that are the ids stay the same tensor: whether some are
-        left out is then known without asking the device."""
-        ids = torch.cat([window for window, _ in windows]).to(self._place)
-        if all(targets is window for window, targets in windows):
-            return ids, ids
-        return ids, torch.cat([targets for _, targets in windows]).to(self._place)
+    def _placed(self, ids: Tensor, targets: Tensor) -> Batch:
+        """A batch on the model's device. Targets that are the ids stay the same tensor: whether some are left out is
+        then known without asking the device."""
+        placed = ids.to(self._place)
+        return placed, placed if targets is ids else targets.to(self._place)
 
     def train_steps(self, batch_size: int | None = None) -> int:
         """Number of batches of one epoch of ``train_batches``."""

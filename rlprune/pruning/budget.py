@@ -207,7 +207,8 @@ def _take_back(widths: Ints, shares: Floats, target: float, cost: Cost, limits: 
     Only the rounding of the root leaves a row above it, by a part of a step.
     """
     over = np.flatnonzero(cost(widths) > target)
-    while len(over):
+    # A row at its minimum stays: the cost of many rows may round otherwise than that of one, which met the target.
+    while len(over := over[(widths[over] > limits.minimum).any(axis=1)]):
         w = widths[over]
         chosen = np.where(w > limits.minimum, shares[over], -np.inf).argmax(axis=1)
         pick = np.arange(len(over)), chosen

@@ -167,8 +167,8 @@ def markdown(results: Results) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with padded columns; pipes in the cells are escaped."""
-    lines = [[str(cell).replace("|", "\\|") for cell in row] for row in [header, *rows]]
+    """A Markdown table with padded columns; pipes in the cells are escaped, line breaks are spaces."""
+    lines = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in [header, *rows]]
     sizes = [max(3, *(len(row[column]) for row in lines)) for column in range(len(header))]
     lines.insert(1, ["-" * size for size in sizes])
     padded = [[cell.ljust(size) for cell, size in zip(row, sizes, strict=True)] for row in lines]
