@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,26 +31,12 @@ def taylor(
     they were.
     """
     parameters = dict(model.named_parameters())
-    wanted = {c.tensor for c in space.cuts if c.tensor in parameters}
-    trainable = {name: p.requires_grad for name, p in parameters.items()}
-    modes = {m: m.training for m in model.modules()}
-    sums = {name: torch.zeros_like(parameters[name]) for name in wanted}
-    model.eval()
-    try:
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(name in wanted)
-        for inputs, targets in batches:
-            with torch.enable_grad():
-                value = loss(forward(model, inputs, targets), targets)
-                gradients = torch.autograd.grad(value, [parameters[n] for n in sums], allow_unused=True)
-            for total, gradient in zip(sums.values(), gradients, strict=True):
-                if gradient is not None:
-                    total += gradient * sample_count(inputs, targets)
-    finally:
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(trainable[name])
-        for module, mode in modes.items():
-            module.training = mode
+    weights = {c.tensor: parameters[c.tensor] for c in space.cuts if c.tensor in parameters}
+    sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for gradients, samples in _gradients(model, weights, batches, (loss, forward), training=False):
+        for total, gradient in zip(sums.values(), gradients, strict=True):
+            if gradient is not None:
+                total += gradient * samples
     with torch.no_grad():
         return per_unit(model, space, lambda c, t: (sums[c.tensor] * t).abs() if c.tensor in sums else None)
 
@@ -66,26 +52,14 @@ def taylor_filters(
     parameters = dict(model.named_parameters())
     wanted = {c.tensor for c in space.cuts if not c.consumer and c.tensor in parameters}
     weights = {name: parameters[name] for name in wanted if parameters[name].ndim > 1}
-    before = {p: p.requires_grad for p in parameters.values()}
-    modes = {m: m.training for m in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    model.train()
     try:
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(name in weights)
-        for inputs, targets in batches:
-            with torch.enable_grad():
-                value = loss(forward(model, inputs, targets), targets)
-                gradients = torch.autograd.grad(value, [*weights.values()], allow_unused=True)
+        for gradients, _ in _gradients(model, weights, batches, (loss, forward), training=True):
             for total, gradient in zip(sums.values(), gradients, strict=True):
                 if gradient is not None:
                     total += gradient
     finally:
-        for parameter, trained in before.items():
-            parameter.requires_grad_(trained)
-        for module, mode in modes.items():
-            module.training = mode
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
 
@@ -99,6 +73,35 @@ def taylor_filters(
         scores = per_unit(model, space, lambda c, t: None if (s := own(c)) is None else (s * t).abs())
         filters = per_unit(model, space, share)
     return [score / np.maximum(count, 1.0) for score, count in zip(scores, filters, strict=True)]
+
+
+def _gradients(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    batches: Batches,
+    objective: tuple[Loss, Forward],
+    *,
+    training: bool,
+) -> Iterator[tuple[Sequence[Tensor | None], int]]:
+    """Gradients of the loss of each batch by ``weights``, and its samples; flags and modes of the model come back."""
+    flags = {p: p.requires_grad for p in model.parameters()}
+    modes = {m: m.training for m in model.modules()}
+    model.train(training)
+    try:
+        for parameter in flags:
+            parameter.requires_grad_(False)
+        for weight in weights.values():
+            weight.requires_grad_()
+        for inputs, targets in batches:
+            with torch.enable_grad():
+                value = _loss(objective, model, inputs, targets)
+                gradients = torch.autograd.grad(value, [*weights.values()], allow_unused=True)
+            yield gradients, sample_count(inputs, targets)
+    finally:
+        for parameter, trained in flags.items():
+            parameter.requires_grad_(trained)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def taylor_vector(

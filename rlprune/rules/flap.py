@@ -9,7 +9,7 @@ from ..language.calibration.importance import FLAP_METRIC, fluctuation
 from ..utils.arrays import Bools, Floats, Ints
 from .blocks import of_kind, weights
 from .context import Context, rule
-from .threshold import mean_share, pooled_widths, threshold_distribution, widths_distribution
+from .threshold import least_share, mean_share, pooled_widths, threshold_distribution, widths_distribution
 
 # Heads that the authors remove of 1,024 at half of the parameters, in scripts/ablation_metric_structure.sh.
 _AL_MM_HEADS, _UL_MM_HEADS, _AT = 380 / 1024, 384 / 1024, 0.5
@@ -77,21 +77,16 @@ def _neurons_take_the_rest(context: Context, widths: Ints, pooled: bool) -> Floa
     target = space.target(context.budget, metric)
     others: Bools = ~of_kind(space, "attention") & context.active
     scores = _scores(context) if pooled else []
-    low, high = 0.0, 1.0  # share of the neurons that goes
-    found = np.where(others, space.minimums, widths)
-    for _ in range(30):
-        middle = (low + high) / 2
+
+    def widths_at(share: float) -> Ints:
+        """Widths when this share of the neurons goes."""
         if pooled:
-            count = round(middle * float(space.widths[others].sum()))
-            cut = pooled_widths(context, scores, others, count)
+            cut = pooled_widths(context, scores, others, round(share * float(space.widths[others].sum())))
         else:
-            cut = space.limits.floor(space.widths.astype(np.float64) * (1.0 - middle))
-        tried = np.where(others, np.maximum(cut, space.minimums), widths)
-        if space.cost(tried, metric) <= target:
-            found, high = tried, middle
-        else:
-            low = middle
-    return widths_distribution(space, found)
+            cut = space.limits.floor(space.widths.astype(np.float64) * (1.0 - share))
+        return np.where(others, np.maximum(cut, space.minimums), widths)
+
+    return widths_distribution(space, least_share(space, metric, target, widths_at))
 
 
 def _scores(context: Context) -> list[Floats]:

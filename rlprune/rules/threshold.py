@@ -57,6 +57,22 @@ def pooled_widths(context: Context, scores: Sequence[ArrayLike], groups: Bools, 
     return widths
 
 
+def least_share(space: PruningSpace, metric: str, target: float, widths_at: Callable[[float], Ints]) -> Ints:
+    """Widths (G,) at the least share in [0, 1] whose cost meets an absolute target, by bisection.
+
+    ``widths_at(share)`` falls with the share; where none meets the target those at 1 are given.
+    """
+    found, low, high = widths_at(1.0), 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        tried = widths_at(middle)
+        if space.cost(tried, metric) <= target:
+            found, high = tried, middle
+        else:
+            low = middle
+    return found
+
+
 def scaled_distribution(context: Context, keep: Callable[[float], Floats]) -> Floats:
     """1 - keep(t) for the t in [0, 1] where the cost meets the budget.
 

@@ -18,7 +18,7 @@ from ...language.calibration.importance import wanda_sp
 from ...language.calibration.masks import MaskedUnits
 from ...pruning.history import as_history
 from ...rules.context import Context
-from ...rules.threshold import mean_share, pooled_widths
+from ...rules.threshold import least_share, mean_share, pooled_widths
 from ...utils.arrays import Bools, Floats, Ints
 from ...workloads.base import Workload
 from ..base import SearchRequest, SearchResult, TrialRecorder
@@ -193,15 +193,13 @@ def _chosen(context: Context, task: Task, scores: list[Floats]) -> Ints:
         np.array([g.kind == kind for g in space.groups]) & context.active for kind in ("attention", "ffn")
     ]
     target = space.target(task.highest_budget, task.metric)
-    found, low, high = space.minimums, 0.0, 1.0  # the share that goes
-    for _ in range(30):
-        middle = (low + high) / 2
+
+    def widths_at(share: float) -> Ints:
+        """Widths when this share of the units of each kind goes."""
         widths = space.widths
         for of in kinds:
-            count = math.ceil(middle * float(space.unit_counts[of].sum()))
+            count = math.ceil(share * float(space.unit_counts[of].sum()))
             widths = np.where(of, pooled_widths(context, scores, of, count), widths)
-        if space.cost(widths, task.metric) <= target:
-            found, high = widths, middle
-        else:
-            low = middle
-    return found
+        return widths
+
+    return least_share(space, task.metric, target, widths_at)
