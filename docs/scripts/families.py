@@ -154,7 +154,7 @@ def types_text(types: dict[str, dict[str, Any]]) -> str:
         refused=len(parts["refused"]), untried=len(parts["not tried"]), wrong=len(parts["WRONG"]),
         table=markdown_table(TYPES_HEADER, [type_row(k, f) for k, f in parts["works"].items()]),
         refusals=markdown_table(["model_type", "in the words of the error"], _reasons(parts["refused"])),
-        wrong_rows=markdown_table(["model_type", "what is wrong"], _reasons(parts["WRONG"])),
+        wrong_rows=markdown_table(["model_type", "what is wrong"], _reasons(parts["WRONG"])) if parts["WRONG"] else "None.",
         untried_rows=markdown_table(["model_type", "why"], _reasons(parts["not tried"])),
     )  # fmt: skip
 

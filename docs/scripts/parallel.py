@@ -3,7 +3,7 @@
     python docs/scripts/parallel.py speed [--rounds 2]     # two processes against one, in turns: 4 minutes a round
     python docs/scripts/parallel.py many                   # candidates that sleep, 8 to 64 at a time: 10 minutes
     python docs/scripts/parallel.py quality                # search.ahead at equal evaluations, three seeds: 10 minutes
-    python docs/scripts/parallel.py --write                # the page, from what is there
+    python docs/scripts/parallel.py --write                # the page, from what is there; other sections stay
 
 What has been measured is kept in --out, a file each, and not measured again: all of it can be stopped and goes on.
 Run `speed` while nothing else runs.
@@ -55,6 +55,11 @@ SLEEP = {"random": (5.0, 6), "evopress": (5.0, 6), "ppo": (10.0, 4)}
 MANY = (8, 16, 64)
 QUALITY = {"digits": "0.3", "tiny_llama": "0.5"}
 AHEAD = (0, 1, 3)
+SECTIONS = {
+    "speed": "## Two workers on two cores",
+    "many": "## Many workers",
+    "quality": "## Batches ahead",
+}
 PAGE = """# Searches on several workers
 
     rlprune train CONFIG --engine processes --workers 4
@@ -113,7 +118,7 @@ process and with two workers, in turns, a thread each; the median of the rounds'
 the clock starts. The last column is the machine's load at the end of a search, 1 to 2 where nothing else runs; with
 more, the workers have less than the two cores. "Beside another": what a candidate takes while the other worker computes
 one too; where that is longer, the two cores are not worth two, and no ratio can reach 2.
-On {machine}.
+On {machine}.{note}
 
 {speed}
 
@@ -411,13 +416,29 @@ def quality_note(out: Path, evaluations: int) -> str:
     return "; ".join(parts) + "." if parts else ""
 
 
-def page(out: Path, evaluations: int) -> str:
+def with_present(out: Path, text: str, present: str) -> str:
+    """The page's text, with the sections that ``out`` has no figures for as they stand on the present page."""
+    for part, heading in SECTIONS.items():
+        if not list(out.glob(f"{part}-*.json")) and heading in present:
+            text = text.replace(section(text, heading), section(present, heading))
+    return text
+
+
+def section(text: str, heading: str) -> str:
+    """From a heading to the next one, or to the end."""
+    start = text.index(heading)
+    end = text.find("\n## ", start)
+    return text[start:] if end < 0 else text[start:end]
+
+
+def page(out: Path, evaluations: int, note: str) -> str:
     machine = (
         f"{os.cpu_count()} cores, {platform.machine()} ({cpu()}), no GPU; torch {torch.__version__}, "
         f"Python {platform.python_version()}, joblib {version('joblib')}"
     )
     return PAGE.format(
         machine=machine,
+        note=f" {note}" if note else "",
         speed=speed_table(out),
         many=many_table(out),
         many_note=MANY_NOTE,
@@ -448,6 +469,7 @@ def main() -> int:
     parser.add_argument("--evaluations", type=int, default=100, help="of `quality`")
     parser.add_argument("--out", type=Path, default=Path("runs/parallel"))
     parser.add_argument("--write", action="store_true", help="write docs/parallel.md")
+    parser.add_argument("--note", default="", help="what the page says of the machine, behind its name")
     arguments = parser.parse_args()
     unknown = set(arguments.parts) - {"speed", "many", "quality"}
     if unknown:
@@ -459,9 +481,11 @@ def main() -> int:
         many(arguments.out)
     if "quality" in arguments.parts:
         quality(arguments.out, arguments.seeds, arguments.evaluations)
-    text = page(arguments.out, arguments.evaluations)
+    target = DOCS / "parallel.md"
+    text = page(arguments.out, arguments.evaluations, arguments.note)
+    text = with_present(arguments.out, text, target.read_text(encoding="utf-8") if target.is_file() else "")
     if arguments.write:
-        (DOCS / "parallel.md").write_text(text, encoding="utf-8")
+        target.write_text(text, encoding="utf-8")
     else:
         print(text)
     return 0
