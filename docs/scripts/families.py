@@ -146,7 +146,7 @@ def by_result(types: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str,
 def types_text(types: dict[str, dict[str, Any]]) -> str:
     """The page's part on all causal types of transformers."""
     parts = by_result(types)
-    good = parts["works"].values()
+    good, wrong = parts["works"].values(), _reasons(parts["WRONG"])
     return TYPES.format(
         all=len(types), of=len(family_types.CAUSAL), exact=family_types.EXACT, plans=family_types.PLANS,
         works=len(good), known=sum(f["known"] for f in good), found=sum(not f["known"] for f in good),
@@ -154,7 +154,7 @@ def types_text(types: dict[str, dict[str, Any]]) -> str:
         refused=len(parts["refused"]), untried=len(parts["not tried"]), wrong=len(parts["WRONG"]),
         table=markdown_table(TYPES_HEADER, [type_row(k, f) for k, f in parts["works"].items()]),
         refusals=markdown_table(["model_type", "in the words of the error"], _reasons(parts["refused"])),
-        wrong_rows=markdown_table(["model_type", "what is wrong"], _reasons(parts["WRONG"])) if parts["WRONG"] else "None.",
+        wrong_rows=markdown_table(["model_type", "what is wrong"], wrong) if wrong else "None.",
         untried_rows=markdown_table(["model_type", "why"], _reasons(parts["not tried"])),
     )  # fmt: skip
 
