@@ -14,14 +14,13 @@ if TYPE_CHECKING:
         BudgetConfig,
         Config,
         DataConfig,
-        FinishConfig,
         ModelConfig,
         PruneConfig,
-        RecoveryConfig,
         ScoreConfig,
         load_config,
     )
     from .search import SearchConfig
+    from .training import FinishConfig, RecoveryConfig
 
 __getattr__, __dir__ = lazy_names(
     __name__,
@@ -29,10 +28,10 @@ __getattr__, __dir__ = lazy_names(
         "BudgetConfig": "config",
         "Config": "config",
         "DataConfig": "config",
-        "FinishConfig": "config",
+        "FinishConfig": "training",
         "ModelConfig": "config",
         "PruneConfig": "config",
-        "RecoveryConfig": "config",
+        "RecoveryConfig": "training",
         "ScoreConfig": "config",
         "SearchConfig": "search",
         "load_config": "config",

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from ..config.config import RecoveryConfig
+from ..config.training import RecoveryConfig
 from ..errors import BudgetError, ConfigError
 from ..importance.calibration_cache import CalibrationCache
 from ..importance.importance import find_importance

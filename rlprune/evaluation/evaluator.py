@@ -14,7 +14,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from ..config.config import RecoveryConfig, ScoreConfig
+from ..config.config import ScoreConfig
+from ..config.training import RecoveryConfig
 from ..errors import ConfigError
 from ..importance.calibration_cache import CURVES
 from ..pruning.budget import BudgetLike

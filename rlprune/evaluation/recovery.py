@@ -12,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import nn
 
-from ..config.config import RecoveryConfig
+from ..config.training import RecoveryConfig
 from ..importance.calibration_cache import CalibrationCache
 from ..importance.unit_scores import Batches
 from ..pruning.plan import Plan

@@ -24,7 +24,8 @@ from typing import Any, Protocol
 import numpy as np
 from torch import nn
 
-from ..config.config import Config, RecoveryConfig
+from ..config.config import Config
+from ..config.training import RecoveryConfig
 from ..envs.task import Task
 from ..errors import BudgetError, ConfigError
 from ..evaluation.evaluator import Evaluator

@@ -11,8 +11,9 @@ from fnmatch import fnmatch
 from functools import partial, reduce
 
 from ..agents import AGENTS
-from ..config.config import Config, FinishConfig, settings_reference
+from ..config.config import Config, settings_reference
 from ..config.names import RECOVERY_STEPS
+from ..config.training import FinishConfig
 from ..errors import ConfigError
 from ..importance.importance import IMPORTANCES
 from ..rules import RULES as PRUNING_RULES

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from ..config.config import RecoveryConfig
+from ..config.training import RecoveryConfig
 from ..errors import ConfigError, DataError
 from ..pruning.space import PruningSpace
 from ..utils.pytrees import Inputs, Nest

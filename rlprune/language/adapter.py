@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..artifacts.documents import PLAN_FILE, PlanDocument
 from ..artifacts.pruned_model import check_base
 from ..artifacts.safetensors import check_roots
-from ..config.config import Config, FinishConfig, RecoveryConfig
+from ..config.config import Config
+from ..config.training import FinishConfig, RecoveryConfig
 from ..errors import ArtifactError, ConfigError
 from ..importance.calibration_cache import CalibrationCache
 from ..importance.unit_scores import Scores

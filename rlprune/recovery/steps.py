@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..config.config import RecoveryConfig
 from ..config.names import RECOVERY_STEPS, StepName
+from ..config.training import RecoveryConfig
 from ..errors import ConfigError, near_miss
 from ..importance.calibration_cache import CalibrationCache
 from ..importance.unit_scores import Scores

@@ -12,7 +12,8 @@ from torch import nn
 
 from ..artifacts.documents import PlanDocument
 from ..artifacts.pruned_model import example_of, load_pruned, save_pruned
-from ..config.config import Config, FinishConfig, RecoveryConfig
+from ..config.config import Config
+from ..config.training import FinishConfig, RecoveryConfig
 from ..errors import ArtifactError, ConfigError, GraphError, near_miss
 from ..importance.calibration_cache import CalibrationCache
 from ..importance.unit_scores import Scores

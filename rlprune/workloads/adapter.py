@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from ..artifacts.documents import PLAN_FILE, PlanDocument, read_plan
-from ..config.config import Config, FinishConfig, RecoveryConfig
+from ..config.config import Config
+from ..config.training import FinishConfig, RecoveryConfig
 from ..importance.calibration_cache import CalibrationCache
 from ..importance.unit_scores import Scores
 from ..pruning.budget import BudgetLike

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..artifacts.safetensors import MAX_SHARD_SIZE
-from ..config.config import FinishConfig, ModelConfig
+from ..config.config import ModelConfig
+from ..config.training import FinishConfig
 from ..errors import DataError, near_miss
 from ..pruning.compose import compose
 from ..pruning.plan import Plan

@@ -16,7 +16,6 @@ from helpers.synthetic import FakeAccount, make_synthetic_task
 from rlprune.agents import Round, SearchRequest, StateDir, make_agent
 from rlprune.agents.baselines import bypass_published, rl_pruner_published
 from rlprune.api import trace
-from rlprune.config.config import RecoveryConfig
 from rlprune.config.search import (
     BypassPublishedConfig,
     EagleEyeConfig,
@@ -24,6 +23,7 @@ from rlprune.config.search import (
     RLPrunerPublishedConfig,
     SearchConfig,
 )
+from rlprune.config.training import RecoveryConfig
 from rlprune.envs.task import Task
 from rlprune.errors import BudgetError, ConfigError
 from rlprune.evaluation.evaluator import Evaluator

@@ -15,7 +15,8 @@ from rlprune import plugins, rule, rules
 from rlprune.agents import AGENTS, agent, make_agent
 from rlprune.benchmarks import benchmark
 from rlprune.cli import main as cli
-from rlprune.config.config import BudgetConfig, Config, RecoveryConfig, ScoreConfig, json_schema
+from rlprune.config.config import BudgetConfig, Config, ScoreConfig, json_schema
+from rlprune.config.training import RecoveryConfig
 from rlprune.errors import ConfigError
 from rlprune.rules import RULES
 

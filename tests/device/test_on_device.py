@@ -14,7 +14,7 @@ import torch
 
 import rlprune
 from helpers.ghost_runs import IMAGE_RECOVERIES, cases, evaluator, images, texts
-from rlprune.config.config import FinishConfig
+from rlprune.config.training import FinishConfig
 from rlprune.workloads.adapter import TuneJob
 
 NAME = os.environ.get("RLPRUNE_TEST_DEVICE", "")

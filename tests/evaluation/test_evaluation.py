@@ -12,7 +12,8 @@ import torch.nn.functional as F
 import rlprune
 from helpers.nets import build
 from helpers.workloads import Images
-from rlprune.config.config import RecoveryConfig, ScoreConfig
+from rlprune.config.config import ScoreConfig
+from rlprune.config.training import RecoveryConfig
 from rlprune.errors import ArtifactError, BudgetError, DataError
 from rlprune.evaluation.evaluator import Evaluator
 from rlprune.evaluation.ledger import BudgetExhausted, EvaluationBudget, EvaluationLog, candidate_of

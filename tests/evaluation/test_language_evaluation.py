@@ -13,7 +13,8 @@ import torch
 import rlprune
 from helpers.language_workload import evaluator_of, plans, workload_of
 from helpers.lm import tiny_lm
-from rlprune.config.config import RecoveryConfig, ScoreConfig
+from rlprune.config.config import ScoreConfig
+from rlprune.config.training import RecoveryConfig
 from rlprune.errors import BudgetError
 from rlprune.evaluation.evaluator import Evaluator
 from rlprune.language.dtype import scoring_dtype

@@ -12,7 +12,7 @@ from torch import nn
 import rlprune
 from helpers.nets import OWN, Grouped, build, example
 from helpers.workloads import Images
-from rlprune.config.config import RecoveryConfig
+from rlprune.config.training import RecoveryConfig
 from rlprune.errors import ConfigError
 from rlprune.evaluation.importance import compute
 from rlprune.evaluation.recovery import Recovery, recalibrate

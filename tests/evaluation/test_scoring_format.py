@@ -13,7 +13,8 @@ from torch import nn
 
 from helpers.nets import build
 from helpers.workloads import Images
-from rlprune.config.config import RecoveryConfig, ScoreConfig
+from rlprune.config.config import ScoreConfig
+from rlprune.config.training import RecoveryConfig
 from rlprune.errors import ConfigError
 from rlprune.evaluation import evaluator as evaluators
 from rlprune.evaluation import format_trial

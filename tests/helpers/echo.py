@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.lm import tiny_lm, tokens
-from rlprune.config.config import FinishConfig
+from rlprune.config.training import FinishConfig
 from rlprune.workloads.base import Batch, Workload
 
 FAMILIES = ["llama-mha-tied", "gpt2", "phi3", "opt"]

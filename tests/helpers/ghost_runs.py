@@ -22,7 +22,8 @@ from helpers import ghost
 from helpers.lm import tiny_lm
 from helpers.nets import build
 from rlprune.api import trace
-from rlprune.config.config import FinishConfig, RecoveryConfig, ScoreConfig
+from rlprune.config.config import ScoreConfig
+from rlprune.config.training import FinishConfig, RecoveryConfig
 from rlprune.evaluation.evaluator import Evaluator
 from rlprune.language.text import TextData, TextSplit
 from rlprune.language.workload import LanguageWorkload

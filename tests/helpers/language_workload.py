@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers.lm import tokens
-from rlprune.config.config import RecoveryConfig, ScoreConfig
+from rlprune.config.config import ScoreConfig
+from rlprune.config.training import RecoveryConfig
 from rlprune.evaluation.evaluator import Evaluator
 from rlprune.language.text import Text as TextOf
 from rlprune.language.text import TextRequest, split_text

@@ -14,7 +14,7 @@ import torch
 import rlprune
 from helpers.language_workload import Sentences, evaluator_of, plan_of, plans, workload_of
 from helpers.lm import VARIANTS, tiny_lm
-from rlprune.config.config import RecoveryConfig
+from rlprune.config.training import RecoveryConfig
 from rlprune.errors import ArtifactError
 from rlprune.evaluation.evaluator import Evaluator
 from rlprune.evaluation.recovery import Recovery

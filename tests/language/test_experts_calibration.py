@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import rlprune
 from helpers.lm import tiny_lm, tokens
-from rlprune.config.config import RecoveryConfig
+from rlprune.config.training import RecoveryConfig
 from rlprune.importance.importance import IMPORTANCES
 from rlprune.language.calibration import grams
 from rlprune.language.calibration.cache import LanguageCalibration

@@ -10,7 +10,8 @@ import rlprune
 from helpers.language_workload import workload_of
 from helpers.lm import tiny_lm
 from helpers.lm_folder import write_folder
-from rlprune.config.config import Config, RecoveryConfig, ScoreConfig
+from rlprune.config.config import Config, ScoreConfig
+from rlprune.config.training import RecoveryConfig
 from rlprune.evaluation.evaluator import Evaluator
 from rlprune.experiments.inspect import inspect
 from rlprune.language.calibration.fisher import output_moments

@@ -14,7 +14,7 @@ import rlprune
 from helpers.lm import tiny_lm, tokens
 from helpers.lm_folder import write_config, write_folder
 from rlprune.cli import main as cli
-from rlprune.config.config import FinishConfig
+from rlprune.config.training import FinishConfig
 from rlprune.language.calibration import fisher, grams, statistics
 from rlprune.language.data.splits import IGNORED, TextData, TextSplit
 from rlprune.language.tuning import trainer

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import rlprune
 from helpers.language_workload import Sentences, activations, plan_of
 from helpers.lm import tiny_lm
-from rlprune.config.config import RecoveryConfig
+from rlprune.config.training import RecoveryConfig
 from rlprune.errors import ConfigError, DataError
 from rlprune.evaluation.importance import compute
 from rlprune.evaluation.recovery import Recovery

@@ -12,7 +12,7 @@ from helpers.language_workload import Sentences
 from helpers.lm import tiny_lm
 from helpers.lm_folder import CONFIG, write_folder
 from rlprune.api import trace
-from rlprune.config.config import RecoveryConfig
+from rlprune.config.training import RecoveryConfig
 from rlprune.errors import ConfigError
 from rlprune.evaluation.recovery import Recovery
 from rlprune.language.tuning.peft import target_layers

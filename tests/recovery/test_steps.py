@@ -15,7 +15,8 @@ from helpers.nets import Residual
 from helpers.registries import forgotten
 from helpers.workloads import Images
 from rlprune.cli import main as cli
-from rlprune.config.config import Config, RecoveryConfig
+from rlprune.config.config import Config
+from rlprune.config.training import RecoveryConfig
 from rlprune.errors import ConfigError
 from rlprune.evaluation.evaluator import Evaluator
 

@@ -18,7 +18,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 import rlprune
 from helpers.registries import forgotten
 from helpers.tasks import EXAMPLE, Head, Made, Maps, classification, labelled, made
-from rlprune.config.config import FinishConfig, RecoveryConfig, ScoreConfig
+from rlprune.config.config import ScoreConfig
+from rlprune.config.training import FinishConfig, RecoveryConfig
 from rlprune.errors import ConfigError, DataError
 from rlprune.evaluation.evaluator import Evaluator
 from rlprune.workloads.adapter import TuneJob

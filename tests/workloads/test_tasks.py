@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from helpers.tasks import TASKS, Made, detection, faster_rcnn, fcos, made, retinanet, seen
-from rlprune.config.config import FinishConfig, RecoveryConfig
+from rlprune.config.training import FinishConfig, RecoveryConfig
 from rlprune.evaluation.evaluator import Evaluator
 from rlprune.importance import taylor, taylor_param_second
 from rlprune.utils.timing import measure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...config.config import RecoveryConfig
+from ...config.training import RecoveryConfig
 from ...errors import ConfigError
 from ...importance.calibration_cache import CURVES, CalibrationCache, Curves
 from ...importance.importance import l2

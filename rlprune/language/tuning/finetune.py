@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...config.config import FinishConfig
+from ...config.training import FinishConfig
 from ...errors import ConfigError, DataError, near_miss
 from ...recovery.finetune import Progress
 from ...utils.randomness import isolated_randomness

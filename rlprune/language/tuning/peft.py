@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ...config.config import FinishConfig
+from ...config.training import FinishConfig
 from ...errors import ConfigError, GraphError
 from ...utils.torch_internals import parameter_slots
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ...config.config import FinishConfig
+from ...config.training import FinishConfig
 from ...errors import ArtifactError, ConfigError
 from ...recovery.finetune import Progress, Schedule
 from ...utils.checkpoints import require_same, settings_key
