@@ -192,13 +192,15 @@ def skeleton(config: PreTrainedConfig) -> nn.Module:
     kv = int(getattr(small, kv_name, None) or heads) if kv_name else heads
     if getattr(small, "multi_query", False) and not getattr(small, "new_decoder_architecture", False):
         kv = 1
-    size = int(getattr(small, "head_dim", None) or small.hidden_size // heads)
+    hidden = int(small.hidden_size)
+    size = int(getattr(small, "head_dim", None) or hidden // heads)
     fewer = min(kv, 3)
     _shorten(small)
     small.num_attention_heads = fewer * (heads // kv)
     if kv_name:
         setattr(small, kv_name, fewer)
-    independent = "head_dim" in vars(small) and small.head_dim is not None
+    # Some classes derive the head size from the hidden size though their config has a field for it (Qwen-VL).
+    independent = "head_dim" in vars(small) and small.head_dim is not None and size * heads != hidden
     small.hidden_size = 64 if independent else small.num_attention_heads * size
     if hasattr(small, "word_embed_proj_dim"):
         small.word_embed_proj_dim = small.hidden_size

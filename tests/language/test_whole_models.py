@@ -18,6 +18,7 @@ from helpers.whole_models import WHOLE, picture_inputs, whole_model
 from rlprune import masked
 from rlprune.cli.main import main
 from rlprune.language import families, random_plan
+from rlprune.language.proof import skeleton
 
 QUICK = ("gemma3",)
 ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in WHOLE]
@@ -90,3 +91,12 @@ def test_from_a_folder_by_the_command_line(
     assert main(["export", str(pruned), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
     assert "the language part is one of several" in capsys.readouterr().out
     assert main(["export", str(pruned), "--to", "gguf", "--out", str(tmp_path / "x.gguf")]) == 2
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_the_narrow_model_of_a_config_has_the_head_size_that_its_class_derives(name: str) -> None:
+    model = whole_model(name)
+    rlprune.trace(model, torch.arange(2, 14)[None], drop=True)
+    narrow: Any = skeleton(model.config)
+    with torch.no_grad():
+        assert narrow(input_ids=torch.arange(2, 14)[None]).logits.shape == (1, 12, 128)
