@@ -191,7 +191,7 @@ class _Slicer:
         self._dtype = dtype
         self._shared = shared
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
-        self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._buffers: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
 
     def __call__(self, name: str, tensor: Tensor, cuts: list[tuple[int, Kept]], cast: bool = True) -> Tensor:
         kept = self._kept(name, tensor, cuts, cast)
@@ -212,13 +212,19 @@ class _Slicer:
             raise GraphError(f"{name!r}: shape {tuple(tensor.shape)} does not fit the traced model")
         if any(isinstance(kept, Lanes) for _, kept in cuts):
             return cut_tensor(new, cuts)
-        plain = [(dim, kept) for dim, kept in cuts if not isinstance(kept, Lanes)]
-        *before, (dim, index) = sorted(plain, key=lambda cut: cut[0])
-        for earlier, rows in before:
-            shape = (*new.shape[:earlier], len(rows), *new.shape[earlier + 1 :])
-            out = self._buffer(new, math.prod(shape)).view(shape)
-            new = torch.index_select(new, earlier, self._index(rows, new.device), out=out)
-        return new.index_select(dim, self._index(index, new.device))
+        plain = sorted(
+            ((dim, kept) for dim, kept in cuts if not isinstance(kept, Lanes)), key=lambda cut: cut[0]
+        )
+        # What is cast afterwards passes through a buffer as well: freed between two new tensors it would be a hole.
+        kept_as_it_is = 0 if cast and self._casts(new) and self._dtype != new.dtype else 1
+        for place, (dim, index) in enumerate(plain):
+            rows = self._index(index, new.device)
+            if place == len(plain) - kept_as_it_is:
+                return new.index_select(dim, rows)
+            shape = (*new.shape[:dim], len(index), *new.shape[dim + 1 :])
+            out = self._buffer(new, math.prod(shape), place).view(shape)
+            new = torch.index_select(new, dim, rows, out=out)
+        return new
 
     def _index(self, index: Ints, device: torch.device) -> Tensor:
         key = (id(index), device)
@@ -226,8 +232,8 @@ class _Slicer:
             self._indices[key] = torch.from_numpy(index).to(device)
         return self._indices[key]
 
-    def _buffer(self, like: Tensor, size: int) -> Tensor:
-        key = (like.dtype, like.device)
+    def _buffer(self, like: Tensor, size: int, place: int) -> Tensor:
+        key = (like.dtype, like.device, place)
         if key not in self._buffers or self._buffers[key].numel() < size:
             self._buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
         return self._buffers[key][:size]
