@@ -124,16 +124,15 @@ class _Shapes:
 
     @property
     def factors(self) -> float:
-        """Bytes of the closed form: two triangles share a buffer of I (I + 1), and the right sides are I x O."""
+        """Bytes of the closed form: two triangles share a buffer of I (I + 1)."""
         if "reconstruct" not in self.config.recovery.steps:
             return 0.0
         inputs = [i for i, _ in self.sizes]
-        pairs = sum(-(-inputs.count(i) // 2) * i * (i + 1) for i in set(inputs))
-        return FLOAT * float(pairs + sum(i * o for i, o in self.sizes))
+        return FLOAT * float(sum(-(-inputs.count(i) // 2) * i * (i + 1) for i in set(inputs)))
 
     @property
     def waiting(self) -> float:
-        """What of the factors stays in memory where they are spilled: a triangle that has no second one yet."""
+        """What of the factors is in memory while they are made, and spilled: triangles that have no second one yet."""
         inputs = [i for i, _ in self.sizes]
         return FLOAT * float(sum((inputs.count(i) % 2) * i * (i + 1) for i in set(inputs)))
 
@@ -216,7 +215,7 @@ def _search(shapes: _Shapes) -> dict[str, float]:
     return {
         "weights": shapes.params * shapes.element,
         "process": shapes.process + (_KERNELS if shapes.device == "cpu" else 0.0),
-        "factors": shapes.waiting if config.recovery.spill is not None else shapes.factors,
+        "factors": 0.0 if config.recovery.spill is not None else shapes.factors,
         "candidate": float(candidate),
         "judging": float(judging),
         "dense answers": float(answers if config.score.kind == "kl" else 0),

@@ -44,21 +44,44 @@ class Triangles:
         pair = self._waiting[key] = _Pair(buffer)
         return Triangle(pair, False)
 
+    def settle(self) -> None:
+        """No more are added: those that have no second one lie on the shelf as well."""
+        for pair in self._waiting.values():
+            assert pair.buffer is not None
+            pair.place, pair.buffer = self._shelf.put(pair.buffer), None
+        self._waiting.clear()
+
     def upper(self, handle: Triangle, size: int) -> Tensor:
         """``L[:size, :size]'``: a view that is right above and on the diagonal, and holds anything below it."""
-        pair = handle.pair
-        buffer = pair.buffer if pair.buffer is not None else self._shelf.rows(pair.place, size)
+        buffer = self._rows(handle, size)
         return buffer[:size, 1 : size + 1] if handle.second else buffer[:size, :size].T
+
+    def leading(self, handle: Triangle, size: int, whole: int) -> tuple[Tensor, Tensor]:
+        """What the first ``size`` of ``whole`` columns need of a factor; views of what was stored.
+
+        Returns:
+            ``L[:size, :size]'`` as :meth:`upper` gives it, and ``L[size:, :size]'`` (size, whole - size).
+        """
+        if not handle.second:
+            full = self.upper(handle, whole)
+            return full[:size, :size], full[:size, size:]
+        rows = self._rows(handle, size)  # the others need not be read from a disk
+        return rows[:, 1 : size + 1], rows[:, size + 1 :]
+
+    def _rows(self, handle: Triangle, size: int) -> Tensor:
+        pair = handle.pair
+        return pair.buffer[:size] if pair.buffer is not None else self._shelf.rows(pair.place, size)
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory, of what waits for its second half; the rest lies on the shelf."""
-        return sum(p.buffer.nbytes for p in self._waiting.values() if p.buffer is not None)
+        """Bytes in memory: what waits for its second half, and what lies on the shelf."""
+        waiting = sum(p.buffer.nbytes for p in self._waiting.values() if p.buffer is not None)
+        return waiting + self._shelf.nbytes
 
 
 @dataclass
 class _Pair:
-    """A buffer of two triangles: in memory until the second one has come, then at a place on the shelf."""
+    """A buffer of two triangles: in memory until the second one has come or none will, then at a place on the shelf."""
 
     buffer: Tensor | None
     place: int = -1
@@ -115,12 +138,12 @@ class NestedRegression:
     def __call__(self, kept: Ints) -> Tensor:
         """B (K, R), float64, for the sorted columns ``kept``; R are the other ones, sorted."""
         size = len(kept)
-        whole = self._store.upper(self._triangle, len(self._order))
         if np.array_equal(np.sort(self._order[:size]), kept):
-            found = torch.linalg.solve_triangular(whole[:size, :size], whole[:size, size:], upper=True)
+            upper, right = self._store.leading(self._triangle, size, len(self._order))
+            found = torch.linalg.solve_triangular(upper, right, upper=True)
             rows, columns = np.argsort(self._order[:size]), np.argsort(self._order[size:])
         else:  # any other columns: theirs of A come back from the factor
-            upper = whole.triu()
+            upper = self._store.upper(self._triangle, len(self._order)).triu()
             places = np.argsort(self._order)
             left = upper[:, torch.from_numpy(places[kept]).to(upper.device)]
             gone = np.setdiff1d(np.arange(len(self._order)), kept)

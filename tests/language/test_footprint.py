@@ -71,7 +71,7 @@ def test_spilled_factors_are_on_the_disk(tmp_path):
     held = footprint(model, space, config())
     spilled = footprint(model, space, config(f"recovery.spill={tmp_path}"))
     assert spilled.spilled == held.search["factors"] and held.spilled == 0
-    assert spilled.search["factors"] < 0.35 * held.search["factors"]
+    assert spilled.search["factors"] == 0 < held.search["factors"]
     assert any(line.startswith("disk, recovery.spill: ") for line in spilled.lines())
 
 

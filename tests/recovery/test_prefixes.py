@@ -29,7 +29,13 @@ class TestTriangles:
         for handle, m in zip(handles, made, strict=True):
             for size in (1, 3, len(m)):
                 assert torch.equal(store.upper(handle, size).triu(), m[:size, :size].T)
-        assert shelf.nbytes + store.nbytes == 4 * (2 * 5 * 6 + 7 * 8)
+                upper, beside = store.leading(handle, size, len(m))
+                assert torch.equal(upper.triu(), m[:size, :size].T)
+                assert torch.equal(beside, m[size:, :size].T)
+        assert store.nbytes == 4 * (2 * 5 * 6 + 7 * 8) > shelf.nbytes
+        store.settle()
+        assert store.nbytes == shelf.nbytes == 4 * (2 * 5 * 6 + 7 * 8)
+        assert torch.equal(store.upper(handles[-1], 5).triu(), made[-1].T)
 
 
 def gram_of(seed: int, inputs: int, rows: int) -> torch.Tensor:

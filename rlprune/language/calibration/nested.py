@@ -3,12 +3,13 @@
 With the columns of a layer's input in the order of their units' ranks, ``A = E[x x'] + lambda I = L L'``.
 The first k columns have the factor ``L_k``, the leading block of L, and the ridge solution for them is
 
-    W_new' = (A_kk)^-1 A_k: W' = L_k^-T (L' W')[:k]
+    W_new' = (A_kk)^-1 A_k: W' = W_k' + L_k^-T (L_rk)' W_r'
 
-because ``A_k: = L_k (L')[:k]``. So ``Y = L' W'`` is formed once and a candidate costs one triangular solve
-a layer. It is the W_new that minimises ``E|W x - W_new x_k|^2 + lambda |W_new - W_k|^2``, the same as folding
-``W_r`` into ``W_k`` by the regression of x_r on x_k (:mod:`.reconstruct`); only lambda comes from the whole
-input here, where the fold for any set of channels takes it from the kept ones.
+because ``A_k: = L_k (L')[:k]``; r are the removed columns. So a candidate costs one product and one triangular solve a
+layer, and nothing is kept but L: W is the dense model's own. It is the W_new that minimises
+``E|W x - W_new x_k|^2 + lambda |W_new - W_k|^2``, the same as folding ``W_r`` into ``W_k`` by the regression of x_r on
+x_k (:mod:`.reconstruct`); only lambda comes from the whole input here, where the fold for any set of channels takes it
+from the kept ones.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from .grams import Consumer, GramSource, InputGram, unit_consumers
 
 @dataclass(frozen=True)
 class _Solved:
-    """What one consumer needs: ``order`` (I,) the columns by rank, ``triangle`` the handle of L, ``target`` Y (I, O).
+    """What one consumer needs: ``order`` (I,) the columns by rank, ``triangle`` the handle of L.
 
-    ``target`` is a place on the shelf. ``mean`` (I,), in the columns' own order, and ``output`` (O,) are the means of
+    ``mean`` (I,), in the columns' own order, and ``output`` (O,) are the means of
     the input and of what the weights make of it; None where no intercept is wanted.
     """
 
@@ -46,15 +47,15 @@ class _Solved:
     units: Ints
     order: Ints
     triangle: Triangle
-    target: int
     mean: Tensor | None
     output: Tensor | None
 
 
 class Factors:
-    """What the closed form keeps of every consumer: a Cholesky factor and a right side, made from its Gram matrix.
+    """What the closed form keeps of every consumer: a Cholesky factor, made from its Gram matrix.
 
     Args:
+        model: the dense model; its weights are read for every candidate and have to stay as they are.
         ridge: penalty, as a share of the mean of the input's second moments.
         intercept: whether layers without a bias get one (the recovery step `bias`).
         shrink: further penalty on each input, as a share of its own second moment (see `penalised`).
@@ -73,15 +74,14 @@ class Factors:
         spill: str | Path | None = None,
     ) -> None:
         self._model, self._ridge, self._intercept, self._shrink = model, ridge, intercept, shrink
-        self.shelf = Shelf() if spill is None else DiskShelf(spill)
-        self.triangles = Triangles(self.shelf)
+        self.triangles = Triangles(Shelf() if spill is None else DiskShelf(spill))
         self.solved: dict[str, _Solved] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that they take between candidates."""
         means = [t for s in self.solved.values() for t in (s.mean, s.output) if t is not None]
-        return self.shelf.nbytes + self.triangles.nbytes + sum(t.nbytes for t in means)
+        return self.triangles.nbytes + sum(t.nbytes for t in means)
 
     def fit(self, consumers: Sequence[Consumer], importance: Scores | None) -> bool:
         """Whether these are the factors of some consumers under some unit scores (None: by index)."""
@@ -104,14 +104,19 @@ class Factors:
         product = (gram.centred() if centred else gram.product)[index[:, None], index]
         lower = penalised(product, gram.ridge(self._ridge), consumer.name, self._shrink)[1]
         del product
-        weights = consumer.matrix(self._model)
-        # The Gram matrices are in float32 unless the model is in float64: so are the factors.
-        dtype = gram.product.dtype
-        target = (lower.T @ weights[index].double()).to(dtype)
         mean = gram.mean if centred else None
-        output = weights.double().T @ gram.mean.double() if centred else None
-        triangle = self.triangles.add(lower.to(dtype))
-        return _Solved(consumer, units, order, triangle, self.shelf.put(target), mean, output)
+        output = consumer.matrix(self._model).double().T @ gram.mean.double() if centred else None
+        # The Gram matrices are in float32 unless the model is in float64: so are the factors.
+        triangle = self.triangles.add(lower.to(gram.product.dtype))
+        return _Solved(consumer, units, order, triangle, mean, output)
+
+    def weights(self, solved: _Solved, columns: Ints, rows: Ints | None, dtype: torch.dtype) -> Tensor:
+        """The dense weights (n, O) of some input columns, for the outputs ``rows`` (None: all)."""
+        dense = solved.consumer.matrix(self._model)
+        part = dense[torch.from_numpy(columns).to(dense.device)]
+        if rows is not None:
+            part = part[:, torch.from_numpy(rows).to(dense.device)]
+        return part.to(dtype)
 
 
 def _row(importance: Scores | None, consumer: Consumer) -> ArrayLike | None:
@@ -135,6 +140,7 @@ class NestedReconstruction:
     def __init__(self, space: PruningSpace, factors: Factors) -> None:
         self._space = space
         self._factors = factors
+        factors.triangles.settle()
         self._solved = list(factors.solved.values())
 
     @classmethod
@@ -200,26 +206,24 @@ class NestedReconstruction:
 
     def _leading(self, solved: _Solved, kept: Ints, rows: Ints | None) -> Tensor:
         """Weights (k, O) for the best-ranked columns, in the order of ``kept``."""
-        size = len(kept)
-        right = self._factors.shelf.rows(solved.target, size)
-        if rows is not None:
-            right = right[:, torch.from_numpy(rows).to(right.device)]
-        new = torch.linalg.solve_triangular(
-            self._factors.triangles.upper(solved.triangle, size), right, upper=True
-        )
-        return new[torch.from_numpy(np.argsort(solved.order[:size])).to(new.device)]
+        size, order = len(kept), solved.order
+        upper, beside = self._factors.triangles.leading(solved.triangle, size, len(order))
+        right = beside @ self._factors.weights(solved, order[size:], rows, beside.dtype)
+        change = torch.linalg.solve_triangular(upper, right, upper=True)
+        by_column = torch.from_numpy(np.argsort(order[:size])).to(change.device)
+        return self._factors.weights(solved, kept, rows, change.dtype) + change[by_column]
 
     def _direct(self, solved: _Solved, kept: Ints, rows: Ints | None) -> Tensor:
         """Weights (k, O) for any columns: their rows of A come back from the factor."""
-        whole = len(solved.order)
-        upper = self._factors.triangles.upper(solved.triangle, whole).triu().double()
-        target = self._factors.shelf.rows(solved.target, whole)
-        place = np.argsort(solved.order)[kept]
-        part = upper[:, torch.from_numpy(place).to(upper.device)]  # (I, k)
-        right = part.T @ target.double()
-        if rows is not None:
-            right = right[:, torch.from_numpy(rows).to(right.device)]
-        return torch.linalg.solve(part.T @ part, right).to(target.dtype)
+        order = solved.order
+        triangle = self._factors.triangles.upper(solved.triangle, len(order))
+        upper = triangle.triu().double()
+        places = np.argsort(order)
+        gone = np.setdiff1d(np.arange(len(order)), kept)
+        part, other = (upper[:, torch.from_numpy(places[c]).to(upper.device)] for c in (kept, gone))
+        right = part.T @ (other @ self._factors.weights(solved, gone, rows, upper.dtype))
+        change = torch.linalg.solve(part.T @ part, right)
+        return (self._factors.weights(solved, kept, rows, upper.dtype) + change).to(triangle.dtype)
 
     @staticmethod
     def _write(
