@@ -104,6 +104,9 @@ def worker(name: str, side: str) -> None:
     workload.judge()(workload.model, 0, 1)  # and the dense model's outputs
     print("ready", flush=True)
     for line in sys.stdin:
+        if line.strip() == "auto":
+            print(json.dumps(str(Evaluator(workload, space, importance="l1").settle_format(0.5))), flush=True)
+            continue
         widths = plans[int(line)]
         found: dict[str, float] = {}
         for dtype, evaluator in evaluators.items():
@@ -136,7 +139,7 @@ def told(process: subprocess.Popen[str]) -> str:
 def costs(state: Kept, name: str, before: Path, rounds: int) -> None:
     """Seconds of all that is timed of one model, plan by plan, both sides in turns."""
     wanted = [i for i in range(rounds) if f"cost {name} {i}" not in state.cells]
-    if not wanted:
+    if not wanted and f"auto {name}" in state.cells:
         return
     sides = {"now": DOCS.parent, "before": before}
     processes = {side: started(name, side, code) for side, code in sides.items()}
@@ -152,6 +155,10 @@ def costs(state: Kept, name: str, before: Path, rounds: int) -> None:
                 print(i, file=stdin, flush=True)
                 found[side] = json.loads(told(processes[side]))
             state.keep(f"cost {name} {i}", found)
+        stdin = processes["now"].stdin
+        assert stdin is not None
+        print("auto", file=stdin, flush=True)
+        state.keep(f"auto {name}", json.loads(told(processes["now"])))
     finally:
         for process in processes.values():
             process.kill()
@@ -218,6 +225,11 @@ def cost_rows(cells: dict[str, Any], name: str) -> list[list[str]]:
     return found
 
 
+def decisions(cells: dict[str, Any]) -> str:
+    """What a user gets who leaves the format to the trial, a line for each model."""
+    return "\n".join(f"- {name}: {cells[f'auto {name}']}" for name in MODELS if f"auto {name}" in cells)
+
+
 def rank_rows(cells: dict[str, Any]) -> list[list[str]]:
     rows = []
     for key, value in cells.items():
@@ -241,8 +253,8 @@ def page(cells: dict[str, Any], rounds: int) -> str:
             costs += f"\n\nNot measured yet: {name}; the command at the top goes on there."
     ranks = markdown_table(["workload", "Spearman", "largest change", "what `auto` says"], rank_rows(cells))
     return PAGE.format(
-        rounds=rounds, plans=PLANS, costs=costs, ranks=ranks, processor=machine["processor"],
-        torch=machine["libraries"]["torch"], python=machine["python"],
+        rounds=rounds, decisions=decisions(cells), plans=PLANS, costs=costs, ranks=ranks,
+        processor=machine["processor"], torch=machine["libraries"]["torch"], python=machine["python"],
     )  # fmt: skip
 
 
@@ -282,8 +294,8 @@ PAGE = """# What a candidate of a model of images costs
 
 Written by `python docs/scripts/candidate_cost.py --before F31AF48 --cifar cifar10-jpeg --checkpoint FILE` (FILE is
 a CIFAR ResNet-20): one thread of an {processor}, no GPU, torch {torch}, Python {python}, seeds 0, other programs
-on both cores. Seconds are those of the processor; a ratio is the median of the ratios of {rounds} plans at half of the
-MACs, both sides in one call, in turns, each in a process of its own.
+on the cores at times. Seconds are those of the processor; a ratio is the median of the ratios of {rounds} plans at half
+of the MACs, both sides in one call, in turns, each in a process of its own.
 
 A candidate is built, repaired (`reconstruct`, `bn`) and scored (`kl`) on 100 calibration and 400 validation images of
 224 x 224 pixels in batches of 64. A
@@ -292,6 +304,10 @@ folded. What is made once for a checkpoint (trace, importances, Gram matrices, t
 outputs) is in neither.
 
 {costs}
+
+What `score.dtype: auto`, the default, decides for them, and so what is used:
+
+{decisions}
 
 Where the time went:
 
