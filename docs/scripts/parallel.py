@@ -1,4 +1,4 @@
-"""Searches with workers: time with two, efficiency with many, quality of batches ahead -> docs/parallel.md.
+"""Searches with workers: time with two, efficiency with many, quality of batches ahead -> docs/parallel-speed.md.
 
     python docs/scripts/parallel.py speed [--rounds 2]     # two processes against one, in turns: 4 minutes a round
     python docs/scripts/parallel.py many                   # candidates that sleep, 8 to 64 at a time: 10 minutes
@@ -61,63 +61,16 @@ SECTIONS = {
     "many": "## Many workers",
     "quality": "## Batches ahead",
 }
-PAGE = """# Searches on several workers
+PAGE = """# What workers save
 
-    rlprune train CONFIG --engine processes --workers 4
-    rlprune train CONFIG --engine ray --address auto
-
-- `serial`, the default: this process.
-- `processes`: processes of this machine (joblib's loky). `--workers` says how many, a core each by default.
-- `ray`: the machines of a [Ray](https://docs.ray.io) cluster, `--address auto` or `host:6379`; without an address
-  Ray starts a cluster on this machine. It needs `pip install 'rlprune[ray]'`, and rlprune and the data on every
-  machine.
-
-`train`, `benchmark`, `fidelity` and `apply --refine` take the three options; in a config file they are
-`execution.engine`, `execution.workers` and `execution.address`, in Python settings like all others. (`rlprune
-benchmark --jobs N` is short for `--engine processes --workers N`.)
-
-## What is computed at the same time
-
-- `train`, `apply --refine`, `rlprune.search`: the rules, the starts, probes of the sensitivity rule, each batch of
-  candidates, the finalists on the whole validation split.
-- `benchmark`: cells, a method, seed and budget each.
-- `fidelity`: scores of the plans under a recovery, then their fine-tunes.
-
-A batch is what an agent asks for before it needs a score: eight plans a worker (`random`), the offspring of a
-generation (`evopress`), a round (`rl_pruner`), the masks of a step (`bypass`), a batch of `ppo`. The others ask for
-one plan at a time, and `ppo` waits for a batch before it fits and trains. Two settings change that, and with it what
-is searched:
-
-- `search.ahead: 1` lets `ppo` (mode surrogate) fit, train and choose while one batch is being scored; more for many
-  workers. What is being scored counts as known at its expected score. A batch is half as large then as without, three
-  plans where logits are modelled: `search.ahead: 3` keeps twelve plans in flight.
-- `search.environments: 4` lets `amc`, `ppo_sequential`, `sac`, `td3`, `a2c`, `sb3`, `cma_es`, `tpe` and `gp` propose
-  4 plans before they know a score. Updates stay as frequent by evaluation; `ARS` takes one environment only.
-
-Both decide the result, and workers do not: a search with these settings is the same in one process.
-
-## The same result
-
-The run's own process writes the ledger, in the order of a search in one process, and charges for a plan when the
-search asks for it. Ledger, plan and weights are those of `serial`, to the bit, where the machines are alike and have
-as many threads (`threads`: where it is null, the workers of a machine share its cores out among them, and `serial`
-leaves the choice to torch). `tests/integration/test_engines.py` runs `random`, `evopress` and `ppo` on all engines,
-Ray on two nodes, and compares. Each worker gets the prepared evaluator once, or prepares one from the settings where
-the workload cannot be sent; before it scores anything, its dense candidate has to have our score, loss, metric and
-cost (within a thousandth; other last digits are logged).
-
-A worker that is killed, and a node that goes away, cost what they had in hand, which another worker does again;
-after the third death over the same work the run ends with the reason. A run that is killed itself, or whose own Ray
-node goes away, takes its processes along, and `--resume` goes on, on any engine. With several GPUs and `device:
-auto` or `cuda`, workers take them in turn; `cuda:1` keeps all of them on that one. Each worker holds an evaluator of
-its own: weights, calibration statistics and data, as many times as there are workers on a machine.
+How to use workers: [parallel.md](parallel.md).
 
 ## Two workers on two cores
 
 {speed_evaluations} evaluations of the digits at 32 pixels by a ResNet-20, the starts among them; each search in one
 process and with two workers, in turns, a thread each; the median of the rounds' ratios. Workers have begun before
 the clock starts. The last column is the machine's load at the end of a search, 1 to 2 where nothing else runs; with
-more, the workers have less than the two cores. "Beside another": what a candidate takes while the other worker computes
+more, the workers have less than the two cores. "With another": what a candidate takes while the other worker computes
 one too; where that is longer, the two cores are not worth two, and no ratio can reach 2.
 On {machine}.{note}
 
@@ -344,7 +297,7 @@ def speed_table(out: Path) -> str:
     head = [
         "agent",
         "a candidate",
-        "beside another",
+        "with another",
         "one process",
         "two workers",
         "ratio",
@@ -469,7 +422,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--evaluations", type=int, default=100, help="of `quality`")
     parser.add_argument("--out", type=Path, default=Path("runs/parallel"))
-    parser.add_argument("--write", action="store_true", help="write docs/parallel.md")
+    parser.add_argument("--write", action="store_true", help="write docs/parallel-speed.md")
     parser.add_argument("--note", default="", help="what the page says of the machine, behind its name")
     arguments = parser.parse_args()
     unknown = set(arguments.parts) - {"speed", "many", "quality"}
@@ -482,7 +435,7 @@ def main() -> int:
         many(arguments.out)
     if "quality" in arguments.parts:
         quality(arguments.out, arguments.seeds, arguments.evaluations)
-    target = DOCS / "parallel.md"
+    target = DOCS / "parallel-speed.md"
     text = page(arguments.out, arguments.evaluations, arguments.note)
     text = with_present(arguments.out, text, target.read_text(encoding="utf-8") if target.is_file() else "")
     if arguments.write:
