@@ -1,13 +1,13 @@
-"""The wheel with every extra alone, in an environment of its own; and what the core packages are for -> docs/install.md.
+"""The wheel with every extra alone, in an environment of its own; what the core packages are for -> docs/install.md.
 
     python -m build --wheel
     python docs/scripts/extras.py dist/rlprune-*.whl --work runs/extras            # half an hour, 6 GB
     python docs/scripts/extras.py dist/rlprune-*.whl --work runs/extras --write    # only the page
 
-`core` is an environment of the wheel and what it requires. That of an extra is another one, which holds the packages that
-`pip install rlprune[EXTRA]` adds to these; a `.pth` file lets it see those of `core`, so torch is installed once. In each of them
-the extra's feature has to work, and the features of all other extras have to end with exit code 2 and one line that
-names `pip install 'rlprune[OTHER]'`, unless their packages came along. What is done already is not done again.
+`core` is an environment of the wheel and what it requires. That of an extra is another one, which holds the packages
+that `pip install rlprune[EXTRA]` adds to these; a `.pth` file lets it see those of `core`, so torch is installed once. In
+each of them the extra's feature has to work, and the features of all other extras have to end with exit code 2 and one
+line that names `pip install 'rlprune[OTHER]'`, unless their packages came along. What is done is not done again.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ FEATURES: dict[str, list[list[str]]] = {
         ["optuna", "run", "--storage", "sqlite:///OUT.db"],
     ],
     "ray": [["train", "digits", "--out", "OUT", "--engine", "ray", "--workers", "1", *SMALL]],
-    "contrib": [
-        ["train", "digits", "--out", "OUT", *SMALL, "search.agent=sb3", "search.sb3.algorithm=TQC"]
-    ],
+    "contrib": [["train", "digits", "--out", "OUT", *SMALL, "search.agent=sb3", "search.sb3.algorithm=TQC"]],
     "export": [["export", "half", "--to", "onnx", "--out", "OUT.onnx"]],
     "tensorboard": [["train", "digits", "--out", "OUT", *SMALL, "search.tensorboard=true"]],
     **{
@@ -85,7 +83,10 @@ search: {evaluations: 8, agent: random, baselines: []}
 finish: {epochs: 0}
 """
 TASK = [
-    {"instruction": f"Is {n} even?\n\nanswer1: yes answer2: no\n\nAnswer format: answer1/answer2", "answer": a}
+    {
+        "instruction": f"Is {n} even?\n\nanswer1: yes answer2: no\n\nAnswer format: answer1/answer2",
+        "answer": a,
+    }
     for n, a in ((2, "answer1"), (3, "answer2"))
 ]
 # Run in an environment: each command as a person types it, in one process; [exit code, standard error] of each.
@@ -163,7 +164,16 @@ class Environment:
         installer = self.python if self.base is None else self.base.python
         if self.base is not None:
             (self.site() / "core.pth").write_text(f"{self.base.site()}\n")
-        command = [installer, "-m", "pip", "--python", self.python, "install", "--quiet", "--disable-pip-version-check"]
+        command = [
+            installer,
+            "-m",
+            "pip",
+            "--python",
+            self.python,
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+        ]
         wanted_too = ["packaging"] if self.base is None else []
         subprocess.run([*command, wanted, *wanted_too], check=True, env=clean(), cwd=self.path)
         (self.path / "done").touch()
@@ -223,7 +233,16 @@ def prepare(core: Environment, place: Path) -> None:
     (place / "mywork.yaml").write_text(SETTINGS)
     (place / "task.json").write_text(json.dumps(TASK))
     for out, words in {
-        "tiny": ["prune", "tiny_llama", "--rule", "ffn_uniform", "--budget", "80%", "--set", "model.train.epochs=1"],
+        "tiny": [
+            "prune",
+            "tiny_llama",
+            "--rule",
+            "ffn_uniform",
+            "--budget",
+            "80%",
+            "--set",
+            "model.train.epochs=1",
+        ],
         "half": ["prune", "digits", "--rule", "uniform", "--budget", "50%", "--set", "model.train.epochs=1"],
         "run": ["train", "digits", *SMALL],
     }.items():
@@ -266,7 +285,9 @@ def requirements(core: Environment) -> dict[str, list[str]]:
     return found
 
 
-def look(work: Path, core: Environment, extra: str, wheel: Path, needs: dict[str, list[str]]) -> dict[str, Any]:
+def look(
+    work: Path, core: Environment, extra: str, wheel: Path, needs: dict[str, list[str]]
+) -> dict[str, Any]:
     """Install an extra alone and try everything there."""
     environment = core if extra == "core" else Environment(work, extra, core)
     began = time.perf_counter()
@@ -324,10 +345,8 @@ def weigh(core: Environment, needed: list[str]) -> list[list[str]]:
         gone = closure(packages, needed) - closure(packages, others)
         by = next((phase for phase, names in loaded.items() if name in names), "a feature")
         users = [other for other in others if name in closure(packages, [other])]
-        size = packages[name]["bytes"] / 1e6
-        rows.append([
-            name, by, f"{size:,.1f}", f"{sum(packages[one]['bytes'] for one in gone) / 1e6:,.1f}", ", ".join(users) or "–"
-        ])  # fmt: skip
+        size, only = packages[name]["bytes"] / 1e6, sum(packages[one]["bytes"] for one in gone) / 1e6
+        rows.append([name, by, f"{size:,.1f}", f"{only:,.1f}", ", ".join(users) or "–"])
     return rows
 
 
@@ -340,7 +359,15 @@ def extras_table(found: dict[str, dict[str, Any]]) -> str:
             f"{entry['import'] - entry['python']:.2f}", f"{entry['help'] - entry['python']:.2f}",
             "yes" if not entry["wrong"] else "**no**", came or "–",
         ])  # fmt: skip
-    header = ["extra", "packages", "MB", "`import rlprune` (s)", "`rlprune --help` (s)", "checks passed", "brings along"]
+    header = [
+        "extra",
+        "packages",
+        "MB",
+        "`import rlprune` (s)",
+        "`rlprune --help` (s)",
+        "checks passed",
+        "brings along",
+    ]
     return markdown_table(header, rows)
 
 
@@ -348,18 +375,24 @@ def write(found: dict[str, Any]) -> None:
     """Put the tables between the page's marks."""
     text = PAGE.read_text(encoding="utf-8")
     header = ["package", "first loaded by", "MB", "MB that only it brings", "also required by"]
-    for mark, table in {"extras": extras_table(found["extras"]), "core": markdown_table(header, found["core"])}.items():
-        said = f"<!-- {mark}:begin -->\n{table}\n\n{found['machine']}\n<!-- {mark}:end -->"
-        text, count = re.subn(rf"<!-- {mark}:begin -->.*?<!-- {mark}:end -->", lambda _: said, text, flags=re.DOTALL)
-        if count != 1:
+    for mark, table in {
+        "extras": extras_table(found["extras"]),
+        "core": markdown_table(header, found["core"]),
+    }.items():
+        begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
             raise SystemExit(f"{PAGE.name}: no place for the table {mark}")
+        before, after = text.partition(begin)[0], text.partition(end)[2]
+        text = f"{before}{begin}\n{table}\n\n{found['machine']}\n{end}{after}"
     PAGE.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("wheel", type=Path, help="the built wheel")
-    parser.add_argument("--work", type=Path, default=Path("runs/extras"), help="where environments and figures are kept")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/extras"), help="where environments and figures are kept"
+    )
     parser.add_argument("--only", help="extras to look at, comma-separated")
     parser.add_argument("--again", action="store_true", help="look again at what was looked at")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/install.md")
@@ -371,17 +404,25 @@ def main() -> None:
     core = Environment(work, "core")
     core.install(wheel)
     needs = requirements(core)
-    names = args.only.split(",") if args.only else ["core", *(name for name in needs if name not in ("", "dev"))]
+    names = (
+        args.only.split(",") if args.only else ["core", *(name for name in needs if name not in ("", "dev"))]
+    )
     for name in names:
         if name not in found["extras"] or args.again:
             found["extras"][name] = look(work, core, name, wheel, needs)
             write_json_atomic(record, found)
         entry = found["extras"][name]
-        print(f"{name}: {len(entry['packages'])} packages, {entry['bytes'] / 1e6:,.0f} MB", *entry["wrong"], sep="\n  ")
+        print(
+            f"{name}: {len(entry['packages'])} packages, {entry['bytes'] / 1e6:,.0f} MB",
+            *entry["wrong"],
+            sep="\n  ",
+        )
     if "core" not in found or args.again:
         found["core"] = weigh(core, needs[""])
         machine = hardware()
-        found["machine"] = f"{machine['processor']}, Python {machine['python']}, torch {machine['libraries']['torch']}; medians of 7."
+        found["machine"] = (
+            f"{machine['processor']}, Python {machine['python']}, torch {machine['libraries']['torch']}; medians of 7."
+        )
         write_json_atomic(record, found)
     if args.write:
         write(found)

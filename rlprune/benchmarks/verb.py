@@ -10,7 +10,7 @@ from ..config.config import Config
 from ..errors import ConfigError
 from ..experiments.usage import check_usage
 from ..report.results import Results
-from ..utils.progress import Callback
+from ..utils.progress import Callback, default_callback
 from .benchmark import run
 
 
@@ -41,7 +41,7 @@ def benchmark(
         budgets: several budgets, instead of that of the settings.
         checkpoints: dense models, which the seeds take in turn.
         jobs: short for the settings ``execution.engine: processes`` with so many ``execution.workers``.
-        callback: is told of the progress; nothing is shown without one.
+        callback: is told of the progress; by default bars on a terminal, else nothing.
 
     Returns:
         The content of results.json: ``rows`` (one for each method, seed and budget) and ``summary``.
@@ -63,7 +63,7 @@ def benchmark(
         folder,
         budgets=budgets,
         checkpoints=checkpoints,
-        callback=callback or Callback(),
+        callback=callback or default_callback(),
     )
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console as Terminal
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 """Columns that a table takes at most."""
-_MARKS = {"best rule by score": "†", "best rule": "†", "as good, cheaper": "+"}
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:
@@ -108,42 +106,10 @@ def show_benchmark(out: Path, results: Results, args: argparse.Namespace) -> Non
 
 def print_table(table: ShortTable) -> None:
     """A table of the report within WIDTH columns, a line a row; marks are explained below it."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+    from ..report.terminal import draw
 
-    terminal = _terminal()
-    sizes = _fitting(table, terminal.width)
-    columns = list(sizes)
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
-    for number, size in sizes.items():
-        justify: Literal["left", "right"] = "left" if number == 0 else "right"
-        header = Text("\n".join(textwrap.wrap(table.header[number], size)))
-        drawn.add_column(header, justify=justify, vertical="bottom", no_wrap=True)
-    for line in table.lines:
-        cells = [Text(line.cells[number].text) for number in columns]
-        if line.badge:
-            cells[0].append(f" {_MARKS.get(line.badge, '*')}", style="bold cyan")
-        drawn.add_row(*cells, style="bold" if line.role in ("chosen", "agent") else "")
-    terminal.print(drawn)
-    badges = dict.fromkeys(line.badge for line in table.lines if line.badge)
-    if badges:
-        print(", ".join(f"{_MARKS.get(badge, '*')} {badge}" for badge in badges))
-
-
-def _fitting(table: ShortTable, width: int) -> dict[int, int]:
-    """{number of a column: letters of its cells} of those that fit side by side: spare ones go until the others do."""
-    sizes = {}
-    for number, header in enumerate(table.header):
-        cells = [
-            len(line.cells[number].text) + 2 * (number == 0 and bool(line.badge)) for line in table.lines
-        ]
-        sizes[number] = max(*map(len, header.split()), *cells)
-    for name in table.spare:
-        if sum(sizes.values()) + 3 * len(sizes) <= width:
-            break
-        sizes.pop(table.header.index(name))
-    return sizes
+    for line in draw(table, _terminal()):
+        print(line)
 
 
 def print_text(text: str) -> None:

@@ -26,7 +26,7 @@ from ..rules import RULES, rules_for
 from ..rules.blocks import block_cosines, block_count
 from ..utils.arrays import Ints
 from ..utils.checkpoints import forget
-from ..utils.progress import Callback, Console
+from ..utils.progress import Callback, Console, default_callback
 from ..workloads.base import Workload
 from ..workloads.checks import check_workload
 from .incremental import incremental
@@ -98,7 +98,7 @@ def apply(
     check_usage(config, "apply --refine" if refine else "apply")
     config = with_threads(config)
     own = None if isinstance(workload, Config) else check_workload(workload)
-    watcher = callback or Callback()
+    watcher = callback or default_callback()
     experiment = prepare_experiment(
         config, checkpoint=checkpoint, callback=watcher, run=run, workload=own, searches=refine > 0
     )

@@ -19,6 +19,7 @@ from ..errors import ArtifactError, ConfigError
 from ..pruning.plan import Plan
 from ..report import html as report
 from ..report.results import read_results
+from ..report.terminal import words
 from ..tracing.trace import TraceOptions
 from ..workloads.base import Workload
 
@@ -114,5 +115,5 @@ class PruningResult:
         return target
 
     def __str__(self) -> str:
-        """The table in words."""
-        return report.markdown(read_results(self.folder))
+        """The table within 100 columns and the headline, as commands print them; ``table`` has every figure."""
+        return words(read_results(self.folder), self.folder)

@@ -12,7 +12,7 @@ from torch import nn
 from ..config.config import Config
 from ..errors import ConfigError, DataError
 from ..execution import with_threads
-from ..utils.progress import Callback
+from ..utils.progress import Callback, default_callback
 from ..utils.pytrees import Inputs
 from ..workloads.base import Workload
 from ..workloads.checks import check_workload
@@ -61,7 +61,7 @@ def search(
         out: folder of the run, for ``resume`` and for the files; a temporary one, which goes with the result, when not
             given.
         resume: go on with what a killed run left in ``out``.
-        callback: is told of the progress, and may end the search early.
+        callback: is told of the progress, and may end the search early; by default bars on a terminal, else nothing.
 
     Raises:
         ConfigError, DataError, GraphError, BudgetError: in one line what is wrong, and what is allowed.
@@ -79,7 +79,7 @@ def search(
         },
     )
     check_usage(config, "train")
-    return _run(with_threads(config), workloads, out, resume, callback or Callback())
+    return _run(with_threads(config), workloads, out, resume, callback or default_callback())
 
 
 def _run(

@@ -29,7 +29,7 @@ from ..utils.checkpoints import forget
 from ..utils.dotted import flat
 from ..utils.files import lock_run, write_json_atomic, write_text_atomic
 from ..utils.machine import hardware
-from ..utils.progress import Callback, log_to, logger
+from ..utils.progress import Callback, default_callback, log_to, logger
 from ..workloads.base import Workload
 from .finish import FinalModel, add_latency, choose, finish, save_outcomes
 from .methods import MethodResult, keep_logits, run_agent, score_rule
@@ -52,14 +52,14 @@ def train(
         config: settings, from `rlprune.load_config` or built in Python.
         resume: go on with what a killed run of the same settings left in ``out``; the result is that of an
             uninterrupted one. A run that is complete is read.
-        callback: is told of the progress, and may end the search early; nothing is shown without one.
+        callback: is told of the progress, and may end the search early; by default bars on a terminal, else nothing.
 
     Raises:
         ConfigError: ``out`` holds a run and ``resume`` is not set, or a run of other settings; or a setting is given
             that nothing of the run uses.
     """
     check_usage(config, "train")
-    callback, config = callback or Callback(), with_threads(config)
+    callback, config = callback or default_callback(), with_threads(config)
     return run(config, lambda folder: _experiments(config, callback, folder), Path(out), resume, callback)
 
 

@@ -341,6 +341,14 @@ class Console(Callback):
             self._bar = None
 
 
+def default_callback() -> Callback:
+    """For a call from Python that names no callback: bars where standard error is a terminal, else nothing.
+
+    The environment variable RLPRUNE_PROGRESS chooses as it does for commands.
+    """
+    return Console() if os.environ.get(VARIABLE) or _stderr().isatty() else Callback()
+
+
 def _now() -> float:
     return time.monotonic()
 

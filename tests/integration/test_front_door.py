@@ -96,7 +96,9 @@ class TestModels:
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         assert any("best rule" in note for note in watcher.notes)
         assert {"rules", "ppo", "random"} <= {event.phase for event in watcher.events}
-        assert "| ppo " in str(result)
+        lines = str(result).splitlines()
+        assert any(line.startswith("ppo *") for line in lines) and max(map(len, lines)) <= 100
+        assert "Asked for at most 60.0% of the dense MACs" in str(result)
         saved = result.save(tmp_path / "run")
         assert {"pruned", "policy", "results.json", "report.html", "ledger.jsonl"} <= {
             path.name for path in saved.iterdir()
@@ -350,11 +352,15 @@ def test_a_policy_is_applied_to_a_workload_of_ones_own() -> None:
         rlprune.apply(first.folder, other)
 
 
-def test_a_policy_saves_what_it_prunes(tmp_path: Path) -> None:
+def test_a_policy_saves_what_it_prunes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RLPRUNE_PROGRESS", "lines")  # shown without a callback, as on a terminal
     result = rlprune.search(
         Small(12), torch.zeros(1, 1, 8, 8), loaders=loaders(), evaluations=8, settings=QUICK
     )
     other = LoaderWorkload(Small(12), torch.zeros(1, 1, 8, 8), loaders())
+    assert "ppo: best score" in capsys.readouterr().err
     applied = rlprune.apply(result.folder, other, 0.5)
     x = torch.randn(2, 1, 8, 8)
     loaded = rlprune.load(applied.save(tmp_path / "pruned"), base=other.model)

@@ -190,3 +190,15 @@ class TestRuns:
     def test_spans_are_short(self, seconds: float) -> None:
         assert len(span(seconds)) <= 12
         assert (span(40), span(200), span(7500)) == ("40 s", "3 min", "2 h 5 min")
+
+
+def test_a_call_from_python_shows_bars_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rlprune.search` in a program was silent for minutes."""
+    monkeypatch.delenv(progress.VARIABLE, raising=False)
+    assert type(progress.default_callback()) is Callback
+    monkeypatch.setattr(progress, "_stderr", Terminal)
+    shown = progress.default_callback()
+    assert isinstance(shown, Console) and shown.shown == "bar"
+    monkeypatch.setenv(progress.VARIABLE, "none")
+    quiet = progress.default_callback()
+    assert isinstance(quiet, Console) and quiet.shown == "none"
