@@ -210,6 +210,7 @@ def test_several_dense_models_need_a_training(tmp_path: Path, capsys: pytest.Cap
     assert "--checkpoints 2: only 1, since no dense model is trained here" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_seeds_take_the_dense_models_in_turn(tmp_path: Path) -> None:
     """In two processes; a seed's dense model is that of the same seeds of weights and splits anywhere else."""
     options = ["--checkpoints", "2", "--seeds", "3", "--jobs", "2"]

@@ -172,6 +172,7 @@ def test_a_rerun_examines_only_what_is_missing(tmp_path: Path, monkeypatch: pyte
     assert run("--only", "resnet18") == ["resnet18"]
 
 
+@pytest.mark.slow
 def test_a_model_is_examined_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = script.in_own_process("cifar_resnet20")
     assert script.result(facts) == "works"

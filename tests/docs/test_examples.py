@@ -57,6 +57,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     return folder, (scripts / "files.txt").read_text(encoding="utf-8"), done.stdout
 
 
+@pytest.mark.slow
 def test_the_first_example_leaves_what_it_says(ran: tuple[Path, str, str]) -> None:
     folder, files, printed = ran
     for name in ("report.html", "runs/mine/pruned/model.safetensors", "runs/mine/policy/policy.json"):
@@ -89,6 +90,7 @@ def test_the_readmes_ten_lines_learn_a_distribution(tmp_path: Path) -> None:
     assert 0.48 < ours["macs"] / dense["macs"] <= 0.5 and ours["test_finetuned"] > 0.9
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_page_go_on_from_it(ran: tuple[Path, str, str]) -> None:
     folder = ran[0]
     for name in ("runs/small", "runs/applied", "runs/compared", "runs/lamp", "runs/mine-40"):

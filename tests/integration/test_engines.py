@@ -79,7 +79,9 @@ def rows_of(out: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-@pytest.fixture(scope="module", params=["random", "evopress", "ppo"])
+@pytest.fixture(
+    scope="module", params=["evopress", *(pytest.param(n, marks=pytest.mark.slow) for n in ("random", "ppo"))]
+)
 def serial(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     out = tmp_path_factory.mktemp(request.param) / "serial"
     run(words(out, request.param))

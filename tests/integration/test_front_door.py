@@ -115,6 +115,7 @@ class TestModels:
         with pytest.raises(ConfigError, match="save: .* exists already"):
             result.save(saved)
 
+    @pytest.mark.slow
     def test_a_resnet_of_torchvision(self) -> None:
         torch.manual_seed(0)
         model = resnet18(num_classes=3)

@@ -101,6 +101,7 @@ def test_no_pass_of_a_settled_process_pays_for_its_pages_again() -> None:
     assert any(faults("young") > 768 for _ in range(6))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's thresholds")
 def test_large_blocks_are_kept() -> None:
     assert faults("large") > 16_384  # glibc maps blocks above 32 MiB anew, whatever was freed before

@@ -153,7 +153,9 @@ class Stop(BaseException):
     pass
 
 
-@pytest.mark.parametrize("stop_after", [7, 95, 131, 150])
+@pytest.mark.parametrize(
+    "stop_after", [95, *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 131, 150))]
+)
 def test_interrupted_and_resumed_is_uninterrupted(finished, tmp_path, monkeypatch, stop_after):
     """Stopped right after a candidate is written; the resumed run must give the same ledger and plan."""
     append, written = EvaluationLog.append, []
@@ -261,6 +263,7 @@ class TestOtherCommands:
         assert "test accuracy" in inspection.evaluate(finished / "pruned", tiny()).text
         assert "give CONFIG" in inspection.evaluate(finished / "pruned", None).text
 
+    @pytest.mark.slow
     def test_several_checkpoints_train_one_policy(self, tmp_path, monkeypatch):
         monkeypatch.setattr("rlprune.agents.ppo.transfer.PROBES", 1)
         config = tiny(

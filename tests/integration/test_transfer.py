@@ -35,6 +35,7 @@ def done(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default:the policy was trained on another architecture")
 def test_apply_refines_the_plan_of_several_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
