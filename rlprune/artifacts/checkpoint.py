@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError, near_miss
+from ..utils.tensors import all_finite
 from .weight_files import SUFFIXES as SUFFIXES
 from .weight_files import read_weight_file
 from .weight_names import COMPUTED, Names
@@ -221,7 +222,7 @@ def _readable(tensor: Tensor, own: Tensor, name: str, source: str) -> Tensor:
     if tensor.is_floating_point():
         if tensor.dtype.itemsize == 1:
             raise refused(f"holds {_word(tensor.dtype)}, whose scale is kept elsewhere; save wider weights")
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise refused("holds NaN or infinite values")
     return tensor
 

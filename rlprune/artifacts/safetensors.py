@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import ArtifactError, ConfigError, near_miss, one_line
 from ..utils.files import read_json, safetensors_header, write_json_atomic, writing
+from ..utils.tensors import all_finite
 from .documents import PlanDocument
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -257,5 +258,5 @@ def check_roots(shapes: Mapping[str, Sequence[int]], document: PlanDocument, whe
 
 def refuse_nan(tensors: Mapping[str, Tensor], where: str) -> None:
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise ArtifactError(f"{where}: the tensor {name!r} holds NaN or infinite values")

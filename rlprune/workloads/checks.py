@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import ArtifactError, DataError, GraphError, described
 from ..utils.modes import evaluating
 from ..utils.pytrees import batch_size, call, shapes
+from ..utils.tensors import all_finite
 from ..utils.values import NO_DOUBLES
 from .base import SPLITS, Workload
 
@@ -18,7 +19,7 @@ from .base import SPLITS, Workload
 def check_finite(model: nn.Module, name: str) -> None:
     """ArtifactError naming the first tensor that holds NaN or infinite values."""
     for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise ArtifactError(f"model {name!r}: tensor {key!r} holds NaN or infinite values")
 
 

@@ -24,6 +24,7 @@ from ...envs.task import ACTION_SCALE, Source, Task, make_task
 from ...errors import ArtifactError
 from ...pruning.budget import BudgetLike
 from ...pruning.plan import Plan
+from ...utils.tensors import all_finite
 from ..sb3_internals import CustomPolicy
 from .policy_facts import FORMAT, FORMAT_VERSION, check_facts
 from .transfer import PlanMemory, can_build, planned
@@ -251,7 +252,7 @@ class PortablePolicy:
                 raise ArtifactError(
                     f"policy: tensor {name!r} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
                 )
-            if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            if not tensor.is_floating_point() or not all_finite(tensor):
                 raise ArtifactError(f"policy: tensor {name!r} holds NaN, infinity or no numbers")
         network = GroupNetwork(len(features), hidden)
         network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})

@@ -29,6 +29,7 @@ from ...surrogates.logit_gp import LogitProbes
 from ...surrogates.probes import find_probes, log_distance, log_ratios, probes_of
 from ...surrogates.proposals import climb, fresh, neighbours
 from ...utils.arrays import Floats, Ints
+from ...utils.tensors import all_finite
 
 # Builds a group on a new checkpoint, the dense model's included, and the share of them that plans of others may take.
 PROBES = 8
@@ -73,7 +74,7 @@ class PlanMemory:
             fits = fits and targets.ndim == 1 and tasks.shape == targets.shape
         except (KeyError, TypeError, IndexError) as error:
             raise ArtifactError(f"policy: its experience is damaged ({error})") from None
-        if not fits or not all(bool(torch.isfinite(t).all()) for t in (ratios, targets)):
+        if not fits or not all(all_finite(t) for t in (ratios, targets)):
             raise ArtifactError("policy: its experience is damaged (the tensors' sizes do not fit)")
         return cls(ratios.double(), targets.double(), tasks.long(), fingerprint)
 
