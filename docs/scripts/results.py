@@ -21,6 +21,7 @@ from typing import Any
 
 from rlprune import load_config
 from rlprune.benchmarks import difference
+from rlprune.benchmarks.statistics import spread
 from rlprune.report import comparison, markdown_table, plots, read_results
 
 EVALUATIONS = 300
@@ -86,13 +87,31 @@ def take(run: Path, folder: Path, variant: str | None = None) -> Path:
         raise SystemExit(f"{run}: another model than that of {config.name}: give it a name with --variant")
     for split in results["workload"].get("protocol", {}).get("splits", {}).values():
         split["text"] = Path(split["text"]).name  # where a file lay is nobody's business
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{variant or config.name}.json"
+    target.write_text(compact(results), encoding="utf-8")
+    return target
+
+
+def compact(results: Mapping[str, Any]) -> str:
+    """Results as a JSON text, one row or entry a line."""
     lines = [f'"{key}": {json.dumps(results[key])}' for key in KEPT if key in results]
     for key in ("rows", "summary"):
         lines.append(f'"{key}": [\n' + ",\n".join(json.dumps(row) for row in results[key]) + "\n]")
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{variant or config.name}.json"
-    target.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    return target
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def with_intervals(value: Any) -> Any:
+    """A summary with every mean's interval computed anew from its values."""
+    if isinstance(value, list):
+        return [with_intervals(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if {"mean", "low", "high", "values"} <= value.keys():
+        return value | {
+            bound: found for bound, found in spread(value["values"]).items() if bound in ("low", "high")
+        }
+    return {key: with_intervals(item) for key, item in value.items()}
 
 
 def changed(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -370,6 +389,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="NAME",
         help="with --take of one run: its name, where the config's name would mislead",
     )
+    parser.add_argument(
+        "--intervals",
+        action="store_true",
+        help="compute the intervals of what is there anew, where their method has changed",
+    )
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder that the page is written into")
     arguments = parser.parse_args(argv)
     if arguments.variant and len(arguments.take) != 1:
@@ -377,6 +401,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = arguments.docs / "results"
     for run in arguments.take:
         print(f"taken: {take(run, folder, arguments.variant)}")
+    if arguments.intervals:
+        for path in sorted(folder.glob("*.json")):
+            results = json.loads(path.read_text(encoding="utf-8"))
+            path.write_text(
+                compact(results | {"summary": with_intervals(results["summary"])}), encoding="utf-8"
+            )
     write(folder, arguments.docs)
     print(f"written: {arguments.docs / 'results.md'}")
     return 0
@@ -393,7 +423,7 @@ the test split is read once for each row, at the end. Seeds are paired: a seed d
 fine-tune, and with several dense models also which of them is pruned; with one, a rule's plan is the same for every
 seed and its fine-tune is not.
 
-Cells hold the mean over the seeds and its 95% interval (percentile bootstrap: too narrow for a handful of seeds).
+Cells hold the mean over the seeds and its 95% interval (BCa bootstrap: too narrow for a handful of seeds).
 "Evaluations to random's score" is the median over the seeds of how many evaluations a method needed for the score
 that random search ended with under the same seed; in brackets the interval and on how many seeds it got there.
 "Mean best score" is the area under the curve of the best score so far. Differences are paired by seed; in brackets the

@@ -95,12 +95,16 @@ def test_charged_scores_leave_out_what_cannot_be_the_best() -> None:
     assert charged_scores(rows)[0] == -1.0 and charged_scores([]) == []
 
 
-def test_the_bootstrap_interval_is_that_of_scipy() -> None:
-    sample = np.random.default_rng(1).normal(size=30)
+def test_the_bootstrap_interval_is_the_accelerated_one_of_the_observations() -> None:
+    sample = np.random.default_rng(1).exponential(size=30)  # skewed: the percentile interval lies elsewhere
     low, high = bootstrap(lambda index: float(sample[index].mean()), 30, resamples=20000)
-    theirs = scipy.stats.bootstrap(
-        (sample,), np.mean, n_resamples=20000, method="percentile", rng=np.random.default_rng(2)
-    ).confidence_interval
+    theirs, plain = (
+        scipy.stats.bootstrap(
+            (sample,), np.mean, n_resamples=20000, method=method, rng=np.random.default_rng(2)
+        ).confidence_interval
+        for method in ("BCa", "percentile")
+    )
+    assert theirs.high - plain.high > 0.05 * (plain.high - plain.low)
     width = theirs.high - theirs.low
     assert low == pytest.approx(theirs.low, abs=0.03 * width)
     assert high == pytest.approx(theirs.high, abs=0.03 * width)
@@ -112,6 +116,18 @@ def test_the_bootstrap_interval_covers_the_mean_of_a_sample() -> None:
     error = sample.std() / np.sqrt(50)
     assert low == pytest.approx(sample.mean() - 1.96 * error, abs=0.3 * error)
     assert high == pytest.approx(sample.mean() + 1.96 * error, abs=0.3 * error)
+
+
+@pytest.mark.parametrize("values", [[0.5], [0.5, 0.5, 0.5]])
+def test_observations_that_never_differ_have_an_interval_of_one_point(values: list[float]) -> None:
+    found = spread(values)
+    assert found["low"] == found["high"] == 0.5
+
+
+def test_where_the_accelerated_interval_has_no_value_the_percentiles_stand() -> None:
+    values = np.array([0.0, 0.0, 0.0, 1.0])
+    low, high = bootstrap(lambda index: float(np.median(values[index]) > 2), 4)  # never: all draws are alike
+    assert low == high == 0.0
 
 
 def test_a_spread_with_a_hole_has_no_mean() -> None:
