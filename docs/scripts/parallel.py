@@ -19,7 +19,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
@@ -241,13 +241,14 @@ def asleep(experiment: Experiment, config: Any, agent: str, workers: int, second
     return found
 
 
-def quality(out: Path, seeds: int, evaluations: int) -> None:
+def quality(out: Path, seeds: int, evaluations: int, names: Sequence[str], aheads: Sequence[int]) -> None:
     """The best score of PPO's search with batches ahead, by equal evaluations and seeds."""
-    for name, own in QUALITY.items():
+    for name in names:
+        own = QUALITY[name]
         settings = [*own, f"search.evaluations={evaluations}", "threads=1"]
         experiment: Experiment | None = None
         for seed in range(seeds):
-            for ahead in AHEAD:
+            for ahead in aheads:
                 path = out / f"quality-{name}-{evaluations}-{ahead}-{seed}.json"
                 if path.exists():
                     continue
@@ -421,6 +422,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--evaluations", type=int, default=100, help="of `quality`")
+    parser.add_argument("--workloads", nargs="*", default=list(QUALITY), choices=list(QUALITY), help="of `quality`")
+    parser.add_argument("--ahead", nargs="*", type=int, default=AHEAD, help="of `quality`")
     parser.add_argument("--out", type=Path, default=Path("runs/parallel"))
     parser.add_argument("--write", action="store_true", help="write docs/parallel-speed.md")
     parser.add_argument("--note", default="", help="what the page says of the machine, behind its name")
@@ -434,7 +437,7 @@ def main() -> int:
     if "many" in arguments.parts:
         many(arguments.out)
     if "quality" in arguments.parts:
-        quality(arguments.out, arguments.seeds, arguments.evaluations)
+        quality(arguments.out, arguments.seeds, arguments.evaluations, arguments.workloads, arguments.ahead)
     target = DOCS / "parallel-speed.md"
     text = page(arguments.out, arguments.evaluations, arguments.note)
     text = with_present(arguments.out, text, target.read_text(encoding="utf-8") if target.is_file() else "")
