@@ -230,3 +230,41 @@ class TestTransformers:
         assert not empty.is_initialized
         empty.update(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2))
         assert empty.is_initialized and empty.keys.shape == (1, 1, 3, 2) and empty.get_seq_length() == 3
+
+
+class TestModelOpt:
+    holder = "agents/modelopt_internals.py"
+
+    def test_a_hyperparameter_and_what_counts_costs(self) -> None:
+        pytest.importorskip("modelopt")
+        from rlprune.agents.modelopt_internals import ChannelSearchSpace
+
+        package = "nvidia-modelopt"
+        kind = inside(package, self.holder, "modelopt.torch.opt.hparam", "Hparam")
+        for name in ("choices", "active", "min", "max", "is_configurable"):
+            assert isinstance(getattr(kind, name, None), property), f"a hyperparameter has no {name} any more"
+        assert "_is_configurable" in inspect.getsource(kind)
+        constraints = inside(package, self.holder, "modelopt.torch.nas.algorithms", "ConstraintsFunc")
+        assert isinstance(constraints.constraint_eval_funcs, property)
+        mapping = inside(
+            package, self.holder, "modelopt.torch.nas.algorithms", "MODULE_TYPE_TO_CONSTRAINTS_FUNC"
+        )
+        before = dict(mapping)
+        takes(inside(package, self.holder, "modelopt.torch.nas.utils", "sample"), "model", "sample_func")
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 3))
+        found = ChannelSearchSpace(net, 4, 2)
+        assert found.choices() == {"0.out_channels": [2, 4, 6, 8], "2.out_channels": [2, 4, 6]}
+        found.fix("2.out_channels")
+        asked = []
+
+        def active() -> int:
+            return found.channels()["0"][0]
+
+        def score() -> float:
+            asked.append(active())
+            return -1.0 / active()
+
+        found.search(score, lambda: float(active()), 5.0)
+        assert asked == [8, 2, 4, 6], "the whole model, then every choice, the smallest first"
+        assert found.channels() == {"0": (4, 8), "2": (6, 6), "4": (2, 2)} and net[0].out_channels == 8
+        assert mapping == before

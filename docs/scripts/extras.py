@@ -45,6 +45,7 @@ FEATURES: dict[str, list[list[str]]] = {
         ["train", "digits", "--out", "OUT", *SMALL, "search.agent=cma_es"],
         ["optuna", "run", "--storage", "sqlite:///OUT.db"],
     ],
+    "peers": [["train", "digits", "--out", "OUT", *SMALL, "search.agent=fastnas", "search.evaluations=30"]],
     "ray": [["train", "digits", "--out", "OUT", "--engine", "ray", "--workers", "1", *SMALL]],
     "contrib": [["train", "digits", "--out", "OUT", *SMALL, "search.agent=sb3", "search.sb3.algorithm=TQC"]],
     "export": [["export", "half", "--to", "onnx", "--out", "OUT.onnx"]],

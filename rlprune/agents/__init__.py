@@ -54,6 +54,8 @@ class Entry:
 
     ``own`` is the function or class itself of an agent from outside of this package. ``on_request`` says that it runs
     only where it is named, and is no part of a benchmark of all methods: it fits some models or settings only.
+    ``extra`` is what has to be installed for it; ``wing`` names the only wing whose models it searches
+    (``PruningSpace.wing``), None stands for all.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Entry:
     target: str
     own: Any = None
     on_request: bool = False
+    extra: str | None = None
+    wing: str | None = None
 
     def load(self) -> Callable[[SearchConfig], Agent]:
         """The agent's class; imported on first use, since some bring heavy libraries."""
@@ -105,12 +109,23 @@ _SHIPPED = {
             "random distributions projected onto the budget (EagleEye)",
             "baselines.random:RandomSearch",
         ),
-        Entry("cma_es", "CMA-ES by optuna's sampler (extra `benchmark`)", "baselines.optuna:CMAES"),
-        Entry("tpe", "multivariate TPE by optuna's sampler (extra `benchmark`)", "baselines.optuna:TPE"),
+        Entry(
+            "cma_es",
+            "CMA-ES by optuna's sampler (extra `benchmark`)",
+            "baselines.optuna:CMAES",
+            extra="benchmark",
+        ),
+        Entry(
+            "tpe",
+            "multivariate TPE by optuna's sampler (extra `benchmark`)",
+            "baselines.optuna:TPE",
+            extra="benchmark",
+        ),
         Entry(
             "gp",
             "Gaussian-process Bayesian optimisation by optuna's sampler (extra `benchmark`)",
             "baselines.optuna:GaussianProcess",
+            extra="benchmark",
         ),
         Entry(
             "evopress", "EvoPress-style evolution by level swaps at equal cost", "baselines.evopress:EvoPress"
@@ -125,6 +140,14 @@ _SHIPPED = {
             "random rates near the budget, as published (EagleEye)",
             "baselines.eagleeye:EagleEye",
             on_request=True,
+        ),
+        Entry(
+            "fastnas",
+            "FastNAS by NVIDIA's ModelOpt, an outside peer (extra `peers`)",
+            "baselines.fastnas:FastNAS",
+            on_request=True,
+            extra="peers",
+            wing="vision",
         ),
         Entry(
             "evopress_drop",

@@ -293,6 +293,11 @@ def applicable(
         for name, rule in RULES.items()
         if not applies(rule, space)
     }
+    reasons |= {
+        name: f"for {adapter_named(agent.wing).models} only"
+        for name, agent in AGENTS.items()
+        if agent.wing not in (None, space.wing)
+    }
     reasons |= unable
     _refuse(methods, reasons)
     usual = [n for n, r in RULES.items() if not r.on_request] + [

@@ -88,6 +88,7 @@ def check_names(config: Config) -> None:
 
 def check_wing(config: Config, rules: Sequence[str] = ()) -> None:
     """Refuse, before anything is trained, what the models of the config's wing do not have; raises ConfigError."""
+    from ..agents import AGENTS
     from ..experiments.build import expected_adapter
     from ..rules import RULES
     from ..workloads.adapter import adapter_named, adapters
@@ -99,6 +100,12 @@ def check_wing(config: Config, rules: Sequence[str] = ()) -> None:
     settings = [("prune.importance", config.prune.importance, {n: i.wing for n, i in importances.items()})]
     known = {name: rule.wing for name, rule in RULES.items()}
     settings += [("rule", rule, known) for rule in (config.search.base_rule, *rules) if rule in RULES]
+    searching = {name: entry.wing for name, entry in AGENTS.items()}
+    settings += [("search.agent", config.search.agent, searching)]
+    settings += [
+        (f"search.baselines[{i}]", name, searching) for i, name in enumerate(config.search.baselines)
+    ]
+    settings += [("--methods", name, searching) for name in rules if name in AGENTS]
     steps = {s: None if s in adapter.recovery_steps else a.wing for a in adapters() for s in a.recovery_steps}
     steps |= {name: RECOVERY_STEPS[name].wing for name in recovery_order() if RECOVERY_STEPS.source(name)}
     settings += [("recovery.steps", step, steps) for step in config.recovery.steps]

@@ -249,6 +249,28 @@ class EagleEyeConfig(Section):
 
 
 @section
+class FastNASConfig(Section):
+    """Settings of the agent `fastnas`, the names those of ModelOpt."""
+
+    prefix: ClassVar[str] = "search.fastnas."
+
+    ratios: int | None = setting(
+        None,
+        "Widths of a layer that are choices: 1/ratios, 2/ratios, ... of its channels (ModelOpt: 20); null takes as "
+        "many as the evaluations allow.",
+        low=2,
+        high=1_000,
+    )
+    channel_divisor: int | None = setting(
+        None,
+        "What the choices are multiples of (ModelOpt: 32); null takes the smallest power of two that the evaluations "
+        "allow.",
+        low=1,
+        high=65_536,
+    )
+
+
+@section
 class RLPrunerConfig(Section):
     """Settings of the agent `rl_pruner`."""
 
@@ -389,6 +411,7 @@ class SearchConfig(Section):
     evopress: EvoPressConfig = setting(EvoPressConfig, "Settings of EvoPress-style evolution.")
     evopress_drop: EvoPressDropConfig = setting(EvoPressDropConfig, "Settings of EvoPress for depth.")
     eagleeye: EagleEyeConfig = setting(EagleEyeConfig, "Settings of EagleEye.")
+    fastnas: FastNASConfig = setting(FastNASConfig, "Settings of ModelOpt's FastNAS.")
     rl_pruner: RLPrunerConfig = setting(RLPrunerConfig, "Settings of RL-Pruner.")
     rl_pruner_published: RLPrunerPublishedConfig = setting(
         RLPrunerPublishedConfig, "Settings of RL-Pruner as published."

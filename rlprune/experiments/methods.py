@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..agents import Round, SearchRequest, StateDir, make_agent
+from ..agents import AGENTS, Round, SearchRequest, StateDir, make_agent
 from ..agents.ppo.agents import PPOAgent
 from ..agents.ppo.policy import PortablePolicy
 from ..envs.task import Task
@@ -19,6 +19,7 @@ from ..evaluation.candidate import Candidate
 from ..evaluation.ledger import EvaluationBudget, EvaluationLog
 from ..pruning.history import History, as_history
 from ..utils.arrays import Ints
+from ..workloads.adapter import adapter_named
 from .prepare import Experiment, find_rule
 
 
@@ -105,6 +106,7 @@ def run_agent(
     started = time.perf_counter()
     settings = experiments[0].config.search
     agent = make_agent(method, settings)
+    _check_wing(method, experiments[0])
     limit = evaluations or settings.evaluations
     accounts = [p.account(ledger, method, seed, limit) for p in experiments]
     if policy is None:
@@ -138,6 +140,16 @@ def run_agent(
     history = result.best[0] if own else best_within(experiments[0], accounts[0])
     seconds = time.perf_counter() - started
     return MethodResult(method, kind, seed, accounts[0], history, seconds, result.policy, result.memory)
+
+
+def _check_wing(method: str, experiment: Experiment) -> None:
+    """ConfigError where an agent is not for models of this wing."""
+    wing, space = AGENTS[method].wing, experiment.space
+    if wing not in (None, space.wing):
+        allowed = ", ".join(n for n, a in AGENTS.items() if a.wing in (None, space.wing) and not a.on_request)
+        raise ConfigError(
+            f"search.agent: {method!r} is for {adapter_named(wing).models} only; allowed here: {allowed}"
+        )
 
 
 def _task(experiment: Experiment, base: str) -> Task:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..agents import make_agent
+from ..agents import AGENTS, make_agent
 from ..agents.ppo.policy import PortablePolicy, portable_state, save_policy
 from ..config.config import Config, load_config
 from ..errors import ConfigError
@@ -76,6 +76,9 @@ def run(
     """
     trackers = [TrackingCallback(make_tracker(name)) for name in config.search.trackers]
     callback = Together([callback, *trackers]) if trackers else callback
+    for name in _agents(config):  # an unknown name, or a library that is missing, before anything is trained
+        if not AGENTS.knows(name) or AGENTS[name].extra is not None:
+            make_agent(name, config.search)
     with _run_folder(config, out, resume) as folder:
         if (folder / "results.json").is_file():
             callback.note(f"{folder}: this run is complete; nothing to resume")

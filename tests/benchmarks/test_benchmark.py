@@ -245,6 +245,7 @@ def test_methods_that_cannot_run_here_are_left_out_or_refused(
 ) -> None:
     class Needy:
         on_request = False
+        wing = None
 
         def load(self) -> Any:
             import no_such_library  # type: ignore[import-not-found]
