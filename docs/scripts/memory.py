@@ -179,10 +179,8 @@ def predicted(shape: str, importance: str, spill: bool, devices: int) -> list[st
         *("budget.target=0.8", "budget.metric=params", f"recovery.spill={'disk' if spill else 'null'}"),
     ]
     found = footprint(model, space, load_config("tiny_llama", settings), device="cuda", element=2)
-    spread = {"weights", "factors", "candidate", "output moments", "gradients"}
     cells = []
-    for parts in (found.prepare, found.search):
-        each = sum(v / devices if k in spread else v for k, v in parts.items())
+    for parts, each in zip((found.prepare, found.search), found.fullest(devices), strict=True):
         cells += [f"{sum(parts.values()) / 1e9:,.0f}", f"{each / 1e9:,.1f}"]
     return [shape, importance, "yes" if spill else "no", str(devices), *cells, f"{found.spilled / 1e9:,.0f}"]
 

@@ -31,6 +31,7 @@ _PASSING = (8, 3)
 _ELIMINATION, _FACTORISATION = 4, 3
 # Tables of (tokens, V) in float32 beside the logits of a backward pass, and beside those of a score.
 _LOSS_TABLES, _SCORE_TABLES = 4, 2
+_SPREAD = {"weights", "factors", "candidate", "output moments", "gradients", "backward pass"}
 _WITHOUT_GRADIENTS = ("l1", "l2", "bn_scale", "random", "wanda_sp", "flap", "obs")
 # On a CPU: tokenizer, text and what Python keeps of reading them; and the products that oneDNN compiles.
 _PROCESS, _KERNELS = 120_000_000, 90_000_000
@@ -48,6 +49,8 @@ class Footprint:
     search: dict[str, float]
     spilled: float = 0.0
     """Bytes on disk (``recovery.spill``)."""
+    lower: tuple[dict[str, float], ...] = ()
+    """Further peaks of preparing, which take less in all; on one of several devices they may take more."""
 
     @property
     def prepare_peak(self) -> float:
@@ -56,6 +59,18 @@ class Footprint:
     @property
     def search_peak(self) -> float:
         return sum(self.search.values())
+
+    def fullest(self, devices: int) -> tuple[float, float]:
+        """Bytes of the fullest of equal devices at the peaks of preparing and of searching.
+
+        Weights, factors and what a backward pass keeps of each block lie where the block lies (`model.device_map`:
+        balanced); one device solves, and one makes the logits.
+        """
+
+        def most(parts: dict[str, float]) -> float:
+            return sum(value / devices if name in _SPREAD else value for name, value in parts.items())
+
+        return max(map(most, (self.prepare, *self.lower))), most(self.search)
 
     def lines(self) -> list[str]:
         """One line for each peak, and one for the disk."""
@@ -88,8 +103,9 @@ def footprint(
         element: bytes of a weight; None for what ``model.dtype`` says.
     """
     shapes = _Shapes(model, space, config, device, element)
-    prepare, spilled = _prepare(shapes)
-    return Footprint(prepare, _search(shapes), spilled)
+    spilled = shapes.factors if config.recovery.spill is not None else 0.0
+    prepare, *lower = sorted(_prepare(shapes), key=lambda parts: -sum(parts.values()))
+    return Footprint(prepare, _search(shapes), spilled, tuple(lower))
 
 
 class _Shapes:
@@ -146,9 +162,9 @@ def _inputs_outputs(model: nn.Module, consumer: Consumer) -> tuple[int, int]:
     return int(inputs), int(outputs)
 
 
-def _prepare(shapes: _Shapes) -> tuple[dict[str, float], float]:
-    """The larger of the two peaks of preparing, and the bytes on disk: the backward pass of `obs_fisher` (or of an
-    importance by gradients), and the walk from block to block when it has come to the last of them."""
+def _prepare(shapes: _Shapes) -> list[dict[str, float]]:
+    """The peaks of preparing: the walk from block to block when it has come to the last of them, and the backward pass
+    of `obs_fisher` or of an importance by gradients."""
     config = shapes.config
     weights = {"weights": shapes.params * shapes.element, "process": shapes.process}
     spill = config.recovery.spill is not None
@@ -158,11 +174,11 @@ def _prepare(shapes: _Shapes) -> tuple[dict[str, float], float]:
     importance = config.prune.importance
     if importance == "obs_fisher":
         peaks[0] |= {"output moments": moments}
-        peaks.append(weights | {"output moments": moments, "backward pass": _backward(shapes)})
+        peaks.append(weights | {"output moments": moments} | _backward(shapes))
     elif importance not in _WITHOUT_GRADIENTS:
         gradients = shapes.params * shapes.element
-        peaks.append(weights | {"gradients": gradients, "backward pass": _backward(shapes)})
-    return max(peaks, key=lambda parts: sum(parts.values())), shapes.factors if spill else 0.0
+        peaks.append(weights | {"gradients": gradients} | _backward(shapes))
+    return peaks
 
 
 def _walk(shapes: _Shapes) -> dict[str, float]:
@@ -188,13 +204,14 @@ def _walk(shapes: _Shapes) -> dict[str, float]:
     }
 
 
-def _backward(shapes: _Shapes) -> float:
+def _backward(shapes: _Shapes) -> dict[str, float]:
     """One sequence: what every block keeps, and the tables of its logits."""
     batch = 1 if shapes.config.prune.importance == "obs_fisher" else shapes.batch // shapes.length
     tokens = batch * shapes.length
     per_token = _SAVED[0] * shapes.hidden + _SAVED[1] * shapes.neurons
     tables = tokens * shapes.vocabulary * (shapes.element + _LOSS_TABLES * FLOAT)
-    return float(tokens * per_token * shapes.blocks * shapes.element + tables)
+    kept = tokens * per_token * shapes.blocks * shapes.element
+    return {"backward pass": float(kept), "tables of the loss": float(tables)}
 
 
 def _search(shapes: _Shapes) -> dict[str, float]:

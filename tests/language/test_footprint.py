@@ -75,6 +75,18 @@ def test_spilled_factors_are_on_the_disk(tmp_path):
     assert any(line.startswith("disk, recovery.spill: ") for line in spilled.lines())
 
 
+def test_the_fullest_of_several_devices_holds_its_share_and_what_one_of_them_computes():
+    model = tiny_lm("llama")
+    space = rlprune.trace(model, torch.zeros(1, 16, dtype=torch.long))
+    said = footprint(model, space, config("prune.importance=obs_fisher"), device="cuda")
+    assert said.fullest(1) == (said.prepare_peak, said.search_peak)
+    prepare, search = said.fullest(4)
+    alone = sum(v for k, v in said.search.items() if k in ("judging", "dense answers", "process"))
+    assert search == alone + (said.search_peak - alone) / 4
+    for parts in (said.prepare, *said.lower):
+        assert sum(parts.values()) / 4 < prepare < said.prepare_peak
+
+
 def test_inspect_says_both_peaks_without_reading_weights(tmp_path):
     folder = write_folder(tmp_path / "model", hidden_size=128, intermediate_size=4096)
     (folder / "model.safetensors").unlink()
