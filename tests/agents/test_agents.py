@@ -10,6 +10,7 @@ import torch
 
 from helpers.synthetic import FakeAccount, FakeEvaluator, make_synthetic_task
 from rlprune.agents import AGENTS, SearchRequest, StateDir, make_agent
+from rlprune.agents.ppo import surrogate_training
 from rlprune.agents.ppo.policy import PortablePolicy, portable_state
 from rlprune.agents.ppo.surrogate_env import SurrogateVecEnv
 from rlprune.config.search import (
@@ -395,3 +396,24 @@ def test_expected_costs_lead_the_surrogate_and_their_factors_are_learned() -> No
     informed, plain = error(ScoreGP(dense, 0.0, expected)), error(ScoreGP(dense, 0.0))
     assert informed < 0.05
     assert informed < plain
+
+
+def test_batches_ahead_hold_the_mode_as_often_by_evaluation_and_the_last_one_knows_all(monkeypatch):
+    asked = []
+    plain = surrogate_training.next_plans
+
+    def watched(trainer, index, budget, count, generator, forced):
+        asked.append((forced, len(trainer.pending), trainer.left(index) <= count))
+        return plain(trainer, index, budget, count, generator, forced)
+
+    monkeypatch.setattr(surrogate_training, "next_plans", watched)
+    task = make_synthetic_task(6, budget=0.4)
+    search("ahead", [task], [FakeAccount(task.evaluator, 40)], seed=1)
+    *before, last = asked
+    assert last == (True, 0, True)
+    assert max(pending for _, pending, _ in before) == 2
+    forced = [mode for mode, _, _ in before]
+    assert forced == [forced[0] ^ (number % 2 == 1) for number in range(len(forced))]
+    asked.clear()
+    search("surrogate", [task], [FakeAccount(task.evaluator, 40)], seed=1)
+    assert asked and all(mode and not pending for mode, pending, _ in asked)

@@ -144,6 +144,22 @@ class SurrogateTrainer:
         """Evaluations that a task's next batches can spend."""
         return max(0, self.search.recorders[index].account.left - len(self.pending_of(index)))
 
+    @property
+    def ends(self) -> bool:
+        """Whether the next batch spends what is left of every account."""
+        share = max(1, self.batch // len(self.search.tasks))
+        return all(self.left(index) <= share for index in range(len(self.search.tasks)))
+
+    def forces_mode(self, batch: int, index: int, count: int) -> bool:
+        """Whether the policy's mode has a place in a batch of ``count`` plans whatever the surrogate says of it.
+
+        Once in as many evaluations, so in every other of the half batches that are chosen ahead; always in the last
+        one. Never where few evaluations are spent with experience: that knows better what is worth them.
+        """
+        if self.plan_memory is not None:
+            return False
+        return not self.search.settings.ahead or batch % 2 == 0 or self.left(index) <= count
+
     def save(self, batch: int) -> None:
         contents: _State = {
             "batch": batch,
@@ -222,7 +238,9 @@ def surrogate_search(search: Search) -> SearchResult:
             before = sum(recorder.account.spent for recorder in search.recorders)
             found = _choose_batch(trainer, batch)
             batch += 1
-            while trainer.pending and (len(trainer.pending) > search.settings.ahead or not found):
+            # The last batch is chosen with all that can be known.
+            ahead = 0 if trainer.ends else search.settings.ahead
+            while trainer.pending and (len(trainer.pending) > ahead or not found):
                 trainer.score_oldest()
                 found = True
             spent = sum(recorder.account.spent for recorder in search.recorders)
@@ -256,7 +274,8 @@ def _choose_batch(trainer: SurrogateTrainer, batch: int) -> bool:
         if not informed:
             plans = first_plans(trainer, index, budget, count, generator)
         else:
-            plans = next_plans(trainer, index, budget, count, generator)
+            forced = trainer.forces_mode(batch, index, count)
+            plans = next_plans(trainer, index, budget, count, generator, forced)
         chosen.append([as_history(plan) for plan in plans[:count]])
     trainer.pending.append(chosen)
     trainer.begin(chosen)
@@ -284,9 +303,14 @@ def first_plans(
 
 
 def next_plans(
-    trainer: SurrogateTrainer, index: int, budget: BudgetLike, count: int, generator: np.random.Generator
+    trainer: SurrogateTrainer,
+    index: int,
+    budget: BudgetLike,
+    count: int,
+    generator: np.random.Generator,
+    forced: bool,
 ) -> Ints:
-    """The policy's mode first, then what the surrogate ranks highest among all proposals."""
+    """The policy's mode first where it is forced, then what the surrogate ranks highest among all proposals."""
     task, recorder = trainer.search.tasks[index], trainer.search.recorders[index]
     model = trainer.models[index]
     samples = _policy_plans(trainer, index, budget)
@@ -298,8 +322,7 @@ def next_plans(
     pool = fresh(np.vstack([mode, climbed, parents, samples, changed]), known)
     if not len(pool):  # a space that is smaller than the account
         return pool
-    # Few evaluations are spent with experience, and it knows better than the policy what is worth them.
-    chosen: list[int] = [0] if len(mode) and trainer.plan_memory is None else []
+    chosen: list[int] = [0] if len(mode) and forced else []
     if not len(pending):
         return pool[choose_batch(model, pool, count, _KAPPAS, chosen)]
     # What is being scored counts as known, as the picks of one batch do for each other.
