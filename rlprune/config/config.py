@@ -7,6 +7,7 @@ field and what is allowed: ``search.evaluations: must be at least 1, got 0``.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -410,10 +411,22 @@ def _find_config(path_or_name: str | Path) -> Path:
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder, not a config file")
     if not path.exists():
+        own = [name for name in shipped if "/" not in name]
         hint = (
-            near_miss(path.with_suffix("").as_posix(), shipped)
+            _near_file(path)
+            or near_miss(path.with_suffix("").as_posix(), shipped)
             or near_miss(path.stem, shipped)
-            or f"; shipped ones: {', '.join(shipped)}"
+            or f"; shipped ones: {', '.join(own)}, and published/NAME (`rlprune list configs`)"
         )
         raise ConfigError(f"config {show(text)}: no such file and no shipped config of that name{hint}")
     return path
+
+
+def _near_file(path: Path) -> str:
+    """Say which settings file of the same folder may be meant: ``my.yml`` for ``my.yaml``."""
+    try:
+        files = {file.stem: file for file in sorted(path.parent.glob("*.y*ml"))}
+    except OSError:
+        return ""
+    found = difflib.get_close_matches(path.stem, files, n=1, cutoff=0.7)
+    return f" (did you mean {str(files[found[0]])!r}?)" if found else ""

@@ -236,6 +236,10 @@ def test_overrides_reach_free_arguments_and_keep_the_rest() -> None:
 def test_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "did you mean 'digits'" in message(config="digit")
     assert "did you mean 'digits'" in message(config=str(tmp_path / "digitss.yaml"))
+    (tmp_path / "mine.yaml").write_text("name: mine\n")
+    for typed in ("mine.yml", "mine", "mime.yaml"):
+        assert f"did you mean '{tmp_path / 'mine.yaml'}'" in message(config=str(tmp_path / typed))
+    assert "shipped ones: " in message(config=str(tmp_path / "elsewhere.yaml"))
     assert "is a folder" in message(config=str(tmp_path))
     # A file of the user's comes before a shipped name.
     (tmp_path / "digits").write_text("model: {name: mine}\ndata: {name: mine}\n")
