@@ -85,4 +85,4 @@ def sb3_logger(tensorboard: Path | None) -> Any:
     try:
         return configure(str(tensorboard), ["tensorboard"])
     except (ImportError, AssertionError):
-        raise ConfigError("search.tensorboard: needs `pip install rlprune[tensorboard]`") from None
+        raise ConfigError("search.tensorboard: needs `pip install 'rlprune[tensorboard]'`") from None

@@ -55,7 +55,7 @@ def test_the_process_finds_better_plans_than_random_search():
 def test_a_missing_library_is_named_with_its_extra(missing, agent, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(
-        ConfigError, match=rf"^search\.agent: '{agent}' needs `pip install rlprune\[benchmark\]`$"
+        ConfigError, match=rf"^search\.agent: '{agent}' needs `pip install 'rlprune\[benchmark\]'`$"
     ):
         make_agent(agent)
 

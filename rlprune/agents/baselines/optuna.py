@@ -217,6 +217,6 @@ def _optuna(agent: str, *needs: str) -> Any:
     try:
         optuna, *_ = [import_module(name) for name in ("optuna", *needs)]
     except ImportError:
-        raise ConfigError(f"search.agent: {agent!r} needs `pip install rlprune[benchmark]`") from None
+        raise ConfigError(f"search.agent: {agent!r} needs `pip install 'rlprune[benchmark]'`") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
