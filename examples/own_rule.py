@@ -1,4 +1,4 @@
-"""A rule of your own beside uniform pruning and LAMP, under one protocol.
+"""A rule of your own compared with uniform pruning and LAMP, under one protocol.
 
     python examples/own_rule.py
 

@@ -92,7 +92,7 @@ def save(
         base: how to build the dense architecture, ``{"source", "name", "arguments"}`` (a workload's
             `.base`). Without it, models of torchvision, timm and our zoo are recognised; for others the
             folder says that `load` needs ``base=model``. For language models only its "name" is used.
-        tokenizer: the language model's tokenizer, or a folder that has one; its files are written beside it.
+        tokenizer: the language model's tokenizer, or a folder that has one; its files are written next to it.
         max_shard_size: language models above it ("5GB", "500MB") are written as several files.
 
     Raises ArtifactError: tensors that do not fit the plan, NaN weights, or a folder that cannot be written.

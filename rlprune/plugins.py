@@ -109,7 +109,7 @@ in_every_worker(_preparation)
 def fingerprint(method: str) -> str | None:
     """Hash of the source that a rule or an agent from outside comes from; None for a shipped or unknown one.
 
-    Whoever keeps results of a method has to keep them under this as well: its name says nothing of its code.
+    Code that keeps results of a method has to keep them under this as well: its name says nothing of its code.
     That of a plugin is what was loaded, whatever happened to its file since.
     """
     load_installed()

@@ -436,7 +436,7 @@ random too, so that f(0) is not 0.
 - **in part**: all of that holds, but fewer MACs can be cut, or layers with more of them keep their width because the
   tracer cannot follow an operation; the list below says which.
 - **refused**: one line says why nothing of the model can be pruned. **too long**: stopped by the limit on time.
-- **failed**, **WRONG**: a fault of ours; a WRONG cut computes something else than it should.
+- **failed**, **WRONG**: a fault of rlprune; a WRONG cut computes something else than it should.
 
 "lowest" is the smallest budget that the minimal widths reach, as a share of the dense model. "protected" counts the
 layers whose outputs keep their width (the one that makes the output is always one).

@@ -1,9 +1,9 @@
-"""One policy over a range of budgets, beside rules and separate searches -> docs/budget-curve.md and .png.
+"""One policy over a range of budgets, compared with rules and separate searches -> docs/budget-curve.md and .png.
 
     python docs/scripts/budget_curve.py [--config digits] [--evaluations 600] [--separate 300] [--seeds 0]
 
 A single search over the range trains one policy; the policy is then applied without any search at each budget,
-those that the search visited and those in between. Beside it: every rule, and at each visited budget a search
+those that the search visited and those in between. Next to it: every rule, and at each visited budget a search
 of its own. Finished searches are kept in --out, so that a stopped run goes on where it was.
 """
 

@@ -1,4 +1,4 @@
-"""What a candidate of a model of images costs beside a plain forward pass, and which format ranks plans alike.
+"""What a candidate of a model of images costs compared with a plain forward pass, and which format ranks plans alike.
 
     git worktree add ../before f31af48
     python docs/scripts/candidate_cost.py --before ../before --cifar cifar10-jpeg --checkpoint FILE
@@ -36,7 +36,7 @@ from rlprune.vision import build_model
 DOCS = Path(__file__).resolve().parents[1]
 MODELS = ("mobilenet_v2", "resnet50")
 # In the proportion of the shipped config image_folder_mobilenet_v2 (512 to 2,000).
-# A ResNet-50 takes its time: with half of the images, what a candidate costs beside its passes counts twice.
+# A ResNet-50 takes its time: with half of the images, what a candidate costs apart from its passes counts twice.
 IMAGES = {"calibration": 100, "validation": 400}
 BATCH = 64
 PLANS = 24

@@ -1,6 +1,6 @@
 """Seconds to find a model's channels, by labels and by Torch-Pruning's graph -> the table of docs/channels.md.
 
-    python docs/scripts/channels.py     # about ten minutes; run nothing beside it
+    python docs/scripts/channels.py     # about ten minutes; run nothing else meanwhile
 
 Every figure is measured in a process of its own, on one thread, with random weights; a process that takes more than
 LIMIT_SECONDS or LIMIT_GIGABYTES is stopped.

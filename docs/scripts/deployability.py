@@ -31,7 +31,7 @@ RUNTIMES = {
     "vllm, drop": ["prune.drop=true"],
     "uniform": [],
 }
-"""Row of the table -> settings beside ``prune.runtime``."""
+"""Row of the table -> settings in addition to ``prune.runtime``."""
 FEWER = (
     *("data.calibration=16", "data.validation=12", "data.test=10", "score.samples=6"),
     *("search.evaluations=40", "search.ppo.surrogate_steps=2048"),

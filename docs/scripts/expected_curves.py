@@ -1,4 +1,4 @@
-"""What cuts of image models are expected to cost, beside what they cost -> docs/expected-curves.md.
+"""What cuts of image models are expected to cost, next to what they cost -> docs/expected-curves.md.
 
     python docs/scripts/expected_curves.py [--workloads digits-50 ...] [--cifar FOLDER --checkpoint FILE]
         [--imagenet FOLDER]
@@ -174,7 +174,7 @@ def measure(name: str, case: Case, seed: int, arguments: argparse.Namespace, sta
 
 
 def rules(evaluator: Evaluator, budget: float) -> dict[str, Any]:
-    """Widths, score and validation loss of each rule, and the seconds that it took beside its probes."""
+    """Widths, score and validation loss of each rule, and the seconds that it took apart from its probes."""
     found = {}
     for rule in RULES_COMPARED:
         widths = evaluator.space.project(RULES[rule].function(evaluator.context(budget)), budget)

@@ -33,7 +33,7 @@ from rlprune.report import markdown_table
 
 DOCS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(DOCS.parent / "tests"))
-import family_types  # noqa: E402  (beside this file)
+import family_types  # noqa: E402  (next to this file)
 
 from helpers.lm import MIXTURES, VARIANTS, tiny_lm, tokens  # noqa: E402  (the tests' own models)
 

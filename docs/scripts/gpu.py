@@ -4,7 +4,7 @@
     python docs/scripts/gpu.py --device cpu --rehearse      # the same steps, smaller, where there is none
 
 First the contract tests run on the device (`tests/device`, against the CPU's numbers), then candidates of ResNet-56 and
-of SmolLM2-135M at full size are scored: seconds of a candidate beside plain forward passes of the same cut models, in
+of SmolLM2-135M at full size are scored: seconds of a candidate and of plain forward passes of the same cut models, in
 turns, candidates a second, peak memory. Weights are drawn at random and data are made up where no --smollm is given:
 the clock does not care what is on the images. Every step is kept (--record); the same command goes on where it was
 stopped, and no step is begun that the last one's time says will not fit in --minutes.

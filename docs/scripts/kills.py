@@ -2,9 +2,9 @@
 
     python docs/scripts/kills.py --write
 
-A moment is where a run is ended at once, by `os._exit`: when a file or folder was made beside its place, before its
+A moment is where a run is ended at once, by `os._exit`: when a file or folder was made next to its place, before its
 content is waited for, before a rename, before a removal; a line that is appended is torn in one more. The command then
-runs again, and everything on the disk has to be what an uninterrupted run leaves: the same files, none beside them, the
+runs again, and everything on the disk has to be what an uninterrupted run leaves: the same files, no others, the
 same bytes, but for what a clock says. One process with everything imported forks a child for each run. Moments that
 are on record (--record) are not tried again.
 """
@@ -76,7 +76,7 @@ def network(classes: int = 10, channels: int = 1) -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """A command, what is said beside it when it goes on, and the commands whose outcome it needs."""
+    """A command, what is added when it goes on, and the commands whose outcome it needs."""
 
     words: tuple[str, ...]
     again: tuple[str, ...] = ()
@@ -385,7 +385,7 @@ def study(name: str, record: Path, most: int | None, until: float) -> dict[str, 
         if most is None and "twice" not in kept:
             kept["twice"] = tried.twice()
             kept["killed"] = {str(m): tried.same_as_killed(m) for m in sample(len(tried.moments), KILLS)}
-        # In an order that spreads what is tried first, for whoever has no time for all.
+        # In an order that spreads what is tried first, for those without time for all.
         chosen = sample(len(tried.moments), most or len(tried.moments))
         for moment in sorted(chosen, key=lambda m: m * GOLDEN % 1):
             if str(moment) in kept["found"] or time.monotonic() > until:
@@ -407,10 +407,10 @@ PAGE = """# Killed at any moment
 Written by `python docs/scripts/kills.py --write` on {machine}, one thread; torch {torch}, Python {python}; seed 0, the
 smallest settings that go through every part (the script has them).
 
-A moment is where a run is ended at once: when a file or folder was made beside its place, before its content is waited
+A moment is where a run is ended at once: when a file or folder was made next to its place, before its content is waited
 for, before a rename, before a removal; a line that is appended is torn in one more. The same command (with `--resume`
 where it has one) then runs again, and all that is on the disk has to be what an uninterrupted run leaves: the same
-files and none beside them, the cache folder included, and the same bytes in every one. Left out is what a clock says
+files and no others, the cache folder included, and the same bytes in every one. Left out is what a clock says
 (seconds and latencies in ledgers, results and cells, the recovery that fidelity recommends as the fastest of equal
 ones, the pages that show these, `run.log`) and the process number in the lock.
 
@@ -443,7 +443,7 @@ def page(found: Mapping[str, Mapping[str, Any]]) -> str:
             kinds[kind[0] if kind else moment] = kinds.get(kind[0] if kind else moment, 0) + 1
     head = ["command", "moments", "tried", "after going on", "ended", "two uninterrupted runs", "time"]
     words = {
-        "make": "made beside its place",
+        "make": "made next to its place",
         "wait": "content not yet waited for",
         "half of a line": "half of a line",
     }

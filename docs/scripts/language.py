@@ -6,7 +6,7 @@
     python docs/scripts/language.py ... tune --budget 0.8 --steps 40
     python docs/scripts/language.py ... write --doc docs/language-results.md --more runs/language-256
 
-More calibration tokens, beside it: the same commands with `--set data.calibration=256 --out runs/language-256`.
+More calibration tokens, as well: the same commands with `--set data.calibration=256 --out runs/language-256`.
 
 Every figure is kept in the --out folder, one file each, and not measured again: a stopped run goes on.
 """
@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import language_tables  # the script beside this one
+import language_tables  # the script next to this one
 import numpy as np
 import torch
 

@@ -1,4 +1,4 @@
-"""What one score of a language-model candidate costs beside a plain forward; its memory: `memory.py`.
+"""What one score of a language-model candidate costs compared with a plain forward; its memory: `memory.py`.
 
     python docs/scripts/language_cost.py --model FILE.gguf --valid TEXT --test TEXT --doc docs/language-cost.md
 

@@ -26,7 +26,7 @@ def write(args: argparse.Namespace) -> None:
     lines = [
         "# Language models: perplexity after pruning, without a gradient step",
         "",
-        "Written by `docs/scripts/language.py` (commands at its top; every figure beside it in "
+        "Written by `docs/scripts/language.py` (commands at its top; every figure is in "
         f"`{args.doc.with_suffix('.json').name}`). SmolLM2-135M-Instruct (Q4_1 GGUF, dequantised), WikiText-2. "
         "Calibration: 64 sequences of 128 tokens of the valid text, for every method alike; the search scores on "
         "16 other sequences of it, the final choice among 5 on 64; perplexity: the first 40 blocks of 256 tokens "
@@ -126,7 +126,7 @@ def _allocation_lines(found: Rows, budgets: Sequence[float]) -> list[str]:
 
 
 def _more_lines(found: Rows, more: Rows) -> list[str]:
-    """The methods that were also measured with more calibration sequences, beside their first figures."""
+    """The methods that were also measured with more calibration sequences, next to their first figures."""
     more = [row for row in more if "calibration" in row]
     if not more:
         return []

@@ -3,7 +3,7 @@
     python docs/scripts/language_transfer.py [--depths 6 10] [--seeds 0 1 2] [--evaluations 120]
 
 PPO searches on a tiny Llama of the first depth; what it has learned is applied without any search to one of the
-second depth, which was trained apart from it with another seed, beside the rules and full searches there. Scores
+second depth, which was trained apart from it with another seed, compared with the rules and full searches there. Scores
 are -KL to the deep model's own dense outputs on its validation split, all under one recovery; perplexities are
 those of its test split. Finished parts are kept in --out, so that a stopped run goes on where it was.
 """
@@ -252,7 +252,7 @@ def main() -> int:
     config = load_config(arguments.config, [*overrides, *arguments.set])
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    # Results of other settings lie beside these, and are not taken for them.
+    # Results of other settings lie next to these, and are not taken for them.
     mark = zlib.crc32(json.dumps([config.to_dict(), arguments.depths], sort_keys=True).encode())
     found = study(config, arguments.depths, arguments.seeds, Kept(arguments.out / f"{mark:08x}"))
     write_text_atomic(arguments.doc, page(arguments, found))

@@ -1,4 +1,4 @@
-"""Pruned SmolLM2 in llama.cpp: perplexity beside transformers, greedy text, tokens a second, sizes.
+"""Pruned SmolLM2 in llama.cpp: perplexity compared with transformers, greedy text, tokens a second, sizes.
 
     python docs/scripts/llama_cpp.py --model FILE.gguf --valid wikitext2_valid.txt --test wikitext2_test.txt \
         --out runs/llama_cpp --doc docs/llama-cpp.md

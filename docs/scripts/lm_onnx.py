@@ -1,4 +1,4 @@
-"""A pruned language model in onnxruntime beside PyTorch: logits, greedy tokens, speed and size; writes docs/lm-onnx.md.
+"""A pruned language model in onnxruntime against PyTorch: logits, greedy tokens, speed, size; writes docs/lm-onnx.md.
 
     python docs/scripts/lm_onnx.py --model SmolLM2-135M-Instruct.Q4_1.gguf --valid wikitext2_valid.txt \
         --test wikitext2_test.txt --out runs/lm-onnx

@@ -1,4 +1,4 @@
-"""The published methods of rlprune/configs/published/ beside their authors' settings -> docs/published.md.
+"""The published methods of rlprune/configs/published/ next to their authors' settings -> docs/published.md.
 
     python docs/scripts/published.py [--only flap rl_pruner] [--out runs/published]
 
@@ -179,7 +179,7 @@ PAGE = """# Published methods
 Written by `python docs/scripts/published.py` on {machine}; seed 0.
 
 `rlprune train published/NAME` runs a method of the literature with its authors' settings (`rlprune list configs`): the
-method's own plan is final (`search.starts: none`), no rule stands beside it. Give your model and data by `--set`. A
+method's own plan is final (`search.starts: none`), no rule joins it. Give your model and data by `--set`. A
 test compares every number of these files with the table of the authors' values, `docs/scripts/published.yaml`. Below
 is what differs, and why; "style" in a name says that the source could not be read well enough to call it published,
 "second hand" that a value comes from notes on the source. Our own variants have other names ([agents.md](agents.md)).

@@ -316,7 +316,7 @@ def still_open(every: Mapping[str, Mapping[str, Any]]) -> str:
 def after_finetune(every: Mapping[str, Mapping[str, Any]]) -> comparison.Table:
     """Header and rows of the README's table: test accuracy after the fine-tune, in percent with its 95% interval.
 
-    The rule and the search beside PPO are the best by this very column, chosen afterwards: the comparison favours them.
+    The rule and the search are the best by this very column, chosen afterwards: the comparison favours them.
     """
     header = [
         "network, data, MACs left",
@@ -369,7 +369,7 @@ def write_readme(readme: Path, every: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def write(folder: Path, docs: Path) -> None:
-    """The page of all results in ``folder``, with the figures beside them, and the README's table."""
+    """The page of all results in ``folder``, with the figures next to them, and the README's table."""
     files = sorted(folder.glob("*.json"))
     every = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
     parts = [markdown_table(*overview(every)), ""]
@@ -427,7 +427,7 @@ Cells hold the mean over the seeds and its 95% interval (BCa bootstrap: too narr
 "Evaluations to random's score" is the median over the seeds of how many evaluations a method needed for the score
 that random search ended with under the same seed; in brackets the interval and on how many seeds it got there.
 "Mean best score" is the area under the curve of the best score so far. Differences are paired by seed; in brackets the
-seeds on which the method is strictly better. Seconds are those of the search, whoever else was at work on the machine,
+seeds on which the method is strictly better. Seconds are those of the search, whatever else ran on the machine,
 with every plan's own time even where another method had scored it before.
 
 These figures are those of commit f31af48 and before: since then PPO's model of the score is cheaper, and finds other

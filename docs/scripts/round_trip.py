@@ -231,7 +231,7 @@ plan in `twice` is one against the dense model. The export said:
 
 The widths of the first step; the attentions of blocks 10 and 20 and the feed-forward part of block 15 are dropped
 whole. Which linear layers are quantised is each tool's default. Differences are from the same model in float32, over
-four sequences of 128 tokens. The dense model stands beside it, so that what a quantiser does to this model by itself
+four sequences of 128 tokens. The dense model is shown as well, so that what a quantiser does to this model by itself
 is not taken for the pruning's: bitsandbytes reads a folder, which the dense model (a GGUF file) is not.
 
 {table}

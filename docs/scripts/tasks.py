@@ -339,7 +339,7 @@ Written by `python docs/scripts/tasks.py {command}` on {machine}.
 Small models on made data, one for each kind of output that a [workload](workloads.md) can have, through the same
 search: {evaluations} evaluations of `ppo`, then a fine-tune of 5 epochs; {seeds} seed(s). Scores are minus the
 divergence from the dense model on the validation split, 0 for the dense model itself; metrics are on the test split
-({samples} samples each), higher is better. The fine-tune of the dense model stands beside that of the pruned one:
+({samples} samples each), higher is better. The fine-tune of the dense model is shown next to that of the pruned one:
 what it gains, training longer gains. The last column is Spearman's rank correlation of the score with minus the
 validation loss, over all plans that the rules and the search had scored (their number in brackets).
 

@@ -1,6 +1,6 @@
 """Time and memory of tracing language models without their weights -> docs/tracing.md, docs/tracing.png.
 
-    python docs/scripts/tracing.py     # about two minutes; run nothing beside it
+    python docs/scripts/tracing.py     # about two minutes; run nothing else meanwhile
 
 Each measurement runs in a process of its own: building the model on `meta` is not counted, importing the
 libraries is not counted in the time and is counted in the peak memory. For comparison, the seconds that

@@ -5,7 +5,7 @@
 Policies are trained on a single checkpoint and on several (other training seeds of the same model). A policy of
 several brings their best plans along (`agents/experience.py`) and builds models on a new checkpoint, whose logits
 it compares with the dense ones on unlabelled images. Each is applied without an evaluation to checkpoints of yet other
-seeds, beside uniform, the best rule, the best widths of the first checkpoint copied and those of all averaged, the same
+seeds, and uniform, the best rule, the best widths of the first checkpoint copied and those of all averaged, the same
 number of builds without a policy, and a full search on the checkpoint itself; with `--refine` evaluations as well.
 Every score is -KL to the checkpoint's own dense model on its validation split, under the same recovery; finished plans
 are reported on the test split, too.

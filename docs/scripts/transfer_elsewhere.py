@@ -3,7 +3,7 @@
     python docs/scripts/transfer_elsewhere.py [--config digits] [--budget 0.3] [--policies runs/transfer]
 
 The policies of docs/scripts/transfer.py (which are trained where `--policies` does not hold them) are applied to
-checkpoints of another training recipe, at another budget, of another depth and of another data set, beside the same
+checkpoints of another training recipe, at another budget, of another depth and of another data set, against the same
 ways without them. Finished parts are kept in --out, so that a stopped run goes on where it was.
 """
 

@@ -102,7 +102,7 @@ def put_weights(
     """Copy the tensors of a checkpoint into ``model`` in place; every parameter and buffer has to be there and to fit.
 
     The names may stand under any prefix (keys of dicts, wrappers such as DataParallel, torch.compile, Lightning, in
-    any order). Tensors beside the model's are left out with a `CheckpointWarning`; those inside of its parts are
+    any order). Tensors other than the model's are left out with a `CheckpointWarning`; those inside of its parts are
     refused, for they are another model's. Buffers that models compute (batch-norm counters, ...) may be missing, and
     of tied tensors one is enough. Half precision is taken in the model's own format.
 
@@ -299,7 +299,7 @@ def _head_names(model: nn.Module) -> set[str]:
 def _refuse_or_report_extras(
     found: Names, prefix: str, chosen: Mapping[str, str], checkpoint: Checkpoint, source: str
 ) -> None:
-    """Tensors beside the model's are named in a warning; ArtifactError for those inside of one of its parts.
+    """Tensors other than the model's are named in a warning; ArtifactError for those inside of one of its parts.
 
     A deeper network holds all that a shallower one of its kind needs, and must not pass for it.
     """

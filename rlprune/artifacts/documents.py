@@ -49,7 +49,7 @@ class Root(TypedDict):
 
 
 class PlanDocument(TypedDict):
-    """The content of plan.json. What stands in ``base``, beside its ``source``, is known to the wing that wrote it."""
+    """The content of plan.json. What stands in ``base``, but for its ``source``, is known to the wing that wrote it."""
 
     format: str
     version: int

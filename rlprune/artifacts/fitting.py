@@ -27,7 +27,7 @@ def check_checksum(name: str, tensor: Tensor, checksums: Mapping[str, object], w
     """ArtifactError where a tensor is not the one that was saved under its name."""
     saved = checksums.get(name)
     if not isinstance(saved, str) or ":" not in saved:
-        raise ArtifactError(f"{where}: the JSON beside it has no checksum of {name!r}")
+        raise ArtifactError(f"{where}: the JSON next to it has no checksum of {name!r}")
     kind = saved.partition(":")[0]
     if kind != _format(tensor):
         raise ArtifactError(f"{where}: {name!r} is {_format(tensor)}, but {kind} was saved")

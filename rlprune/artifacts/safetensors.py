@@ -231,7 +231,7 @@ def check_tensors(tensors: Mapping[str, Tensor], listed: Mapping[str, Sequence[i
         raise ArtifactError(f"{where}: the tensor {missing[0]!r} is missing{near_miss(missing[0], foreign)}")
     if foreign:
         raise ArtifactError(
-            f"{where}: holds the tensor {foreign[0]!r}, which the JSON beside it does not list"
+            f"{where}: holds the tensor {foreign[0]!r}, which the JSON next to it does not list"
         )
     for name, tensor in tensors.items():
         if list(tensor.shape) != listed[name]:
@@ -249,7 +249,9 @@ def check_roots(shapes: Mapping[str, Sequence[int]], document: PlanDocument, whe
         try:
             size, wanted = shapes[root["tensor"]][root["dim"]], root["per_unit"] * widths[name]
         except (KeyError, IndexError, TypeError) as error:
-            raise ArtifactError(f"{where}: the JSON beside it is damaged (root of group {name!r})") from error
+            raise ArtifactError(
+                f"{where}: the JSON next to it is damaged (root of group {name!r})"
+            ) from error
         if size != wanted:
             raise ArtifactError(
                 f"{where}: {root['tensor']!r} has size {size}, but group {name!r} keeps {widths[name]} units"

@@ -142,7 +142,7 @@ def _safetensors(path: Path) -> object:
 
 
 def _shards(path: Path) -> object:
-    """The tensors of all shards that an index names; they lie beside it."""
+    """The tensors of all shards that an index names; they lie next to it."""
     try:
         names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -179,7 +179,7 @@ def compute(
 
 
 def work(experiments: PreparedExperiments, cell: Cell, folder: Path) -> dict[str, Any]:
-    """`compute` in a worker, which tells how far it is in a file beside the cell's state."""
+    """`compute` in a worker, which tells how far it is in a file next to the cell's state."""
     torch.set_num_threads(experiments.config.threads or 1)
     told, last = _told(folder, experiments.config, cell), 0.0
 

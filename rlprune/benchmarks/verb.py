@@ -47,7 +47,7 @@ def benchmark(
         The content of results.json: ``rows`` (one for each method, seed and budget) and ``summary``.
 
     Raises:
-        ConfigError: an unknown method, or one that cannot run here; or a setting that nothing uses; or jobs beside an
+        ConfigError: an unknown method, or one that cannot run here; or a setting that nothing uses; or jobs and an
             engine.
         RunError: cells have failed; the others are finished.
     """

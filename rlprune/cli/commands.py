@@ -227,7 +227,7 @@ def _add_evaluate(commands: Subparsers) -> None:
     parser = new_command(
         commands,
         "evaluate",
-        "metric, costs and measured latency of a saved pruned model beside its dense base",
+        "metric, costs and measured latency of a saved pruned model compared with its dense base",
         "rlprune evaluate runs/demo/pruned digits",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="folder of a pruned model")

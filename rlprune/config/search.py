@@ -359,12 +359,10 @@ class SearchConfig(Section):
     starts: str = setting(
         "rules",
         "What a search begins with: `rules`, uniform and the rules that are worth it; `none`: nothing, no rule stands "
-        "beside the agent, and the plan that it ends with is final.",
+        "next to the agent, and the plan that it ends with is final.",
         choices=("rules", "none"),
     )
-    baselines: tuple[str, ...] = setting(
-        ("random",), "Agents searched with beside it, with as many evaluations."
-    )
+    baselines: tuple[str, ...] = setting(("random",), "Agents to compare it with, at as many evaluations.")
     batch: int = setting(
         20,
         "Surrogate mode: real evaluations between two fits; 6 a model at most where logits are modelled.",

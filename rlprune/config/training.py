@@ -105,7 +105,8 @@ class FinishConfig(Section):
     weight_decay: float = setting(5e-4, "L2 penalty on every weight.", low=0, high=1)
     momentum: float = setting(0.9, "Nesterov momentum of SGD.", low=0, high=0.999)
     distill: bool = setting(
-        True, "Whether the dense model's outputs are learned beside the labels, where the task has a way."
+        True,
+        "Whether the dense model's outputs are learned in addition to the labels, where the task has a way.",
     )
     temperature: float = setting(2.0, "Temperature of the distillation.", above=0, high=100)
     soft: float = setting(

@@ -122,7 +122,7 @@ def static_features(
 
 
 def _importance_columns(importance: Sequence[Floats], share: Floats) -> dict[str, Floats]:
-    """Shape of each group's importances, and its mean beside the other groups'; nothing has a unit."""
+    """Shape of each group's importances, and its mean relative to the other groups'; nothing has a unit."""
     quantiles, lowest, means, sums = [], [], [], []
     for scores in importance:
         ordered = np.sort(np.abs(np.nan_to_num(np.asarray(scores, dtype=np.float64))))
@@ -147,7 +147,7 @@ def _importance_columns(importance: Sequence[Floats], share: Floats) -> dict[str
 
 
 def _log_ratio(values: Floats) -> Floats:
-    """Logarithm beside the column's mean: scale-free, and small values keep their order."""
+    """Logarithm relative to the column's mean: scale-free, and small values keep their order."""
     mean = np.maximum(values.mean(axis=0, keepdims=True), _TINY)
     ratio: Floats = np.log(values / mean + 0.05)
     return ratio

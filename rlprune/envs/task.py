@@ -62,7 +62,7 @@ class Scored(Protocol):
 
 
 class Scorer(Protocol):
-    """Whoever scores plans: an evaluator, or an account that charges for each of them."""
+    """What scores plans: an evaluator, or an account that charges for each of them."""
 
     def evaluate(self, widths: PlanLike) -> Scored: ...
     def evaluate_staged(self, history: PlanLike) -> Scored: ...

@@ -33,7 +33,7 @@ PLANS = 12
 SAMPLES = 112
 """Samples that the trial's candidates are recovered and judged on: differences between formats do not need more..."""
 MACS = 3e10
-"""...unless these multiply-accumulates allow it: what a candidate costs beside its passes is to count for little."""
+"""...unless these multiply-accumulates allow it: what a candidate costs but for its passes should be little."""
 _LEAST = 16  # samples for the recovery, and for the judge
 _GLANCE = 8  # samples of each for a first look
 

@@ -41,7 +41,7 @@ class Judging:
         return tuple(r for r in sorted(set(rungs)) if r < self.samples) if rungs else ()
 
     def ask_dense(self, parts: Sequence[Judgement], full: bool, samples: int | None) -> None:
-        """Have the dense model's answers to what is left, before a candidate is in memory beside it."""
+        """Have the dense model's answers to what is left, before a candidate is in memory as well."""
         for span in self._spans(parts, full, samples):
             self.of(full).ask_dense(*span)
 

@@ -41,7 +41,7 @@ from .workers import working
 class AppliedPolicy:
     """What a policy gave for a model: its plan, and the model that is cut by it and recovered, not fine-tuned.
 
-    ``table`` holds validation scores beside the rules that need no probes, ``notes`` what the policy looked at.
+    ``table`` holds validation scores next to the rules that need no probes, ``notes`` what the policy looked at.
     """
 
     workload: Workload

@@ -303,7 +303,7 @@ class TierScorer:
         return self._judge
 
     def _reads(self) -> int:
-        """Samples that the recovery of one candidate runs through it, beside those of the score."""
+        """Samples that the recovery of one candidate runs through it, apart from those of the score."""
         workload, recovery = self._evaluator.workload, self._evaluator.recovery_settings
         size = workload.size("calibration")
         calibration = min(recovery.samples or size, size) if "bn" in recovery.steps else 0

@@ -90,7 +90,7 @@ def evaluate(
     limit: int | None = None,
     callback: Callback | None = None,
 ) -> Findings:
-    """A saved pruned model beside its dense base: costs, latency and, with a config, its quality on test.
+    """A saved pruned model compared with its dense base: costs, latency and, with a config, its quality on test.
 
     Args:
         tasks: multiple-choice files for a language model's zero-shot accuracy (see `zeroshot`).

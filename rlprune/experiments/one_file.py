@@ -1,7 +1,7 @@
 """Models as one file: how they are called while they are exported, what their tensors are named, how files are checked.
 
 Inputs and outputs are any nests (`utils.pytrees`). The batch stays free where the exporter can follow it, else the file
-takes one sample at a time; whatever was written is run on random inputs beside PyTorch before it is kept.
+takes one sample at a time; whatever was written is run on random inputs against PyTorch before it is kept.
 """
 
 from __future__ import annotations

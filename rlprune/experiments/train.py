@@ -288,10 +288,10 @@ def _save_outcome(
 def _curve(
     experiment: Experiment, rules: Sequence[MethodResult], found: Sequence[MethodResult]
 ) -> list[dict[str, Any]]:
-    """Score against budget of the policy as it stands, at budgets it may not have seen, and of rules beside it.
+    """Score against budget of the policy as it stands, at budgets it may not have seen, and of rules for comparison.
 
-    A policy that was trained over a range is shown over that range, beside every rule that needs no probes;
-    one of a single budget beside uniform and the best rule there. None of a run without rules (``search.starts``).
+    A policy that was trained over a range is shown over that range, compared with every rule that needs no probes;
+    one of a single budget with uniform and the best rule there. None of a run without rules (``search.starts``).
     """
     space, metric = experiment.space, experiment.metric
     if not rules:

@@ -41,7 +41,7 @@ def tune_folder(
     Args:
         folder: a pruned model that a run or ``rlprune prune`` left.
         config: the settings it was made with; ``finish`` says how it is tuned.
-        out: the new folder; the state to go on from lies beside it, in ``OUT.state``, until it is done.
+        out: the new folder; the state to go on from lies next to it, in ``OUT.state``, until it is done.
 
     Raises ConfigError: the settings leave the fine-tune out; ArtifactError: the folder.
     """

@@ -75,7 +75,7 @@ class Run:
 class Rule:
     """Settings and when they are used.
 
-    ``choices`` are the settings that decide it beside the command; None where the command alone does, and then only
+    ``choices`` are the settings that decide it with the command; None where the command alone does, and then only
     what is typed on the command line is refused: a file serves several commands. A file's setting is not refused
     either where one of the choices was overridden, on the command line or by ``Config.override``.
     """

@@ -85,7 +85,7 @@ class LanguageAdapter(ModelAdapter):
     sample_noun = "sequences"
     score_unit = "tokens"
     # One sequence at a time, the whole of it at once: a batch of 64 takes a CPU minutes. Twenty copies of a model's
-    # embeddings would not fit beside each other.
+    # embeddings would not fit next to each other.
     latency = LatencySettings((1,), warmup=1, every_seed=False, share=True)
     ladder = RecoveryLadder(
         closed=(("none",), ("bias",), ("reconstruct",), ("bias", "reconstruct")),
@@ -160,7 +160,7 @@ class LanguageAdapter(ModelAdapter):
     def closed_form(
         self, calibration: CalibrationCache, settings: RecoveryConfig, importance: Scores | None
     ) -> Repair | None:
-        """Closed forms from one factor a layer, for all widths; with `bias` beside `reconstruct`, an intercept."""
+        """Closed forms from one factor a layer, for all widths; with `bias` and `reconstruct`, an intercept."""
         own = language_calibration(calibration, "recovery.steps")
         model, space = own.model, own.space
         bias = "bias" in settings.steps

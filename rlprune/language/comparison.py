@@ -1,4 +1,4 @@
-"""A pruned language model beside its dense base: costs, speeds, perplexity and zero-shot accuracy."""
+"""A pruned language model compared with its dense base: costs, speeds, perplexity and zero-shot accuracy."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def compare(
     tasks: Sequence[Path],
     limit: int | None,
 ) -> Findings:
-    """Perplexity, costs, speeds and zero-shot accuracy of a pruned language model beside its dense base."""
+    """Perplexity, costs, speeds and zero-shot accuracy of a pruned language model compared with its dense base."""
     costs: Mapping[str, float] = plan["dense_cost"]
     before = "dense"
     if workload is None:

@@ -105,7 +105,7 @@ def cost_lines(space: PruningSpace, model: nn.Module) -> list[str]:
 
 
 def other_parts(model: nn.Module) -> list[str]:
-    """What of a model stands beside its language part, in one line; nothing for a plain language model."""
+    """What of a model stands apart from its language part, in one line; nothing for a plain language model."""
     try:
         root = blocks_of(model)[0].path.rpartition(".")[0].rpartition(".")[0]
     except (UnsupportedModel, AttributeError):
@@ -120,7 +120,7 @@ def other_parts(model: nn.Module) -> list[str]:
         if f"{parent}.{name}" != root
     }
     named = ", ".join(f"{parent}.{name} ({count:,} params)" for name, count in beside.items() if count)
-    return [f"beside the language part, kept as they are and not asked by texts: {named}"] if named else []
+    return [f"outside the language part, kept as they are and not used by texts: {named}"] if named else []
 
 
 def family_line(family: Family) -> str:

@@ -28,7 +28,7 @@ _NEURONS = ("intermediate_dim", "intermediate_size", "moe_intermediate_size", "e
 class Mixture:
     """How to find the parts of a family's mixtures; paths are relative to the feed-forward part.
 
-    ``shared`` is a plain feed-forward part that all tokens pass beside the experts, "" where there is none. ``sizes``
+    ``shared`` is a plain feed-forward part that all tokens pass as well, "" where there is none. ``sizes``
     are the config's own names of (experts, neurons of each, neurons of the shared part).
     """
 

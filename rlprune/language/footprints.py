@@ -29,7 +29,7 @@ _SAVED = (14, 5)
 _PASSING = (8, 3)
 # Square matrices in float64 that an elimination has at its peak, and a factorisation.
 _ELIMINATION, _FACTORISATION = 4, 3
-# Tables of (tokens, V) in float32 beside the logits of a backward pass, and beside those of a score.
+# Tables of (tokens, V) in float32 in addition to the logits of a backward pass, and in addition to those of a score.
 _LOSS_TABLES, _SCORE_TABLES = 4, 2
 _SPREAD = {"weights", "factors", "candidate", "output moments", "gradients", "backward pass"}
 _WITHOUT_GRADIENTS = ("l1", "l2", "bn_scale", "random", "wanda_sp", "flap", "obs")
@@ -182,7 +182,7 @@ def _prepare(shapes: _Shapes) -> list[dict[str, float]]:
 
 
 def _walk(shapes: _Shapes) -> dict[str, float]:
-    """Beside weights and factors: the streams of all calibration tokens, one block's Gram matrices, what is computed
+    """Apart from weights and factors: the streams of all calibration tokens, one block's Gram matrices, what is made
     of the widest of them, and the activations of a batch."""
     importance, steps = shapes.config.prune.importance, shapes.config.recovery.steps
     if not shapes.sizes or ("reconstruct" not in steps and importance not in ("obs", "obs_fisher")):

@@ -281,7 +281,7 @@ def bucket_divergence(dense: Tensor, tokens: Tensor, logs: Tensor) -> Tensor:
     inside = (shares * (dense - ours)).sum(dim=-1)
     if tokens.shape[-1] == logs.shape[-1]:
         return inside
-    # What is left beside the top tokens; below 1e-7 it is rounding.
+    # What is left apart from the top tokens; below 1e-7 it is rounding.
     rest = (1 - shares.sum(dim=-1)).clamp_min(1e-7)
     mine = (1 - ours.exp().sum(dim=-1)).clamp_min(1e-7)
     return inside + rest * (rest.log() - mine.log())

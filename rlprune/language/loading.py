@@ -222,7 +222,7 @@ def _require_accelerate(name: str) -> None:
 
 
 def _refuse_offloaded(model: PreTrainedModel) -> None:
-    """A layer that accelerate has put on the disk, or beside GPUs on the CPU, has no weights here that could be cut."""
+    """A layer that accelerate has put on the disk or the CPU has no weights here that could be cut."""
     away = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if away:
         raise ConfigError(

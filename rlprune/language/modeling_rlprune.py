@@ -115,7 +115,7 @@ def is_composite(config: PreTrainedConfig) -> bool:
 
 
 def reads_pictures(config: PreTrainedConfig) -> bool:
-    """Whether transformers has a class for the whole of a composite model, which reads pictures beside text."""
+    """Whether transformers has a class for the whole of a composite model, which reads pictures as well as text."""
     return is_composite(config) and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
@@ -182,7 +182,7 @@ def _made(model_type: str) -> dict[str, Any]:
         stock: Any = CONFIG_MAPPING[model_type]
         body = {"__module__": __name__, "__doc__": f"{stem} with layers of different sizes."}
         config: Any = type(f"Pruned{stem}Config", (PerLayerConfig, stock), body | {"model_type": model_type})
-        # Registered, so that save_pretrained puts this file beside the weights.
+        # Registered, so that save_pretrained puts this file next to the weights.
         config.register_for_auto_class("AutoConfig")
         made = {"AutoConfig": config}
         # Of a composite model, a user who wants text alone gets the whole: there is no smaller one with these names.

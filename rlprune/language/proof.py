@@ -179,7 +179,7 @@ def counted(model: nn.Module, ids: Tensor) -> tuple[Tensor, float]:
 def skeleton(config: PreTrainedConfig) -> nn.Module:
     """A narrow random model of the same config: two blocks, few heads of the same size and ratio, few tokens.
 
-    Of a hybrid model there are as many blocks as it takes to have one of every kind. Beside the language part, the
+    Of a hybrid model there are as many blocks as it takes to have one of every kind. Apart from the language part, the
     other parts of a model (towers for pictures and sound) get one block each.
     """
     from .modeling_rlprune import stock_class

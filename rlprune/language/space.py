@@ -422,7 +422,7 @@ class _LanguageLayout:
         return {name: builder.build() for name, builder in builders.items()}
 
     def _token_modules(self) -> list[tuple[str, nn.Module]]:
-        """The modules that every token of a text goes through: those of a picture tower beside them are none."""
+        """The modules that every token of a text goes through: those of a picture tower are not."""
         owner: Any = self.model  # torch takes a model's config for a module
         if owner.config.get_text_config() is owner.config:
             return list(self.modules.items())

@@ -47,7 +47,7 @@ def stored_weights(place: str, file: str | None, config: PreTrainedConfig) -> St
     Args:
         place: a folder, or a hub id.
         file: the GGUF file in it, if it is one.
-        config: as it stands beside the weights, before they were loaded in another format.
+        config: as it stands next to the weights, before they were loaded in another format.
     """
     folder = Path(place)
     if not folder.is_dir():

@@ -47,7 +47,7 @@ class LanguageWorkload(TrainedWorkload):
 
     Args:
         model: dense model, put into eval mode and moved to ``device``, unless accelerate has spread it over several.
-        tokenizer: what made the text's ids, saved beside the pruned model; None where there is none.
+        tokenizer: what made the text's ids, saved next to the pruned model; None where there is none.
         data: the tokenised splits.
         batch_size: most sequences in a batch; long sequences come in smaller ones.
         base: how to rebuild the architecture; by default from the model's own config.

@@ -183,7 +183,7 @@ def read_questions(path: str | Path) -> list[Question]:
 
 
 def table(results: Mapping[str, Sequence[Accuracy]]) -> list[str]:
-    """Lines of text: for each task one line a model, with chance and the number of questions beside it."""
+    """Lines of text: for each task one line a model, with chance and the number of questions as well."""
     models = list(results)
     width = max([len(r.task) for rows in results.values() for r in rows] + [len("task")])
     lines = [f"{'task':<{width}}  {'model':<8} {'questions':>9} {'chance':>7}  {'acc':<16} acc_norm"]

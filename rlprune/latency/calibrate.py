@@ -20,7 +20,7 @@ from .table import Calibration, LatencyTable
 _MODELS, _MODELS_OF_A_LARGE_ONE, _LARGE = 24, 8, 50_000_000
 _MODEL_REPEATS, _MODEL_SECONDS = 60, 14.0  # at each moment
 PARTS = 3
-"""Unknowns of the fit beside one for each size of the image: weighted layers, other layers, and the constant."""
+"""Unknowns of the fit, apart from one for each size of the image: weighted layers, other layers, and the constant."""
 # Weights of the layers as measured alone, and of functions between layers that take no time.
 _LAYERS, _NOTHING = 0.1, 0.05
 

@@ -144,7 +144,7 @@ def _described(inputs: Inputs) -> list[object]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a latency depends on beside the model."""
+    """What a latency depends on apart from the model."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "device": gpu or device.type,

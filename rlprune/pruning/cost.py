@@ -133,7 +133,7 @@ def amount(value: float, metric: str) -> str:
 
 
 def plain_amount(value: float, metric: str) -> str:
-    """A cost for people, beside its metric's name: "1,234,567", "3.512 ms"."""
+    """A cost for people, next to its metric's name: "1,234,567", "3.512 ms"."""
     return f"{value:,.3f} ms" if metric == "latency" else f"{value:,.0f}"
 
 

@@ -1,4 +1,4 @@
-"""Further costs of a model: what stands beside those that tracing counts, registered one by one."""
+"""Further costs of a model: what stands in addition to those that tracing counts, registered one by one."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ class AttributeRule:
 
 @dataclass(frozen=True)
 class MaskRule:
-    """What masking needs beside zeroed columns: ``mask(module, slots)`` makes a module of the dense model never use
+    """What masking needs apart from zeroed columns: ``mask(module, slots)`` makes a module of the dense model never use
     some slots of an axis (a router its removed experts), and returns the way back.
     """
 

@@ -57,7 +57,7 @@ def plain_forward(model: nn.Module, inputs: Inputs, targets: Targets, like: Outp
 
 @dataclass(frozen=True)
 class DistillTargets:
-    """Learn a teacher's outputs beside the labels.
+    """Learn a teacher's outputs in addition to the labels.
 
     The loss is (1 - soft) * hard loss + soft * ``divergence(outputs, teacher's, T)`` at temperature T, by default
     T^2 * KL(teacher || student). Without a ``teacher`` every batch has to carry the teacher's outputs as a third part.

@@ -1,4 +1,4 @@
-"""Further recovery steps: what stands beside `bias`, `reconstruct`, `bn` and `finetune`, registered one by one."""
+"""Further recovery steps: in addition to `bias`, `reconstruct`, `bn` and `finetune`, registered one by one."""
 
 from __future__ import annotations
 

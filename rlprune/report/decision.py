@@ -36,7 +36,7 @@ class Saving:
 
 @dataclass(frozen=True)
 class Decision:
-    """The chosen plan beside the dense model, and the rows that are as good and cheaper.
+    """The chosen plan compared with the dense model, and the rows that are as good and cheaper.
 
     ``before`` is the dense model's quality on the test split, ``after`` the chosen model's after the fine-tune;
     ``change`` is their difference sample by sample: of the metric, or of the loss (``change_of``).

@@ -283,7 +283,7 @@ def _plan(folder: Path) -> Mapping[str, Any]:
 
 
 def _facts(results: Results, folder: Path) -> list[tuple[str, str]]:
-    """What was run, beside the versions of libraries."""
+    """What was run, apart from the versions of libraries."""
     sections = [
         (name, as_mapping(results.get(name))) for name in ("workload", "budget", "hardware", "scoring")
     ]

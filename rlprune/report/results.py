@@ -19,7 +19,7 @@ Row = TypeVar("Row", bound=Mapping[str, Any])
 
 
 class BudgetFacts(TypedDict, total=False):
-    """A budget in results.json: as it was asked for, and the absolute cost beside the dense model's."""
+    """A budget in results.json: as it was asked for, and the absolute cost next to the dense model's."""
 
     asked: str | float
     metric: str

@@ -100,7 +100,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis from ``low`` to ``high``; ``form`` writes the numbers beside the ticks."""
+    """An axis from ``low`` to ``high``; ``form`` writes the numbers next to the ticks."""
 
     low: float
     high: float
@@ -193,7 +193,7 @@ class Frame:
             self.words.append(Word(2, 12, self.y.label, "start", "label"))
 
     def name(self, x: float, y: float, text: str) -> None:
-        """Write a name beside a point where it covers no other name and no dot; nothing where there is no room."""
+        """Write a name next to a point where it covers no other name and no dot; nothing where there is no room."""
         taken = [word.box for word in self.words]
         taken += [(d.x - 4, d.y - 4, d.x + 4, d.y + 4) for d in self.dots]
         for word in (

@@ -24,7 +24,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the short table; ``badge`` is a word beside the method, ``why`` what it means here."""
+    """A row of the short table; ``badge`` is a word next to the method, ``why`` what it means here."""
 
     key: str
     cells: Sequence[Cell]
@@ -177,7 +177,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """A group's widths: dense, and beside it the shares in percent that others keep."""
+    """A group's widths: dense, and next to it the shares in percent that others keep."""
 
     name: str
     dense: int

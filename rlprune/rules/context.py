@@ -93,7 +93,7 @@ ProbeCount = Callable[[PruningSpace], int]
 class Rule:
     """A closed-form distribution: ``function(context)`` gives non-negative numbers of shape (G,).
 
-    ``counter`` belongs to a rule that scores candidates to find its distribution; they are charged to whoever
+    ``counter`` belongs to a rule that scores candidates to find its distribution; they are charged to the method that
     asks. ``wing`` names the only wing whose models have the rule (``PruningSpace.wing``), None stands for all;
     ``costly`` marks one that runs backward passes, or dozens of forward passes, over the calibration split.
     ``external`` marks another library's own method: it stands in comparisons, and no search starts from it.

@@ -244,5 +244,5 @@ class Layout:
                 rest, kept = rest * math.prod(len(self.axes[axis].slots) for axis in kept), ()
             terms.append(Term(product.layer, "macs", product.coefficient * rest, kept))
             known += product.coefficient * math.prod(map(len, product.dims))
-        # What the counter finds beside the operations that were followed does not depend on the widths.
+        # What the counter finds apart from the operations that were followed does not depend on the widths.
         return (*terms, Term(OUTSIDE, "macs", self.total_macs - known, ()))

@@ -38,7 +38,7 @@ def resident_gigabytes(process: int | None = None) -> float:
 
 
 class Limits:
-    """What a piece of work may take: seconds, and GiB of memory beside what the process holds already."""
+    """What a piece of work may take: seconds, and GiB of memory on top of what the process holds already."""
 
     def __init__(self, what: str, seconds: float, memory_gb: float) -> None:
         self.what, self.seconds, self.memory_gb = what, seconds, memory_gb
@@ -95,7 +95,7 @@ def in_child(limits: Limits, work: Callable[[], Result]) -> Result:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(sender, work), daemon=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, see above
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks in a process with threads, see above
         process.start()
     sender.close()
     assert process.pid is not None

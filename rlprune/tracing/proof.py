@@ -1,4 +1,4 @@
-"""Prove that cutting is exact: cut models of random widths beside the masked dense model, in float64."""
+"""Prove that cutting is exact: cut models of random widths against the masked dense model, in float64."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def writing(path: Path) -> Iterator[None]:
 def replacing_file(path: str | Path) -> Iterator[IO[bytes]]:
     """A fresh file to write into that takes the place of ``path`` when the block ends without an error.
 
-    The path holds the old or the new content at every moment, a power cut included. What a kill leaves beside it is
+    The path holds the old or the new content at every moment, a power cut included. What a kill leaves next to it is
     removed by the next write there.
     """
     target = Path(path)
@@ -171,7 +171,7 @@ def replacing_folder(folder: str | Path, marker: str) -> Iterator[Path]:
     """
     target = Path(folder)
     _refuse_foreign(target, marker)
-    # resolve: "." and "x/.." have no name of their own to put the new folder beside.
+    # resolve: "." and "x/.." have no name of their own to put the new folder next to.
     target = target.resolve()
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ def replacing_folder(folder: str | Path, marker: str) -> Iterator[Path]:
                 _sync_folder(fresh)
                 _swap(fresh, target)
             except ArtifactError as error:
-                # The person knows the folder that was asked for, not the one beside it.
+                # The person knows the folder that was asked for, not the one next to it.
                 raise type(error)(str(error).replace(str(fresh), str(target))) from error
 
 

@@ -16,7 +16,7 @@ MARK = "rlprune"
 
 
 def mark_onnx(path: Path, facts: Mapping[str, str] | None = None) -> None:
-    """Write into a file's metadata that it is ours, and facts beside it; weights in a file of their own stay there."""
+    """Write into a file's metadata that it is ours, and further facts; weights in a file of their own stay there."""
     import onnx
 
     file = onnx.load(path, load_external_data=False)

@@ -1,7 +1,7 @@
-"""What is on its way to a name: made beside it, locked while its process lives, removed once that one is dead.
+"""What is on its way to a name: made next to it, locked while its process lives, removed once that one is dead.
 
-A file or folder that is replaced as a whole lies beside its place while it is written. A kill leaves it there, and no
-code of the killed process removes it: whoever writes to the same name next does, and so does whoever takes the lock of
+A file or folder that is replaced as a whole lies next to its place while it is written. A kill leaves it there, and no
+code of the killed process removes it: the next write to the same name does, and so does what takes the lock of
 a run's folder. The lock of the operating system says whether the writer still lives; its number would not (numbers are
 given anew, and a folder may be shared among machines).
 """
@@ -27,7 +27,7 @@ CONTENT = "content"
 
 @contextlib.contextmanager
 def fresh_file(target: Path) -> Iterator[tuple[int, Path]]:
-    """(handle, path) of an empty file beside ``target``; it is removed at the end where it still has that name."""
+    """(handle, path) of an empty file next to ``target``; it is removed at the end where it still has that name."""
     sweep(target.parent, target.name)
     while True:
         handle, name = tempfile.mkstemp(prefix=_prefix(target, NEW), dir=target.parent)
@@ -47,7 +47,7 @@ def fresh_file(target: Path) -> Iterator[tuple[int, Path]]:
 
 @contextlib.contextmanager
 def fresh_folder(target: Path, kind: str = NEW) -> Iterator[Path]:
-    """An empty folder beside ``target``; what is left of it at the end is removed."""
+    """An empty folder next to ``target``; what is left of it at the end is removed."""
     if kind == NEW:
         sweep(target.parent, target.name)
     while True:

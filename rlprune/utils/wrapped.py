@@ -12,7 +12,7 @@ from ..errors import GraphError
 def refuse_adapters(model: object) -> None:
     """Raise GraphError where PEFT's adapters are not merged into a model's weights (PEFT is not imported for it).
 
-    They are layers of their own beside those that would be cut: nothing that is traced or sliced there would hold.
+    They are layers of their own next to those that would be cut: nothing that is traced or sliced there would hold.
     """
     if "peft" not in sys.modules or not isinstance(model, nn.Module):
         return

@@ -33,7 +33,7 @@ class VisionCalibration(CalibrationCache):
         )
 
     def take_grams(self) -> Mapping[str, Gram]:
-        """The same for the recovery, which uses them up; whoever asks again reads the data again."""
+        """The same for the recovery, which uses them up; a second request reads the data again."""
         found = self.grams()
         self.release(GRAMS)
         return found

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 PREFIX = "hf:"
-# They read something else beside pixels, or are another library's models in a wrapper.
+# They read something else in addition to pixels, or are another library's models in a wrapper.
 _OTHERS = {
     "imagegpt": "reads tokens, not pixels",
     "perceiver": "reads arrays of any kind, not pixels alone",
-    "shieldgemma2": "reads text beside images",
+    "shieldgemma2": "reads text as well as images",
     "siglip2": "reads patches with their masks and shapes",
     "timm_wrapper": "is a model of timm: name it timm:NAME",
 }

@@ -55,7 +55,7 @@ TokenizerSource = Tokenizer | str | Path
 
 @dataclass(frozen=True)
 class LatencySettings:
-    """How models of a kind are timed beside each other.
+    """How models of a kind are timed against each other.
 
     ``batch_sizes`` in samples; ``warmup`` passes before the first one that counts; ``every_seed``: whether a
     benchmark times the plans of all seeds, or of the first; ``share``: whether models in memory together share the
@@ -346,7 +346,7 @@ class ModelAdapter(abc.ABC):
         tasks: Sequence[Path] = (),
         limit: int | None = None,
     ) -> Findings:
-        """A saved pruned model beside its dense base, as a table for `rlprune evaluate`.
+        """A saved pruned model compared with its dense base, as a table for `rlprune evaluate`.
 
         The facts hold ``dense`` and ``pruned``, {figure: value} each.
         """

@@ -120,7 +120,7 @@ class Workload(abc.ABC):
     """What a sample is called, in the plural."""
     name: str = ""
     tokenizer: Tokenizer | None = None
-    """What turns raw input into the model's, saved beside a pruned model where its folder can hold it."""
+    """What turns raw input into the model's, saved next to a pruned model where its folder can hold it."""
     base: Mapping[str, object] = {"source": "given"}
     """How to rebuild the architecture; {"source": "given"} means that the user has to pass the model in."""
     cut_from: CutFrom | None = None
@@ -459,7 +459,7 @@ class TrainedWorkload(Workload):
 
     @abc.abstractmethod
     def training_facts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """All that the trained weights depend on beside the model and its settings: facts, and tensors of data."""
+        """All that the trained weights depend on apart from the model and its settings: facts, and tensors of data."""
 
     @abc.abstractmethod
     def train(self, settings: ModelConfig, state: Path, progress: Progress | None) -> FitResult:

@@ -1,4 +1,4 @@
-"""How a candidate is judged on the validation split: a score for each sample, and loss and metric beside it."""
+"""How a candidate is judged on the validation split: a score for each sample, with its loss and metric."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class LoaderWorkload(Workload):
         metric_fn: ``metric_fn(model, split)``: the metric of a whole split instead.
         score_fn: ``score_fn(model)``: what candidates are judged by, higher is better, instead of ``score.kind``.
         metric_name: how reports call the metric.
-        tokenizer: saved beside a pruned language model.
+        tokenizer: saved next to a pruned language model.
 
     Raises DataError: a split is missing or unknown, shuffles, or gives something else than pairs (inputs, targets).
     """

@@ -1,4 +1,4 @@
-"""Further kinds of scores: what stands beside `kl`, `loss` and `accuracy`, registered one by one."""
+"""Further kinds of scores: what stands in addition to `kl`, `loss` and `accuracy`, registered one by one."""
 
 from __future__ import annotations
 

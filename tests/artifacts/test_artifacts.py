@@ -203,7 +203,7 @@ def foreign_unit(document: dict[str, Any]) -> None:
         (drop_last_kept, "but its width is"),
         (narrow_consistently, "but group"),
         (foreign_unit, "must be ascending numbers below"),
-        (lambda d: d["tensors"].pop("conv1.weight"), "which the JSON beside it does not list"),
+        (lambda d: d["tensors"].pop("conv1.weight"), "which the JSON next to it does not list"),
         (lambda d: d["tensors"].update({"conv1.weights": [1]}), "'conv1.weights' is missing"),
         (lambda d: d["tensors"].update({"conv1.weight": [1, 2]}), "the JSON says [1, 2]"),
         (set_attribute("conv9", "out_channels", 3), "no module 'conv9' (did you mean 'conv1'?)"),

@@ -95,7 +95,7 @@ def test_greedy_tokens_are_those_of_generate(made: tuple[Any, Path, str]) -> Non
 def test_large_weights_lie_beside_the_file(tmp_path: Path) -> None:
     slim, _ = cut("llama-mha-tied", {0: 3, 2: 2, 4: 1}, drop=False)
     checked = export_onnx(slim, tmp_path / "m.onnx", one_file=1000)
-    assert checked.files == ("m.onnx", "m.onnx.data") and "m.onnx.data beside it" in str(checked)
+    assert checked.files == ("m.onnx", "m.onnx.data") and "m.onnx.data next to it" in str(checked)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
     found, _ = OnnxLanguageModel(tmp_path / "m.onnx")(tokens(5, 2))
     assert float((found - slim(tokens(5, 2)).logits).abs().max()) < 1e-4

@@ -83,7 +83,7 @@ def test_from_a_folder_by_the_command_line(
     config = str(write_config(tmp_path / "config.yaml", dense))
     pruned = tmp_path / "pruned"
     assert main(["inspect", config]) == 0
-    assert "beside the language part, kept as they are" in capsys.readouterr().out
+    assert "outside the language part, kept as they are" in capsys.readouterr().out
     assert main(["prune", config, "--rule", "uniform", "--out", str(pruned)]) == 0
     assert (pruned / "preprocessor_config.json").exists()
     assert main(["evaluate", str(pruned), config]) == 0

@@ -28,7 +28,7 @@ from ..sb3_internals import CustomDDPG
 from .episodes import Episodes, EpisodicAgent
 
 Infos = list[dict[str, Any]]
-"""What each environment tells beside a step, as Gymnasium types it."""
+"""What each environment tells in addition to a step, as Gymnasium types it."""
 # Episodes of the paper's searches: 100 of warm-up, then 300.
 _PAPER_EPISODES, _PAPER_WARMUP = 400, 100
 

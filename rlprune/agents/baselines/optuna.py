@@ -38,7 +38,7 @@ _HALVED = 16
 class OptunaSearch(GradientFree):
     """Ask the sampler, project, score, tell; the starts are told first, as finished trials."""
 
-    # Libraries that the sampler imports beside optuna.
+    # Libraries that the sampler imports apart from optuna.
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, settings: SearchConfig | None = None) -> None:

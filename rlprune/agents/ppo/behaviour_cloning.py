@@ -39,7 +39,7 @@ _LEARNING_RATE = 2e-3
 REACH = 1.7
 # Targets stay inside what the tanh of the network can give.
 _BOUND = 0.97
-# Weight of a plan in between beside that of a scored one.
+# Weight of a plan in between compared with that of a scored one.
 _WEIGHT_BETWEEN = 0.1
 # Budgets between two neighbouring ones that get an interpolated plan.
 _BETWEEN = 3

@@ -1,4 +1,4 @@
-"""What a policy's file says of the policy, beside its weights: checked field by field before anything is built."""
+"""What a policy's file says of the policy, apart from its weights: checked field by field before anything is built."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _FACTS: dict[str, tuple[Callable[[object], bool], str]] = {
     "budgets": (_are_budgets, "a list of pairs of ratios"),
     "checkpoints": (is_whole, "a whole number"),
 }
-"""What a policy's file says of it, beside its format, features and plans: which values are taken, in words."""
+"""What a policy's file says of it, apart from its format, features and plans: which values are taken, in words."""
 
 
 def _features_of(meta: Mapping[str, object]) -> tuple[str, ...]:

@@ -170,7 +170,7 @@ def _measure_new(
     hope: float,
     generator: np.random.Generator,
 ) -> None:
-    """Build the new plan of the highest promise, or one beside the best ones where the highest are all known.
+    """Build the new plan of the highest promise, or one next to the best ones where the highest are all known.
 
     Args:
         hope: how much of what the uncertainty adds to a divergence is counted, against it where negative.

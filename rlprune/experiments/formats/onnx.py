@@ -26,7 +26,7 @@ def _onnx(job: Export) -> Written:
     if own is None:
         return one_file(job, ".onnx", is_our_onnx, [write_onnx, _write_traced_onnx], read_onnx)
     target = job.file(".onnx", is_our_onnx)
-    if not is_our_onnx(target):  # whose weights may lie beside it
+    if not is_our_onnx(target):  # whose weights may lie next to it
         keep_foreign(target.with_name(f"{target.name}.data"), lambda path: False, job.force)
     model = job.adapter().load(job.directory, read_pruned(job.directory), job.base)
     return Written(target, str(own(model, target)))

@@ -146,7 +146,7 @@ def _advance(
 
 
 class _Stream:
-    """The residual stream of one batch, and what every block is called with beside it."""
+    """The residual stream of one batch, and what every block is called with in addition."""
 
     def __init__(self) -> None:
         self.hidden: Tensor | None = None
@@ -171,7 +171,7 @@ class _Stream:
             hidden = args[0] if args else kwargs["hidden_states"]
             if self.hidden is None:
                 self.hidden = hidden
-            if not sample:  # what a block returns beside the stream, if anything
+            if not sample:  # what a block returns apart from the stream, if anything
                 sample.append(forward(*args, **kwargs))
             rest = {key: value for key, value in kwargs.items() if key != "hidden_states" or args}
             self._calls[path] = args[1:], rest

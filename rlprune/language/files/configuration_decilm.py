@@ -2,7 +2,7 @@
 
 A copy of this file stands in every folder that ``rlprune export --to nemotron-nas`` writes, and needs transformers
 only. ``block_configs`` holds a block's attention and feed-forward part as objects with the attributes that vLLM's
-``nemotron_nas`` asks for. What the file leaves out (``ffn_mult`` beside an ``intermediate_size``) is no attribute
+``nemotron_nas`` asks for. What the file leaves out (``ffn_mult`` with an ``intermediate_size``) is no attribute
 either: vLLM decides by that which of them counts.
 """
 

@@ -1,4 +1,4 @@
-"""A written GGUF file in llama.cpp beside the model that it was written from, for the export's last line."""
+"""A written GGUF file in llama.cpp compared with the model that it was written from, for the export's last line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TEXT = (
 
 
 def run_line(slim: PreTrainedModel, path: Path, dtype: str, folder: Path, layout: Layout) -> str:
-    """What llama.cpp computes from a file beside PyTorch, in a line; ArtifactError where that is something else."""
+    """What llama.cpp computes from a file against PyTorch, in a line; ArtifactError where that is something else."""
     if not llama_cpp.is_installed():
         return f"not run: llama.cpp is not installed; {llama_cpp.INSTALL}"
     ids, text = _short_text(folder, layout.vocabulary)

@@ -218,7 +218,7 @@ def _obstacle(architecture: Architecture, slim: PreTrainedModel, kept: Sequence[
     """Why an architecture does not compute this model; empty where it does."""
     tied = bool(slim.config.tie_word_embeddings)
     if not architecture.own_head and not tied:
-        return "reads no output layer beside the embedding"
+        return "reads no output layer apart from the embedding"
     for block in kept:
         for name in block.biases:
             if name not in architecture.biases:
@@ -269,7 +269,7 @@ def _laid_out(
             stand_ins.append(f"{block.found.path} ({' and '.join(made.stand_ins)})")
     notes = [f"{dropped} dropped blocks are left out, the others numbered anew"] if dropped else []
     if stand_ins:
-        # Neurons and heads of zeros compute nothing; without them the readers drop what stands beside the part.
+        # Neurons and heads of zeros compute nothing; without them the readers drop what stands next to the part.
         notes.append(f"dropped parts that llama.cpp wants something for hold zeros: {', '.join(stand_ins)}")
     context, window = int(config.max_position_embeddings), _window(config)
     if window and window < context:
@@ -332,7 +332,7 @@ class _BlockTensors:
         self.query_heads, self.kv_heads, self.neurons = found.query_heads, found.kv_heads, found.neurons
         self.stand_ins: list[str] = []
         # The first block's heads tell the reader that there is attention at all (llama-model.cpp, load_hparams); the
-        # output's bias is read beside heads only.
+        # output's bias is read together with heads only.
         needed = not architecture.drops or place == 0 or "attn_output" in block.biases
         if not self.kv_heads and needed:
             self.query_heads = self.kv_heads = 1

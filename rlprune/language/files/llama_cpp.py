@@ -1,4 +1,4 @@
-"""What llama.cpp computes from a GGUF file, beside what PyTorch computes from the same weights.
+"""What llama.cpp computes from a GGUF file, compared with what PyTorch computes from the same weights.
 
 llama.cpp is asked through its Python package (llama-cpp-python), because that gives the logits of every token; its
 programs print perplexities of their own protocol only. It is nothing that rlprune depends on: where it is not installed
@@ -60,7 +60,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Comparison:
-    """llama.cpp beside PyTorch on the same tokens."""
+    """llama.cpp compared with PyTorch on the same tokens."""
 
     ours: float
     theirs: float
@@ -142,7 +142,7 @@ def _reason(text: str, code: int) -> str:
 def compare(
     slim: PreTrainedModel, path: Path, dtype: str, ids: Sequence[int], generate: int, text: str = ""
 ) -> Comparison:
-    """Loss, logits and greedy tokens of a written file beside the model's own on one sequence.
+    """Loss, logits and greedy tokens of a written file compared with the model's own on one sequence.
 
     Args:
         ids: the tokens that are read (L); the first half of them is the prompt that is continued.

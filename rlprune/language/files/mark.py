@@ -78,7 +78,7 @@ def kept_units(mark: Mapping[str, Any], groups: Sequence[Group], path: Path) -> 
 
 
 def check_mark(fields: Mapping[str, Any], groups: Sequence[GroupEntry], path: Path) -> None:
-    """ArtifactError where the mark of a config.json names other units than the groups of the plan.json beside it."""
+    """ArtifactError where the mark of a config.json names other units than the groups of the plan.json next to it."""
     mark = fields.get(MARK)
     if not isinstance(mark, Mapping):
         return  # a folder of an earlier version

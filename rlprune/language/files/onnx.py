@@ -40,7 +40,7 @@ _CACHES = ("cache", "past_key_values", "layer_past")
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found when a file was run beside PyTorch."""
+    """What was found when a file was run against PyTorch."""
 
     difference: float
     """Largest difference of any logit."""
@@ -49,7 +49,7 @@ class Checked:
     files: tuple[str, ...]
 
     def __str__(self) -> str:
-        more = f"; the weights are in {self.files[1]} beside it" if len(self.files) > 1 else ""
+        more = f"; the weights are in {self.files[1]} next to it" if len(self.files) > 1 else ""
         return (
             f"float32, with and without past; onnxruntime gives PyTorch's logits within {self.difference:.1e} and the "
             f"same {self.greedy} greedy tokens{more}"
@@ -57,11 +57,11 @@ class Checked:
 
 
 def export_onnx(model: nn.Module, target: Path, *, one_file: int = ONE_FILE) -> Checked:
-    """Write a causal language model as ONNX, run it in onnxruntime beside PyTorch, and only then move it into place.
+    """Write a causal language model as ONNX, run it in onnxruntime against PyTorch, and only then move it into place.
 
     Args:
         model: a transformers causal LM on the CPU, pruned or not; its weights are made float32.
-        target: the file; weights above ``one_file`` bytes go to ``target.data`` beside it.
+        target: the file; weights above ``one_file`` bytes go to ``target.data`` next to it.
 
     Raises ArtifactError: the exporter cannot follow the model, its logits differ by more than `TOLERANCE`, greedy
     decoding gives other tokens, or the files cannot be written.

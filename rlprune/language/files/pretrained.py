@@ -1,4 +1,4 @@
-"""Folders of pruned language models: what stands in them beside plan.json, and how a model is built from them.
+"""Folders of pruned language models: what stands in them apart from plan.json, and how a model is built from them.
 
 Such a folder is read by two loaders, ours and transformers' ``AutoModelForCausalLM.from_pretrained(...,
 trust_remote_code=True)``, which have to agree to the bit. Ours builds the model from classes of this package

@@ -109,7 +109,7 @@ def _foreign_config(folder: Path, document: PlanDocument) -> PreTrainedConfig:
     if not same or (not uneven and fingerprint(dense) != document["fingerprint"]):
         what = "its sizes" if not same else "its architecture"
         raise ArtifactError(
-            f"{folder / PLAN_FILE}: is of another model than {CONFIG} and the weights beside it, which another tool "
+            f"{folder / PLAN_FILE}: is of another model than {CONFIG} and the weights next to it, which another tool "
             f"wrote since ({what} differ); delete {PLAN_FILE} to go by {CONFIG}"
         )
     return config

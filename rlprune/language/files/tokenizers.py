@@ -17,7 +17,7 @@ TOKENIZER_FILES = (
 
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-"""What prepares pictures for a model that reads them beside text."""
+"""What prepares pictures for a model that reads them as well as text."""
 
 
 def has_tokenizer(folder: Path) -> bool:
