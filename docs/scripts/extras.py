@@ -5,8 +5,8 @@
     python docs/scripts/extras.py dist/rlprune-*.whl --work runs/extras --write    # only the page
 
 `core` is an environment of the wheel and what it requires. That of an extra is another one, which holds the packages
-that `pip install rlprune[EXTRA]` adds to these; a `.pth` file lets it see those of `core`, so torch is there once.
-In each of them the extra's feature has to work, and the features of all other extras have to end with exit code 2 and one
+that `pip install rlprune[EXTRA]` adds to these; a `.pth` file lets it see those of `core`, so torch is there once. In
+each of them the extra's feature has to work, and the features of all other extras have to end with exit code 2 and one
 line that names `pip install 'rlprune[OTHER]'`, unless their packages came along. What is done is not done again.
 """
 
