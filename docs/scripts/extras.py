@@ -38,7 +38,7 @@ FEATURES: dict[str, list[list[str]]] = {
     "language": [
         ["export", "tiny", "--to", "gguf", "--out", "OUT.gguf"],
         ["train", "tiny_llama", "--out", "OUT", *SMALL[:-1], "finish.steps=2", "score.samples=16"],
-        ["inspect", "tiny_llama", "--set", "data.name=hub:no/data"],
+        ["inspect", "tiny_llama", "--set", "data.name=hub:no/data", "data.download=true"],
     ],
     "zeroshot": [["evaluate", "tiny", "--tasks", "task.json"]],
     "metrics": [["train", "mywork.yaml", "--out", "OUT"]],
@@ -191,6 +191,7 @@ class Environment:
             "RLPRUNE_CACHE": str(self.work / "cache"),
             "PATH": f"{self.python.parent}{os.pathsep}{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
             "WANDB_MODE": "offline",
             "MLFLOW_TRACKING_URI": f"sqlite:///{place / 'mlflow.db'}",
             "TRACKIO_DIR": str(place / "trackio"),
@@ -253,27 +254,23 @@ def prepare(core: Environment, place: Path) -> None:
             core.run("-m", "rlprune", *words[:2], "--out", str(place / out), *words[2:])
 
 
-def works(environment: Environment, extra: str) -> list[str]:
-    """What went wrong with the features of an extra that is installed."""
+def judged(environment: Environment, extra: str, absent: list[str]) -> list[str]:
+    """What went wrong: with the features of the extra, which is installed, and those of absent ones; in one process."""
     for module in IMPORTS.get(extra, ()):
         environment.run("-c", f"import {module}")
+    asked = [(one, words) for one in (extra, *absent) for words in FEATURES.get(one, ())]
     wrong = []
-    features = FEATURES.get(extra, [])
-    for words, (code, said) in zip(features, environment.commands(features) if features else [], strict=True):
-        wanted = next((text for key, text in ENDS.items() if key in words), None)
-        fine = code == 0 if wanted is None else code == 2 and wanted in said and "pip install" not in said
+    for (one, words), (code, said) in zip(asked, environment.commands([w for _, w in asked]), strict=True):
+        if one == extra:
+            end = next((text for key, text in ENDS.items() if key in words), None)
+            fine = code == 0 if end is None else code == 2 and end in said and "pip install" not in said
+        else:
+            lines = [line for line in said.splitlines() if "error" in line]
+            fine = code == 2 and len(lines) == 1 and f"pip install 'rlprune[{one}]'" in lines[0]
         if not fine:
-            wrong.append(f"{extra}: rlprune {' '.join(words)}: {code}: {said.strip()[-400:]}")
-    return wrong
-
-
-def refuses(environment: Environment, extra: str) -> list[str]:
-    """What went wrong where the features of an extra that is not installed were asked for."""
-    wrong = []
-    for words, (code, said) in zip(FEATURES[extra], environment.commands(FEATURES[extra]), strict=True):
-        lines = [line for line in said.splitlines() if "error" in line]
-        if code != 2 or len(lines) != 1 or f"pip install 'rlprune[{extra}]'" not in lines[0]:
-            wrong.append(f"without {extra}: rlprune {' '.join(words)}: {code}: {said.strip()[-400:]}")
+            wrong.append(
+                f"{'' if one == extra else 'without '}{one}: rlprune {' '.join(words)}: {code}: {said.strip()[-400:]}"
+            )
     return wrong
 
 
@@ -304,14 +301,11 @@ def look(
             (place / one.name).symlink_to(one.resolve())
     packages = environment.packages()
     own = {name: entry for name, entry in packages.items() if entry["own"] and name != "rlprune"}
-    wrong, came = works(environment, extra), []
-    for other in FEATURES:
-        if other == extra:
-            continue
-        if set(needs[other]) <= set(packages):
-            came.append(other)
-        elif set(needs[other]) & set(packages) == set():
-            wrong += refuses(environment, other)
+    others = [other for other in FEATURES if other != extra]
+    came = [other for other in others if set(needs[other]) <= set(packages)]
+    # An extra of which some packages came along is neither: parts of it work.
+    absent = [other for other in others if not set(needs[other]) & set(packages)]
+    wrong = judged(environment, extra, absent)
     environment.run("-m", "rlprune", "--version")
     environment.run("-m", "rlprune", "list", "configs")
     return {

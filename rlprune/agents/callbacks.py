@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,13 @@ def sb3_logger(tensorboard: Path | None) -> Any:
 
     if tensorboard is None:
         return Logger(None, [])
+    check_tensorboard()
+    return configure(str(tensorboard), ["tensorboard"])
+
+
+def check_tensorboard() -> None:
+    """ConfigError that names the extra where TensorBoard's writer cannot be loaded."""
     try:
-        return configure(str(tensorboard), ["tensorboard"])
-    except (ImportError, AssertionError):
+        import_module("torch.utils.tensorboard")
+    except ImportError:
         raise ConfigError("search.tensorboard: needs `pip install 'rlprune[tensorboard]'`") from None

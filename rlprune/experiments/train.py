@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..agents import AGENTS, make_agent
+from ..agents.callbacks import check_tensorboard
 from ..agents.ppo.policy import PortablePolicy, portable_state, save_policy
 from ..config.config import Config, load_config
 from ..errors import ConfigError
@@ -79,6 +80,8 @@ def run(
     for name in _agents(config):  # an unknown name, or a library that is missing, before anything is trained
         if not AGENTS.knows(name) or AGENTS[name].extra is not None:
             make_agent(name, config.search)
+    if config.search.tensorboard:
+        check_tensorboard()
     with _run_folder(config, out, resume) as folder:
         if (folder / "results.json").is_file():
             callback.note(f"{folder}: this run is complete; nothing to resume")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,24 @@ def test_train_returns_the_same_kind_of_result(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="search.stages"):
         rlprune.train(config.override(["search.stages=3", "search.agent=random"]), tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "package", "extra"),
+    [
+        ("search.agent=cma_es", "optuna", "benchmark"),
+        ("search.baselines=[tpe]", "optuna", "benchmark"),
+        ("search.tensorboard=true", "torch.utils.tensorboard", "tensorboard"),
+        ("search.trackers=[wandb]", "wandb", "wandb"),
+    ],
+)
+def test_a_missing_package_is_said_before_anything_is_trained(
+    setting: str, package: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=rf"pip install 'rlprune\[{extra}\]'"):
+        rlprune.train(load_config("digits", [setting]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 class TestLoaders:
