@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed"),
 ]
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
-WIDTHS = (390, 1000, 1400)
+WIDTHS = (390, 700, 1000, 1400)
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
