@@ -256,15 +256,14 @@ class FastNASConfig(Section):
 
     ratios: int | None = setting(
         None,
-        "Widths of a layer that are choices: 1/ratios, 2/ratios, ... of its channels (ModelOpt: 20); null takes as "
-        "many as the evaluations allow.",
+        "Widths of a layer that are choices: 1/ratios, 2/ratios, ... of its channels (ModelOpt: 20); null: chosen, "
+        "with the divisor, so that as many scores are asked for as the evaluations allow.",
         low=2,
         high=1_000,
     )
     channel_divisor: int | None = setting(
         None,
-        "What the choices are multiples of (ModelOpt: 32); null takes the smallest power of two that the evaluations "
-        "allow.",
+        "What the choices are multiples of (ModelOpt: 32); null: chosen with the ratios, a power of two up to 32.",
         low=1,
         high=65_536,
     )
