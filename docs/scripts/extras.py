@@ -34,7 +34,7 @@ SMALL = (
 )  # fmt: skip
 """An extra's features, as commands; OUT is a folder for what they write."""
 FEATURES: dict[str, list[list[str]]] = {
-    "timm": [["inspect", "digits", "--set", "model.name=timm:test_resnet", "data.image_size=32"]],
+    "timm": [["inspect", "timm.yaml"]],
     "language": [
         ["export", "tiny", "--to", "gguf", "--out", "OUT.gguf"],
         ["train", "tiny_llama", "--out", "OUT", *SMALL[:-1], "finish.steps=2", "score.samples=16"],
@@ -235,6 +235,9 @@ def prepare(core: Environment, place: Path) -> None:
     place.mkdir(parents=True, exist_ok=True)
     (place / "mywork.py").write_text(WORK)
     (place / "mywork.yaml").write_text(SETTINGS)
+    (place / "timm.yaml").write_text(
+        'model: {name: "timm:test_resnet"}\ndata: {name: digits, image_size: 32}\n'
+    )
     (place / "task.json").write_text(json.dumps(TASK))
     for out, words in {
         "tiny": [
@@ -372,6 +375,8 @@ def write(found: dict[str, Any]) -> None:
     """Put the tables between the page's marks."""
     text = PAGE.read_text(encoding="utf-8")
     header = ["package", "first loaded by", "MB", "MB that only it brings", "also required by"]
+    left = [f"`{name}`" for name in (*FEATURES, *IMPORTS) if name not in found["extras"]]
+    open_ = f" Not tried yet: {', '.join(left)}." if left else ""
     for mark, table in {
         "extras": extras_table(found["extras"]),
         "core": markdown_table(header, found["core"]),
@@ -380,7 +385,9 @@ def write(found: dict[str, Any]) -> None:
         if text.count(begin) != 1 or text.count(end) != 1:
             raise SystemExit(f"{PAGE.name}: no place for the table {mark}")
         before, after = text.partition(begin)[0], text.partition(end)[2]
-        text = f"{before}{begin}\n{table}\n\n{found['machine']}\n{end}{after}"
+        text = (
+            f"{before}{begin}\n{table}\n\n{found['machine']}{open_ if mark == 'extras' else ''}\n{end}{after}"
+        )
     PAGE.write_text(text, encoding="utf-8")
 
 
