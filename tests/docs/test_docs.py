@@ -256,6 +256,13 @@ def test_every_name_in_a_page_exists(page: Path) -> None:
 
 
 @EACH_PAGE
+def test_a_page_uses_the_plain_word(page: Path) -> None:
+    """Words that readers stumbled over: next to, compared with, apart from; the one who; rlprune's; most expensive."""
+    found = re.search(r"\b(beside|whoever|of ours|dearest)\b", page.read_text(encoding="utf-8"), re.I)
+    assert found is None, found
+
+
+@EACH_PAGE
 def test_every_settings_block_of_a_page_is_valid(page: Path) -> None:
     for block in blocks(page, "yaml"):
         Config.from_dict(yaml.safe_load(block))

@@ -103,7 +103,7 @@ class FastNAS(GradientFree):
                     return found
         least = min([found.scores, *(n for n in expected.values() if n > 1)]) + _RESERVED
         raise ConfigError(
-            f"search.evaluations: 'fastnas' needs {least} for its choices of width beside its start, got "
+            f"search.evaluations: 'fastnas' needs {least} for its choices of width apart from its start, got "
             f"{left + _RESERVED}; allowed: more of them, or null for search.fastnas.ratios and .channel_divisor"
         )
 
