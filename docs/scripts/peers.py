@@ -1,4 +1,4 @@
-"""Other libraries' own methods beside ours, by equal score calls -> docs/peers.md.
+"""Other libraries' own methods next to ours, by equal score calls -> docs/peers.md.
 
     python docs/scripts/peers.py [--only digits] [--data runs/cifar10-jpeg --checkpoint resnet20_cifar10.safetensors]
 
@@ -225,7 +225,7 @@ PAGE = """# Outside peers
 Written by `python docs/scripts/peers.py` ({machine};
 nvidia-modelopt 0.47, torch-pruning 1.6); seeds from 0. Seconds were taken while other work ran.
 
-Methods of other libraries, run by these libraries themselves, beside ours: the same dense models, splits, groups of
+Methods of other libraries, run by these libraries themselves, next to ours: the same dense models, splits, groups of
 channels, repair, score and final fine-tune, the same exact budget, and at most as many score calls
 ([agents.md](agents.md) says how FastNAS and Torch-Pruning are asked). Validation picks each method's plan, the test
 split is read once for each row, at the end. FastNAS asks for fewer scores where a smaller width of a layer cost
