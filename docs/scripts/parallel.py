@@ -87,7 +87,7 @@ went into candidates.
 
 ## Batches ahead
 
-PPO with {evaluations} evaluations and three seeds (the same for each row); scores are minus the divergence from the
+PPO with {evaluations} evaluations, the same seeds in all rows of a workload; scores are minus the divergence from the
 dense model, higher is better.
 
 {quality}
