@@ -366,9 +366,15 @@ def quality_note(out: Path, evaluations: int) -> str:
     for name, ahead, found, differences in quality_of(out, evaluations):
         if ahead:
             worse = sum(d < 0 for d in differences)
-            verdict = "no worse on the mean" if statistics.mean(differences) >= 0 else "worse on the mean"
-            parts.append(f"{name}, {ahead}: {verdict} ({worse} of {len(found)} seeds below)")
-    return "; ".join(parts) + "." if parts else ""
+            mean = statistics.mean(differences)
+            verdict = "no worse on the mean" if mean >= 0 else f"worse on the mean by {-mean:.4f}"
+            spread = (
+                ""
+                if len(found) < 2
+                else f", standard deviation of the differences {statistics.stdev(differences):.4f}"
+            )
+            parts.append(f"{name}, {ahead}: {verdict} ({worse} of {len(found)} seeds below{spread})")
+    return "; ".join(parts) + f". Measured on {cpu()}." if parts else ""
 
 
 def with_present(out: Path, text: str, present: str) -> str:
@@ -422,7 +428,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--evaluations", type=int, default=100, help="of `quality`")
-    parser.add_argument("--workloads", nargs="*", default=list(QUALITY), choices=list(QUALITY), help="of `quality`")
+    parser.add_argument(
+        "--workloads", nargs="*", default=list(QUALITY), choices=list(QUALITY), help="of `quality`"
+    )
     parser.add_argument("--ahead", nargs="*", type=int, default=AHEAD, help="of `quality`")
     parser.add_argument("--out", type=Path, default=Path("runs/parallel"))
     parser.add_argument("--write", action="store_true", help="write docs/parallel-speed.md")
