@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlprune import load_config
-from rlprune.benchmarks import difference
-from rlprune.benchmarks.statistics import spread
+from rlprune.benchmarks import difference, spread
 from rlprune.report import comparison, markdown_table, plots, read_results
 
 EVALUATIONS = 300

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .benchmark import run
     from .cells import Cell, cell_key
     from .outcome import page
-    from .statistics import bootstrap, difference, summarise
+    from .statistics import bootstrap, difference, spread, summarise
 
 __getattr__, __dir__ = lazy_names(
     __name__,
@@ -24,6 +24,7 @@ __getattr__, __dir__ = lazy_names(
         "difference": "statistics",
         "page": "outcome",
         "run": "benchmark",
+        "spread": "statistics",
         "summarise": "statistics",
     },
 )
@@ -35,5 +36,6 @@ __all__ = [
     "difference",
     "page",
     "run",
+    "spread",
     "summarise",
 ]
