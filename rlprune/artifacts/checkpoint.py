@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError, near_miss
-from ..utils.tensors import all_finite
+from ..utils.finite import all_finite
 from .weight_files import SUFFIXES as SUFFIXES
 from .weight_files import read_weight_file
 from .weight_names import COMPUTED, Names

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import ArtifactError, ConfigError, near_miss, one_line
 from ..utils.files import read_json, safetensors_header, write_json_atomic, writing
-from ..utils.tensors import all_finite
+from ..utils.finite import all_finite
 from .documents import PlanDocument
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

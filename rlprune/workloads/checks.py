@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ..errors import ArtifactError, DataError, GraphError, described
+from ..utils.finite import all_finite
 from ..utils.modes import evaluating
 from ..utils.pytrees import batch_size, call, shapes
-from ..utils.tensors import all_finite
 from ..utils.values import NO_DOUBLES
 from .base import SPLITS, Workload
 

@@ -43,7 +43,8 @@ def built(model: nn.Module, space: Any, widths: np.ndarray) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "resnet18" else n for n in (*NETS, "llama", "gpt2")]
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n == "resnet18" else n for n in (*NETS, "llama", "gpt2")],
 )
 def test_the_sizes_of_the_table_are_those_of_the_built_model(name: str, no_clock: None) -> None:
     if name in NETS:

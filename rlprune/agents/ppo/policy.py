@@ -24,7 +24,7 @@ from ...envs.task import ACTION_SCALE, Source, Task, make_task
 from ...errors import ArtifactError
 from ...pruning.budget import BudgetLike
 from ...pruning.plan import Plan
-from ...utils.tensors import all_finite
+from ...utils.finite import all_finite
 from ..sb3_internals import CustomPolicy
 from .policy_facts import FORMAT, FORMAT_VERSION, check_facts
 from .transfer import PlanMemory, can_build, planned

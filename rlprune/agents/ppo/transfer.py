@@ -29,7 +29,7 @@ from ...surrogates.logit_gp import LogitProbes
 from ...surrogates.probes import find_probes, log_distance, log_ratios, probes_of
 from ...surrogates.proposals import climb, fresh, neighbours
 from ...utils.arrays import Floats, Ints
-from ...utils.tensors import all_finite
+from ...utils.finite import all_finite
 
 # Builds a group on a new checkpoint, the dense model's included, and the share of them that plans of others may take.
 PROBES = 8

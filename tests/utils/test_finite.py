@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlprune.utils.tensors import all_finite
+from rlprune.utils.finite import all_finite
 
 TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2]
 
