@@ -230,8 +230,8 @@ channels, repair, score and final fine-tune, the same exact budget, and at most 
 ([agents.md](agents.md) says how FastNAS and Torch-Pruning are asked). Validation picks each method's plan, the test
 split is read once for each row, at the end. FastNAS asks for fewer scores where a smaller width of a layer cost
 nothing. A search of rlprune scores the rules too and is charged for them. "Cost left" is counted by rlprune on the
-model that was built. Cells: mean [95% interval over the seeds]; intervals of so few seeds are too narrow. Neither FastNAS
-nor Torch-Pruning's pruners are there for language models.
+model that was built. Cells: mean [95% interval over the seeds]; intervals of so few seeds are too narrow. Neither
+FastNAS nor Torch-Pruning's pruners are there for language models.
 
 {verdict}
 
