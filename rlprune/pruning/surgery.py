@@ -216,10 +216,10 @@ class _Slicer:
             ((dim, kept) for dim, kept in cuts if not isinstance(kept, Lanes)), key=lambda cut: cut[0]
         )
         # What is cast afterwards passes through a buffer as well: freed between two new tensors it would be a hole.
-        kept_as_it_is = 0 if cast and self._casts(new) and self._dtype != new.dtype else 1
+        casts = cast and self._casts(new) and self._dtype != new.dtype
         for place, (dim, index) in enumerate(plain):
             rows = self._index(index, new.device)
-            if place == len(plain) - kept_as_it_is:
+            if place == len(plain) - 1 and not casts:
                 return new.index_select(dim, rows)
             shape = (*new.shape[:dim], len(index), *new.shape[dim + 1 :])
             out = self._buffer(new, math.prod(shape), place).view(shape)

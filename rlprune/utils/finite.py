@@ -9,8 +9,8 @@ from torch import Tensor
 def all_finite(tensor: Tensor) -> bool:
     """Whether a floating-point tensor of any shape holds neither NaN nor infinite values.
 
-    By its extremes, which NaN passes through: ``torch.isfinite`` alone makes tables of the tensor's size, a third of a
-    small language model for its embeddings, and takes some ten times as long.
+    By its extremes, which NaN passes through: ``torch.isfinite`` of the whole tensor makes several tables of its size,
+    which for embeddings is the highest peak of loading a small language model.
     """
     if not tensor.numel():
         return True
