@@ -10,8 +10,9 @@ config.json, weights and code, but no plan.json.
 - ``base``: the name of the dense model, or null; ``fingerprint``: the hash of its architecture; ``base_sizes``: where
   the dense model had layers of different sizes itself, their fields;
 - ``input``: the shape of a sample, whose costs plan.json holds;
-- ``kept``: group -> which of its units are left, for groups that lost some: a bit a unit, the first unit first, eight
-  to a byte, in hexadecimal; units of a group with lanes lane after lane;
+- ``kept``: group -> which of its units are left, for groups that lost some, and for the hidden size wherever it was
+  traced: a bit a unit, the first unit first, eight to a byte, in hexadecimal; units of a group with lanes lane after
+  lane;
 - ``origin``: where the widths came from.
 """
 
@@ -33,6 +34,7 @@ from ...utils.values import show_value
 MARK = "rlprune"
 VERSION = 1
 CODE_FILE = "modeling_rlprune"
+_ON_REQUEST = "hidden"  # the kind of group that is traced only where ``prune.hidden`` says so
 
 
 def is_pruned(fields: Mapping[str, object]) -> bool:
@@ -48,12 +50,14 @@ def is_pruned(fields: Mapping[str, object]) -> bool:
 def mark_of(plan: Plan, base: str | None, sizes: Mapping[str, object]) -> dict[str, Any]:
     """The mark of a model that was cut by a plan from the dense model ``base``, with uneven fields ``sizes``."""
     groups = zip(plan.space.groups, plan.kept, strict=True)
+    # Every other group is found again whether the plan cut it or not; this one only where it is asked for.
+    told = ((g, kept) for g, kept in groups if len(kept) < g.units or g.kind == _ON_REQUEST)
     mark: dict[str, Any] = {
         "version": VERSION,
         "base": base,
         "fingerprint": plan.space.fingerprint,
         "input": list(plan.space.input_shape or ()),
-        "kept": {group.name: _packed(kept, group.units) for group, kept in groups if len(kept) < group.units},
+        "kept": {group.name: _packed(kept, group.units) for group, kept in told},
         "origin": dict(plan.origin),
     }
     return mark | ({"base_sizes": dict(sizes)} if sizes else {})
@@ -86,9 +90,10 @@ def check_mark(fields: Mapping[str, Any], groups: Sequence[GroupEntry], path: Pa
     if not isinstance(said, Mapping):
         raise ArtifactError(f"{path}: {MARK}.kept: must be a table of groups, got {show_value(said)}")
     counts = {g["name"]: g["width"] * g.get("lanes", 1) for g in groups}
-    lost = {g["name"]: g["kept"] for g in groups if len(g["kept"]) < counts[g["name"]]}
-    for name in {**said, **lost}:
-        own = _packed(np.array(lost[name], dtype=np.int64), counts[name]) if name in lost else None
+    kept = {g["name"]: g["kept"] for g in groups}
+    lost = [name for name, units in kept.items() if len(units) < counts[name]]
+    for name in {**said, **dict.fromkeys(lost)}:
+        own = _packed(np.array(kept[name], dtype=np.int64), counts[name]) if name in kept else None
         if said.get(name) != own:
             raise ArtifactError(
                 f"{path}: {MARK}.kept.{name}: {PLAN_FILE} keeps other units: they are of two models"
