@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..utils.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from . import fidelity, fidelity_table
+    from . import fidelity, fidelity_table, tuning_start
     from .apply import refined
     from .build import build_workload
     from .finish import choose
@@ -36,7 +36,7 @@ __getattr__, __dir__ = lazy_names(
         "score_rule": "methods",
         "working": "workers",
     },
-    modules=("fidelity", "fidelity_table"),
+    modules=("fidelity", "fidelity_table", "tuning_start"),
 )
 
 __all__ = [
@@ -53,5 +53,6 @@ __all__ = [
     "refined",
     "run_agent",
     "score_rule",
+    "tuning_start",
     "working",
 ]
