@@ -62,6 +62,7 @@ _FOLDER = (
 STUDIES = {
     "digits-50": Study("digits", (), 30),
     "digits-30": Study("digits", ("budget.target=0.3",), 30),
+    "digits_finetuned_reward": Study("digits_finetuned_reward", (), 30),
     "tiny_llama": Study("tiny_llama", (*_TUNED, "finish.batch_size=16"), 24),
     "fashion_mnist_resnet20": Study("fashion_mnist_resnet20", (), 12),
     "cifar10_resnet20": Study(
@@ -74,6 +75,9 @@ STUDIES = {
     "smollm2_135m": Study("smollm2_135m", (*_SMOLLM2, *_LORA), 8, "the model and the texts"),
     "cifar10_resnet20-full": Study("cifar10_resnet20", (*_CIFAR10, _RESNET20), 30, "a GPU and CIFAR-10"),
     "cifar10_resnet56-full": Study("cifar10_resnet56", _CIFAR10, 30, "a GPU and CIFAR-10"),
+    "cifar10_resnet56_finetuned_reward": Study(
+        "cifar10_resnet56_finetuned_reward", _CIFAR10, 30, "a GPU and CIFAR-10"
+    ),
     "image_folder_mobilenet_v2-full": Study("image_folder_mobilenet_v2", (), 30, "a GPU and ImageNet"),
     "smollm2_135m-full": Study("smollm2_135m", (*_SMOLLM2, *_TUNED), 30, "a GPU, the model and the texts"),
 }

@@ -1,8 +1,9 @@
-"""docs/scripts/finish_start.py: what its page says of given measurements."""
+"""docs/scripts/finish_start.py and reward_after_training.py: what their pages say of given measurements."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,53 @@ def test_the_table_of_starts_pairs_by_seed_and_counts_what_auto_chose() -> None:
     assert "--workloads digits-50 --epochs 30   # 0 of 5 seeds done" in page
 
 
+def squeezed(text: str) -> str:
+    """A table without the spaces that align it."""
+    return re.sub(" +", " ", text)
+
+
+def reward_cells(script: Any, losses: dict[str, float]) -> dict[str, Any]:
+    cells: dict[str, Any] = {}
+    for seed in range(3):
+        for reward, loss in losses.items():
+            cells[f"digits-50 {seed} search {reward}"] = {
+                "spent": 300 if reward == script.CLOSED else 60,
+                "seconds": 50.0,
+            }
+            cells[f"digits-50 {seed} tuned 6 {reward}"] = {
+                "before": 1.0, "before_accuracy": 0.5, "loss": loss + seed * (loss - 0.1), "accuracy": 1 - loss
+            }  # fmt: skip
+        cells[f"digits-50 {seed} fidelity 6"] = {
+            script.TIERS[script.CLOSED]: 0.25, script.TIERS[script.STEPS]: 0.5, "none": 0.1, "ceiling": 0.7
+        }  # fmt: skip
+    return cells
+
+
+@pytest.mark.parametrize(("steps", "better"), [(0.1, "20 steps"), (0.9, "closed form")])
+def test_the_page_of_rewards_names_the_one_with_the_lower_loss(steps: float, better: str) -> None:
+    script = load_script("reward_after_training")
+    cells = reward_cells(script, {script.CLOSED: 0.4, script.STEPS: steps})
+    verdict = script.verdict(cells)
+    assert f"50% of the MACs, 6 epochs: the plans of the reward after **{better}**" in verdict
+    assert "is clear of zero" in verdict and "closed form 0.25, 20 steps 0.50 (3 dense models)" in verdict
+    assert "| 20 steps | 60 | 50 |" in squeezed(script.searches(cells, "digits-50"))
+    assert "| reconstruct + bn + 20 steps | 0.50 |" in squeezed(script.correlations(cells, "digits-50"))
+    page = script.page(cells)
+    assert "## digits, 50% of the MACs" in page and "## digits, 30%" not in page
+    assert (
+        "--only searches 6 30 fidelity-6 fidelity-30   # done of 5 seeds: 3 of searches, 3 of 6, 0 of 30, 3 of"
+        in page
+    )
+
+
 def test_what_has_been_measured_is_not_measured_again(tmp_path: Path) -> None:
-    script, path = load_script("finish_start"), tmp_path / "kept.json"
-    assert script.Kept(path).ask("a", lambda: {"loss": 1.0}) == {"loss": 1.0}
-    assert script.Kept(path).ask("a", lambda: pytest.fail("measured twice")) == {"loss": 1.0}
+    for name in ("finish_start", "reward_after_training"):
+        script, path = load_script(name), tmp_path / f"{name}.json"
+        assert script.Kept(path).ask("a", lambda: {"loss": 1.0}) == {"loss": 1.0}
+        assert script.Kept(path).ask("a", lambda: pytest.fail("measured twice")) == {"loss": 1.0}
 
 
-@pytest.mark.parametrize("name", ["finish_start"])
+@pytest.mark.parametrize("name", ["finish_start", "reward_after_training"])
 def test_the_committed_page_is_that_of_the_committed_measurements(name: str) -> None:
     page = DOCS / f"{name.replace('_', '-')}.md"
     cells = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
