@@ -54,6 +54,14 @@ SMALL = {
     ),
     "fastforward": (*TEXT, "search.evaluations=40"),
     "adapt_pruner": (*TEXT, "rounds.steps=20", "finish.batch_size=16", "finish.lr=1e-3"),
+    "compresso": (
+        *TEXT,
+        *TUNED,
+        "data.prompt=Units of yours are being pruned.",
+        "search.compresso.steps=300",
+        "search.compresso.batch_size=8",
+        "search.compresso.lr=1e-3",
+    ),
     "bypass": (*TEXT, "data.train=null", "search.bypass_published.steps=300"),
     "flap": TEXT,
     **dict.fromkeys(("flap_ul_um", "flap_ul_mm", "flap_al_mm", "flap_ifv", "flap_wifn"), TEXT),
@@ -74,7 +82,6 @@ SMALL = {
 }
 """What makes a run of each config small."""
 NOT_BUILT = {
-    "Compresso": "arXiv 2310.05015: nothing of it.",
     "SliceGPT": "arXiv 2401.15024: nothing of it; a rotated model is another parametrisation.",
 }
 

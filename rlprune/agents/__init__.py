@@ -55,7 +55,8 @@ class Entry:
     ``own`` is the function or class itself of an agent from outside of this package. ``on_request`` says that it runs
     only where it is named, and is no part of a benchmark of all methods: it fits some models or settings only.
     ``extra`` is what has to be installed for it; ``wing`` names the only wing whose models it searches
-    (``PruningSpace.wing``), None stands for all.
+    (``PruningSpace.wing``), None stands for all. ``learns_units`` says that it ranks the units itself
+    (`Evaluator.rerank`): nothing else is scored in the same run then.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Entry:
     on_request: bool = False
     extra: str | None = None
     wing: str | None = None
+    learns_units: bool = False
 
     def load(self) -> Callable[[SearchConfig], Agent]:
         """The agent's class; imported on first use, since some bring heavy libraries."""
@@ -172,6 +174,16 @@ _SHIPPED = {
             "policy gradient over masks of heads and neurons, as published (Bypass back-propagation)",
             "baselines.bypass_published:BypassPublished",
             on_request=True,
+            wing="language",
+            learns_units=True,
+        ),
+        Entry(
+            "compresso",
+            "L0 masks of heads, neurons and hidden channels, learned with LoRA, as published (Compresso)",
+            "baselines.compresso:Compresso",
+            on_request=True,
+            wing="language",
+            learns_units=True,
         ),
         Entry(
             "bypass",

@@ -58,12 +58,15 @@ class SearchResult:
 
     ``best``: for each task the best-scoring plan of its account within its (highest) budget, as one tuple
     of widths per stage (a single tuple with one stage). ``policy``: the trained policy, where the agent has one.
-    ``memory``: plain values, as JSON has them, that the search of the next round is to know.
+    ``memory``: plain values, as JSON has them, that the search of the next round is to know. ``learning``: what was
+    read beside the evaluations by an agent that trains on the model itself: steps, sequences that went forward and
+    backward through it, tokens of them.
     """
 
     best: tuple[History, ...]
     policy: GroupPolicy | None = None
     memory: Memory = field(default_factory=dict)
+    learning: Mapping[str, int] = field(default_factory=dict)
 
     def widths(self, task: int = 0) -> Ints:
         """Final widths (G,) of a task's best plan."""

@@ -123,6 +123,10 @@ class DataConfig(Section):
         True,
         "Chats and instructions: whether only answers are scored and learned; false counts prompts as well.",
     )
+    prompt: str | None = setting(
+        None,
+        "Text: words before every sequence of the train split; they are read and not learned (as in Compresso).",
+    )
     packing: bool = setting(
         False,
         "Chats and instructions: whether a sequence holds several examples (never in the test split); a later one sees "

@@ -335,6 +335,34 @@ class BypassPublishedConfig(Section):
 
 
 @section
+class CompressoConfig(Section):
+    """Settings of the agent `compresso`; defaults are those of the authors' scripts."""
+
+    prefix: ClassVar[str] = "search.compresso."
+
+    steps: int = setting(
+        416_016, "Steps, each on a minibatch of its own; the authors' 8 epochs of 52,002 examples.", low=1
+    )
+    batch_size: int = setting(1, "Sequences of the train split in a minibatch.", low=1, high=1_000_000)
+    alone: float = setting(
+        0.125, "Share of the steps, the first ones, that train the adapters alone.", low=0, high=0.99
+    )
+    rise: float = setting(
+        0.5, "Share of the steps, after those, in which the target rises to the budget.", low=0, high=1
+    )
+    lr: float = setting(5e-5, "Learning rate of the adapters; it falls to zero in a line.", above=0, high=1)
+    mask_lr: float = setting(0.1, "Learning rate of masks and multipliers.", above=0, high=10)
+    rank: int = setting(8, "Rank of the adapters.", low=1, high=65_536)
+    alpha: float = setting(8.0, "Scale of the adapters is alpha / rank.", above=0)
+    adapters: str = setting(
+        "query_value", "What the adapters are on; see finish.adapters.", choices=("all", "query_value")
+    )
+    drop_rate: float = setting(
+        0.01, "Where the masks of neurons begin: the logit of one minus this.", above=0, high=0.5
+    )
+
+
+@section
 class SearchConfig(Section):
     """The search for the best distribution."""
 
@@ -417,6 +445,7 @@ class SearchConfig(Section):
         BypassPublishedConfig, "Settings of Bypass back-propagation as published."
     )
     bypass: BypassConfig = setting(BypassConfig, "Settings of Bypass back-propagation.")
+    compresso: CompressoConfig = setting(CompressoConfig, "Settings of Compresso.")
 
     def __post_init__(self) -> None:
         if self.budget_range and (len(self.budget_range) != 2 or self.budget_range[0] > self.budget_range[1]):

@@ -79,6 +79,12 @@ class FinishConfig(Section):
         "column factors).",
         choices=("lora", "full", "group", "spp"),
     )
+    adapters: str = setting(
+        "all",
+        "Language models: what `lora`, `group` and `spp` adapt: `all` linear layers of attention and feed-forward, or "
+        "`query_value`, those of queries and values (the one that holds them where they are fused).",
+        choices=("all", "query_value"),
+    )
     steps: int = setting(
         0, "Language models: optimizer steps of the final fine-tune; 0 leaves it out.", low=0
     )

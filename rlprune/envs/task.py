@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import BudgetError, ConfigError, near_miss
+from ..evaluation.builder import Change
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.parallel import ScoresAhead
 from ..pruning.budget import BudgetLike, Limits
@@ -86,9 +87,10 @@ class Judge(Scorer, Protocol):
 
 @runtime_checkable
 class Reranks(Protocol):
-    """A judge whose units an agent may rank anew, before any plan is scored (`Evaluator.rerank`)."""
+    """A judge whose units an agent may rank anew, with weights of its own, before any plan is scored
+    (`Evaluator.rerank`)."""
 
-    def rerank(self, scores: Sequence[Floats]) -> None: ...
+    def rerank(self, scores: Sequence[Floats], change: Change | None = None) -> None: ...
 
 
 @runtime_checkable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,10 +25,18 @@ from ..workloads.base import Workload
 from ..workloads.scoring_format import ScoringFormat
 from .recovery import Recovery
 
+Change = Callable[[nn.Module, Plan], None]
+"""``change(cut model, its plan)``: puts weights in place that an agent has learned together with the units."""
+# Recovery steps that need nothing which was measured on the dense model's own weights.
+_OF_ANY_WEIGHTS = ("none", "bn", "finetune")
+
 
 @dataclass
 class Stage:
-    """A model after some stages of incremental pruning, the matrices that its candidates share, and what is folded."""
+    """A model after some stages of incremental pruning, the matrices that its candidates share, and what is folded.
+
+    ``change`` is made to every model that is cut from it, before the recovery.
+    """
 
     model: nn.Module
     plan: Plan | None
@@ -37,6 +45,7 @@ class Stage:
     recovery: Recovery
     shared: dict[str, Tensor] = field(default_factory=dict)
     foldable: list[Pair] | None = None
+    change: Change | None = None
 
 
 class Builder:
@@ -65,8 +74,17 @@ class Builder:
         self.dense = Stage(workload.model, None, space, scores, recovery)
         self._last: dict[History, Stage] = {}
 
-    def rerank(self, scores: Scores | Sequence[ArrayLike]) -> None:
-        """Rank the units of the dense model anew; ConfigError where its recovery was made for another ranking."""
+    def rerank(self, scores: Scores | Sequence[ArrayLike], change: Change | None = None) -> None:
+        """Rank the units of the dense model anew, and change the weights of what is cut from it.
+
+        Raises ConfigError where its recovery was made for another ranking or for the dense weights.
+        """
+        wrong = [step for step in self.settings.steps if step not in _OF_ANY_WEIGHTS]
+        if change is not None and wrong:
+            raise ConfigError(
+                f"recovery.steps: {wrong[0]!r} is measured on the dense model, and the agent has learned other weights"
+                f"; allowed here: {', '.join(_OF_ANY_WEIGHTS)}"
+            )
         if "reconstruct" in self.settings.steps:
             raise ConfigError(
                 "recovery.steps: 'reconstruct' is prepared for the ranking of prune.importance; leave it out where the "
@@ -74,7 +92,7 @@ class Builder:
             )
         given = [np.asarray(s, dtype=np.float64) for s in scores]
         self._importance_name = None
-        self.dense = dataclasses.replace(self.dense, importance=given)
+        self.dense = dataclasses.replace(self.dense, importance=given, change=change)
 
     def fork(self) -> Builder:
         """One that shares what was measured of the dense model, and no stage after it."""
@@ -125,7 +143,7 @@ class Builder:
                 f"widths {list(history[-1])} do not fit the model; allowed: up to {stage.space.widths}"
             )
         cut = make_plan(stage.space, importance=stage.importance, widths=widths)
-        slim = prune(stage.model, cut) if chosen is None else self._for_scoring(stage, cut, chosen)
+        slim = self._cut(stage, cut, chosen)
         stage.recovery(slim, cut, limit)
         if chosen is not None and chosen.folded:
             if stage.foldable is None:
@@ -135,6 +153,19 @@ class Builder:
             return slim, cut
         kept = tuple(before[now] for before, now in zip(stage.plan.kept, cut.kept, strict=True))
         return slim, Plan(self._space, widths, kept)
+
+    def _cut(self, stage: Stage, cut: Plan, chosen: ScoringFormat | None) -> nn.Module:
+        """The cut model before its recovery; a plan that keeps everything leaves the dense weights."""
+        if stage.change is None or (cut.widths == stage.space.widths).all():
+            return prune(stage.model, cut) if chosen is None else self._for_scoring(stage, cut, chosen)
+        slim = prune(stage.model, cut)
+        stage.change(slim, cut)
+        if chosen is None:
+            return slim
+        if chosen.weights is not None:  # not the buffers: positions are kept in their own format
+            for parameter in slim.parameters():
+                parameter.data = parameter.data.to(chosen.weights)
+        return chosen.put_on(slim)
 
     def _for_scoring(self, stage: Stage, cut: Plan, chosen: ScoringFormat) -> nn.Module:
         """A candidate in a scoring format; where that casts weights, without copies of what is never cut."""

@@ -29,7 +29,7 @@ from ..utils.timing import quiet_clock
 from ..workloads.base import Workload
 from ..workloads.judge import Judgement
 from ..workloads.scoring_format import ScoringFormat
-from .builder import Builder
+from .builder import Builder, Change
 from .candidate import Candidate
 from .checks import ENOUGH, check_whole, equal_scores
 from .format_trial import FormatTrial, kept_trial, trial_key, trial_samples, try_format
@@ -257,17 +257,26 @@ class Evaluator:
         plan = self._builder(as_history(history))[1]
         return dataclasses.replace(plan, origin=dict(origin or {}))
 
-    def rerank(self, scores: Sequence[Floats]) -> None:
+    def rerank(self, scores: Sequence[Floats], change: Change | None = None) -> None:
         """From now on rank units by these G arrays of scores, which an agent has learned; before any plan is scored.
 
+        What other methods have scored, and workers, know another ranking: from now on this process scores all plans.
+
+        Args:
+            change: ``change(cut model, its plan)`` puts weights in place that were learned with the units, in every
+                model that loses any; before the recovery.
+
         Raises:
-            ConfigError: plans have been scored already, or the closed-form recovery is made for another ranking.
+            ConfigError: plans have been scored already, or a step of the recovery is made for another ranking or for
+                the dense weights.
         """
         dense = as_history(self.space.widths)
         if any(history != dense for history in self._memo):
             raise ConfigError("rerank: plans have been scored with another ranking of the units")
-        self._builder.rerank(scores)
+        self._builder.rerank(scores, change)
         self.importance = self._builder.dense.importance
+        self._bank = {key: candidate for key, candidate in self._bank.items() if key[0] == dense}
+        self._ahead = None
 
     def context(
         self, budget: BudgetLike, metric: str | None = None, probe: Callable[[Ints], float] | None = None

@@ -230,6 +230,7 @@ def _head(experiment: Experiment, found: MethodResult | None, seed: int) -> dict
     else:
         head = {"method": found.method, "kind": found.kind, "seed": seed}
         head |= {"evaluations": found.account.spent, "seconds": round(found.seconds, 2)}
+        head |= {"learning": dict(found.learning)} if found.learning else {}
         full = experiment.evaluator.evaluate_full(found.history)
         score, validation, validation_loss = full.score, full.metric, full.loss
         if experiment.evaluator.format_trial is not None:

@@ -13,6 +13,7 @@ import numpy as np
 from ..agents import AGENTS, Round, SearchRequest, StateDir, make_agent
 from ..agents.ppo.agents import PPOAgent
 from ..agents.ppo.policy import PortablePolicy
+from ..config.config import Config
 from ..envs.task import Task
 from ..errors import ConfigError
 from ..evaluation.candidate import Candidate
@@ -35,6 +36,7 @@ class MethodResult:
     seconds: float
     policy: Any = None
     memory: Mapping[str, Any] = field(default_factory=dict)
+    learning: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def best(self) -> Candidate:
@@ -107,6 +109,7 @@ def run_agent(
     settings = experiments[0].config.search
     agent = make_agent(method, settings)
     _check_wing(method, experiments[0])
+    check_learning(method, experiments[0].config)
     limit = evaluations or settings.evaluations
     accounts = [p.account(ledger, method, seed, limit) for p in experiments]
     if policy is None:
@@ -139,7 +142,29 @@ def run_agent(
     own = settings.starts == "none"  # the agent's choice, which need not be its highest score
     history = result.best[0] if own else best_within(experiments[0], accounts[0])
     seconds = time.perf_counter() - started
-    return MethodResult(method, kind, seed, accounts[0], history, seconds, result.policy, result.memory)
+    return MethodResult(
+        method, kind, seed, accounts[0], history, seconds, result.policy, result.memory, result.learning
+    )
+
+
+def check_learning(method: str, config: Config) -> None:
+    """ConfigError where an agent ranks the units itself and something else is to be scored under that ranking."""
+    if method not in AGENTS or not AGENTS[method].learns_units:
+        return
+    search = config.search
+    if search.starts != "none":
+        raise ConfigError(
+            f"search.starts: {method!r} learns which units stay, so that no rule's plan is scored before; allowed: none"
+        )
+    if method == search.agent and search.baselines:
+        raise ConfigError(
+            f"search.baselines: {method!r} learns which units stay, so that no other agent can follow it; allowed: []; "
+            "`rlprune benchmark` compares methods"
+        )
+    if config.rounds.count > 1:
+        raise ConfigError(
+            f"rounds.count: what {method!r} learns holds for the dense model, not for further rounds; allowed: 1"
+        )
 
 
 def _check_wing(method: str, experiment: Experiment) -> None:

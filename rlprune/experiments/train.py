@@ -33,7 +33,7 @@ from ..utils.machine import hardware
 from ..utils.progress import Callback, default_callback, log_to, logger
 from ..workloads.base import Workload
 from .finish import FinalModel, add_latency, choose, finish, save_outcomes
-from .methods import MethodResult, keep_logits, run_agent, score_rule
+from .methods import MethodResult, check_learning, keep_logits, run_agent, score_rule
 from .prepare import Experiment, find_rule, prepare_experiment
 from .result import PruningResult
 from .rounds import in_rounds
@@ -80,6 +80,7 @@ def run(
     for name in _agents(config):  # an unknown name, or a library that is missing, before anything is trained
         if not AGENTS.knows(name) or AGENTS[name].extra is not None:
             make_agent(name, config.search)
+        check_learning(name, config)
     if config.search.tensorboard:
         check_tensorboard()
     with _run_folder(config, out, resume) as folder:

@@ -139,6 +139,12 @@ def _language_workload(
         if causal.longest is not None and length > causal.longest:
             raise ConfigError(f"data.{field}: {length} is longer than the model's {causal.longest} positions")
     (text,) = found
+    prompted = text.splits["train"].prompted_length
+    if causal.longest is not None and prompted > causal.longest:
+        raise ConfigError(
+            f"data.prompt: with it a sequence has {prompted} tokens, more than the model's {causal.longest} positions; "
+            "lower data.sequence_length"
+        )
     if text.largest_id() >= causal.vocabulary:
         raise ArtifactError(
             f"model {name!r}: the tokenizer does not fit: it gives the id {text.largest_id()}, but the model has "
@@ -199,6 +205,7 @@ def _text_request(data: DataConfig) -> TextRequest:
         format=data.format,
         answers_only=data.answers_only,
         packing=data.packing,
+        prompt=data.prompt,
     )
 
 

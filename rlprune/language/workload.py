@@ -111,6 +111,7 @@ class LanguageWorkload(TrainedWorkload):
                 "stride": part.length - part.overlap,
                 "sequences": len(part),
                 "tokens": part.scored,
+                **({"prompt": len(part.prompt)} if part.prompt is not None else {}),
                 **({"scored": part.scores, "examples": dict(part.examples)} if part.examples else {}),
             }
         return {"metric": "perplexity", "seed": self.data.seed, "splits": splits}

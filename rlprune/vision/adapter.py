@@ -78,11 +78,18 @@ class VisionAdapter(ModelAdapter):
     calibration = VisionCalibration
     unread = dict.fromkeys(
         (
-            *("finish.method", "finish.rank", "finish.alpha", "finish.dropout", "finish.dtype"),
+            *(
+                "finish.method",
+                "finish.adapters",
+                "finish.rank",
+                "finish.alpha",
+                "finish.dropout",
+                "finish.dtype",
+            ),
             *("score.top_k", "prune.drop", "prune.hidden", "prune.runtime", "recovery.shrink", "model.dtype"),
             *("recovery.spill", "model.device_map"),
             *("data.files", "data.column", "data.sequence_length", "data.test_length", "data.stride"),
-            *("data.format", "data.answers_only", "data.packing"),
+            *("data.format", "data.answers_only", "data.packing", "data.prompt"),
         ),
         ("only for language models", "{model} is none"),
     ) | {

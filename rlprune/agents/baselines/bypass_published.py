@@ -65,7 +65,7 @@ class BypassPublished:
         evaluator.rerank(scores)
         plan = _chosen(context, task, scores)
         recorder.evaluate(plan)
-        return SearchResult((as_history(plan),))
+        return SearchResult((as_history(plan),), learning=learner.counts())
 
 
 @dataclass
@@ -89,6 +89,7 @@ class _Learner:
         self._seen = 0  # its minibatches
         self._average: float | None = None
         self._step = 0
+        self._forward = self._tokens = 0  # what went through the model
         first = wanda_sp(context.model, context.space, context.statistics())
         self._parts: list[_Part] = []
         for kind in ("attention", "ffn"):
@@ -124,6 +125,8 @@ class _Learner:
             for group, own in zip(part.groups, mask.split(sizes), strict=True):
                 self._masked.mask[group] = own.to(self._masked.mask[group].device)
         model = self._context.model
+        self._forward += len(inputs)
+        self._tokens += inputs.numel()
         return float(workload.loss_of(workload.outputs_for_loss(model, inputs, targets), targets)), masks
 
     def _update(self, drawn: list[tuple[float, list[Tensor]]]) -> None:
@@ -150,15 +153,21 @@ class _Learner:
                 found[group] = own.double().numpy()
         return found
 
+    def counts(self) -> dict[str, int]:
+        """What was read: steps, sequences forward and backward, tokens of them."""
+        return {"steps": self._step, "forward": self._forward, "backward": 0, "tokens": self._tokens}
+
     def _state(self) -> dict[str, Any]:
         keep = [part.keep for part in self._parts]
         counts = {"average": self._average, "step": self._step, "seen": self._seen}
+        counts |= {"forward": self._forward, "tokens": self._tokens}
         return {"keep": keep, "draws": self._draws.get_state(), "epoch": self._epoch, **counts}
 
     def _restore(self, kept: dict[str, Any]) -> None:
         for part, keep in zip(self._parts, kept["keep"], strict=True):
             part.keep = keep
         self._average, self._step, self._seen = kept["average"], kept["step"], kept["seen"]
+        self._forward, self._tokens = kept["forward"], kept["tokens"]
         self._epoch = kept["epoch"]
         self._draws.set_state(kept["draws"])
 

@@ -28,6 +28,7 @@ class TextRequest:
     format: str = "auto"
     answers_only: bool = True
     packing: bool = False
+    prompt: str | None = None
 
     def size(self, split: str) -> int | None:
         return self.sizes[SPLITS.index(split)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +39,8 @@ class TextSplit:
     ``tokens`` (T,) int64; window i is ``tokens[starts[i] : starts[i] + length]`` (the last one may be
     shorter where windows overlap); the first ``overlap`` tokens of every window but the first were scored
     in the window before and are context only. ``source`` names the text. ``answers`` (T,) bool says which tokens
-    are scored, None where all are; ``examples`` what they were made of, for reports.
+    are scored, None where all are; ``examples`` what they were made of, for reports. ``prompt`` (P,) stands before
+    every window, behind a token ``begin`` where the window starts with that; it is context only.
     """
 
     source: str
@@ -49,12 +50,34 @@ class TextSplit:
     overlap: int = 0
     answers: Tensor | None = None
     examples: Mapping[str, Any] = field(default_factory=dict)
+    prompt: Tensor | None = None
+    begin: int | None = None
 
     def __len__(self) -> int:
         return len(self.starts)
 
+    @property
+    def prompted_length(self) -> int:
+        """Tokens in a window with its prompt."""
+        return self.length + (0 if self.prompt is None else len(self.prompt))
+
     def window(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Token ids (B, L) and targets (B, L) of the windows ``start`` to ``stop``, all of one length."""
+        ids, targets = self._window(start, stop)
+        return (ids, targets) if self.prompt is None else self._prompted(self.prompt, ids, targets)
+
+    def _prompted(self, prompt: Tensor, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Windows (B, L) with the prompt (P,) in front, (B, P + L)."""
+        context = torch.full_like(prompt, IGNORED)
+        rows = []
+        for own, wanted in zip(ids, targets, strict=True):
+            at = int(self.begin is not None and int(own[0]) == self.begin)
+            rows.append(
+                (torch.cat([own[:at], prompt, own[at:]]), torch.cat([wanted[:at], context, wanted[at:]]))
+            )
+        return torch.stack([row for row, _ in rows]), torch.stack([row for _, row in rows])
+
+    def _window(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         ids = torch.stack([self.tokens[s : s + self.length] for s in self.starts[start:stop]])
         if self.answers is not None:
             scored = torch.stack([self.answers[s : s + self.length] for s in self.starts[start:stop]])
@@ -79,7 +102,8 @@ class TextSplit:
         if self.answers is not None:
             return sum(int(self.answers[s + 1 : s + self.length].sum()) for s in self.starts)
         seen = [min(s + self.length, len(self.tokens)) - s for s in self.starts]
-        return sum(n - (self.overlap if self.overlap and i else 1) for i, n in enumerate(seen))
+        alone = int(self.prompt is None)
+        return sum(n - (self.overlap if self.overlap and i else alone) for i, n in enumerate(seen))
 
     @property
     def scores(self) -> str:
@@ -97,7 +121,10 @@ class TextData:
 
     def largest_id(self) -> int:
         """The largest token id of all splits."""
-        return max(int(s.tokens.max()) for s in self.splits.values())
+        own = [s.tokens for s in self.splits.values()] + [
+            s.prompt for s in self.splits.values() if s.prompt is not None
+        ]
+        return max(int(tokens.max()) for tokens in own)
 
 
 def split_text(
@@ -123,14 +150,27 @@ def split_text(
             pools[document.source].users.append(split)
     sizes = _sizes(mixtures, pools, request)
     parts = {source: pool.parts(sizes[source], request) for source, pool in pools.items()}
-    return TextData(
-        name,
-        {
-            split: _joined(mixture, [parts[d.source][split] for d in mixture.documents])
-            for split, mixture in mixtures.items()
-        },
-        request.seed,
-    )
+    splits = {
+        split: _joined(mixture, [parts[d.source][split] for d in mixture.documents])
+        for split, mixture in mixtures.items()
+    }
+    if request.prompt is not None:
+        splits["train"] = _with_prompt(splits["train"], request.prompt, encode, tokenizer)
+    return TextData(name, splits, request.seed)
+
+
+def _with_prompt(
+    split: TextSplit,
+    prompt: str,
+    encode: Callable[[str], list[int]],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> TextSplit:
+    """A split whose windows have a prompt in front of them; ConfigError for an empty one."""
+    ids = encode(prompt) if tokenizer is None else tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if not prompt.strip() or not len(ids):
+        raise ConfigError("data.prompt: is empty; give some words, or leave it out")
+    begin = None if tokenizer is None else tokenizer.bos_token_id
+    return replace(split, prompt=torch.tensor(ids, dtype=torch.int64), begin=begin)
 
 
 @dataclass

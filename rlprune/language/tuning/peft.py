@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from ...config.training import FinishConfig
 from ...errors import ConfigError, GraphError
 from ...utils.torch_internals import parameter_slots
+from ..families import blocks_of
 
 GROUP_COLUMNS = 64
 """Columns of a weight that share a scale in `group` (the usual group size of group-wise quantisation is 128;
@@ -37,12 +38,13 @@ class Attached:
 
 
 @contextlib.contextmanager
-def attached(model: nn.Module, settings: FinishConfig) -> Iterator[Attached]:
+def attached(model: nn.Module, settings: FinishConfig, merge: bool = True) -> Iterator[Attached]:
     """Make ``model`` trainable as ``settings.method`` says; what was learned is merged into its weights at the end.
 
-    Draws its initial values from torch's global generator. The merge is done in float32; which parameters
-    want gradients is put back as it was. When the block raises, the adapters are taken off without being
-    merged. A block that had to copy the model (FSDP) puts the copy into the `Attached` it is given.
+    Without ``merge`` the model is at the end what it was. Draws its initial values from torch's global generator. The
+    merge is done in float32; which parameters want gradients is put back as it was. When the block raises, the adapters
+    are taken off without being merged. A block that had to copy the model (FSDP) puts the copy into the `Attached` that
+    it is given.
 
     Raises:
         ConfigError: `lora` without peft.
@@ -58,7 +60,7 @@ def attached(model: nn.Module, settings: FinishConfig) -> Iterator[Attached]:
         take_off(model, False)
         _restore_gradients(model, wanted)
         raise
-    take_off(handle.model, True)
+    take_off(handle.model, merge)
     _restore_gradients(handle.model, wanted)
     if {name: type(m) for name, m in handle.model.named_modules()} != kinds:
         raise AssertionError("the merged model does not have the modules it had before")
@@ -68,7 +70,7 @@ def _put_on(model: nn.Module, settings: FinishConfig) -> TakeOff:
     if settings.method == "full":
         _want_gradients(model, {name for name, p in model.named_parameters() if p.numel()})
         return lambda model, merge: None
-    names = target_layers(model)
+    names = target_layers(model, settings.adapters)
     if not names:
         raise GraphError("finish: no linear layer inside the model's blocks is left to adapt")
     return (_lora if settings.method == "lora" else _factors)(model, names, settings)
@@ -80,12 +82,15 @@ def _restore_gradients(model: nn.Module, wanted: dict[str, bool]) -> None:
         parameter.requires_grad_(wanted[name])
 
 
-def target_layers(model: nn.Module) -> list[str]:
+def target_layers(model: nn.Module, which: str = "all") -> list[str]:
     """Names of the linear layers (transformers' Conv1D too) inside the model's blocks; dropped parts have none.
 
     Those are all that stand in a list of modules: the attention's and the feed-forward's, fused or not,
-    and neither embeddings nor the head.
+    and neither embeddings nor the head. ``which``: as ``finish.adapters``.
     """
+    if which == "query_value":
+        wanted = {name for block in blocks_of(model) for name in block.qkv if name not in block.qkv[1:2]}
+        return [name for name in target_layers(model) if name in wanted]
     lists = [name + "." for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     return [
         name
@@ -98,6 +103,35 @@ def target_layers(model: nn.Module) -> list[str]:
 def stored_inputs_first(module: nn.Module) -> bool:
     """Whether a layer is transformers' Conv1D, whose weight is stored (in, out)."""
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What LoRA adds to a layer's weight: ``b @ a``, (out, in), or its transpose where inputs are stored first."""
+
+    layer: str
+    a: Tensor
+    b: Tensor
+    transposed: bool
+
+    def delta(self) -> Tensor:
+        """The difference of the weight, as the weight is stored."""
+        product = self.b @ self.a
+        return product.T if self.transposed else product
+
+
+def low_rank(model: nn.Module) -> list[LowRank]:
+    """What the adapters of `attached` (method `lora`) have learned so far, a copy on the CPU in float32."""
+    found = []
+    for name, layer in model.named_modules():
+        factors: Any = getattr(layer, "lora_A", None)
+        if not isinstance(factors, nn.ModuleDict) or _ADAPTER not in factors:
+            continue
+        own: Any = layer
+        a, b = (part[_ADAPTER].weight.detach().float().cpu().clone() for part in (own.lora_A, own.lora_B))
+        stored = stored_inputs_first(own.get_base_layer())
+        found.append(LowRank(name, a, b * float(own.scaling[_ADAPTER]), stored))
+    return found
 
 
 def _want_gradients(model: nn.Module, names: set[str]) -> None:

@@ -328,7 +328,7 @@ def _key(model: nn.Module, work: Work) -> str:
     shapes = {n: list(p.shape) for n, p in model.named_parameters()}
     s = work.settings
     facts: list[object] = [s.rank, s.alpha, s.dropout, s.batch_size, s.weight_decay, s.distill, s.temperature]
-    facts += [s.schedule, s.warmup, s.soft]
+    facts += [s.schedule, s.warmup, s.soft, s.adapters]
     return settings_key([shapes, work.method, work.steps, work.lr, work.seed, work.before, work.whole, facts])
 
 
