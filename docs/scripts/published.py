@@ -82,7 +82,13 @@ SMALL = {
 }
 """What makes a run of each config small."""
 NOT_BUILT = {
-    "SliceGPT": "arXiv 2401.15024: nothing of it; a rotated model is another parametrisation.",
+    "SliceGPT": (
+        "arXiv 2401.15024: not built. A plan keeps units; SliceGPT keeps directions: the hidden states are turned "
+        "by principal components, folded into the weights once the RMS norms' weights are, and the last ones are "
+        "cut. A rotation of its own for each block, as published, needs a matrix in every shortcut, which no "
+        "runtime here reads. One rotation for all blocks needs none, but is another method; plan, files and "
+        "exactness proof would have to carry the rotation."
+    ),
 }
 
 
@@ -124,9 +130,11 @@ def last_line(results: dict[str, Any]) -> str:
         f", {agent['test_finetuned']:.4g} after training" if agent["test_finetuned"] != agent["test"] else ""
     )
     done = f"{agent['rounds']} rounds of cut and training" if "rounds" in agent else "the cut"
+    learned = agent.get("learning")
+    read = f" and {learned['steps']} steps on {learned['tokens']:,} tokens" if learned else ""
     return (
         f"{about['model']} on {about['data']}, {left:.1%} of the {results['budget']['metric']} left, "
-        f"{agent['evaluations']} evaluation(s): {about['metric']} {dense['test']:.4g} of the dense model, "
+        f"{agent['evaluations']} evaluation(s){read}: {about['metric']} {dense['test']:.4g} of the dense model, "
         f"{agent['test']:.4g} after {done}{tuned}."
     )
 

@@ -108,7 +108,7 @@ def run_agent(
     started = time.perf_counter()
     settings = experiments[0].config.search
     agent = make_agent(method, settings)
-    _check_wing(method, experiments[0])
+    check_wing(method, experiments[0].space.wing)
     check_learning(method, experiments[0].config)
     limit = evaluations or settings.evaluations
     accounts = [p.account(ledger, method, seed, limit) for p in experiments]
@@ -167,11 +167,11 @@ def check_learning(method: str, config: Config) -> None:
         )
 
 
-def _check_wing(method: str, experiment: Experiment) -> None:
-    """ConfigError where an agent is not for models of this wing."""
-    wing, space = AGENTS[method].wing, experiment.space
-    if wing not in (None, space.wing):
-        allowed = ", ".join(n for n, a in AGENTS.items() if a.wing in (None, space.wing) and not a.on_request)
+def check_wing(method: str, of_model: str) -> None:
+    """ConfigError where an agent is not for models of a wing."""
+    wing = AGENTS[method].wing
+    if wing not in (None, of_model):
+        allowed = ", ".join(n for n, a in AGENTS.items() if a.wing in (None, of_model) and not a.on_request)
         raise ConfigError(
             f"search.agent: {method!r} is for {adapter_named(wing).models} only; allowed here: {allowed}"
         )

@@ -32,8 +32,9 @@ from ..utils.files import lock_run, write_json_atomic, write_text_atomic
 from ..utils.machine import hardware
 from ..utils.progress import Callback, default_callback, log_to, logger
 from ..workloads.base import Workload
+from .build import expected_adapter
 from .finish import FinalModel, add_latency, choose, finish, save_outcomes
-from .methods import MethodResult, check_learning, keep_logits, run_agent, score_rule
+from .methods import MethodResult, check_learning, check_wing, keep_logits, run_agent, score_rule
 from .prepare import Experiment, find_rule, prepare_experiment
 from .result import PruningResult
 from .rounds import in_rounds
@@ -77,10 +78,13 @@ def run(
     """
     trackers = [TrackingCallback(make_tracker(name)) for name in config.search.trackers]
     callback = Together([callback, *trackers]) if trackers else callback
-    for name in _agents(config):  # an unknown name, or a library that is missing, before anything is trained
+    adapter = expected_adapter(config)
+    for name in _agents(config):  # what is wrong with an agent, before anything is trained
         if not AGENTS.knows(name) or AGENTS[name].extra is not None:
             make_agent(name, config.search)
         check_learning(name, config)
+        if adapter is not None:
+            check_wing(name, adapter.wing)
     if config.search.tensorboard:
         check_tensorboard()
     with _run_folder(config, out, resume) as folder:

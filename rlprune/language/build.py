@@ -135,16 +135,8 @@ def _language_workload(
     )
     if source and not folder:
         put_weights(causal.model, load_checkpoint(source, settings.checkpoint_key), f"checkpoint {source!r}")
-    for field, length in (("sequence_length", request.length), ("test_length", request.test_length or 0)):
-        if causal.longest is not None and length > causal.longest:
-            raise ConfigError(f"data.{field}: {length} is longer than the model's {causal.longest} positions")
     (text,) = found
-    prompted = text.splits["train"].prompted_length
-    if causal.longest is not None and prompted > causal.longest:
-        raise ConfigError(
-            f"data.prompt: with it a sequence has {prompted} tokens, more than the model's {causal.longest} positions; "
-            "lower data.sequence_length"
-        )
+    _check_lengths(causal.longest, request, text.splits["train"].prompted_length)
     if text.largest_id() >= causal.vocabulary:
         raise ArtifactError(
             f"model {name!r}: the tokenizer does not fit: it gives the id {text.largest_id()}, but the model has "
@@ -166,6 +158,20 @@ def _language_workload(
         _follow(workload, causal.pruned, TraceOptions.of(config.prune))
     run_forward(workload, name)
     return workload
+
+
+def _check_lengths(longest: int | None, request: TextRequest, prompted: int) -> None:
+    """ConfigError where a sequence, one of the train split with its prompt too, has more tokens than positions."""
+    if longest is None:
+        return
+    for field, length in (("sequence_length", request.length), ("test_length", request.test_length or 0)):
+        if length > longest:
+            raise ConfigError(f"data.{field}: {length} is longer than the model's {longest} positions")
+    if prompted > longest:
+        raise ConfigError(
+            f"data.prompt: with it a sequence has {prompted} tokens, more than the model's {longest} positions; lower "
+            "data.sequence_length"
+        )
 
 
 def _follow(workload: LanguageWorkload, document: PlanDocument, options: TraceOptions) -> None:

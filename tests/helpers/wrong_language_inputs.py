@@ -118,6 +118,25 @@ LANGUAGE_CASES: dict[str, Wrong] = {
         "data.packing: is for conversations and instructions, and 'help_texts' gives running text; leave it out",
         dense,
     ),
+    "a prompt beyond the positions": Wrong(
+        TRAIN.replace("--out", f"--set data.prompt='{'so ' * 200}' --out"),
+        "data.prompt: with it a sequence has 416 tokens, more than the model's 64 positions; lower "
+        "data.sequence_length",
+        dense,
+    ),
+    "a prompt of images": Wrong(
+        "train digits --set data.prompt=hello --out new",
+        "data.prompt: only for language models, so it is not used; 'cifar_resnet20' is none",
+    ),
+    "adapters of a full fine-tune": Wrong(
+        "train tiny_llama --set finish.steps=1 finish.method=full finish.adapters=query_value --out new",
+        "finish.adapters: finish.method is full, so it is not used; give another finish.method",
+    ),
+    "learned units beside rules": Wrong(
+        TRAIN.replace("--out", "--set search.agent=compresso --out"),
+        "search.starts: 'compresso' learns which units stay, so that no rule's plan is scored before; allowed: none",
+        dense,
+    ),
     "answers of images": Wrong(
         "train digits --set data.answers_only=false --out new",
         "data.answers_only: only for language models, so it is not used; 'cifar_resnet20' is none",

@@ -22,6 +22,7 @@ TINY = {
 }  # fmt: skip
 QUICK = {
     "flap_al_mm": (),
+    "compresso": ("search.compresso.steps=12", "finish.steps=2", "data.prompt=Be small."),
     "rl_pruner": (
         "rounds.count=2", "rounds.epochs=1", "search.rl_pruner_published.batches=1",
         "search.rl_pruner_published.samples=3", "search.evaluations=6",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -111,6 +112,35 @@ class TestSplits:
 
     def test_help_texts_are_plenty(self):
         assert len(help_texts()) > 200_000 and help_texts() == help_texts()
+
+
+class TestPrompt:
+    """`data.prompt`: before every sequence of the train split, read and not learned."""
+
+    def test_stands_before_the_train_sequences_alone(self):
+        plain = load_text("help_texts", TextRequest(length=16, sizes=(5, 5, 5, 5)), numbers)
+        asked = TextRequest(length=16, sizes=(5, 5, 5, 5), prompt="be brief ")
+        data = load_text("help_texts", asked, numbers)
+        for split in ("calibration", "validation", "test"):
+            assert data.splits[split].window(0, 5)[0].equal(plain.splits[split].window(0, 5)[0])
+        (ids, targets), (own, _) = (d.splits["train"].window(1, 3) for d in (data, plain))
+        assert ids[:, :9].tolist() == [numbers("be brief ")] * 2 and ids[:, 9:].equal(own)
+        assert (targets[:, :9] == -100).all() and targets[:, 9:].equal(own)
+        assert data.splits["train"].prompted_length == 25
+        # The first token of a sequence has a context now.
+        assert (data.splits["train"].scored, plain.splits["train"].scored) == (5 * 16, 5 * 15)
+
+    def test_a_beginning_of_a_sequence_stays_in_front(self):
+        split = load_text("help_texts", TextRequest(length=8, sizes=(4, 4, 4, 4), prompt="ab"), numbers)
+        train = split.splits["train"]
+        first = int(train.window(0, 1)[0][0, 2])
+        begun = replace(train, begin=first)
+        assert begun.window(0, 1)[0][0, :3].tolist() == [first, *numbers("ab")]
+        assert begun.window(0, 1)[1][0, :3].tolist() == [first, -100, -100]
+
+    def test_an_empty_one_is_refused(self):
+        with pytest.raises(ConfigError, match=r"data\.prompt: is empty; give some words"):
+            load_text("help_texts", TextRequest(length=8, sizes=(4, 4, 4, 4), prompt="  "), numbers)
 
 
 class TestTextErrors:

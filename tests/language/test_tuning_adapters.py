@@ -55,6 +55,19 @@ def test_the_layers_that_are_adapted() -> None:
     assert not [n for n in target_layers(tiny_lm("opt-project")) if "project" in n]
 
 
+def test_queries_and_values_alone() -> None:
+    model, before = tiny_lm("llama"), dict(tiny_lm("llama").state_dict())
+    with attached(model, replace(QUICK, method="lora", adapters="query_value")):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_()
+    changed = {n.split(".")[-2] for n, p in model.state_dict().items() if not torch.equal(p, before[n])}
+    assert changed == {"q_proj", "v_proj"}
+    # Where they are fused with the keys, the layer that holds them.
+    for family, layer in {"gpt2": "c_attn", "phi3": "qkv_proj"}.items():
+        assert {n.split(".")[-1] for n in target_layers(tiny_lm(family), "query_value")} == {layer}
+
+
 def test_dropped_layers_are_left_out() -> None:
     dense = tiny_lm("llama-mha-tied")
     space = rlprune.trace(dense, tokens(), drop=True, verify=False)

@@ -123,7 +123,8 @@ class NormScales:
         with torch.no_grad():
             for name, offset in self._offsets.items():
                 weight = slim.get_parameter(name)
-                weight.copy_((weight.float() + offset) * factor - offset)
+                wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+                weight.copy_((wide + offset) * factor - offset)
 
 
 def hidden_axes(space: PruningSpace, group: int) -> set[int]:
