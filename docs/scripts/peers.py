@@ -95,6 +95,8 @@ def section(name: str, results: Mapping[str, Any]) -> str:
         f"```sh\nrlprune {shlex.join(command)}\n```",
         markdown_table(*table(view)),
     ]
+    if same := start_kept(view):
+        parts.append(same)
     if (rows := duels(view)[1]) and study.seeds > 1:
         parts += ["Paired by seed, mean [95% interval] (seeds on which it is lower):", ""]
         parts += [markdown_table(duels(view)[0], rows)]
@@ -130,6 +132,20 @@ def table(view: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         losses = [f"{mean(dense, f):.4f}" for f in ("test_loss", "test_loss_finetuned", "test_finetuned")]
         rows.insert(0, ["dense", "–", "0", "100.0%", *losses, "–"])
     return header, rows
+
+
+def start_kept(view: Mapping[str, Any]) -> str:
+    """On how many seeds the row of FastNAS is not FastNAS's own plan but its one start; empty for none."""
+    widths = {(row["method"], row["seed"]): row["widths"] for row in view["rows"]}
+    seeds = [seed for method, seed in widths if method == "fastnas" and ("uniform", seed) in widths]
+    kept = sum(widths["fastnas", seed] == widths["uniform", seed] for seed in seeds)
+    if not kept:
+        return ""
+    return (
+        f"**On {kept} of {len(seeds)} seeds the row of `fastnas` is the plan of `uniform`**: a search begins with it, "
+        "validation preferred it to what FastNAS itself found, and no row shows that plan. There the row says nothing of "
+        "FastNAS's own plan after the fine-tune."
+    )
 
 
 def mean(rows: Sequence[Mapping[str, Any]], field: str) -> float:

@@ -1,4 +1,4 @@
-"""docs/scripts/finish_start.py and reward_after_training.py: what their pages say of given measurements."""
+"""docs/scripts/finish_start.py, reward_after_training.py and peers.py: what their pages say of given measurements."""
 
 from __future__ import annotations
 
@@ -110,3 +110,21 @@ def test_the_committed_page_is_that_of_the_committed_measurements(name: str) -> 
         return [line for line in text.splitlines() if line.startswith(("|", "-"))]
 
     assert figures(load_script(name).page(cells)) == figures(page.read_text(encoding="utf-8"))
+
+
+def test_the_page_of_peers_says_where_fastnas_kept_its_start() -> None:
+    script = load_script("peers")
+
+    def row(method: str, seed: int, widths: list[int]) -> dict[str, Any]:
+        return {"method": method, "seed": seed, "widths": widths}
+
+    rows = [
+        row("uniform", 0, [4, 4]),
+        row("uniform", 1, [4, 4]),
+        row("fastnas", 0, [4, 4]),
+        row("fastnas", 1, [3, 5]),
+    ]
+    assert script.start_kept({"rows": rows}).startswith(
+        "**On 1 of 2 seeds the row of `fastnas` is the plan of `uniform`"
+    )
+    assert script.start_kept({"rows": [rows[0], row("fastnas", 0, [3, 5])]}) == ""
