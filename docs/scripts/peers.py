@@ -143,8 +143,8 @@ def start_kept(view: Mapping[str, Any]) -> str:
         return ""
     return (
         f"**On {kept} of {len(seeds)} seeds the row of `fastnas` is the plan of `uniform`**: a search begins with it, "
-        "validation preferred it to what FastNAS itself found, and no row shows that plan. There the row says nothing of "
-        "FastNAS's own plan after the fine-tune."
+        "validation preferred it to what FastNAS itself found, and no row shows that plan. There the row says nothing "
+        "of FastNAS's own plan after the fine-tune."
     )
 
 

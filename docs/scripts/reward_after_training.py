@@ -307,11 +307,11 @@ half after the final fine-tune, for random plans.
 What follows: the closed form stays in the reward of the shipped configs. At equal seconds its plans are clearly better
 before the fine-tune, because it scores about six times as many. After it neither is clearly better by the test loss,
 the plans of the other reward have the lower mean in three cases of four, and at 30% after 30 epochs the higher
-accuracy, clear of zero. The rank correlations with the loss after six epochs are alike, and low: the final losses themselves hardly
-agree between two halves of validation.
+accuracy, clear of zero. The rank correlations with the loss after six epochs are alike, and low: the final losses
+themselves hardly agree between two halves of validation.
 
-With the first dense model the pilot ran on the same evaluator, which may have saved the search after gradient steps some
-seconds. Five seeds and several comparisons: one interval clear of zero is a hint, not a finding.
+With the first dense model the pilot ran on the same evaluator, which may have saved the search after gradient steps
+some seconds. Five seeds and several comparisons: one interval clear of zero is a hint, not a finding.
 
 {parts}
 {missing}"""
