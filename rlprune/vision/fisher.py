@@ -2,7 +2,8 @@
 
 Near the dense model an error e in what a layer reads costs ``KL = E[(sum_p g_p' e_p)^2] / 2`` nats an image, where p
 runs over the places of the map and g is the gradient of log p(y) with respect to the layer's input through this layer
-alone, under labels y that the model itself draws (the Fisher information; Martens 2020, arXiv 1412.1193). That is the
+alone, under labels y that the model itself draws (the Fisher information; Martens 2020, arXiv 1412.1193; in its place
+stands a root of the softmax's Hessian times random signs, which has the same second moments). That is the
 Fisher information F of the layer's outputs, seen from its inputs: ``W' F W`` of a linear layer, and for a convolution
 what its kernel makes of it. With errors and gradients of different places taken as independent, and of each other too
 (Grosse and Martens 2016, arXiv 1602.01407, for convolutions; K-FAC, arXiv 1503.05671), the cost is
@@ -102,8 +103,8 @@ def gradient_moments(
 ) -> tuple[dict[str, Moments], int]:
     """Moments of the gradients at what each consumer reads, by name, and how many samples they are sums over.
 
-    A forward and a backward pass over ``batches``; labels are drawn from the model's own outputs by ``seed`` (tasks
-    that cannot draw any take the targets, see `Workload.drawn_loss`). No gradient reaches the parameters.
+    A forward and a backward pass over ``batches``, with random directions at the outputs, drawn by ``seed`` (tasks that
+    know none take the targets, see `Workload.drawn_loss`). No gradient reaches the parameters.
 
     Args:
         mended: names of the layers that have a Gram matrix.

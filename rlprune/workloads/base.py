@@ -269,9 +269,9 @@ class Workload(abc.ABC):
     def drawn_loss(
         self, model: nn.Module, inputs: Inputs, targets: Targets, generator: torch.Generator
     ) -> Tensor:
-        """The loss, summed over a batch, under answers that the model itself draws; a scalar tensor.
+        """A scalar tensor whose gradient tells what small changes of a batch's outputs cost (`TaskType.drawn_loss`).
 
-        Where the task draws none (`TaskType.drawn_loss`), the targets stand in.
+        Where the task knows none, the loss of the batch's targets, in sum.
         """
         task = self.task_type
         drawn = None

@@ -133,10 +133,11 @@ class TaskType:
         raise DataError(f"task {self.name!r}: has no distillation loss")
 
     def drawn_loss(self, read: Read, generator: torch.Generator) -> Tensor | None:
-        """Minus the log-likelihood of answers that are drawn from the outputs, summed over the samples.
+        """A number whose gradient at a sample's outputs is random, with the Hessian of `divergence` as second moment.
 
-        Its gradient at a sample's outputs has the Hessian of `divergence` as its second moment, which tells what small
-        changes cost without a target (the Fisher information). None where the task draws none.
+        That is the Fisher information of the outputs: it tells what small changes cost, without a target. The gradient
+        of minus the log-likelihood of an answer that is drawn from the outputs would do; a root of the Hessian times
+        random signs varies far less where the model is sure of its answers. None where the task knows none.
 
         Args:
             generator: on the CPU, so that every device draws the same.
@@ -193,10 +194,19 @@ def softmax_divergence(dense_log: Tensor, logits: Tensor, axis: int = -1) -> Ten
     return each.flatten(1).mean(dim=1) if each.ndim > 1 else each
 
 
-def drawn_classes(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One class for each row of logits (N, C), drawn by its probabilities."""
-    chances = logits.detach().float().softmax(dim=-1).cpu()
-    return torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
+def softmax_noise(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Random directions (N, C) whose second moments are the Hessians of KL divergences from rows of logits (N, C).
+
+    ``H = diag(p) - p p' = L L'`` with ``L = diag(sqrt p) - p sqrt(p)'``, and L times random signs has it.
+    """
+    root = logits.detach().float().softmax(dim=-1).sqrt()
+    signed = root * random_signs(logits, generator)
+    return signed - root.square() * signed.sum(dim=-1, keepdim=True)
+
+
+def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """1 or -1 for each number of a tensor, drawn on the CPU."""
+    return (torch.randint(2, like.shape, generator=generator) * 2 - 1).to(like.device, torch.float32)
 
 
 def bernoulli_divergence(dense: Tensor, logits: Tensor) -> Tensor:

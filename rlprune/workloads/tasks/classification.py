@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...recovery.finetune import softmax_distillation
 from ..metrics import Read, Targets
-from .base import Scale, TaskType, drawn_classes, is_labels, shape_of, softmax_divergence, task_type
+from .base import Scale, TaskType, is_labels, shape_of, softmax_divergence, softmax_noise, task_type
 
 
 @task_type("one class a sample: logits (N, classes), targets (N,)", name="classification")
@@ -77,7 +77,7 @@ class Classification(TaskType):
     def drawn_loss(self, read: Read, generator: torch.Generator) -> Tensor | None:
         if read.ndim != 2:
             return None
-        return F.cross_entropy(read.float(), drawn_classes(read, generator), reduction="sum")
+        return (read.float() * softmax_noise(read, generator)).sum()
 
     def rows(self, read: Read) -> Tensor | None:
         return read.float().cpu() if read.ndim == 2 else None

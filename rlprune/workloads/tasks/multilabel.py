@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..metrics import Read, Targets
-from .base import Scale, TaskType, bernoulli_divergence, shape_of, task_type
+from .base import Scale, TaskType, bernoulli_divergence, random_signs, shape_of, task_type
 
 
 @task_type("yes/no labels: logits (N, labels), targets of the same shape", name="multilabel")
@@ -65,6 +65,6 @@ class Multilabel(TaskType):
 
     def drawn_loss(self, read: Read, generator: torch.Generator) -> Tensor | None:
         logits = read.float()
-        drawn = torch.bernoulli(logits.detach().sigmoid().cpu(), generator=generator).to(logits.device)
-        labels = logits[0].numel()  # the divergence is a mean over them
-        return F.binary_cross_entropy_with_logits(logits, drawn, reduction="sum") / labels**0.5
+        p = logits.detach().sigmoid()
+        noise = (p * (1 - p)).sqrt() * random_signs(logits, generator)
+        return (logits * noise).sum() / logits[0].numel() ** 0.5  # the divergence is a mean over the labels

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...recovery.finetune import softmax_distillation
 from ..metrics import Meter, Read, Targets
-from .base import Scale, TaskType, drawn_classes, is_labels, shape_of, softmax_divergence, task_type
+from .base import Scale, TaskType, is_labels, shape_of, softmax_divergence, softmax_noise, task_type
 
 IGNORED = (255, -100)
 """Targets that are not judged."""
@@ -94,8 +94,8 @@ class Segmentation(TaskType):
     def drawn_loss(self, read: Read, generator: torch.Generator) -> Tensor | None:
         places = read.movedim(self.axis, -1).flatten(1, -2).float()
         rows = places.flatten(0, 1)
-        # The divergence is a mean over the places, and they are drawn one by one.
-        return F.cross_entropy(rows, drawn_classes(rows, generator), reduction="sum") / places.shape[1] ** 0.5
+        # The divergence is a mean over the places, and each of them is drawn by itself.
+        return (rows * softmax_noise(rows, generator)).sum() / places.shape[1] ** 0.5
 
     def rows(self, read: Read) -> Tensor | None:
         places = read.movedim(self.axis, -1).flatten(1, -2)
