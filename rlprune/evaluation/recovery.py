@@ -8,19 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
 from torch import nn
 
 from ..config.training import RecoveryConfig
 from ..importance.calibration_cache import CalibrationCache
-from ..importance.unit_scores import Batches
 from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
+from ..recovery.batch_norm import recalibrate
 from ..recovery.steps import RecoveryContext, further_steps, prepared
-from ..utils.modes import evaluating
-from ..utils.pytrees import call
-from ..utils.torch_internals import BATCH_NORM
 from ..workloads.base import Workload
 
 
@@ -82,25 +78,3 @@ class Recovery:
     def nbytes(self) -> int:
         """Bytes that the closed form holds between candidates, where it says so."""
         return getattr(self._closed_form, "nbytes", 0)
-
-
-def recalibrate(model: nn.Module, batches: Batches) -> None:
-    """Recompute all batch-norm statistics as the average over ``batches``, in place (EagleEye, arXiv 2007.02491).
-
-    Everything but the batch norms stays in eval mode; modes and momenta are restored.
-    """
-    norms = [m for m in model.modules() if isinstance(m, BATCH_NORM) and m.track_running_stats]
-    if not norms:
-        return
-    momenta = [norm.momentum for norm in norms]
-    with torch.no_grad(), evaluating(model):
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.train()
-        for number, (inputs, _) in enumerate(batches, start=1):
-            for norm in norms:
-                # The plain average over all batches. torch's own (None) reads a counter from the device in every layer.
-                norm.momentum = 1.0 / number
-            call(model, inputs)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum

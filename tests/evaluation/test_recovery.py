@@ -15,9 +15,10 @@ from helpers.workloads import Images
 from rlprune.config.training import RecoveryConfig
 from rlprune.errors import ConfigError
 from rlprune.evaluation.importance import compute
-from rlprune.evaluation.recovery import Recovery, recalibrate
+from rlprune.evaluation.recovery import Recovery
 from rlprune.importance import importance
 from rlprune.pruning.plan import Plan
+from rlprune.recovery.batch_norm import recalibrate
 from rlprune.recovery.reconstruct import Reconstruction
 
 torch.manual_seed(0)

@@ -11,9 +11,9 @@ import torch
 from helpers.small import SMALL_DIGITS
 from rlprune.cli.main import main
 from rlprune.config import load_config
-from rlprune.evaluation.recovery import recalibrate
 from rlprune.experiments import prepare_experiment, tuning_start
 from rlprune.pruning.surgery import prune
+from rlprune.recovery.batch_norm import recalibrate
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 from helpers.tasks import Data, Head, Made, Trunk, TwoInputs, boxes
-from rlprune.evaluation.recovery import recalibrate
+from rlprune.recovery.batch_norm import recalibrate
 from rlprune.recovery.finetune import Schedule, fit
 
 
