@@ -20,6 +20,12 @@ class RecoveryConfig(Section):
     steps: tuple[str, ...] = setting(
         ("reconstruct", "bn"), "Steps, always run in this order.", choices=RECOVERY_STEPS
     )
+    statistics: str = setting(
+        "corrected",
+        "Step `bn`: `corrected`, the dense model's statistics changed by what the cut changes on the calibration data, "
+        "or `measured`, those of the calibration data alone.",
+        choices=("corrected", "measured"),
+    )
     ridge: float = setting(1e-3, "Relative ridge penalty of the closed-form reconstruction.", above=0)
     shrink: float = setting(
         0.0,

@@ -15,7 +15,7 @@ from ..config.training import RecoveryConfig
 from ..importance.calibration_cache import CalibrationCache
 from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
-from ..recovery.batch_norm import recalibrate
+from ..recovery.batch_norm import correct, measured_statistics, recalibrate
 from ..recovery.steps import RecoveryContext, further_steps, prepared
 from ..workloads.base import Workload
 
@@ -65,9 +65,20 @@ class Recovery:
                 closed_form(slim, plan)  # both in one
                 closed_form = None
             elif step == "bn":
-                recalibrate(slim, self._calibration.batches(samples))
+                self._statistics(slim, plan, samples)
             elif step == "finetune":
                 self._gradient_steps(slim)
+
+    def _statistics(self, slim: nn.Module, plan: Plan, samples: int | None) -> None:
+        calibration = self._calibration
+        if self._settings.statistics == "measured":
+            recalibrate(slim, calibration.batches(samples))
+            return
+        dense = calibration.cached(
+            f"batch norm, {samples} samples",
+            lambda: measured_statistics(calibration.model, calibration.batches(samples)),
+        )
+        correct(slim, plan, calibration.batches(samples), dense)
 
     @property
     def changes_all(self) -> bool:

@@ -195,6 +195,8 @@ RULES = (
     Rule(("recovery.finetune_lr", "recovery.distill"),
          lambda run: "finetune" in run.config.recovery.steps or run.command == "fidelity",
          "recovery.steps is without finetune", "add it, and recovery.finetune_steps", ("recovery.steps",)),
+    Rule(("recovery.statistics",), lambda run: "bn" in run.config.recovery.steps or run.command == "fidelity",
+         "recovery.steps is without bn", "add it", ("recovery.steps",)),
     Rule(("recovery.ridge",),
          lambda run: "reconstruct" in run.config.recovery.steps or run.command == "fidelity" or run.foreign_recovery
          or run.config.prune.importance in ("obs", "obs_fisher"),

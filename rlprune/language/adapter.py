@@ -98,7 +98,10 @@ class LanguageAdapter(ModelAdapter):
     unread = {
         "finish.epochs": ("{model} is a language model", "give finish.steps"),
         "rounds.epochs": ("{model} is a language model", "give rounds.steps"),
-        "finish.start": ("{model} is a language model, which has no batch-norm statistics", "leave it out"),
+        **dict.fromkeys(
+            ("finish.start", "recovery.statistics"),
+            ("{model} is a language model, which has no batch-norm statistics", "leave it out"),
+        ),
         **dict.fromkeys(
             ("finish.momentum", "model.train.momentum"),
             ("{model} is a language model, trained by AdamW", "only SGD has a momentum"),

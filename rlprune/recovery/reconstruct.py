@@ -33,11 +33,27 @@ class Gram:
     """Second moments of a layer's input channels over the calibration data.
 
     ``product`` (groups, I, I) is the mean of x x', ``mean`` (groups, I) the mean of x, with I the input
-    channels of one convolution group.
+    channels of one convolution group. ``noise`` (groups,) is the share of the squared covariances of different
+    channels that is expected of chance alone, from how two halves of the data differ.
     """
 
     product: Tensor
     mean: Tensor
+    noise: Tensor
+
+    def shrunk(self) -> Tensor:
+        """``product`` with the covariances of different channels reduced by their ``noise``, (groups, I, I).
+
+        The covariance nearest to the true one on the line to its diagonal (Ledoit and Wolf 2004, A well-conditioned
+        estimator for large-dimensional covariance matrices). A linear layer may have more inputs than there are
+        samples: then few of them seem to tell all others, and only on these samples.
+        """
+        centre = self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
+        covariance = self.product - centre
+        own = covariance.diagonal(dim1=1, dim2=2).clone()
+        covariance = covariance * (1.0 - self.noise)[:, None, None]
+        covariance.diagonal(dim1=1, dim2=2).copy_(own)
+        return centre + covariance
 
 
 class Reconstruction:
@@ -194,8 +210,7 @@ def _regress(product: Tensor, k: Tensor, r: Tensor, ridge: float) -> Tensor:
 def collect_grams(model: nn.Module, names: Iterable[str], batches: Batches) -> dict[str, Gram]:
     """The Gram matrices of what the named layers read, by name: one pass over ``batches``."""
     layers = {name: model.get_submodule(name) for name in names}
-    sums: dict[str, tuple[Tensor, Tensor]] = {}
-    rows: dict[str, int] = {}
+    halves: dict[str, tuple[_Half, _Half]] = {name: (_Half(), _Half()) for name in layers}
 
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -203,11 +218,10 @@ def collect_grams(model: nn.Module, names: Iterable[str], batches: Batches) -> d
             if x.shape[-1] >= SHARED_FROM and not isinstance(layer, CONVOLUTION):
                 # A few rows of a large mean: in float32 the covariance would lose to rounding what the ridge adds.
                 x = x.double()
-            product, total = torch.einsum("ngi,ngj->gij", x, x).double(), x.sum(dim=0).double()
-            if name in sums:
-                product, total = sums[name][0] + product, sums[name][1] + total
-            sums[name] = product, total
-            rows[name] = rows.get(name, 0) + len(x)
+            # The rows of a sample stand together, so that halves of a batch have no sample in common.
+            middle = len(x) // 2
+            halves[name][0].add(x[:middle])
+            halves[name][1].add(x[middle:])
 
         return hook
 
@@ -219,7 +233,46 @@ def collect_grams(model: nn.Module, names: Iterable[str], batches: Batches) -> d
     finally:
         for handle in handles:
             handle.remove()
-    return {n: Gram(product / rows[n], total / rows[n]) for n, (product, total) in sums.items()}
+    return {name: _gram(*halves.pop(name)) for name in layers if halves[name][1].rows}
+
+
+@dataclass
+class _Half:
+    """Sums over the rows of one half of the data: of x x' (groups, I, I), of x (groups, I), and how many they are."""
+
+    product: Tensor | float = 0.0
+    total: Tensor | float = 0.0
+    rows: int = 0
+
+    def add(self, x: Tensor) -> None:
+        if len(x):
+            self.product = torch.einsum("ngi,ngj->gij", x, x).double() + self.product
+            self.total = x.sum(dim=0).double() + self.total
+            self.rows += len(x)
+
+    @property
+    def covariance(self) -> Tensor:
+        assert isinstance(self.product, Tensor) and isinstance(self.total, Tensor)
+        mean = self.total / self.rows
+        return self.product / self.rows - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+
+
+def _gram(first: _Half, second: _Half) -> Gram:
+    rows = first.rows + second.rows
+    product, mean = (second.product + first.product) / rows, (second.total + first.total) / rows
+    assert isinstance(product, Tensor) and isinstance(mean, Tensor)
+    if not first.rows:
+        return Gram(product, mean, product.new_zeros(len(product)))
+    # The mean of two halves varies by a quarter of what their difference does.
+    chance = _between_channels(first.covariance - second.covariance) / 4.0
+    whole = _between_channels(product - mean.unsqueeze(-1) * mean.unsqueeze(-2))
+    return Gram(product, mean, (chance / whole.clamp_min(1e-30)).clamp(0.0, 1.0))
+
+
+def _between_channels(matrices: Tensor) -> Tensor:
+    """Sum of the squares (groups,) of matrices (groups, I, I) off their diagonals."""
+    own = matrices.diagonal(dim1=1, dim2=2).square().sum(dim=1)
+    return matrices.square().sum(dim=(1, 2)) - own
 
 
 def input_rows(layer: nn.Module, x: Tensor) -> Tensor:

@@ -11,10 +11,11 @@ what its kernel makes of it. With errors and gradients of different places taken
 is known from the recovery's Gram matrices, so greedy elimination (`rlprune.recovery.elimination`) gives an order of
 the units and the cost of every width, without a label and without running a cut model.
 
-Errors are taken about their means: a batch norm whose statistics are computed anew, or the intercept of a layer with
-a bias, takes a constant error away. Only the units of the same group are counted on to stand in for removed ones:
-channels of other groups may be read by the same layer (a residual stream in parts), but a plan cuts those too, and
-with their help a group looks all but free.
+Regressions on a few hundred samples promise more than they keep, so the Gram matrices are shrunk first
+(`rlprune.recovery.reconstruct.Gram.shrunk`). Errors are taken about their means: a batch norm whose statistics are
+computed anew, or the intercept of a layer with a bias, takes a constant error away. Only the units of the same group
+are counted on to stand in for removed ones: channels of other groups may be read by the same layer (a residual stream
+in parts), but a plan cuts those too, and with their help a group looks all but free.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ class _Read:
 
     def mended(self, gram: Gram, moments: Moments, samples: int, centred: bool, ridge: float) -> list[Reader]:
         """A reader for each group of a convolution."""
-        product = gram.product
+        product = gram.shrunk()
         if centred:
             product = product - gram.mean.unsqueeze(-1) * gram.mean.unsqueeze(-2)
         if moments.product is None:  # no gradient has come to it

@@ -13,7 +13,7 @@ from rlprune.cli.main import main
 from rlprune.config import load_config
 from rlprune.experiments import prepare_experiment, tuning_start
 from rlprune.pruning.surgery import prune
-from rlprune.recovery.batch_norm import recalibrate
+from rlprune.recovery.batch_norm import correct, measured_statistics
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,8 @@ def test_statistics_alone_leave_the_weights_that_are_kept(experiment):
     recovered = experiment.evaluator.build(plan.widths)
     found, facts = tuning_start.tuning_start(starting(experiment, "statistics"), recovered, plan, 0)
     wanted = prune(experiment.workload.model, plan)
-    recalibrate(wanted, experiment.workload.batches("calibration"))
+    images = list(experiment.workload.batches("calibration"))
+    correct(wanted, plan, images, measured_statistics(experiment.workload.model, images))
     assert same(found, wanted) and not same(found, recovered)
     assert facts == {"start": "statistics"}
 

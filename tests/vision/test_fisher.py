@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from torch import nn
 
 from helpers.nets import Concatenation, FlattenIntoLinear, Grouped, Residual, SharedModule, Transposed
 from helpers.small import SMALL_DIGITS
@@ -17,8 +18,8 @@ from rlprune.api import trace
 from rlprune.config import load_config
 from rlprune.evaluation.importance import compute
 from rlprune.experiments import prepare_experiment
-from rlprune.recovery.elimination import Alone, eliminate_units, reader
-from rlprune.recovery.reconstruct import collect_grams, mendable_consumers
+from rlprune.recovery.elimination import Alone, eliminate, eliminate_units, reader
+from rlprune.recovery.reconstruct import Gram, collect_grams, mendable_consumers
 from rlprune.rules import RULES, Context
 from rlprune.vision.calibration import VisionCalibration, removal_orders
 from rlprune.vision.fisher import eliminations, gradient_moments
@@ -238,3 +239,45 @@ class TestOnATrainedNetwork:
         context = Context(space, workload.model, best, 0.5, workload=workload, calibration=calibration)
         assert RULES["fisher"].function(context).any()
         assert removal_orders(best)[0].tolist() == np.argsort(best[0]).tolist()
+
+
+def test_covariances_of_few_samples_are_shrunk_and_those_of_many_are_not() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 3)
+    model = nn.Sequential(layer)
+    mixing = torch.eye(64) + 0.3 * torch.randn(64, 64) / 8
+
+    def gram(samples: int) -> Gram:
+        x = torch.randn(samples, 64) @ mixing + 1.0
+        return collect_grams(model, ["0"], [(x, None)])["0"]
+
+    truth = (mixing.T @ mixing).double()
+    for samples, low, high in ((40, 0.7, 1.0), (20_000, 0.0, 0.1)):
+        found = gram(samples)
+        assert low <= float(found.noise[0]) <= high
+        centre = found.mean[0][:, None] * found.mean[0][None]
+        plain, shrunk = found.product[0] - centre, found.shrunk()[0] - centre
+        torch.testing.assert_close(shrunk.diagonal(), plain.diagonal())
+        if samples == 40:
+            assert (shrunk - truth).norm() < 0.6 * (plain - truth).norm()
+
+
+def test_one_sample_is_not_shrunk() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    found = collect_grams(model, ["0"], [(torch.randn(1, 4), None)])["0"]
+    assert torch.equal(found.noise, torch.zeros(1).double())
+    torch.testing.assert_close(found.shrunk(), found.product)
+
+
+def test_more_inputs_than_samples_do_not_stand_in_for_each_other() -> None:
+    """Features of a linear layer that know nothing of each other: half of them are expected to cost about half."""
+    torch.manual_seed(0)
+    layer = nn.Linear(48, 5).double()
+    x = torch.randn(40, 48).double()
+    found = collect_grams(nn.Sequential(layer), ["0"], [(x, None)])["0"]
+    costs = {}
+    for name, product in (("plain", found.product), ("shrunk", found.shrunk())):
+        columns = np.arange(48)[:, None]
+        one = eliminate(product[0], layer.weight.detach().T, columns, 1e-3)
+        costs[name] = one.errors[23] / one.energy
+    assert costs["plain"] < 0.1 < 0.2 < costs["shrunk"] < 0.6
