@@ -55,7 +55,7 @@ def section(run: Path) -> str:
         table = []
         for method, rows in by_method(results, budget).items():
             spent = max(row["evaluations"] for row in rows.values())
-            cells = [cell(rows, field) for field in ("score", "test_loss", "test_metric")]
+            cells = [cell(rows, field) for field in ("score", "test_loss", "test")]
             table.append([method, str(spent), str(len(rows)), *cells])
         head = ["method", "evaluations", "seeds", "score", "test loss", "test accuracy"]
         dense = next(row for row in results["rows"] if row["kind"] == "dense")
@@ -63,7 +63,7 @@ def section(run: Path) -> str:
             f"## {budget:.0%} of the MACs\n\n`prune.importance: {config.prune.importance}`, `recovery.statistics: "
             f"{config.recovery.statistics}`, searches of {protocol['evaluations']} evaluations on "
             f"{config.score.samples} validation images. Dense: test loss {dense['test_loss']:.4f}, accuracy "
-            f"{dense['test_metric']:.4f}.\n\n{markdown_table(head, table)}\n\n"
+            f"{dense['test']:.4f}.\n\n{markdown_table(head, table)}\n\n"
         )
     return text
 

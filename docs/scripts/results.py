@@ -431,7 +431,8 @@ with every plan's own time even where another method had scored it before.
 
 These figures are those of commit f31af48 and before: since then PPO's model of the score is cheaper, and finds other
 plans of the same quality within the spread of seeds ([surrogate-cost.md](surrogate-cost.md)), and layers of 128 inputs
-and more are repaired a little differently ([candidate-cost.md](candidate-cost.md)). They were not measured again.
+and more are repaired a little differently ([candidate-cost.md](candidate-cost.md)), and batch-norm statistics are
+changed instead of measured anew ([imagenet-sample.md](imagenet-sample.md)). They were not measured again.
 
 In short: the test loss before / after the same fine-tune (means), and how many evaluations PPO needs for the score
 that random search ends with.

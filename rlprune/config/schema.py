@@ -117,7 +117,7 @@ def apply_override(root: type[Section], values: dict[str, Any], text: str) -> No
     path = path.strip()
     if not sign or not path:
         raise ConfigError(f"--set {show(text)}: must look like search.evaluations=200")
-    value = parse_yaml(raw, f"--set {path}") if raw.strip() else None
+    value = parse_yaml(raw, f"--set {one_line(path)}") if raw.strip() else None
     *above, last = keys = path.split(".")
     _, hint, rest = _place(root, keys)
     if _is_section(hint):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from rlprune.config.config import (
@@ -144,8 +144,9 @@ def test_any_bytes_as_a_file_give_one_line(tmp_path: Path, data: bytes) -> None:
     assert "\n" not in str(caught.value)
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(text=st.text(max_size=40))
+@example(text="0\n0=\x1b")  # a path of two lines, and a value that is no YAML
 def test_any_override_is_taken_or_refused(text: str) -> None:
     try:
         load_config("digits", [text])
