@@ -1,9 +1,13 @@
 """An ImageNet network under rules and searches, without a fine-tune -> docs/imagenet-sample.md.
 
     PYTHONPATH=docs/scripts IMAGENET_SAMPLE=FOLDER rlprune benchmark docs/scripts/efficientnet_lite0.yaml \\
-        --methods ppo,fisher,sensitivity,lamp,global_taylor,uniform --seeds 3 \\
-        --set prune.importance=obs_fisher --out runs/efficientnet-80
-    python docs/scripts/imagenet.py runs/efficientnet-80 ... [--statistics CORRECTED:MEASURED ...]
+        --methods ppo,fisher,sensitivity,lamp,global_taylor,uniform --seeds 1 \\
+        --set prune.importance=obs_fisher --out runs/efficientnet
+    (the same with --methods ppo --seeds 3, to another folder)
+    rlprune benchmark digits --methods fisher,lamp,uniform,global_taylor --budgets 0.5 0.3 --seeds 3 --checkpoints 3 \\
+        --set prune.importance=obs_fisher recovery.statistics=measured --out runs/digits-measured
+    (both again with the other recovery.statistics, for the pairs of --statistics)
+    python docs/scripts/imagenet.py runs/efficientnet ... [--statistics CORRECTED:MEASURED ...]
 
 FOLDER: see docs/scripts/imagenet_sample.py. Nothing is measured here: each argument names a run; each pair of
 --statistics two runs that differ in `recovery.statistics` alone.
@@ -60,7 +64,7 @@ def section(run: Path) -> str:
         head = ["method", "evaluations", "seeds", "score", "test loss", "test accuracy"]
         dense = next(row for row in results["rows"] if row["kind"] == "dense")
         text += (
-            f"## {budget:.0%} of the MACs\n\n`prune.importance: {config.prune.importance}`, `recovery.statistics: "
+            f"## {budget:.0%} of the MACs, {protocol['seeds']} seed(s)\n\n`prune.importance: {config.prune.importance}`, `recovery.statistics: "
             f"{config.recovery.statistics}`, searches of {protocol['evaluations']} evaluations on "
             f"{config.score.samples} validation images. Dense: test loss {dense['test_loss']:.4f}, accuracy "
             f"{dense['test']:.4f}.\n\n{markdown_table(head, table)}\n\n"
