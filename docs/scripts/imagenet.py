@@ -64,9 +64,9 @@ def section(run: Path) -> str:
         head = ["method", "evaluations", "seeds", "score", "test loss", "test accuracy"]
         dense = next(row for row in results["rows"] if row["kind"] == "dense")
         text += (
-            f"## {budget:.0%} of the MACs, {protocol['seeds']} seed(s)\n\n`prune.importance: {config.prune.importance}`, "
-            f"`recovery.statistics: {config.recovery.statistics}`, searches of {protocol['evaluations']} evaluations on "
-            f"{config.score.samples} validation images. Dense: test loss {dense['test_loss']:.4f}, accuracy "
+            f"## {budget:.0%} of the MACs, {protocol['seeds']} seed(s)\n\n"
+            f"`prune.importance: {config.prune.importance}`, `recovery.statistics: {config.recovery.statistics}`, "
+            f"searches of {protocol['evaluations']} evaluations on {config.score.samples} validation images. Dense: test loss {dense['test_loss']:.4f}, accuracy "
             f"{dense['test']:.4f}.\n\n{markdown_table(head, table)}\n\n"
         )
     return text
