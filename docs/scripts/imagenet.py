@@ -66,8 +66,9 @@ def section(run: Path) -> str:
         text += (
             f"## {budget:.0%} of the MACs, {protocol['seeds']} seed(s)\n\n"
             f"`prune.importance: {config.prune.importance}`, `recovery.statistics: {config.recovery.statistics}`, "
-            f"searches of {protocol['evaluations']} evaluations on {config.score.samples} validation images. Dense: test loss {dense['test_loss']:.4f}, accuracy "
-            f"{dense['test']:.4f}.\n\n{markdown_table(head, table)}\n\n"
+            f"searches of {protocol['evaluations']} evaluations on {config.score.samples} validation images. "
+            f"Dense: test loss {dense['test_loss']:.4f}, accuracy {dense['test']:.4f}.\n\n"
+            f"{markdown_table(head, table)}\n\n"
         )
     return text
 
