@@ -3,7 +3,7 @@
     PYTHONPATH=docs/scripts IMAGENET_SAMPLE=FOLDER rlprune benchmark docs/scripts/efficientnet_lite0.yaml \\
         --methods ppo,fisher,sensitivity,lamp,global_taylor,uniform --seeds 1 \\
         --set prune.importance=obs_fisher --out runs/efficientnet
-    (the same with --methods ppo --seeds 3, to another folder)
+    (the same with --methods ppo --seeds 3, and with --budgets 0.6, to other folders)
     rlprune benchmark digits --methods fisher,lamp,uniform,global_taylor --budgets 0.5 0.3 --seeds 3 --checkpoints 3 \\
         --set prune.importance=obs_fisher recovery.statistics=measured --out runs/digits-measured
     (both again with the other recovery.statistics, for the pairs of --statistics)
