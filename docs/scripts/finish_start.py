@@ -10,16 +10,16 @@ measured is kept in --state; the page is written from all of it, and --workloads
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from kept import Kept
+from reduced import CIFAR, FASHION
 
 from rlprune import load_config
 from rlprune.benchmarks import difference
@@ -51,39 +51,14 @@ class Case:
     needs: str = ""
 
 
-_FASHION = (
-    *("data.train=6000", "data.validation=500", "data.test=2000", "score.samples=300"),
-    "model.train.epochs=6",
-)
-_CIFAR = (
-    *("model.train.epochs=3", "model.train.lr=0.01", "data.train=3000", "data.calibration=128"),
-    *("data.validation=500", "data.test=2000", "score.samples=300"),
-)
 CASES = {
     "digits-50": Case("digits, ResNet-20 of width 16", "digits", 0.5, (6, 30), 5),
     "digits-30": Case("digits, ResNet-20 of width 16", "digits", 0.3, (6, 30), 5),
     "fashion-50": Case(
-        "Fashion-MNIST, ResNet-20 of width 8", "fashion_mnist_resnet20", 0.5, (1, 5), 3, _FASHION
+        "Fashion-MNIST, ResNet-20 of width 8", "fashion_mnist_resnet20", 0.5, (1, 5), 3, FASHION
     ),
-    "cifar-50": Case("CIFAR-10 (JPEG), ResNet-20", "cifar10_resnet20", 0.5, (1,), 1, _CIFAR, "cifar"),
+    "cifar-50": Case("CIFAR-10 (JPEG), ResNet-20", "cifar10_resnet20", 0.5, (1,), 1, CIFAR, "cifar"),
 }
-
-
-class Kept:
-    """What has been measured, in a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.cells: Cells = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-    def ask(self, key: str, measure: Callable[[], Any]) -> Any:
-        if key not in self.cells:
-            started = time.perf_counter()
-            self.cells[key] = measure()
-            lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(self.cells.items())]
-            self.path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-            print(f"{key}: {time.perf_counter() - started:.0f} s", flush=True)
-        return self.cells[key]
 
 
 def prepared(case: Case, seed: int, arguments: argparse.Namespace) -> Experiment:

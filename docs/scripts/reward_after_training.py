@@ -14,13 +14,14 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from kept import Kept
 
 from rlprune import Callback, load_config
 from rlprune.benchmarks import difference
@@ -43,23 +44,6 @@ PARTS = ("searches", *map(str, EPOCHS), *(f"fidelity-{e}" for e in EPOCHS))
 # The recovery of each reward as `rlprune fidelity` names it.
 TIERS = {CLOSED: "reconstruct + bn", STEPS: "reconstruct + bn + 20 steps"}
 Cells = dict[str, Any]
-
-
-class Kept:
-    """What has been measured, in a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.cells: Cells = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-    def ask(self, key: str, measure: Callable[[], Any]) -> Any:
-        if key not in self.cells:
-            started = time.perf_counter()
-            self.cells[key] = measure()
-            lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(self.cells.items())]
-            self.path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-            print(f"{key}: {time.perf_counter() - started:.0f} s", flush=True)
-        return self.cells[key]
 
 
 def settings(name: str, seed: int) -> list[str]:

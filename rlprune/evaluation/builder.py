@@ -27,7 +27,7 @@ from .recovery import Recovery
 
 Change = Callable[[nn.Module, Plan], None]
 """``change(cut model, its plan)``: puts weights in place that an agent has learned together with the units."""
-# Recovery steps that need nothing which was measured on the dense model's own weights.
+# Recovery steps that suit any weights: batch-norm statistics are corrected by what is measured of both models.
 _OF_ANY_WEIGHTS = ("none", "bn", "finetune")
 
 

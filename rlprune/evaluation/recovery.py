@@ -15,7 +15,7 @@ from ..config.training import RecoveryConfig
 from ..importance.calibration_cache import CalibrationCache
 from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
-from ..recovery.batch_norm import correct, measured_statistics, recalibrate
+from ..recovery.batch_norm import correct_statistics, measured_statistics, recalibrate
 from ..recovery.steps import RecoveryContext, further_steps, prepared
 from ..workloads.base import Workload
 
@@ -78,7 +78,7 @@ class Recovery:
             f"batch norm, {samples} samples",
             lambda: measured_statistics(calibration.model, calibration.batches(samples)),
         )
-        correct(slim, plan, calibration.batches(samples), dense)
+        correct_statistics(slim, plan, calibration.batches(samples), dense)
 
     @property
     def changes_all(self) -> bool:

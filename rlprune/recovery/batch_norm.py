@@ -1,4 +1,4 @@
-"""Batch-norm statistics of a cut model, measured anew on the calibration data.
+"""Batch-norm statistics of a cut model, from the calibration data.
 
 A few hundred images give statistics that are off by as much as a cut changes them. The dense model's own ones, over
 all that it was trained on, are far better known. What the cut has changed is therefore measured as a difference: both
@@ -63,17 +63,20 @@ def recalibrate(model: nn.Module, batches: Batches) -> None:
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
-    with torch.no_grad(), evaluating(model):
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.train()
-        for number, (inputs, _) in enumerate(batches, start=1):
+    try:
+        with torch.no_grad(), evaluating(model):
             for norm in norms:
-                # The plain average over all batches. torch's own (None) reads a counter from the device in every layer.
-                norm.momentum = 1.0 / number
-            call(model, inputs)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+                norm.reset_running_stats()
+                norm.train()
+            for number, (inputs, _) in enumerate(batches, start=1):
+                for norm in norms:
+                    # The plain average over all batches. torch's own (None) reads a counter from the device in every
+                    # layer.
+                    norm.momentum = 1.0 / number
+                call(model, inputs)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def measured_statistics(model: nn.Module, batches: Batches) -> dict[str, Statistics]:
@@ -89,16 +92,19 @@ def measured_statistics(model: nn.Module, batches: Batches) -> dict[str, Statist
                 getattr(norm, key).copy_(value)
 
 
-def correct(slim: nn.Module, plan: Plan, batches: Batches, dense: Mapping[str, Statistics]) -> None:
+def correct_statistics(
+    slim: nn.Module, plan: Plan, batches: Batches, dense: Mapping[str, Statistics]
+) -> None:
     """Change the statistics of ``slim``, which are those that ``plan`` has left of the dense model's own, in place.
 
     Args:
         dense: what the same batches give the dense model (`measured_statistics`).
     """
-    own = {name: Statistics.of(norm) for name, norm in _norms(slim).items()}
+    norms = _norms(slim)
+    own = {name: Statistics.of(norm) for name, norm in norms.items()}
     recalibrate(slim, batches)
     cuts = cuts_by_tensor(plan.space, axis_indices(plan.space, plan.kept))
-    for name, norm in _norms(slim).items():
+    for name, norm in norms.items():
         kept = cuts.get(f"{name}.running_mean", [])
         before = Statistics(cut_tensor(dense[name].mean, kept), cut_tensor(dense[name].variance, kept))
         own[name].changed(before, Statistics.of(norm), norm.eps).give(norm)

@@ -14,7 +14,7 @@ from helpers.workloads import Images
 from rlprune.config.training import RecoveryConfig
 from rlprune.evaluation.recovery import Recovery
 from rlprune.pruning.plan import Plan, make_plan
-from rlprune.recovery.batch_norm import correct, measured_statistics, recalibrate
+from rlprune.recovery.batch_norm import correct_statistics, measured_statistics, recalibrate
 
 NAMES = ["cifar_resnet20", "tiny_densenet", *(name for name in OWN if name in ("Residual", "Grouped"))]
 
@@ -62,7 +62,7 @@ def test_means_change_by_the_difference_and_variances_by_the_ratio(name: str) ->
 
     left, measured, found = (rlprune.prune(workload.model, plan) for _ in range(3))
     recalibrate(measured, images)
-    correct(found, plan, images, dense)
+    correct_statistics(found, plan, images, dense)
     # The same cut of a model that has the dense one's measured statistics says where its channels have gone.
     other = copy.deepcopy(workload.model)
     recalibrate(other, images)
@@ -90,3 +90,16 @@ def test_few_images_harm_a_slightly_cut_model_less() -> None:
             dense, cut = workload.model.eval()(inputs), slim.eval()(inputs)
         errors[statistics] = float((dense - cut).square().mean())
     assert errors["corrected"] < 0.5 * errors["measured"]
+
+
+def test_a_batch_that_fails_leaves_the_dense_model_as_it_was() -> None:
+    workload = off_its_data("cifar_resnet20")
+    model = workload.model.eval()
+    before = copy.deepcopy(model.state_dict())
+    momenta = [m.momentum for m in model.modules() if hasattr(m, "momentum")]
+    good = next(iter(workload.batches("calibration")))
+    with pytest.raises(RuntimeError):
+        measured_statistics(model, [good, (torch.randn(2, 99, 4, 4), None)])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert [m.momentum for m in model.modules() if hasattr(m, "momentum")] == momenta
+    assert not any(m.training for m in model.modules())
