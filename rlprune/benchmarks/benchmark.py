@@ -8,7 +8,7 @@ pruned, so methods are compared in pairs of one seed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from ..errors import ConfigError, RunError, near_miss
 from ..execution import Executor, Shared, make_executor
 from ..execution.base import NoWorkers
 from ..experiments.prepare import dense_model
+from ..pruning.budget import parse_budget
 from ..pruning.space import PruningSpace
 from ..report.results import Results
 from ..rules import RULES
@@ -87,6 +88,10 @@ def run(
             raise ConfigError(f"--{option} {number}: must be at least 1")
     asked = [config.override([f"budget.target={budget}"]).budget.target for budget in budgets]
     asked = asked or [config.budget.target]
+    metric = config.budget.metric
+    _check_budgets(
+        asked, lambda budget: parse_budget(budget, metric)
+    )  # as far as they compare without a model
     _check_checkpoints(config, checkpoints, seeds)
     config = _settled(config, evaluations, asked[0])
     unable = unable_agents(methods, config.search)
@@ -95,7 +100,7 @@ def run(
     with lock_run(out, worth="cells") as folder:
         experiments = PreparedExperiments(config, callback) if config.execution.engine == "serial" else None
         workload, space = _dense(config, experiments, checkpoints, callback)
-        _check_budgets(space, asked, config.budget.metric)
+        _check_budgets(asked, lambda budget: space.target(budget, metric))
         names, left_out = applicable(methods, space, unable)
         wanted = _cells(names, range(config.seed, config.seed + seeds), asked, checkpoints)
         write_text_atomic(folder / "config.yaml", config.to_yaml())
@@ -254,11 +259,11 @@ def _settled(config: Config, evaluations: int, budget: str | float) -> Config:
     return replace(config, search=search, budget=first, threads=threads)
 
 
-def _check_budgets(space: PruningSpace, budgets: Sequence[str | float], metric: str) -> None:
-    """Refuse an infeasible budget, or two that are the same, before anything is computed."""
-    seen: dict[float, str | float] = {}
+def _check_budgets(budgets: Sequence[str | float], allows: Callable[[str | float], object]) -> None:
+    """Refuse what ``allows`` refuses, or two budgets that allow the same."""
+    seen: dict[object, str | float] = {}
     for budget in budgets:
-        target = float(space.target(budget, metric))
+        target = allows(budget)
         if target in seen:
             raise ConfigError(f"--budgets: {seen[target]} and {budget} are the same budget")
         seen[target] = budget
