@@ -126,7 +126,9 @@ def gradient_moments(
                 count = sample_count(inputs, targets)
                 for start in range(0, count, _AT_ONCE):
                     part = slice(start, min(start + _AT_ONCE, count))
-                    source.drawn_loss(model, take(inputs, part), take(targets, part), generator).backward()
+                    loss = source.drawn_loss(model, take(inputs, part), take(targets, part), generator)
+                    if loss.requires_grad:  # else the outputs depend on none of these layers
+                        loss.backward()
                 samples += count
     finally:
         for handle in handles:
@@ -136,6 +138,17 @@ def gradient_moments(
     if not samples:
         raise DataError("calibration: the split is empty")
     return found, samples
+
+
+def readers_of(model: nn.Module, space: PruningSpace) -> list[list[str]]:
+    """The names of the `consumers` of each group."""
+    owner = np.append(np.repeat(np.arange(len(space.groups)), space.unit_counts), -1)
+    found: list[list[str]] = [[] for _ in space.groups]
+    for name, cut in consumers(model, space).items():
+        for group in np.unique(owner[space.axes[cut.axis].slots]):
+            if group >= 0:
+                found[group].append(name)
+    return found
 
 
 def eliminations(
@@ -154,12 +167,11 @@ def eliminations(
     """
     owner = np.append(np.repeat(np.arange(len(space.groups)), space.unit_counts), -1)
     layers = consumers(model, space)
-    reads = {name: np.unique(owner[space.axes[cut.axis].slots]) for name, cut in layers.items()}
     norms = any(isinstance(module, BATCH_NORM) for module in model.modules())
     found: dict[int, Elimination] = {}
-    for g, group in enumerate(space.groups):
+    for g, (group, names) in enumerate(zip(space.groups, readers_of(model, space), strict=True)):
         readers: list[Reader] = []
-        for name in (n for n, groups in reads.items() if g in groups):
+        for name in names:
             slots = space.axes[layers[name].axis].slots
             places = np.flatnonzero(owner[slots] == g)
             own = _Read(slots[places] - space.offsets[g], places, group.units)
@@ -183,18 +195,18 @@ class _Read:
 
     def mended(self, gram: Gram, moments: Moments, samples: int, centred: bool, ridge: float) -> list[Reader]:
         """A reader for each group of a convolution."""
-        product = gram.shrunk()
+        product = whole = gram.shrunk()
         if centred:
-            product = product - gram.mean.unsqueeze(-1) * gram.mean.unsqueeze(-2)
+            product = whole - gram.mean.unsqueeze(-1) * gram.mean.unsqueeze(-2)
         if moments.product is None:  # no gradient has come to it
             return []
         units, counts = np.unique(self.units, return_counts=True)
         places = torch.from_numpy(self.places[np.argsort(self.units, kind="stable")]).to(product.device)
         found: list[Reader] = []
-        for a, p in zip(product, moments.product / samples, strict=True):
+        for a, second, p in zip(product, whole, moments.product / samples, strict=True):
             p = p[places][:, places]
             p.diagonal().add_(_DAMPING * p.diagonal().mean())
-            h = torch.cholesky_inverse(penalised(a[places][:, places], ridge)[1])
+            h = torch.cholesky_inverse(_factor(a[places][:, places], second[places][:, places], ridge))
             if len(set(counts.tolist())) == 1:
                 found.append(reader([h, p], units, np.arange(len(places)).reshape(len(units), -1)))
             else:  # units of several sizes: each by itself
@@ -211,6 +223,15 @@ class _Read:
     def _by_unit(self, values: Tensor, units: Ints) -> Tensor:
         """Values (n,) of columns, summed over those of each unit (count,)."""
         return torch.zeros(self.count, dtype=torch.float64).index_add_(0, torch.from_numpy(units), values)
+
+
+def _factor(covariance: Tensor, product: Tensor, ridge: float) -> Tensor:
+    """The lower factor of a penalised covariance, or of the second moments where rounding has left nothing of it:
+    activations that hardly vary about a large mean."""
+    try:
+        return penalised(covariance, ridge)[1]
+    except DataError:
+        return penalised(product, ridge)[1]
 
 
 def divergence_curves(found: Mapping[int, Elimination]) -> Curves:
