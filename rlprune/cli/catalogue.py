@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config.config import Config, settings_reference, shipped_configs
+from ..config.config import AUTO, Config, settings_reference, shipped_configs
 from ..config.names import COST_METRICS, RECOVERY_STEPS, RUNTIMES, SCORE_KINDS, recovery_order
 from ..config.search import SB3Config
 from ..errors import ConfigError, near_miss
@@ -71,9 +71,9 @@ def check_names(config: Config) -> None:
     from ..rules import RULES
 
     wanted = [
-        ("prune.importance", config.prune.importance, list(_importances())),
+        ("prune.importance", config.prune.importance, [AUTO, *_importances()]),
         ("search.agent", config.search.agent, list(AGENTS)),
-        ("search.base_rule", config.search.base_rule, ["auto", *RULES]),
+        ("search.base_rule", config.search.base_rule, [AUTO, *RULES]),
         *((f"search.baselines[{i}]", name, list(AGENTS)) for i, name in enumerate(config.search.baselines)),
     ]
     if config.workload is None and not config.data.name.startswith("hub:"):

@@ -224,7 +224,9 @@ class PruneConfig(Section):
     prefix: ClassVar[str] = "prune."
 
     importance: str = setting(
-        "taylor", "How units are ranked within a group; see `rlprune list importances`."
+        AUTO,
+        "How units are ranked within a group; see `rlprune list importances`. `auto`: obs_fisher where what cuts cost "
+        "is known, else taylor; the log, the plan and results.json say which.",
     )
     ignore: tuple[str, ...] = setting((), "Name patterns (shell style) of layers that stay whole.")
     round_to: str | int = setting(

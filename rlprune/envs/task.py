@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..config.config import AUTO
 from ..errors import BudgetError, ConfigError, near_miss
 from ..evaluation.builder import Change
 from ..evaluation.evaluator import Evaluator
@@ -21,6 +22,7 @@ from ..rules import RULES, rules_for
 from ..rules.context import Context, rule_widths
 from ..utils.arrays import Floats, Floats32, Ints
 from ..utils.randomness import isolated_randomness
+from ..workloads.adapter import DefaultImportance
 from ..workloads.base import Workload
 from .observation import (
     EXPECTED_SHARES,
@@ -101,6 +103,14 @@ class Expects(Protocol):
     def ranks_by_divergence(self) -> bool: ...
 
     def expected(self, widths: ArrayLike) -> Floats | None: ...
+
+
+@runtime_checkable
+class Ranks(Protocol):
+    """An evaluator that knows the name of the importance that ranks its units."""
+
+    @property
+    def ranking(self) -> DefaultImportance | None: ...
 
 
 Source = Workload | Judge
@@ -211,6 +221,12 @@ class Task:
         changes neither what a policy sees nor what a search begins with."""
         ranked = isinstance(self.evaluator, Expects) and self.evaluator.ranks_by_divergence
         return self.expected(widths) if ranked else None
+
+    @property
+    def importance_name(self) -> str | None:
+        """The importance that ranks the units; None where scores were given or an agent has learned them."""
+        ranking = self.evaluator.ranking if isinstance(self.evaluator, Ranks) else None
+        return None if ranking is None else ranking.name
 
     def ratio(self, budget: BudgetLike) -> float:
         """A budget as a ratio of the dense cost."""
@@ -373,9 +389,11 @@ def make_task(
     metric: str = "macs",
     base_rule: str = "uniform",
     name: str = "",
+    importance: str = AUTO,
 ) -> Task:
-    """A task for a workload (which is traced now), or for an evaluator that exists already."""
+    """A task for a workload (which is traced now, and its units ranked by ``importance``), or for an evaluator that
+    exists already."""
     if isinstance(workload, Workload):
-        evaluator = Evaluator(workload, metric=metric)
+        evaluator = Evaluator(workload, metric=metric, importance=importance)
         return Task(evaluator, budget, metric, base_rule, name=name or workload.name)
     return Task(workload, budget, metric, base_rule, name=name)

@@ -23,6 +23,7 @@ from ..pruning.surgery import prune
 from ..recovery.folding import Pair, fold, foldable_pairs
 from ..workloads.base import Workload
 from ..workloads.scoring_format import ScoringFormat
+from .importance import resolved
 from .recovery import Recovery
 
 Change = Callable[[nn.Module, Plan], None]
@@ -52,7 +53,7 @@ class Builder:
     """Builds models of one workload from plans; what all of them share is measured once.
 
     Args:
-        importance: a name (``rlprune list importances``) or G arrays of unit scores.
+        importance: a name (``rlprune list importances``), "auto", or G arrays of unit scores.
         settings: what every candidate receives after its cut.
     """
 
@@ -66,10 +67,13 @@ class Builder:
     ) -> None:
         self._workload, self._space, self._seed = workload, space, seed
         self.settings = settings
-        self._importance_name = importance if isinstance(importance, str) else None
         given = None if isinstance(importance, str) else [np.asarray(s, dtype=np.float64) for s in importance]
         # What importances and rules measure once, for all contexts.
         self.calibration = self._calibration(workload.model, space)
+        # Of stages of a candidate too: a name, whatever `auto` is for the dense model.
+        self.ranking = (
+            resolved(importance, workload.adapter, self.calibration) if isinstance(importance, str) else None
+        )
         scores, recovery = self._prepared(self.calibration, given)
         self.dense = Stage(workload.model, None, space, scores, recovery)
         self._last: dict[History, Stage] = {}
@@ -91,7 +95,7 @@ class Builder:
                 "agent ranks the units"
             )
         given = [np.asarray(s, dtype=np.float64) for s in scores]
-        self._importance_name = None
+        self.ranking = None
         self.dense = dataclasses.replace(self.dense, importance=given, change=change)
 
     def fork(self) -> Builder:
@@ -115,8 +119,8 @@ class Builder:
     def _prepared(self, calibration: CalibrationCache, given: Scores | None) -> tuple[Scores, Recovery]:
         """Unit scores (computed unless ``given``) and the recovery of a model; what is measured serves both."""
         if given is None:
-            assert self._importance_name is not None
-            found = find_importance(self._importance_name).function(calibration)
+            assert self.ranking is not None
+            found = find_importance(self.ranking.name).function(calibration)
             given = [np.asarray(s, dtype=np.float64) for s in found]
         recovery = Recovery(
             self._workload,
@@ -183,7 +187,7 @@ class Builder:
             model, plan = self(history)
             space = self._space.after(plan.kept)
             given = None
-            if self._importance_name is None:
+            if self.ranking is None:
                 given = [s[k] for s, k in zip(self.dense.importance, plan.kept, strict=True)]
             importance, recovery = self._prepared(self._calibration(model, space), given)
             self._last = {h: s for h, s in self._last.items() if h == history[:-1]}

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from ..config.config import ScoreConfig
+from ..config.config import AUTO, ScoreConfig
 from ..config.training import RecoveryConfig
 from ..errors import ConfigError
 from ..importance.calibration_cache import CURVES
@@ -26,6 +26,7 @@ from ..rules.context import Context
 from ..tracing.trace import TraceOptions
 from ..utils.arrays import Floats, Ints
 from ..utils.timing import quiet_clock
+from ..workloads.adapter import DefaultImportance
 from ..workloads.base import Workload
 from ..workloads.judge import Judgement
 from ..workloads.scoring_format import ScoringFormat
@@ -51,7 +52,7 @@ class Evaluator:
 
     Args:
         space: traced from the workload's model when not given.
-        importance: a name (``rlprune list importances``) or G arrays of unit scores.
+        importance: a name (``rlprune list importances``), "auto" (as ``prune.importance``), or G arrays of unit scores.
         metric: the cost that candidates report.
     """
 
@@ -60,7 +61,7 @@ class Evaluator:
         workload: Workload,
         space: PruningSpace | None = None,
         *,
-        importance: str | Sequence[ArrayLike] = "taylor",
+        importance: str | Sequence[ArrayLike] = AUTO,
         recovery: RecoveryConfig | None = None,
         score: ScoreConfig | None = None,
         metric: str = "macs",
@@ -241,8 +242,9 @@ class Evaluator:
         self._bank.setdefault((history, False, candidate.samples if partial else None), candidate)
 
     def plan(self, widths: ArrayLike, origin: Mapping[str, object] | None = None) -> Plan:
-        """The plan of widths (G,): the most important units of each group."""
-        return make_plan(self.space, importance=self.importance, widths=widths, origin=origin)
+        """The plan of widths (G,): the most important units of each group; its origin names their ranking."""
+        facts = dict(origin or {}) | self.ranking_facts
+        return make_plan(self.space, importance=self.importance, widths=widths, origin=facts)
 
     def build(self, widths: PlanLike, *, scoring: bool = False) -> nn.Module:
         """The cut and recovered model of widths (G,) or of a history of stages; new at every call.
@@ -255,7 +257,7 @@ class Evaluator:
     def staged_plan(self, history: PlanLike, origin: Mapping[str, object] | None = None) -> Plan:
         """The plan, in units of the dense model, that a history of stages ends in."""
         plan = self._builder(as_history(history))[1]
-        return dataclasses.replace(plan, origin=dict(origin or {}))
+        return dataclasses.replace(plan, origin=dict(origin or {}) | self.ranking_facts)
 
     def rerank(self, scores: Sequence[Floats], change: Change | None = None) -> None:
         """From now on rank units by these G arrays of scores, which an agent has learned; before any plan is scored.
@@ -294,6 +296,17 @@ class Evaluator:
             expect=self.prefetch,
             calibration=self.calibration,
         )
+
+    @property
+    def ranking(self) -> DefaultImportance | None:
+        """The importance that ranks the units by name, never "auto"; None where scores were given or an agent learned
+        them."""
+        return self._builder.ranking
+
+    @property
+    def ranking_facts(self) -> dict[str, object]:
+        """What the origin of a plan says of the ranking."""
+        return {} if self.ranking is None else {"importance": self.ranking.name}
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -15,7 +15,7 @@ from ..agents.ppo.policy import PortablePolicy, load_policy
 from ..agents.ppo.transfer import PlanMemory, agreed, can_build
 from ..agents.ppo.transfer import builds as builds_of
 from ..artifacts.policy import POLICY_FILE
-from ..config.config import Config, load_config
+from ..config.config import AUTO, Config, load_config
 from ..errors import ConfigError
 from ..evaluation.ledger import EvaluationLog
 from ..execution import with_threads
@@ -99,6 +99,7 @@ def apply(
     config = with_threads(config)
     own = None if isinstance(workload, Config) else check_workload(workload)
     watcher = callback or default_callback()
+    config = _ranked_as(config, known, watcher)
     experiment = prepare_experiment(
         config, checkpoint=checkpoint, callback=watcher, run=run, workload=own, searches=refine > 0
     )
@@ -122,6 +123,14 @@ def apply(
     notes = _probes_note(experiment, str(known.meta["base_rule"])) + _plan_memory_note(experiment, known)
     table = _score_table(experiment, plans)
     return AppliedPolicy(experiment.workload, plan, model, table, notes, config.finish.dtype)
+
+
+def _ranked_as(config: Config, policy: PortablePolicy, callback: Callback) -> Config:
+    """Settings that leave the ranking of units open take that of the policy's training: its features are made of it."""
+    if config.prune.importance != AUTO:
+        return config
+    callback.note(f"units ranked by {policy.importance}, as the policy was trained with")
+    return replace(config, prune=replace(config.prune, importance=policy.importance))
 
 
 def _with_builds(known: PortablePolicy, experiment: Experiment, builds: int | None) -> PortablePolicy:

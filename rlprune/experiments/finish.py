@@ -250,6 +250,8 @@ def _row(
     costs = {metric: space.cost(widths, metric) for metric in space.costs}
     row = {**head, "cost": costs[experiment.metric], **costs, **facts, "bytes": tensor_bytes(model)}
     row["widths"] = [int(w) for w in widths]
+    if plan is not None and "importance" in plan.origin:
+        row["importance"] = plan.origin["importance"]
     dense = {name for name, _ in experiment.workload.model.named_parameters()}
     # The recovery step `bias` gives some layers a bias that the dense model has not.
     if sum(p.numel() for name, p in model.named_parameters() if name in dense) != costs["params"]:

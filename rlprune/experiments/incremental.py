@@ -121,6 +121,7 @@ def incremental(
         rounds.append(finished)
     origin: dict[str, object] = {"method": method, "stages": stages, "steps": steps}
     origin |= {"budget": str(experiment.budget), "metric": experiment.metric}
+    origin |= experiment.evaluator.ranking_facts
     plan = Plan(space, final_widths(tuple(history)), now.kept, origin)
     return Incremental(now.model, plan, tuple(history), tuple(rounds))
 
@@ -176,8 +177,7 @@ def _widths(experiment: Experiment, rule: str, now: Now, cost: float) -> Ints:
 def _importance(experiment: Experiment, now: Now) -> Any:
     if now.model is experiment.workload.model:
         return experiment.evaluator.importance
-    name = experiment.config.prune.importance
-    return compute(name, experiment.workload, now.space, experiment.config.seed, now.model)
+    return compute(experiment.importance, experiment.workload, now.space, experiment.config.seed, now.model)
 
 
 def _cut(experiment: Experiment, now: Now, widths: Ints) -> Now:

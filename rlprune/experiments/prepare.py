@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..config.config import Config
+from ..config.config import AUTO, Config
 from ..errors import ConfigError, near_miss
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.ledger import EvaluationBudget, EvaluationLog
@@ -46,6 +46,12 @@ class Experiment:
     @property
     def space(self) -> PruningSpace:
         return self.evaluator.space
+
+    @property
+    def importance(self) -> str:
+        """The importance that ranks the units, by name; what the settings ask for where an agent has learned scores."""
+        ranking = self.evaluator.ranking
+        return self.config.prune.importance if ranking is None else ranking.name
 
     @property
     def budget(self) -> str | float:
@@ -156,6 +162,8 @@ def prepare_experiment(
         metric=config.budget.metric,
         seed=config.seed,
     )
+    if config.prune.importance == AUTO:
+        (callback or Callback()).note(f"{workload.name}: units ranked by {evaluator.ranking}")
     if searches and (trial := evaluator.settle_format(config.budget.target)) is not None:
         (callback or Callback()).note(f"{workload.name}: {trial}")
     stop = None if callback is None else callback.should_stop

@@ -64,6 +64,8 @@ def apply_plan(
     budget = {k: v for k, v in document["budget"].items() if v is not None}
     origin = {"method": "plan", "source": str(source)}
     origin |= {new: budget[old] for new, old in (("budget", "target"), ("metric", "metric")) if old in budget}
+    if isinstance(ranking := plan.origin.get("importance"), str):
+        origin["importance"] = ranking
     plan = replace(plan, origin=origin)
     slim = prune(workload.model, plan)
     # The kept units are the ranking: all of them before all others.

@@ -113,7 +113,7 @@ def _at(experiment: Experiment, now: Now, cost: float, name: str) -> Experiment:
     evaluator = Evaluator(
         workload,
         now.space,
-        importance=config.prune.importance,
+        importance=experiment.importance,
         recovery=config.recovery,
         score=config.score,
         metric=config.budget.metric,

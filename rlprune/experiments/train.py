@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +345,8 @@ def _write_results(
 def results_of(experiment: Experiment, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The content of results.json (see the public surface in the docs)."""
     found = outcome(experiment.config, experiment.workload, experiment.space, rows)
+    ranking = experiment.evaluator.ranking
+    found |= {} if ranking is None else {"importance": asdict(ranking)}
     return found | {"scoring": experiment.evaluator.scoring_facts}
 
 

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from functools import partial, reduce
 
 from ..agents import AGENTS
-from ..config.config import Config, settings_reference
+from ..config.config import AUTO, Config, settings_reference
 from ..config.names import RECOVERY_STEPS
 from ..config.training import FinishConfig
 from ..errors import ConfigError
@@ -199,7 +199,7 @@ RULES = (
          "recovery.steps is without bn", "add it", ("recovery.steps",)),
     Rule(("recovery.ridge",),
          lambda run: "reconstruct" in run.config.recovery.steps or run.command == "fidelity" or run.foreign_recovery
-         or run.config.prune.importance in ("obs", "obs_fisher"),
+         or run.config.prune.importance in (AUTO, "obs", "obs_fisher"),
          "recovery.steps is without reconstruct", "add it", ("recovery.steps", "prune.importance")),
     Rule(("recovery.shrink", "recovery.spill"),
          lambda run: "reconstruct" in run.config.recovery.steps or run.command == "fidelity",

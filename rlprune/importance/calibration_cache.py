@@ -31,6 +31,9 @@ class CalibrationSource(Protocol):
     def drawn_loss(
         self, model: nn.Module, inputs: Inputs, targets: Nest, generator: torch.Generator
     ) -> Tensor: ...
+    def unlabelled_loss(
+        self, model: nn.Module, inputs: Inputs, generator: torch.Generator
+    ) -> Tensor | None: ...
 
 
 class CalibrationCache:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..config.config import AUTO
 from ..errors import ConfigError, near_miss
 from ..pruning.space import PruningSpace
 from ..utils.registry import Registry
@@ -87,7 +88,7 @@ class Importance:
     wing: str | None = None
 
 
-IMPORTANCES: Registry[Importance] = Registry("importance")
+IMPORTANCES: Registry[Importance] = Registry("importance", reserved=(AUTO,))
 
 
 def register(
@@ -110,7 +111,9 @@ def find_importance(name: str) -> Importance:
     """An importance by name; ConfigError with the near miss for an unknown one."""
     if not IMPORTANCES.knows(name):
         hint = near_miss(name, IMPORTANCES)
-        raise ConfigError(f"prune.importance: unknown {name!r}{hint}; allowed: {', '.join(IMPORTANCES)}")
+        raise ConfigError(
+            f"prune.importance: unknown {name!r}{hint}; allowed: {AUTO}, {', '.join(IMPORTANCES)}"
+        )
     return IMPORTANCES[name]
 
 

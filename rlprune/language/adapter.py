@@ -27,6 +27,7 @@ from ..tracing.trace import ExampleInputs, TraceOptions, trace_channels
 from ..utils.findings import Findings
 from ..utils.memory import bound_kernel_caches, return_freed_memory
 from ..workloads.adapter import (
+    DefaultImportance,
     LatencySettings,
     ModelAdapter,
     RecoveryLadder,
@@ -41,7 +42,7 @@ from ..workloads.judge import Judge
 from ..workloads.score_kinds import registered, task_judge
 from ..workloads.scoring_format import ScoringFormat
 from . import describe
-from .calibration.cache import LanguageCalibration, language_calibration
+from .calibration.cache import LanguageCalibration, divergence_obstacle, language_calibration
 from .calibration.compensation import BiasCompensation
 from .calibration.grams import group_consumers, unit_consumers
 from .calibration.importance import OWN_IMPORTANCES
@@ -159,6 +160,11 @@ class LanguageAdapter(ModelAdapter):
         if fingerprint(workload.model) != document["fingerprint"]:
             raise ArtifactError("plan: made for another architecture (its fingerprint differs)")
         return plan_against_base(workload.model, document, options)
+
+    def default_importance(self, calibration: CalibrationCache) -> DefaultImportance:
+        """`obs_fisher` for attention heads and neurons, which takes less memory than gradients of the weights."""
+        obstacle = divergence_obstacle(calibration.space)
+        return DefaultImportance("obs_fisher" if obstacle is None else "taylor", obstacle)
 
     def closed_form(
         self, calibration: CalibrationCache, settings: RecoveryConfig, importance: Scores | None

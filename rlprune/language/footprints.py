@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..config.config import Config
+from ..config.config import AUTO, Config
 from ..pruning.space import PruningSpace
+from .calibration.cache import divergence_obstacle
 from .calibration.grams import Consumer, unit_consumers
 from .describe import embeddings
 from .judge import FORWARD_TOKENS
@@ -128,6 +129,14 @@ class _Shapes:
         cut = {c.tensor for c in space.cuts}
         self.uncut = float(sum(p.numel() for n, p in model.named_parameters() if n not in cut))
 
+    @property
+    def importance(self) -> str:
+        """The importance by name, also where the settings leave it open."""
+        named = self.config.prune.importance
+        if named != AUTO:
+            return named
+        return "obs_fisher" if divergence_obstacle(self.space) is None else "taylor"
+
     def passing(self, tokens: int, element: int) -> float:
         """Activations of one block at a time over some tokens."""
         return tokens * element * (_PASSING[0] * self.hidden + _PASSING[1] * self.neurons)
@@ -171,7 +180,7 @@ def _prepare(shapes: _Shapes) -> list[dict[str, float]]:
     kept = shapes.waiting if spill else shapes.factors
     moments = FLOAT * float(sum(o * o for _, o in shapes.sizes))
     peaks = [weights | {"factors": kept} | _walk(shapes)]
-    importance = config.prune.importance
+    importance = shapes.importance
     if importance == "obs_fisher":
         peaks[0] |= {"output moments": moments}
         peaks.append(weights | {"output moments": moments} | _backward(shapes))
@@ -184,7 +193,7 @@ def _prepare(shapes: _Shapes) -> list[dict[str, float]]:
 def _walk(shapes: _Shapes) -> dict[str, float]:
     """Apart from weights and factors: the streams of all calibration tokens, one block's Gram matrices, what is made
     of the widest of them, and the activations of a batch."""
-    importance, steps = shapes.config.prune.importance, shapes.config.recovery.steps
+    importance, steps = shapes.importance, shapes.config.recovery.steps
     if not shapes.sizes or ("reconstruct" not in steps and importance not in ("obs", "obs_fisher")):
         return {"activations": shapes.passing(shapes.batch, shapes.element)}
     sequences = shapes.config.recovery.samples or shapes.config.data.calibration or DRAWN
@@ -206,7 +215,7 @@ def _walk(shapes: _Shapes) -> dict[str, float]:
 
 def _backward(shapes: _Shapes) -> dict[str, float]:
     """One sequence: what every block keeps, and the tables of its logits."""
-    batch = 1 if shapes.config.prune.importance == "obs_fisher" else shapes.batch // shapes.length
+    batch = 1 if shapes.importance == "obs_fisher" else shapes.batch // shapes.length
     tokens = batch * shapes.length
     per_token = _SAVED[0] * shapes.hidden + _SAVED[1] * shapes.neurons
     tables = tokens * shapes.vocabulary * (shapes.element + _LOSS_TABLES * FLOAT)

@@ -285,7 +285,8 @@ def _plan(folder: Path) -> Mapping[str, Any]:
 def _facts(results: Results, folder: Path) -> list[tuple[str, str]]:
     """What was run, apart from the versions of libraries."""
     sections = [
-        (name, as_mapping(results.get(name))) for name in ("workload", "budget", "hardware", "scoring")
+        (name, as_mapping(results.get(name)))
+        for name in ("workload", "budget", "hardware", "importance", "scoring")
     ]
     plan = _plan(folder)
     wanted = ("version", "fingerprint", "costs", "inexact")

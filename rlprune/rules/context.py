@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from ..config.config import AUTO
 from ..errors import ConfigError, DataError
 from ..importance.calibration_cache import CalibrationCache
 from ..language.calibration.cache import language_calibration
@@ -125,7 +126,7 @@ class Rule:
         return self.counter(space) if self.counter is not None else 0
 
 
-RULES: Registry[Rule] = Registry("rule")
+RULES: Registry[Rule] = Registry("rule", reserved=(AUTO,))
 RESERVED = ("auto", "dense")
 """Names that mean something else where a rule or an agent is named."""
 

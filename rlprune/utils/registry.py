@@ -28,6 +28,7 @@ class Registry(dict[str, Entry]):
         source: the attribute of an entry that holds the registered function or class.
         entries: what is there without an import, by name.
         home: the module below rlprune that registers what else is shipped; imported when a name is not known.
+        reserved: names that a setting takes in place of one of these, so that none may be registered under them.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class Registry(dict[str, Entry]):
         source: str = "function",
         entries: Iterable[tuple[str, Entry]] = (),
         home: str | None = None,
+        reserved: tuple[str, ...] = (),
     ) -> None:
         super().__init__(entries)
-        self.kind, self._source, self._home = kind, source, home
+        self.kind, self._source, self._home, self.reserved = kind, source, home, reserved
         _ALL.append(self)
 
     def knows(self, name: object) -> bool:
@@ -79,7 +81,7 @@ class Registry(dict[str, Entry]):
             owner = self.source(own)
             # Only a notebook may define its own function again.
             again = owner is not None and owner.__module__ == function.__module__ == "__main__"
-            if own in self and not again:
+            if own in self.reserved or (own in self and not again):
                 raise ConfigError(f"{word}: the name {own!r} is taken; choose another")
             self[own] = make(own, function)
             return function

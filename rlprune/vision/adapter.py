@@ -31,6 +31,7 @@ from ..utils.memory import keep_large_blocks
 from ..utils.modes import evaluating
 from ..utils.timing import DEFAULT_BATCH_SIZES, measure
 from ..workloads.adapter import (
+    DefaultImportance,
     LatencySettings,
     ModelAdapter,
     RecoveryLadder,
@@ -127,6 +128,13 @@ class VisionAdapter(ModelAdapter):
         if document["fingerprint"] == space.fingerprint:  # else Plan.from_dict says that it is another model
             _same_groups(document, space)
         return space
+
+    def default_importance(self, calibration: CalibrationCache) -> DefaultImportance:
+        """`obs_fisher` unless `VisionCalibration.obstacle` names a reason against it."""
+        if not isinstance(calibration, VisionCalibration):
+            return DefaultImportance("taylor", "nothing is expected of cuts of such a model")
+        obstacle = calibration.obstacle()
+        return DefaultImportance("obs_fisher" if obstacle is None else "taylor", obstacle)
 
     def closed_form(
         self, calibration: CalibrationCache, settings: RecoveryConfig, importance: Scores | None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import torch
 
 from ..importance.calibration_cache import CURVES, CalibrationCache, Curves
 from ..importance.importance import l2
@@ -13,11 +14,14 @@ from ..importance.unit_scores import Scores
 from ..recovery.elimination import Elimination
 from ..recovery.reconstruct import Gram, collect_grams, mendable_consumers
 from ..utils.arrays import Floats, Ints
-from .fisher import divergence_curves, eliminations, gradient_moments
+from ..utils.modes import evaluating
+from .fisher import divergence_curves, eliminations, gradient_moments, readers_of
 
 GRAMS = "grams"
 # Calibration samples of the backward passes: moments of gradients need no more.
 FISHER_SAMPLES = 256
+# Bytes of second moments of gradients, (I, I) in float64 a layer: above this they are not measured unasked.
+MOST_BYTES = 2_000_000_000
 
 
 class VisionCalibration(CalibrationCache):
@@ -37,6 +41,36 @@ class VisionCalibration(CalibrationCache):
         found = self.grams()
         self.release(GRAMS)
         return found
+
+    def obstacle(self) -> str | None:
+        """Why units had better not be ranked by expected divergence, in a few words; None where they can be.
+
+        One sample goes through the model and back, which shows whether the task needs targets for it, and whether a
+        gradient comes to what each group's consumers read.
+        """
+        size = sum(self._moment_bytes())
+        if size > MOST_BYTES:
+            return f"second moments of gradients would take {size / 1e9:.1f} GB"
+        readers = readers_of(self.model, self.space)
+        sample = next(iter(self.batches(1)), None)
+        if sample is None:
+            return "there are no calibration samples"
+        generator = torch.Generator().manual_seed(self.seed)
+        with torch.no_grad(), evaluating(self.model):
+            drawn = self.source.unlabelled_loss(self.model, sample[0], generator)
+        if drawn is None:
+            return "the task does not say what small changes of its outputs cost"
+        moments, _ = gradient_moments(self.source, self.model, self.space, [sample], (), self.seed)
+        for group, names in zip(self.space.groups, readers, strict=True):
+            if all(moments[name].square is None for name in names):
+                return f"no gradient comes to what reads the group {group.name!r}"
+        return None
+
+    def _moment_bytes(self) -> Iterator[float]:
+        for name, cut in mendable_consumers(self.model, self.space).items():
+            inputs = len(self.space.axes[cut.axis].slots)
+            groups = getattr(self.model.get_submodule(name), "groups", 1)
+            yield 8.0 * inputs * inputs / max(1, groups)
 
     def ranked_by_divergence(self) -> tuple[Scores, Curves]:
         found = self._eliminations(None)

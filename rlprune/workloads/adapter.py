@@ -115,6 +115,20 @@ class Tuned:
     note: str = "no fine-tune"
 
 
+@dataclass(frozen=True)
+class DefaultImportance:
+    """What ``prune.importance: auto`` is for a model: the name of a registered importance.
+
+    ``reason`` says in a line why it is not `obs_fisher`; None where it is.
+    """
+
+    name: str
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.reason is None else f"{self.name}: {self.reason}"
+
+
 class ModelAdapter(abc.ABC):
     """How a kind of model is traced, measured, repaired, trained, saved and described.
 
@@ -193,6 +207,13 @@ class ModelAdapter(abc.ABC):
         return Plan.from_dict(document, self.space_of_plan(workload, document, options))
 
     # -- what is measured and repaired --------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def default_importance(self, calibration: CalibrationCache) -> DefaultImportance:
+        """How the units of a model are ranked where the settings leave it open (``prune.importance: auto``).
+
+        `obs_fisher` where the expected divergence of its cuts can be measured, `taylor` elsewhere. Little is run.
+        """
 
     @abc.abstractmethod
     def closed_form(

@@ -273,14 +273,18 @@ class Workload(abc.ABC):
 
         Where the task knows none, the loss of the batch's targets, in sum.
         """
-        task = self.task_type
-        drawn = None
-        if not task.own_pass:
-            drawn = task.drawn_loss(task.read(task.forward(model, inputs), self.output), generator)
+        drawn = self.unlabelled_loss(model, inputs, generator)
         if drawn is not None:
             return drawn
         loss = self.loss_of(self.outputs_for_loss(model, inputs, targets), targets)
         return loss * self.samples_in(inputs, targets)
+
+    def unlabelled_loss(self, model: nn.Module, inputs: Inputs, generator: torch.Generator) -> Tensor | None:
+        """`drawn_loss` of a task that needs no targets for it; None for the others."""
+        task = self.task_type
+        if task.own_pass:
+            return None
+        return task.drawn_loss(task.read(task.forward(model, inputs), self.output), generator)
 
     def distillation(self, outputs: Outputs, teacher: Outputs, temperature: float) -> Tensor:
         """The loss of imitating a teacher's outputs, both as `outputs_for_loss` gives them; a scalar tensor."""

@@ -41,7 +41,7 @@ INNER = ("layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1")
 @pytest.fixture(scope="module")
 def evaluator() -> Evaluator:
     torch.manual_seed(0)
-    return Evaluator(Images(CifarResNet(depth=8, width=8), size=32))
+    return Evaluator(Images(CifarResNet(depth=8, width=8), size=32), importance="taylor")
 
 
 def search(evaluator: Any, limit: int, *, budget: Any = 0.5, stop: int | None = None, **own: Any) -> Any:

@@ -79,7 +79,7 @@ def line(capsys: pytest.CaptureFixture[str], words: str) -> str:
         ("train digits --set search.mode=direct search.batch=8", "search.batch: search.mode is direct"),
         ("train digits --set recovery.finetune_lr=0.1", "finetune_lr: recovery.steps is without finetune"),
         ("train digits --set recovery.distill=false", "distill: recovery.steps is without finetune"),
-        ("train digits --set recovery.steps=[bn] recovery.ridge=0.1", "ridge: recovery.steps is without reconstruct"),
+        ("train digits --set recovery.steps=[bn] recovery.ridge=1 prune.importance=l2", "ridge: recovery.steps is"),
         ("train digits --set budget.batch_size=8", "budget.batch_size: budget.metric is not latency"),
         ("train digits --set budget.table=t.json", "budget.table: budget.metric is not latency"),
         ("train digits --set model.train.epochs=0 model.train.lr=0.2", "model.train.lr: model.train.epochs is 0"),
@@ -125,6 +125,7 @@ def test_typed_and_not_used(
         ("train", "digits", "recovery.steps=[finetune] recovery.finetune_steps=2 recovery.finetune_lr=0.1"),
         ("train", "tiny_llama", "finish.steps=9 finish.dropout=0.1 finish.rank=4 finish.temperature=3"),
         ("train", "tiny_llama", "recovery.steps=[none] recovery.ridge=0.1"),  # obs_fisher takes it
+        ("train", "digits", "recovery.steps=[bn] recovery.ridge=0.1"),  # which auto may be
         ("benchmark", "digits", "search.cma_es.bound=0.2 search.ppo.n_steps=8 search.ppo.surrogate_steps=9"),
         ("apply --refine", "digits", "search.batch=5 search.ppo.kappa=0.1"),
         ("prune --stages", "digits", "finish.steps=9 finish.lr=0.1"),
@@ -166,7 +167,10 @@ def written(place: Path, text: str) -> None:
         ),
         ("search: {mode: direct, batch: 8}", "search.batch: search.mode is direct"),
         ("recovery: {finetune_lr: 0.1}", "recovery.finetune_lr: recovery.steps is without finetune"),
-        ("recovery: {steps: [bn], ridge: 0.1}", "recovery.ridge: recovery.steps is without reconstruct"),
+        (
+            "{recovery: {steps: [bn], ridge: 0.1}, prune: {importance: l2}}",
+            "recovery.ridge: recovery.steps is without reconstruct",
+        ),
         ("budget: {table: t.json}", "budget.table: budget.metric is not latency"),
         ("score: {top_k: 9}", "score.top_k: only for language models"),
     ],

@@ -120,7 +120,8 @@ def test_its_settings_may_be_given() -> None:
 
     rlprune.recovery_step("reads the ridge", name="ridged")(lambda context: lambda slim, plan: None)
     given = {"model": {"name": "cifar_resnet20"}, "data": {"name": "digits"}}
-    config = Config.from_dict(given).override(["recovery.steps=[bn]", "recovery.ridge=0.1"])
+    settings = ["recovery.steps=[bn]", "recovery.ridge=0.1", "prune.importance=l2"]
+    config = Config.from_dict(given).override(settings)
     with pytest.raises(ConfigError, match=r"recovery\.ridge: recovery\.steps is without reconstruct"):
         check_usage(config, "train")
     check_usage(config.override(["recovery.steps=[bn,ridged]"]), "train")

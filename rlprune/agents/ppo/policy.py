@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ...artifacts.policy import read_policy_files
 from ...artifacts.policy import save_policy as write_policy
+from ...envs.observation import EXPECTING
 from ...envs.task import ACTION_SCALE, Source, Task, make_task
 from ...errors import ArtifactError
 from ...pruning.budget import BudgetLike
@@ -185,8 +186,11 @@ class GroupPolicy(CustomPolicy):
 
 
 def provenance(tasks: Sequence[Task], stages: int = 1) -> dict[str, Any]:
-    """What a portable file says about a training: what was seen, architectures, budgets, base rule, kinds of groups."""
+    """What a portable file says about a training: what was seen, how units were ranked, architectures, budgets, base
+    rule, kinds of groups."""
+    ranked = tasks[0].importance_name
     return {
+        **({} if ranked is None else {"importance": ranked}),
         "feature_version": tasks[0].feature_version,
         "features": list(tasks[0].features),
         "base_rule": tasks[0].base_rule,
@@ -263,6 +267,16 @@ class PortablePolicy:
         """The columns that it was trained on, and is shown (``envs.observation.FEATURE_VERSIONS``)."""
         return int(self.meta["feature_version"])
 
+    @property
+    def importance(self) -> str:
+        """The importance that ranked the units in its training, which features are computed of.
+
+        Files of the first versions do not say it: then the default of their time, or what its features need.
+        """
+        return str(
+            self.meta.get("importance", "obs_fisher" if self.feature_version == EXPECTING else "taylor")
+        )
+
     def action(self, table: NDArray[np.float32]) -> NDArray[np.float64]:
         """Mode of the policy for one feature table (G, F): actions (G,)."""
         with torch.no_grad():
@@ -279,7 +293,7 @@ class PortablePolicy:
         if isinstance(source, Task):
             evaluator, scorer = source.evaluator, source.scorer
         else:
-            evaluator = make_task(source, budget, metric=metric).evaluator
+            evaluator = make_task(source, budget, metric=metric, importance=self.importance).evaluator
         return Task(evaluator, budget, metric, base_rule, scorer, sensitivity, shown=self.feature_version)
 
     def distribution(

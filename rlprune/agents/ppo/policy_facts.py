@@ -57,6 +57,7 @@ _FACTS: dict[str, tuple[Callable[[object], bool], str]] = {
         lambda v: isinstance(v, str) and RULES.knows(v),
         "the name of a rule (`rlprune list rules`)",
     ),
+    "importance": (lambda v: isinstance(v, str), "a text"),
     "metric": (_is_metric, "a cost metric (`rlprune list metrics`)"),
     "stages": (lambda v: is_whole(v, 1000) and v > 0, "a whole number from 1 to 1000"),
     "sensitivity": (_are_ratios, "a list of two ratios, or an empty one"),

@@ -9,6 +9,7 @@ from ...errors import ConfigError
 from ...importance.calibration_cache import CURVES, CalibrationCache, Curves
 from ...importance.importance import l2
 from ...importance.unit_scores import Scores
+from ...pruning.space import PruningSpace
 from ...utils.arrays import Floats
 from ...utils.memory import return_freed_memory
 from ..expert_groups import EXPERTS
@@ -120,6 +121,15 @@ class LanguageCalibration(CalibrationCache):
             shrink=settings.shrink,
             spill=settings.spill,
         )
+
+
+def divergence_obstacle(space: PruningSpace) -> str | None:
+    """Why units cannot be ranked by expected divergence, in a few words; None where they can be."""
+    try:
+        found = group_consumers(space, "prune.importance: 'obs_fisher'")
+    except ConfigError:
+        return "only attention and feed-forward parts have expected divergences"
+    return None if found else "no attention or feed-forward part is cut by units"
 
 
 def language_calibration(cache: CalibrationCache, who: str) -> LanguageCalibration:
