@@ -1,27 +1,91 @@
 """Two ways of ranking the units of a group, under the same methods -> docs/importances.md.
 
     rlprune benchmark digits --methods ppo,random,fisher,lamp,uniform,sensitivity --budgets 0.5 0.3 \\
-        --checkpoints 3 --evaluations 100 --set prune.importance=taylor --out runs/digits-taylor
+        --seeds 3 --checkpoints 3 --evaluations 100 --set prune.importance=taylor --out runs/digits-taylor
     rlprune benchmark digits ... --set prune.importance=obs_fisher --out runs/digits-obs_fisher
+    rlprune benchmark cifar10_resnet20 --budgets 0.5 --seeds 3 --evaluations 80 \\
+        --methods ppo,random,fastnas,evopress,depgraph,sensitivity,fisher,lamp,global_taylor,uniform --set \\
+        data.root=FOLDER model.checkpoint=FILE model.train.epochs=6 model.train.lr=0.01 data.train=3000 \\
+        data.calibration=128 data.validation=1000 data.test=2000 score.samples=400 finish.candidates=3 \\
+        finish.epochs=1 prune.importance=taylor --out runs/cifar-taylor
+    rlprune benchmark cifar10_resnet20 ... prune.importance=obs_fisher --out runs/cifar-obs_fisher
     python docs/scripts/importances.py runs/digits-taylor:runs/digits-obs_fisher ...
 
-Nothing is measured here: each argument names two runs of one workload that differ in `prune.importance` alone.
+FOLDER holds train/CLASS/*.jpg and test/CLASS/*.jpg of CIFAR-10, FILE the weights of a CIFAR ResNet-20. Each argument
+names two runs of one workload that differ in `prune.importance` alone. Only what preparing takes is measured here,
+where --state does not know it.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlprune import load_config
+import torch
+from kept import Kept
+from torch import Tensor
+from torchvision.models import mobilenet_v2
+
+from rlprune import Evaluator, Workload, load_config, trace
 from rlprune.benchmarks import difference
+from rlprune.experiments import prepare_experiment
 from rlprune.report import markdown_table, read_results
 from rlprune.utils import hardware
 
 DOCS = Path(__file__).resolve().parents[1]
+RANKINGS = ("taylor", "obs_fisher")
+TURNS = 3
 FIELDS = {"test_loss": "test loss", "test_loss_finetuned": "after the fine-tune"}
+
+
+class Noise(Workload):
+    """MobileNetV2 with random weights on random images of 224 pixels: only the time counts."""
+
+    def __init__(self, images: int = 64) -> None:
+        torch.manual_seed(0)
+        self.model = mobilenet_v2(num_classes=1000).eval()
+        self.images, self.labels = torch.randn(images, 3, 224, 224), torch.randint(1000, (images,))
+        self.example_inputs = self.images[:1]
+
+    def batches(self, split: str, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from zip(self.images[:limit].split(32), self.labels[:limit].split(32), strict=True)
+
+
+def measured(make: Callable[[], Workload]) -> dict[str, list[float]]:
+    """Seconds of preparing a workload with each ranking in turns: unit scores and the recovery's statistics."""
+    workload = make()
+    found: dict[str, list[float]] = {name: [] for name in RANKINGS}
+    space = trace(workload.model, workload.example_inputs)
+    for _ in range(TURNS):
+        for name, taken in found.items():
+            started = time.perf_counter()
+            Evaluator(workload, space, importance=name)
+            taken.append(time.perf_counter() - started)
+    return found
+
+
+def preparing(kept: Kept) -> str:
+    """A table of what preparing takes."""
+    digits = load_config("digits", ["threads=1"])
+    workloads: dict[str, Callable[[], Workload]] = {
+        f"digits, ResNet-20 of width 16, {digits.data.calibration} images": lambda: (
+            prepare_experiment(digits).workload
+        ),
+        "MobileNetV2, 64 images of 224 pixels": Noise,
+    }
+    torch.set_num_threads(1)
+    table = []
+    for name, make in workloads.items():
+        taken = kept.ask(f"preparing {name}", partial(measured, make))
+        middle = [statistics.median(taken[ranking]) for ranking in RANKINGS]
+        ratio = statistics.median(b / a for a, b in zip(*(taken[r] for r in RANKINGS), strict=True))
+        table.append([name, *(f"{value:.2f}" for value in middle), f"{ratio:.1f}"])
+    return markdown_table(["model", *(f"{name}, s" for name in RANKINGS), "ratio"], table)
 
 
 def rows_of(results: Mapping[str, Any], budget: float) -> dict[str, dict[int, Any]]:
@@ -72,11 +136,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN:RUN")
+    parser.add_argument("--state", default="runs/importances.json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     machine = hardware()
     parts = [section(*map(Path, pair.split(":"))) for pair in arguments.runs]
     text = PAGE.format(
-        processor=machine["processor"], torch=machine["libraries"]["torch"], parts="\n".join(parts)
+        processor=machine["processor"],
+        torch=machine["libraries"]["torch"],
+        parts="\n".join(parts),
+        preparing=preparing(Kept(arguments.state)),
+        turns=TURNS,
     )
     (DOCS / "importances.md").write_text(text, encoding="utf-8")
 
