@@ -89,9 +89,8 @@ def run(
     asked = [config.override([f"budget.target={budget}"]).budget.target for budget in budgets]
     asked = asked or [config.budget.target]
     metric = config.budget.metric
-    _check_budgets(
-        asked, lambda budget: parse_budget(budget, metric)
-    )  # as far as they compare without a model
+    # Those that are the same without a model's costs, before one is prepared.
+    _check_budgets(asked, lambda budget: parse_budget(budget, metric))
     _check_checkpoints(config, checkpoints, seeds)
     config = _settled(config, evaluations, asked[0])
     unable = unable_agents(methods, config.search)

@@ -121,8 +121,7 @@ def incremental(
         rounds.append(finished)
     origin: dict[str, object] = {"method": method, "stages": stages, "steps": steps}
     origin |= {"budget": str(experiment.budget), "metric": experiment.metric}
-    origin |= experiment.evaluator.ranking_facts
-    plan = Plan(space, final_widths(tuple(history)), now.kept, origin)
+    plan = Plan(space, final_widths(tuple(history)), now.kept, origin | experiment.evaluator.ranking_facts)
     return Incremental(now.model, plan, tuple(history), tuple(rounds))
 
 
