@@ -31,7 +31,7 @@ from kept import Kept
 from torch import Tensor
 from torchvision.models import mobilenet_v2
 
-from rlprune import Evaluator, Workload, load_config, trace
+from rlprune import Config, Evaluator, Workload, load_config, trace
 from rlprune.benchmarks import difference
 from rlprune.experiments import prepare_experiment
 from rlprune.report import markdown_table, read_results
@@ -101,11 +101,47 @@ def mean(rows: Mapping[int, Any], field: str) -> float:
     return sum(float(row[field]) for row in rows.values()) / len(rows)
 
 
-def section(first: Path, second: Path) -> str:
-    """A table for each budget of two runs."""
-    configs, results = zip(
-        *((load_config(run / "config.yaml"), read_results(run)) for run in (first, second)), strict=True
+Run = tuple[Config, Mapping[str, Any]]
+Runs = tuple[Run, Run]
+
+
+def read(pair: str) -> Runs:
+    """The settings and results of both runs of RUN:RUN."""
+    first, second = (
+        (load_config(run / "config.yaml"), read_results(run)) for run in map(Path, pair.split(":"))
     )
+    return first, second
+
+
+def summary(runs: Runs) -> str:
+    """What the tables of two runs say, a line for each budget."""
+    (config, first), (other, second) = runs
+    lines = []
+    for budget in (b["asked"] for b in first["budgets"]):
+        ours, theirs = rows_of(first, budget), rows_of(second, budget)
+        methods = sorted(set(ours) & set(theirs) - {"dense"})
+        said = []
+        for field, label in FIELDS.items():
+            pairs = [
+                {i: rows[m][seed] for i, (m, seed) in enumerate((m, s) for m in methods for s in ours[m])}
+                for rows in (theirs, ours)
+            ]
+            change = difference(*pairs, field, higher=False)
+            lower = sum(mean(theirs[m], field) < mean(ours[m], field) for m in methods)
+            interval = f"{change['mean']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]"
+            said.append(
+                f"{label} lower for {lower} of {len(methods)} methods, in the mean of all rows by {interval}"
+            )
+        name = f"{config.name} at {budget:.0%}"
+        lines.append(
+            f"- {name}, {other.prune.importance} against {config.prune.importance}: {'; '.join(said)}."
+        )
+    return "\n".join(lines)
+
+
+def section(runs: Runs) -> str:
+    """A table for each budget of two runs."""
+    configs, results = zip(*runs, strict=True)
     names = [config.prune.importance for config in configs]
     protocol = results[0]["protocol"]
     text = f"## {configs[0].name}\n"
@@ -139,13 +175,15 @@ def main() -> None:
     parser.add_argument("--state", default="runs/importances.json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     machine = hardware()
-    parts = [section(*map(Path, pair.split(":"))) for pair in arguments.runs]
+    pairs = [*map(read, arguments.runs)]
+    parts = [section(pair) for pair in pairs]
     text = PAGE.format(
         processor=machine["processor"],
         torch=machine["libraries"]["torch"],
         parts="\n".join(parts),
         preparing=preparing(Kept(arguments.state)),
         turns=TURNS,
+        summary="\n".join(map(summary, pairs)),
     )
     (DOCS / "importances.md").write_text(text, encoding="utf-8")
 
@@ -155,11 +193,27 @@ PAGE = """# How units are ranked
 Written by `python docs/scripts/importances.py` from runs of `rlprune benchmark` (the commands are at its head): one
 thread of an {processor}, no GPU, torch {torch}, other programs on the cores.
 
-`prune.importance` says which units of a group go first; every method of a run uses the same ranking. `taylor` is the
-default of models of images; `obs_fisher` removes the unit whose loss costs the fewest expected nats, one after another
-([expected-curves.md](expected-curves.md)). Scores are minus the divergence from the dense model (higher is better),
-losses those of the test split before and after the same fine-tune. Differences are paired by seed, the second ranking
-minus the first (lower is better), with a 95% BCa interval and the seeds on which the second is lower.
+`prune.importance` says which units of a group go first; every method of a run uses the same ranking. `taylor` sums
+|w g| over all that is cut with a unit, and was the default of models of images; `obs_fisher` removes the unit whose
+loss costs the fewest expected nats, one after another ([expected-curves.md](expected-curves.md)). `auto`, the default,
+takes `obs_fisher` where that can be measured and `taylor` elsewhere: for detectors and other tasks that do not say what
+small changes of their outputs cost, for models with a group whose readers are not called as layers (attention of
+torchvision's transformers), and where the matrices of the gradients would take more than 2 GB.
+
+Scores are minus the divergence from the dense model (higher is better), losses those of the test split before and after
+the same fine-tune. Differences are paired by seed, the second ranking minus the first (lower is better), with a 95% BCa
+interval and the seeds on which the second is lower. Rows of one seed share a dense model, so intervals over all rows
+are narrower than they should be.
+
+{summary}
+
+## What preparing takes
+
+Seconds of making what all candidates share, unit scores and the statistics of the recovery (`reconstruct` and `bn`), in
+turns, median of {turns}. `obs_fisher` uses the Gram matrices that `reconstruct` needs anyway; the elimination itself is
+cubic in the width of a layer.
+
+{preparing}
 
 {parts}"""
 
