@@ -64,7 +64,7 @@ def _apply(args: argparse.Namespace) -> None:
     if not args.source.is_file():
         existing_folder(args.source, "RUN_OR_POLICY")
     _check_checkpoint(args)
-    out = args.out or free_folder(config.name, "pruned")
+    out = _out(args, config.name)
     from ..experiments import replay
 
     if replay.is_plan(args.source):
@@ -92,6 +92,16 @@ def _apply(args: argparse.Namespace) -> None:
     applied.save(out)
     say(args, str(applied))
     show(args, applied.sizes(out), out)
+
+
+def _out(args: argparse.Namespace, name: str) -> Path:
+    """The folder to write; one with other people's files in it is refused before anything is trained."""
+    from ..artifacts.documents import PLAN_FILE
+    from ..utils.files import refuse_foreign
+
+    out: Path = args.out or free_folder(name, "pruned")
+    refuse_foreign(out, PLAN_FILE)
+    return out
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -170,7 +180,7 @@ def _prune(args: argparse.Namespace) -> None:
         hint = near_miss(args.rule, RULES)
         raise ConfigError(f"--rule: unknown rule {args.rule!r}{hint}; allowed: {', '.join(RULES)}")
     check_wing(config, [args.rule])
-    out = args.out or free_folder(config.name, "pruned")
+    out = _out(args, config.name)
     stages = args.stages or 1
     if stages == 1 and args.steps is None:
         table = deploy.prune_rule(
@@ -202,7 +212,7 @@ def _prune_equal_widths(args: argparse.Namespace) -> None:
         raise ConfigError("--drop-blocks: blocks may not be dropped; give --set prune.drop=true")
     from ..experiments import apply as deploy
 
-    out = args.out or free_folder(config.name, "pruned")
+    out = _out(args, config.name)
     table = deploy.prune_equal_widths(
         config, config.budget.target, dropped, out, args.checkpoint, callback=watcher(args)
     )

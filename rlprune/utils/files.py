@@ -170,7 +170,7 @@ def replacing_folder(folder: str | Path, marker: str) -> Iterator[Path]:
     it is ours); anything else is an ArtifactError, and nothing is left behind by a failed write.
     """
     target = Path(folder)
-    _refuse_foreign(target, marker)
+    refuse_foreign(target, marker)
     # resolve: "." and "x/.." have no name of their own to put the new folder next to.
     target = target.resolve()
     with writing(target):
@@ -198,7 +198,7 @@ def lock_run(folder: str | Path, worth: str = "ledger.jsonl") -> Iterator[Path]:
     user's ends, before it has a file ``worth`` leaves nothing behind.
     """
     target = Path(folder)
-    _refuse_foreign(target, LOCK_NAME)
+    refuse_foreign(target, LOCK_NAME)
     made = not target.exists()
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -254,7 +254,8 @@ def _empty_folder(folder: Path, remove: bool) -> None:
             folder.rmdir()
 
 
-def _refuse_foreign(target: Path, marker: str) -> None:
+def refuse_foreign(target: Path, marker: str) -> None:
+    """ArtifactError for a file, or a folder that holds something but no ``marker``, which says that it is ours."""
     if not os.path.lexists(target):
         return
     if not target.is_dir():
