@@ -194,7 +194,9 @@ def test_the_score_judges_a_search() -> None:
     run(command, *small(command, "judged"))
     scores = [row["score"] for row in rows_of("judged").values()]
     assert rows_of("judged")["dense"]["score"] == 1.0
-    assert all(0 <= score <= 1 and abs(100 * score - round(100 * score)) < 1e-6 for score in scores), "of 100 images"
+    assert all(0 <= score <= 1 and abs(100 * score - round(100 * score)) < 1e-6 for score in scores), (
+        "of 100 images"
+    )
     assert "agreement" in Path("judged/config.yaml").read_text()
 
 

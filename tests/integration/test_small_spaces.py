@@ -85,7 +85,9 @@ def test_a_benchmark(place: Path) -> None:
 
 
 def test_fidelity_needs_plans_to_compare(refused: Callable[..., str]) -> None:
-    line = refused("fidelity", *words("one"), "--candidates", "6", "--out", "f", unchanged=False)
+    line = refused(
+        "fidelity", *words("one", "prune.importance=l2"), "--candidates", "6", "--out", "f", unchanged=False
+    )
     assert line == (
         "rlprune: error: budget.target: 0.7 leaves 1 different plan to compare, and fidelity needs 4; "
         "choose another budget or a smaller prune.round_to\n"
