@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,18 @@ def texts(value: Any) -> list[str]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("default") / "run"
     assert (
-        main(["train", "digits", "--out", str(folder), *without(SMALL_RUN), "--set", "search.baselines=[]"])
+        main(
+            [
+                "train",
+                "digits",
+                "--out",
+                str(folder),
+                *without(SMALL_RUN),
+                "--set",
+                "search.baselines=[]",
+                "finish.epochs=0",
+            ]
+        )
         == 0
     )
     return folder
@@ -234,14 +246,19 @@ class TestWholeRuns:
         assert document["origin"]["importance"] == "obs_fisher" and "auto" not in texts(document)
 
 
+@cache
+def prepared(kind: str, importance: str) -> Evaluator:
+    return Evaluator(made(kind), importance=importance)
+
+
 @settings(max_examples=15, deadline=None)
 @given(
-    name=st.sampled_from([AUTO, "l1", "taylor", "obs_fisher", "random"]),
-    kind=st.sampled_from(["classification", "regression", "detection"]),
+    name=st.sampled_from([AUTO, "l1"]),
+    kind=st.sampled_from(["regression", "detection"]),
     share=st.floats(0.3, 1.0),
 )
 def test_no_plan_says_auto(name: str, kind: str, share: float) -> None:
-    evaluator = PREPARED.setdefault((kind, name), Evaluator(made(kind), importance=name))
+    evaluator = prepared(kind, name)
     widths = np.maximum(1, (evaluator.space.widths * share).astype(int))
     origin = evaluator.plan(widths, {"method": "uniform"}).origin
     assert origin["importance"] in IMPORTANCES and origin["importance"] != AUTO
@@ -249,6 +266,3 @@ def test_no_plan_says_auto(name: str, kind: str, share: float) -> None:
     assert (
         evaluator.staged_plan((evaluator.space.widths, widths)).origin["importance"] == origin["importance"]
     )
-
-
-PREPARED: dict[tuple[str, str], Evaluator] = {}
