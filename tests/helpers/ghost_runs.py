@@ -34,7 +34,7 @@ from rlprune.workloads.adapter import TuneJob
 from rlprune.workloads.base import Workload
 
 LENGTH = 12
-IMAGE_IMPORTANCES = ("l1", "l2", "bn_scale", "taylor", "taylor_vector", "saap", "random")
+IMAGE_IMPORTANCES = ("l1", "l2", "bn_scale", "taylor", "taylor_vector", "saap", "auto", "random")
 TEXT_IMPORTANCES = ("l1", "taylor", "saap", "wanda_sp", "flap", "obs", "obs_fisher")
 IMAGE_RECOVERIES = {
     "none": RecoveryConfig(steps=("none",)),
