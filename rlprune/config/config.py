@@ -40,7 +40,7 @@ DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 TEXT_FORMATS = ("auto", "text", "chat", "instruction")
 DTYPES = ("auto", "float32", "bfloat16")
 AUTO = "auto"
-"""The value of ``prune.round_to`` that leaves the multiple to the kind of model."""
+"""The value of a setting that leaves the choice to what is known of the model and the data."""
 RENAMED = {"score.images": "score.samples", "recovery.images": "recovery.samples"}
 """Old names of settings, which work for one more version."""
 NAME_BYTES = 100
@@ -277,6 +277,14 @@ class ScoreConfig(Section):
     samples: int | None = setting(
         None, "Validation samples (images, or sequences) used; null for all of the split.", low=1
     )
+    unlabelled: str | int = setting(
+        "auto",
+        "Models of images, `kl`: training samples that are scored as well, without their labels, so that a search does "
+        "not fit its plans to a small validation split. `auto`: as many as make 1,000 with a whole validation split "
+        "that is smaller, where the model gives one row of outputs a sample and the training split is the same each "
+        "time it is read; none with score.samples.",
+        low=0,
+    )
     top_k: int = setting(
         256,
         "Language models: largest dense probabilities kept for each token; the rest is one bucket.",
@@ -291,6 +299,12 @@ class ScoreConfig(Section):
     rungs: tuple[int, ...] = setting(
         (), "Successive halving: sequences after which the worse half of a batch is dropped.", low=1
     )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.unlabelled, str) and self.unlabelled != AUTO:
+            raise ConfigError(
+                f"score.unlabelled: {show(self.unlabelled)} is no whole number; allowed: 0 and more, or auto"
+            )
 
 
 @section

@@ -320,9 +320,10 @@ class Evaluator:
 
     @property
     def scoring_facts(self) -> dict[str, Any]:
-        """The format of scored candidates and what a trial found of it, as plain values."""
+        """The format of scored candidates, what a trial found of it, and how many training samples are scored as well,
+        as plain values."""
         trial = None if self.format_trial is None else self.format_trial.facts()
-        return {"format": self._named(self._format), "trial": trial}
+        return {"format": self._named(self._format), "trial": trial, "unlabelled": self._judging.unlabelled}
 
     def _named(self, chosen: ScoringFormat) -> str:
         first = next(self.workload.model.parameters(), None)

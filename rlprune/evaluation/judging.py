@@ -1,15 +1,20 @@
-"""Judging candidates on the search's samples or on the whole validation split, in parts where rungs cut it."""
+"""Judging candidates on the search's samples or on the whole validation split, in parts where rungs cut it.
+
+Either way training samples without labels may be scored as well (`training_samples`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cached_property
 
 from torch import nn
 
-from ..config.config import ScoreConfig
+from ..config.config import AUTO, ScoreConfig
 from ..workloads.base import Workload
 from ..workloads.judge import Judge, Judgement
+from .training_samples import TrainingSamples, WithTrainingSamples, wanted
 
 
 class Judging:
@@ -17,6 +22,8 @@ class Judging:
 
     def __init__(self, workload: Workload, settings: ScoreConfig) -> None:
         self._workload, self._settings = workload, settings
+        if settings.unlabelled != AUTO:
+            wanted(workload, settings)  # refused before anything is measured
         self._judges = {False: self._new(settings.samples)}
 
     def _new(self, limit: int | None) -> Judge:
@@ -26,7 +33,17 @@ class Judging:
         """The judge of the search's samples, or of the whole validation split."""
         if full not in self._judges:
             self._judges[full] = self._new(None)
-        return self._judges[full]
+        judge, training = self._judges[full], self._training
+        return judge if training is None else WithTrainingSamples(judge, training)
+
+    @cached_property
+    def unlabelled(self) -> int:
+        """Training samples that every whole score reads in addition."""
+        return wanted(self._workload, self._settings)
+
+    @cached_property
+    def _training(self) -> TrainingSamples | None:
+        return TrainingSamples(self._workload, self.unlabelled) if self.unlabelled else None
 
     @property
     def samples(self) -> int:

@@ -117,6 +117,7 @@ class LanguageAdapter(ModelAdapter):
                     "data.transform",
                     "data.train_transform",
                     "prune.inexact",
+                    "score.unlabelled",
                 ),
             ),
             ("{model} is a language model", "only image models have a use for it"),

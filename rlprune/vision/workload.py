@@ -41,6 +41,8 @@ class VisionWorkload(TrainedWorkload):
             its generator.
     """
 
+    repeats_training = True
+
     def __init__(
         self,
         model: nn.Module,

@@ -105,6 +105,9 @@ class Workload(abc.ABC):
     """What the outputs mean: a name (``rlprune list tasks``) or a TaskType; None for the adapter's default."""
     output: Choice | None = None
     """Which of several outputs the task reads: a name, or a number in a tuple."""
+    repeats_training: bool = False
+    """Whether ``batches("train")`` is known to give the same samples in the same order each time and in every process,
+    so that plans can be compared on them (``score.unlabelled``)."""
     score_fn: ModelScore | None = None
     """``score_fn(model)``: a number for a whole model, higher is better, instead of ``score.kind``."""
     metric_fn: SplitMetric | None = None

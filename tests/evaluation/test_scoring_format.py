@@ -43,7 +43,7 @@ class TestWhichFormats:
             evaluator = evaluator_of(dtype)
             assert evaluator.scoring_format == ScoringFormat()
             assert evaluator.settle_format(0.5) is None
-            assert evaluator.scoring_facts == {"format": "float32", "trial": None}
+            assert evaluator.scoring_facts == {"format": "float32", "trial": None, "unlabelled": 0}
             kept = evaluator.build(plans(evaluator, 1)[0])
             scored = evaluator.build(plans(evaluator, 1)[0], scoring=True)
             assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), scored.parameters(), strict=True))
@@ -55,7 +55,7 @@ class TestWhichFormats:
         assert evaluator_of("float32")._formats == [SURE]
         assert evaluator_of("bfloat16")._formats == [BF16]
         name = "float32, channels last, batch norms folded"
-        assert evaluator.scoring_facts == {"format": name, "trial": None}
+        assert evaluator.scoring_facts == {"format": name, "trial": None, "unlabelled": 0}
 
     def test_a_model_that_has_no_bfloat16(self, monkeypatch):
         monkeypatch.setattr(scoring, "LEAST_MACS", 1.0)
