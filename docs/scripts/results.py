@@ -1,11 +1,11 @@
 """The committed results of `rlprune benchmark` -> docs/results.md with its figures, and the README's table.
 
-    rlprune benchmark digits --budgets 0.5 0.3 --checkpoints 5 --evaluations 300 --jobs 2 --out runs/digits-benchmark
-    python docs/scripts/results.py --take runs/digits-benchmark
+    rlprune benchmark digits --budgets 0.5 0.3 --checkpoints 5 --evaluations 100 --jobs 2 --out runs/digits-benchmark
+    python docs/scripts/results.py --take runs/digits-benchmark --commit HASH
 
 --take copies a run's results.json, in a compact form, to docs/results/NAME.json (NAME is that of the shipped config,
-or --variant's where the model is another); without it the page is written anew from what is there. Nothing is
-measured here.
+or --variant's where the model is another), with the commit whose code the run was of; without it the page is written
+anew from what is there. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rlprune import load_config
 from rlprune.benchmarks import difference, spread
 from rlprune.report import comparison, markdown_table, plots, read_results
 
-EVALUATIONS = 300
+EVALUATIONS = 100
 DOCS = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
@@ -72,16 +72,20 @@ WANTED = (
     Wanted("smollm2_135m", ("0.8",), 3),
 )
 _SETTINGS = ("version", "config", "settings", "protocol")
-KEPT = (*_SETTINGS, "workload", "budget", "score", "hardware", "groups", "budgets")
+KEPT = ("commit", *_SETTINGS, "workload", "budget", "score", "hardware", "groups", "budgets")
 
 
-def take(run: Path, folder: Path, variant: str | None = None) -> Path:
-    """Copy a run's results with the settings that differ from the shipped config; one row or entry a line."""
+def take(run: Path, folder: Path, variant: str | None = None, commit: str | None = None) -> Path:
+    """Copy a run's results with the settings that differ from the shipped config; one row or entry a line.
+
+    ``commit`` is that of the code that the run was of.
+    """
     config = load_config(run / "config.yaml")
     results = read_results(run) | {
         "config": config.name,
         "settings": changed(config.to_dict(), config.name),
     }
+    results |= {"commit": commit} if commit else {}
     if not variant and any(key.startswith(("model.name", "model.arguments")) for key in results["settings"]):
         raise SystemExit(f"{run}: another model than that of {config.name}: give it a name with --variant")
     for split in results["workload"].get("protocol", {}).get("splits", {}).values():
@@ -217,7 +221,7 @@ def section(name: str, results: Mapping[str, Any], folder: Path) -> str:
         f"{protocol['seeds']} seed{'s' if protocol['seeds'] > 1 else ''}, {_models(protocol)}, "
         f"{protocol['evaluations']} evaluations for each search; {sizes} samples; "
         f"{hardware['device']} ({hardware['processor']}, {protocol['jobs']} processes of {hardware['threads']} "
-        f"threads), torch {hardware['libraries'].get('torch', 'unknown')}.\n",
+        f"threads), torch {hardware['libraries'].get('torch', 'unknown')}{_code(results)}.\n",
         f"```sh\n{command(name, results)}\n```\n",
     ]
     if dense := [row for row in results["rows"] if row["method"] == "dense"]:
@@ -241,6 +245,10 @@ def section(name: str, results: Mapping[str, Any], folder: Path) -> str:
             parts += [markdown_table(*table), ""]
     parts += [f"- {note}" for note in comparison.notes(results)]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _code(results: Mapping[str, Any]) -> str:
+    return f"; code of commit {results['commit']}" if "commit" in results else ""
 
 
 def _models(protocol: Mapping[str, Any]) -> str:
@@ -320,6 +328,7 @@ def after_finetune(every: Mapping[str, Mapping[str, Any]]) -> comparison.Table:
     header = [
         "network, data, MACs left",
         "seeds",
+        "evaluations",
         "dense",
         "best rule",
         "best other search",
@@ -346,6 +355,7 @@ def _row_after_finetune(view: Mapping[str, Any]) -> list[str]:
     return [
         f"{view['workload']['name'].replace(' on ', ', ')}, {comparison.share(view)}",
         str(view["protocol"]["seeds"]),
+        str(view["protocol"]["evaluations"]),
         f"{100 * sum(dense) / len(dense):.1f}",
         f"{percent(tuned[rule])} {rule}",
         f"{percent(tuned[other])} {other}",
@@ -388,6 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="NAME",
         help="with --take of one run: its name, where the config's name would mislead",
     )
+    parser.add_argument("--commit", metavar="HASH", help="with --take: the commit that the runs are of")
     parser.add_argument(
         "--intervals",
         action="store_true",
@@ -399,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--variant: names one run; --take has to name it")
     folder = arguments.docs / "results"
     for run in arguments.take:
-        print(f"taken: {take(run, folder, arguments.variant)}")
+        print(f"taken: {take(run, folder, arguments.variant, arguments.commit)}")
     if arguments.intervals:
         for path in sorted(folder.glob("*.json")):
             results = json.loads(path.read_text(encoding="utf-8"))
@@ -429,10 +440,11 @@ that random search ended with under the same seed; in brackets the interval and 
 seeds on which the method is strictly better. Seconds are those of the search, whatever else ran on the machine,
 with every plan's own time even where another method had scored it before.
 
-These figures are those of commit f31af48 and before: since then PPO's model of the score is cheaper, and finds other
-plans of the same quality within the spread of seeds ([surrogate-cost.md](surrogate-cost.md)), and layers of 128 inputs
-and more are repaired a little differently ([candidate-cost.md](candidate-cost.md)), and batch-norm statistics are
-changed instead of measured anew ([imagenet-sample.md](imagenet-sample.md)). They were not measured again.
+Every section names the commit whose code it was measured with. Those of f31af48 and before were not measured again:
+their models of images rank units by `taylor` and measure batch-norm statistics anew, where units are ranked by
+`obs_fisher` now ([importances.md](importances.md)) and the dense model's statistics are changed
+([imagenet-sample.md](imagenet-sample.md)), and PPO's model of the score was another
+([surrogate-cost.md](surrogate-cost.md)).
 
 In short: the test loss before / after the same fine-tune (means), and how many evaluations PPO needs for the score
 that random search ends with.
