@@ -58,9 +58,7 @@ def summary(runs: Runs, setting: str) -> str:
             change = difference(*pairs, field, higher=False)
             lower = sum(mean(theirs[m], field) < mean(ours[m], field) for m in methods)
             interval = f"{change['mean']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]"
-            said.append(
-                f"{label} lower for {lower} of {len(methods)} methods, in the mean of all rows by {interval}"
-            )
+            said.append(f"{label} lower for {lower} of {len(methods)} methods, mean difference {interval}")
         name = f"{config.name} at {budget:.0%}"
         against = f"{value(other, setting)} against {value(config, setting)}"
         lines.append(f"- {name}, {against}: {'; '.join(said)}.")
