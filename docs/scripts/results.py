@@ -25,6 +25,8 @@ from rlprune.report import comparison, markdown_table, plots, read_results
 
 EVALUATIONS = 100
 DOCS = Path(__file__).resolve().parents[1]
+# What was measured with code whose defaults were others (the page says which), and is to be measured again.
+STALE = "f31af48 or before"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -44,10 +46,11 @@ class Wanted:
         return self.variant or self.config
 
     def missing(self, results: Mapping[str, Any]) -> list[str]:
-        """The budgets that the results lack, or have fewer seeds or shorter searches of."""
+        """The budgets that the results lack, or have fewer seeds, shorter searches or other defaults of."""
         protocol = results.get("protocol", {})
         enough = protocol.get("seeds", 0) >= self.seeds and protocol.get("evaluations", 0) >= EVALUATIONS
-        taken = {str(budget["asked"]) for budget in results.get("budgets", ())} if enough else ()
+        fresh = enough and results.get("commit") != STALE
+        taken = {str(budget["asked"]) for budget in results.get("budgets", ())} if fresh else ()
         return [budget for budget in self.budgets if budget not in taken]
 
     def command(self, budgets: Sequence[str]) -> str:
@@ -314,8 +317,8 @@ def still_open(every: Mapping[str, Mapping[str, Any]]) -> str:
         return ""
     text = "\n".join(lines)
     return (
-        "## Open\n\nNot measured for this page, or with fewer seeds or evaluations, with the command that does it; "
-        "checkpoint and data have to be in place:\n\n"
+        "## Open\n\nNot measured for this page, or with older code, fewer seeds or evaluations, with the command that "
+        "does it; checkpoint and data have to be in place:\n\n"
         f"```sh\n{text}\n```\n"
     )
 
@@ -440,7 +443,7 @@ that random search ended with under the same seed; in brackets the interval and 
 seeds on which the method is strictly better. Seconds are those of the search, whatever else ran on the machine,
 with every plan's own time even where another method had scored it before.
 
-Every section names the commit whose code it was measured with. Those of f31af48 and before were not measured again:
+Every section names the commit whose code it was measured with. Those of f31af48 or before were not measured again:
 their models of images rank units by `taylor` and measure batch-norm statistics anew, where units are ranked by
 `obs_fisher` now ([importances.md](importances.md)) and the dense model's statistics are changed
 ([imagenet-sample.md](imagenet-sample.md)), and PPO's model of the score was another

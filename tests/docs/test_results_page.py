@@ -26,13 +26,15 @@ def script() -> ModuleType:
 
 def test_few_seeds_or_evaluations_leave_a_workload_open(script: ModuleType) -> None:
     wanted = script.Wanted("digits", ("0.5", "0.3"), 5)
-    taken = {"protocol": {"seeds": 5, "evaluations": 300}, "budgets": [{"asked": 0.5}]}
+    taken = {"protocol": {"seeds": 5, "evaluations": 100}, "budgets": [{"asked": 0.5}]}
     assert wanted.missing({}) == ["0.5", "0.3"] and wanted.missing(taken) == ["0.3"]
-    assert wanted.missing(taken | {"protocol": {"seeds": 4, "evaluations": 300}}) == ["0.5", "0.3"]
+    assert wanted.missing(taken | {"protocol": {"seeds": 4, "evaluations": 100}}) == ["0.5", "0.3"]
     assert wanted.missing(taken | {"protocol": {"seeds": 5, "evaluations": 60}}) == ["0.5", "0.3"]
+    assert wanted.missing(taken | {"commit": script.STALE}) == ["0.5", "0.3"]
+    assert wanted.missing(taken | {"commit": "abc1234"}) == ["0.3"]
     assert (
         wanted.command(["0.3"])
-        == "rlprune benchmark digits --budgets 0.3 --evaluations 300 --seeds 5 --out runs/digits"
+        == "rlprune benchmark digits --budgets 0.3 --evaluations 100 --seeds 5 --out runs/digits"
     )
 
 
@@ -61,13 +63,14 @@ def taken(tmp_path_factory: pytest.TempPathFactory, script: ModuleType) -> tuple
     results["hardware"] |= {"processor": "slide rule", "libraries": {"torch": "2.15.0"}}
     (run / "results.json").write_text(json.dumps(results))
     (run / "config.yaml").write_text(load_config("digits", ["finish.epochs=7"]).to_yaml())
-    assert script.main(["--take", str(run), "--docs", str(docs)]) == 0
-    return docs, results
+    assert script.main(["--take", str(run), "--commit", "abc1234", "--docs", str(docs)]) == 0
+    return docs, results | {"commit": "abc1234"}
 
 
 def test_the_page_says_what_was_run_and_what_came_out(taken: tuple[Path, dict[str, Any]]) -> None:
     docs, results = taken
     text = (docs / "results.md").read_text()
+    assert "torch 2.15.0; code of commit abc1234." in text
     assert "rlprune benchmark digits --methods uniform,ppo --budgets 0.5 0.3 --seeds 3" in text
     assert (
         "finish.epochs=7" in text
