@@ -192,6 +192,7 @@ def agreed(task: Task, scored: Mapping[History, Candidate]) -> History:
     """The plan of the smallest mean divergence over the validation and the unlabelled images together.
 
     A few hundred validation images and as many plans to choose from flatter the plan that suits their peculiarities.
+    Training images that the score reads as well (``score.unlabelled``) count in both.
 
     Args:
         scored: the plans (one stage) to choose from, scored by `kl`; those that have not been built are built.
