@@ -136,7 +136,7 @@ def test_the_png_learning_curve_has_two_bands_at_most_where_methods_are_many(met
 
 
 def test_json_of_a_view_needs_no_summary_of_a_single_seed(tmp_path: Path) -> None:
-    results = json.loads((RESULTS / "cifar10_resnet20.json").read_text())
+    results = json.loads((RESULTS / "smollm2_135m_gguf.json").read_text())
     assert all(entry["seeds"] == 1 for entry in results["summary"])
     lines = benchmark.sentences(comparison.per_budget(results)[0])
     assert "one seed, so no interval" in lines[0] and "[" not in lines[0].split("interval)")[1]
