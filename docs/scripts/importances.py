@@ -1,7 +1,8 @@
 """Two ways of ranking the units of a group, under the same methods -> docs/importances.md.
 
     rlprune benchmark digits --methods ppo,random,fisher,lamp,uniform,sensitivity --budgets 0.5 0.3 \\
-        --seeds 3 --checkpoints 3 --evaluations 100 --set prune.importance=taylor --out runs/digits-taylor
+        --seeds 3 --checkpoints 3 --evaluations 100 --set score.unlabelled=0 prune.importance=taylor \\
+        --out runs/digits-taylor
     rlprune benchmark digits ... --set prune.importance=obs_fisher --out runs/digits-obs_fisher
     rlprune benchmark cifar10_resnet20 --budgets 0.5 --seeds 3 --evaluations 80 \\
         --methods ppo,random,fastnas,evopress,depgraph,sensitivity,fisher,lamp,global_taylor,uniform --set \\

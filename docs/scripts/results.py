@@ -446,7 +446,8 @@ with every plan's own time even where another method had scored it before.
 Every section names the commit whose code it was measured with. Those of f31af48 or before were not measured again:
 their models of images rank units by `taylor` and measure batch-norm statistics anew, where units are ranked by
 `obs_fisher` now ([importances.md](importances.md)) and the dense model's statistics are changed
-([imagenet-sample.md](imagenet-sample.md)), and PPO's model of the score was another
+([imagenet-sample.md](imagenet-sample.md)); their scores read no training samples, which those on digits do now
+([training-samples.md](training-samples.md)), and PPO's model of the score was another
 ([surrogate-cost.md](surrogate-cost.md)).
 
 In short: the test loss before / after the same fine-tune (means), and how many evaluations PPO needs for the score

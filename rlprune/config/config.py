@@ -282,7 +282,7 @@ class ScoreConfig(Section):
         "Models of images, `kl`: training samples that are scored as well, without their labels, so that a search does "
         "not fit its plans to a small validation split. `auto`: as many as make 1,000 with a whole validation split "
         "that is smaller, where the model gives one row of outputs a sample and the training split is the same each "
-        "time it is read; none with score.samples.",
+        "time it is read; none with score.samples and score.rungs.",
         low=0,
     )
     top_k: int = setting(

@@ -236,6 +236,10 @@ class Evaluator:
             self._full[key] = self._candidate(key, full=True)
         return self._full[key]
 
+    def score_of(self, model: nn.Module) -> float:
+        """Score of a model that is there already, on what `evaluate_full` reads."""
+        return float(self._judging.of(True)(model).scores.mean())
+
     def remember(self, history: History, candidate: Candidate) -> None:
         """Take a candidate that was scored earlier, on all samples or on a rung's, instead of scoring it again."""
         partial = self.rungs and 0 < candidate.samples < self.samples
@@ -445,7 +449,7 @@ class Evaluator:
         return found
 
     def standard_error(self, candidate: Candidate) -> float:
-        """Standard error of a candidate's score over the validation samples."""
+        """Standard error of a candidate's score over the samples that it was scored on."""
         return candidate.error
 
     def _candidate(self, history: History, *, full: bool, samples: int | None = None) -> Candidate:

@@ -1,4 +1,4 @@
-"""The validation logits of what a search scores, kept until a model of them has taken them in."""
+"""The logits of what a search scores, on what it scores, kept until a model of them has taken them in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_PLANS = 64
 
 
 class LogitCache:
-    """Rows (n, C) of the outputs (N, C) on the scored validation images or tokens, evenly spread where N is too many.
+    """Rows (n, C) of the outputs (N, C) on the scored images or tokens, evenly spread where N is too many.
 
     Args:
         dense: outputs (N, C) of the dense model as it is, which scores of kind `kl` are measured from.

@@ -20,16 +20,18 @@ from ..utils.pytrees import Inputs, take
 from ..workloads.base import Workload
 from ..workloads.judge import Judge, Judgement
 from ..workloads.metrics import Meter, Read
+from ..workloads.tasks.base import Scale
 
 SAMPLES = 1_000
 """Samples, those of the validation split included, up to which `auto` adds training samples."""
 
 
 def wanted(workload: Workload, settings: ScoreConfig) -> int:
-    """Training samples that a score reads in addition, by ``score.unlabelled``.
+    """Training samples that a score reads in addition, by ``score.unlabelled``; no more than there are.
 
     Raises:
         ConfigError: a number is given where such samples cannot be scored.
+        DataError: a number is given, and there are none.
     """
     asked = settings.unlabelled
     if asked == 0:
@@ -38,18 +40,20 @@ def wanted(workload: Workload, settings: ScoreConfig) -> int:
     if not isinstance(asked, str):
         if obstacle is not None:
             raise ConfigError(f"score.unlabelled: {obstacle}; allowed here: 0, {AUTO}")
-        return asked
+        if not workload.size("train"):
+            raise DataError("score.unlabelled: the split 'train' is empty; give 0")
+        return min(asked, workload.size("train"))
     # Who limits the samples of a score limits what it costs.
     if obstacle is not None or settings.samples is not None or settings.rungs:
         return 0
     missing = SAMPLES - workload.size("validation")
-    return missing if missing > 0 and _gives_rows(workload) else 0
+    return min(missing, workload.size("train")) if missing > 0 and _gives_a_row(workload) else 0
 
 
 def _obstacle(workload: Workload, settings: ScoreConfig) -> str | None:
     """Why no training sample can be scored, if so."""
     if settings.kind != "kl":
-        return f"score.kind {settings.kind!r} needs labels"
+        return f"of score.kind {settings.kind!r} it is not known that it needs no labels, as of kl"
     if not workload.adapter.unlabelled_builds:
         return f"{workload.adapter.models} are scored on the validation split alone"
     who = workload.whole_score(settings.kind)
@@ -65,13 +69,14 @@ def _obstacle(workload: Workload, settings: ScoreConfig) -> str | None:
     return None
 
 
-def _gives_rows(workload: Workload) -> bool:
+def _gives_a_row(workload: Workload) -> bool:
     """Whether an output is one row of numbers a sample: maps and boxes would cost far more."""
     inputs, _ = next(iter(workload.batches("validation", 1)), (None, None))
     if not isinstance(inputs, Tensor):
         return False
     with torch.no_grad(), evaluating(workload.model):
-        return workload.logit_rows(workload.model, inputs[:1]) is not None
+        rows = workload.logit_rows(workload.model, inputs[:1])
+    return rows is not None and len(rows) == 1
 
 
 class WithTrainingSamples(Judge):
@@ -87,7 +92,7 @@ class WithTrainingSamples(Judge):
         found = self._judge(model, start, stop)
         if stop is not None:
             return found
-        scores, rows = self._training(model)
+        scores, rows = self._training(model, self._judge.scale)
         outputs = None if rows is None or found.outputs is None else torch.cat([found.outputs, rows])
         return dataclasses.replace(found, scores=torch.cat([found.scores, scores]), outputs=outputs)
 
@@ -108,11 +113,13 @@ class TrainingSamples:
         self._workload, self._count = workload, count
         self._dense: list[Read] | None = None
 
-    def __call__(self, model: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """Scores (n,) float64, and the outputs of all samples where they are rows, (n, C)."""
+    def __call__(self, model: nn.Module, scale: Scale = None) -> tuple[Tensor, Tensor | None]:
+        """Scores (n,) float64, and the outputs of all samples where they are rows, (n, C).
+
+        ``scale`` is that of the scores on the validation split, which these are averaged with.
+        """
         task, choice = self._workload.task_type, self._workload.output
         dense = self._answers()
-        scale = task.scale(dense)
         scores, rows = [], []
         with torch.no_grad(), evaluating(model):
             for like, inputs in zip(dense, self._inputs(), strict=True):
@@ -125,14 +132,12 @@ class TrainingSamples:
 
     def _answers(self) -> list[Read]:
         if self._dense is None:
-            task, model = self._workload.task_type, self._workload.model
+            task, model = self._workload.task_type, self._workload.reference
             with torch.no_grad(), evaluating(model):
                 self._dense = [
                     task.kept(task.read(task.forward(model, inputs), self._workload.output))
                     for inputs in self._inputs()
                 ]
-            if not self._dense:
-                raise DataError("score.unlabelled: the split 'train' is empty; give 0")
         return self._dense
 
     def _inputs(self) -> Iterator[Inputs]:

@@ -129,7 +129,7 @@ def _ranked_as(config: Config, policy: PortablePolicy, callback: Callback) -> Co
     """Settings that leave the ranking of units open take that of the policy's training: its features are made of it."""
     if config.prune.importance != AUTO:
         return config
-    callback.note(f"units ranked by {policy.importance}, as the policy was trained with")
+    callback.note(f"units ranked by {policy.importance}, as in the policy's training")
     return replace(config, prune=replace(config.prune, importance=policy.importance))
 
 

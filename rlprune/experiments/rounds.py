@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ..agents import Memory, Round
 from ..errors import ConfigError
 from ..evaluation.evaluator import Evaluator
@@ -70,7 +68,7 @@ def in_rounds(experiment: Experiment, folder: Path, callback: Callback) -> Final
     head: dict[str, Any] = {"method": search.agent, "kind": "agent", "seed": config.seed}
     head |= {"evaluations": int(done.rounds[-1]["memory"].get("evaluations", settings.count))}
     head |= {"seconds": round(time.perf_counter() - started, 2), "rounds": settings.count}
-    head |= {"score": _score(experiment, done.model)}
+    head |= {"score": experiment.evaluator.score_of(done.model)}
     head |= {"validation": quality.metric, "validation_loss": quality.loss}
     callback.stage("finish", 1, 2)
     return finish_model(
@@ -120,9 +118,3 @@ def _at(experiment: Experiment, now: Now, cost: float, name: str) -> Experiment:
         seed=config.seed,
     )
     return Experiment(config, workload, evaluator, name, experiment.stop)
-
-
-def _score(experiment: Experiment, model: nn.Module) -> float:
-    settings = experiment.config.score
-    judged = experiment.workload.judge(settings.kind, top_k=settings.top_k)(model)
-    return float(judged.scores.mean())

@@ -165,7 +165,7 @@ RULES = (
     Rule(("score.unlabelled",), _not_by("fidelity"), "{command} compares halves of the validation split",
          "`rlprune train`, `benchmark` and `apply --refine` use it"),
     Rule(("score.unlabelled",), lambda run: run.foreign or run.config.score.kind == "kl",
-         "score.kind is not kl, which alone needs no labels", "give score.kind=kl", ("score.kind",)),
+         "only of score.kind kl is it known that it needs no labels", "give score.kind=kl", ("score.kind",)),
     Rule(("recovery.*",), _not_by(*LOOKING), "{command} recovers nothing", "the commands that prune use it"),
     Rule(("recovery.finetune_steps", "recovery.finetune_lr", "recovery.distill"),
          _not_by("prune --stages", "prune --steps"), "the training of each round takes the place of `finetune`",

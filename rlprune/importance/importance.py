@@ -110,7 +110,7 @@ def register(
 def find_importance(name: str) -> Importance:
     """An importance by name; ConfigError with the near miss for an unknown one."""
     if not IMPORTANCES.knows(name):
-        hint = near_miss(name, IMPORTANCES)
+        hint = near_miss(name, [AUTO, *IMPORTANCES])
         raise ConfigError(
             f"prune.importance: unknown {name!r}{hint}; allowed: {AUTO}, {', '.join(IMPORTANCES)}"
         )

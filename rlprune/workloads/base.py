@@ -130,6 +130,7 @@ class Workload(abc.ABC):
     """Set where ``model`` was pruned before: what is saved is then one plan against that first dense model."""
 
     _adapter: ModelAdapter | None = None
+    _reference: nn.Module | None = None
     _test_open: bool = False
     _sizes: dict[str, int] | None = None
     _guess: TaskType | None = None
@@ -161,10 +162,15 @@ class Workload(abc.ABC):
         dense.model, dense.cut_from = self.architecture, None
         return dense
 
+    @property
+    def reference(self) -> nn.Module:
+        """The model that scores are measured from: ``model``, or what `around` was asked of."""
+        return self.model if self._reference is None else self._reference
+
     def around(self, model: nn.Module) -> Workload:
         """A copy whose model is a later one, cut and trained; its scores stay those against this workload's own."""
         other = copy.copy(self)
-        other.model = model
+        other.model, other._reference = model, self.reference
         setattr(other, "judge", self.judge)  # noqa: B010  (a method for one object)
         return other
 

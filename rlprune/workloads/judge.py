@@ -45,6 +45,9 @@ class Judge(abc.ABC):
     part that it is asked for with, so that a candidate may be scored on a prefix first.
     """
 
+    scale: Scale = None
+    """What the task's divergences are measured in, where it has a scale and the dense model has answered."""
+
     @abc.abstractmethod
     def __call__(self, model: nn.Module, start: int = 0, stop: int | None = None) -> Judgement:
         """Judge ``model`` on the samples from ``start`` to ``stop``; DataError when there is none."""
@@ -89,7 +92,7 @@ class TaskJudge(Judge):
         self._workload, self._kind, self._limit = workload, kind, limit
         self._task = workload.task_type
         self._dense: list[Read] | None = None
-        self._scale: Scale = None
+        self.scale: Scale = None
         if kind == "kl" and not self._task.compares:
             raise self._task.refusal()
 
@@ -167,7 +170,7 @@ class TaskJudge(Judge):
     def _scores(self, read: Read, targets: Targets, dense: Read, own: Tensor, size: int) -> Tensor:
         """A score for each sample of a batch, (B,); ``own`` is what a batch has for each of its samples."""
         if dense is not None:
-            return -self._task.divergence(dense, read, self._scale)
+            return -self._task.divergence(dense, read, self.scale)
         return own.detach().reshape(1).expand(size)
 
     def _kept(self, read: Read) -> Read:
@@ -182,7 +185,7 @@ class TaskJudge(Judge):
                     self._kept(self._task.read(self._task.forward(model, inputs), workload.output))
                     for inputs, _ in workload.batches("validation", self._limit)
                 ]
-            self._scale = self._task.scale(self._dense)
+            self.scale = self._task.scale(self._dense)
         return self._dense
 
 

@@ -118,7 +118,7 @@ class TestWhichOne:
         scores = [np.arange(g.units) for g in space.groups]
         evaluator = Evaluator(workload, space, importance=scores)
         assert evaluator.ranking is None and evaluator.plan(space.widths).origin == {}
-        with pytest.raises(ConfigError, match=r"unknown 'autto'.*did you mean 'auto'|allowed: auto, "):
+        with pytest.raises(ConfigError, match=r"unknown 'autto' \(did you mean 'auto'\?\); allowed: auto, "):
             ranking(workload, importance="autto")
 
     def test_unit_scores_by_name_alone(self) -> None:
@@ -227,7 +227,7 @@ class TestWholeRuns:
             told = capsys.readouterr().err
             origin = json.loads((out / "plan.json").read_text())["origin"]
             assert origin["importance"] == name
-            assert ("units ranked by obs_fisher, as the policy was trained with" in told) == (not more)
+            assert ("units ranked by obs_fisher, as in the policy's training" in told) == (not more)
 
     def test_policies_that_do_not_say_it(self, run: Path) -> None:
         known = load_policy(run / "policy")

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.nets import build
+from helpers.tasks import made
 from helpers.workloads import Images
 from rlprune import load_config
 from rlprune.config.config import ScoreConfig
@@ -110,13 +111,38 @@ class TestScores:
         data = workload()
         data.parts["train"] = tuple(part[:0] for part in data.parts["train"])
         with pytest.raises(DataError, match=r"score\.unlabelled: the split 'train' is empty; give 0"):
-            evaluator(data, unlabelled=4).dense  # noqa: B018
+            evaluator(data, unlabelled=4)
+
+    def test_around_a_later_model_they_are_still_compared_with_the_dense_one(self):
+        found = evaluator(workload(), unlabelled=16)
+        widths = plan(found)
+        cut = found.build(widths)
+        later = found.workload.around(cut)
+        assert later.reference is found.workload.model
+        score = evaluator(later, unlabelled=16).score_of(cut)
+        assert score == pytest.approx(found.evaluate(widths).score, rel=1e-4) and score < 0
+
+    def test_a_scale_is_that_of_the_validation_split(self):
+        data = made("regression")
+        data.repeats_training = True
+        found = Evaluator(data, importance="l2", score=ScoreConfig(unlabelled=1))
+        slim = found.build(plan(found))
+        validation, training = (next(iter(data.batches(split)))[0] for split in ("validation", "train"))
+        images = torch.cat([batch[0] for batch in data.batches("validation")] + [training[:1]])
+        task = data.task_type
+        with torch.no_grad():
+            dense, cut = (task.read(task.forward(m, images), data.output) for m in (data.model, slim))
+        scale = task.scale([task.kept(task.part(dense, slice(0, len(images) - 1)))])
+        expected = -task.divergence(task.kept(dense), cut, scale)
+        assert len(validation) and found.evaluate(plan(found)).score == pytest.approx(
+            float(expected.mean()), rel=1e-4
+        )
 
 
 class TestHowMany:
     def test_auto_makes_a_thousand_with_a_small_validation_split(self):
         data = workload()
-        assert training_samples.wanted(data, ScoreConfig()) == training_samples.SAMPLES - SIZE
+        assert training_samples.wanted(data, ScoreConfig()) == SIZE  # all that there are
         assert evaluator(data).evaluate(plan(evaluator(data))).samples == 2 * SIZE
 
     @pytest.mark.parametrize(
@@ -134,11 +160,17 @@ class TestHowMany:
     def test_auto_adds_none_where_the_training_split_may_differ_each_time(self):
         assert training_samples.wanted(workload(Images), ScoreConfig()) == 0
 
+    def test_auto_adds_none_where_an_output_is_a_map(self):
+        data = made("segmentation")
+        data.repeats_training = True
+        assert training_samples.wanted(data, ScoreConfig()) == 0
+        assert training_samples.wanted(data, ScoreConfig(unlabelled=3)) == 3
+
     def test_digits_have_them_and_say_so(self):
         sizes = ["data.calibration=32", "data.validation=40", "model.train.epochs=0", "threads=1"]
         found = prepare_experiment(load_config("digits", [*sizes, "prune.importance=l2"]), name="d").evaluator
         count = found.workload.size("train")
-        assert found.scoring_facts["unlabelled"] == 1_000 - 40
+        assert found.scoring_facts["unlabelled"] == min(count, 960)
         assert found.dense.samples == 40 + min(count, 960)
 
 
@@ -152,7 +184,7 @@ class TestRefused:
         return message
 
     def test_scores_that_need_labels(self):
-        assert "score.kind 'loss' needs labels" in self.refused(workload(), kind="loss", unlabelled=4)
+        assert "of score.kind 'loss' it is not known" in self.refused(workload(), kind="loss", unlabelled=4)
 
     def test_a_function_that_judges_a_model_as_a_whole(self):
         data = workload()
@@ -176,7 +208,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("command", "config", "override", "reason"),
         [
-            ("train", "digits", "score.kind=loss", "score.kind is not kl"),
+            ("train", "digits", "score.kind=loss", "only of score.kind kl"),
             ("fidelity", "digits", "seed=0", "compares halves"),
             ("train", "tiny_llama", "seed=0", "is a language model"),
         ],
