@@ -26,13 +26,15 @@ NAMES = [name for name, _, _ in cases()]
 SOLVED = 19
 # What a candidate waits for at the end: scores, losses, metric, and the logits of its one batch.
 FEW = 4
+# Scores of training samples, and the logits of each of their batches.
+MORE = 2
 ALLOWED = {
-    "images, none, kl": FEW,
-    "images, bn, kl": FEW,
+    "images, none, kl": FEW + MORE,
+    "images, bn, kl": FEW + MORE,
     "images, bn, loss": FEW,
     "images, bn, accuracy": FEW,  # of each batch, whose scores are its mean
-    "images, reconstruct + bn, kl": FEW + SOLVED,
-    "images, all, kl": FEW + SOLVED + 2,  # the loss, looked at a few times a second
+    "images, reconstruct + bn, kl": FEW + MORE + SOLVED,
+    "images, all, kl": FEW + MORE + SOLVED + 2,  # the loss, looked at a few times a second
     # One forward pass of transformers asks for a value (is the mask all ones?); scores, losses, tokens and metric of a
     # batch of thousands of tokens.
     "texts, none, kl": 7,
