@@ -148,11 +148,11 @@ def _lazily(config: Config, depth: int, seed: int) -> Callable[[], Experiment]:
 def _by_rule(experiment: Experiment, name: str) -> Facts:
     asked: list[Any] = []
 
-    def probe(widths: Any) -> float:
+    def evaluate(widths: Any) -> Any:
         asked.append(tuple(int(w) for w in widths))
-        return experiment.evaluator.evaluate(widths).loss
+        return experiment.evaluator.evaluate(widths)
 
-    widths = experiment.rule_widths(name, probe)
+    widths = experiment.rule_widths(name, evaluate)
     return {"evaluations": len(set(asked)), **judged(experiment, widths)}
 
 

@@ -7,8 +7,9 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
-from ..envs.task import Scored, Task
+from ..envs.task import Task
 from ..errors import ConfigError
+from ..evaluation.candidate import Scored
 from ..evaluation.ledger import EvaluationBudget
 from ..pruning.budget import BudgetLike
 from ..pruning.history import History, PlanLike, as_history, final_widths

@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError
+from ..evaluation.candidate import Scored
 from ..pruning.budget import BudgetLike
 from ..pruning.history import History
 from ..utils.arrays import Floats, Floats32, Ints
 from .render import draw
-from .task import Scored, Source, Task, TaskBudget, make_task
+from .task import Source, Task, TaskBudget, make_task
 
 Sources = Source | list[Source] | tuple[Source, ...]
 """One source of a task, or several."""

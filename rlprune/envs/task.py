@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from ..config.config import AUTO
 from ..errors import BudgetError, ConfigError, near_miss
 from ..evaluation.builder import Change
+from ..evaluation.candidate import Scored
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.parallel import ScoresAhead
 from ..pruning.budget import BudgetLike, Limits
@@ -47,23 +48,6 @@ TaskBudget = BudgetLike | tuple[BudgetLike, ...] | list[BudgetLike]
 Made = TypeVar("Made")
 
 
-class Scored(Protocol):
-    """A scored candidate; the part of it that environments and agents read."""
-
-    @property
-    def widths(self) -> tuple[int, ...]: ...
-    @property
-    def cost(self) -> float: ...
-    @property
-    def score(self) -> float: ...
-    @property
-    def loss(self) -> float: ...
-    @property
-    def metric(self) -> float: ...
-    @property
-    def seconds(self) -> float: ...
-
-
 class Scorer(Protocol):
     """What scores plans: an evaluator, or an account that charges for each of them."""
 
@@ -83,7 +67,7 @@ class Judge(Scorer, Protocol):
     # Any: it is asked only of what the judge has scored itself, and each has a type of its own.
     def standard_error(self, candidate: Any) -> float: ...
     def context(
-        self, budget: BudgetLike, metric: str | None = None, probe: Callable[[Ints], float] | None = None
+        self, budget: BudgetLike, metric: str | None = None, evaluate: Callable[[Ints], Scored] | None = None
     ) -> Context: ...
 
 
@@ -339,8 +323,8 @@ class Task:
         return np.asarray(distribution, dtype=np.float64)
 
     def _context(self, budget: BudgetLike) -> Context:
-        # A rule that probes (sensitivity) is charged for it like everybody else.
-        return self.evaluator.context(budget, self.metric, lambda widths: self.evaluate([widths]).loss)
+        # A rule that probes is charged for it like everybody else.
+        return self.evaluator.context(budget, self.metric, lambda widths: self.evaluate([widths]))
 
     def _scale(self, budget: BudgetLike) -> RewardScale:
         uniform = self.evaluate([self.uniform_widths(budget)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from ..pruning.history import Widths
 
@@ -25,3 +26,20 @@ class Candidate:
     error: float
     seconds: float
     samples: int = 0
+
+
+class Scored(Protocol):
+    """A scored candidate; the part of it that rules, environments and agents read."""
+
+    @property
+    def widths(self) -> tuple[int, ...]: ...
+    @property
+    def cost(self) -> float: ...
+    @property
+    def score(self) -> float: ...
+    @property
+    def loss(self) -> float: ...
+    @property
+    def metric(self) -> float: ...
+    @property
+    def seconds(self) -> float: ...

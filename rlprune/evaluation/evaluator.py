@@ -31,7 +31,7 @@ from ..workloads.base import Workload
 from ..workloads.judge import Judgement
 from ..workloads.scoring_format import ScoringFormat
 from .builder import Builder, Change
-from .candidate import Candidate
+from .candidate import Candidate, Scored
 from .checks import ENOUGH, check_whole, equal_scores
 from .format_trial import FormatTrial, kept_trial, trial_key, trial_samples, try_format
 from .judging import Judging
@@ -240,6 +240,13 @@ class Evaluator:
         """Score of a model that is there already, on what `evaluate_full` reads."""
         return float(self._judging.of(True)(model).scores.mean())
 
+    def divergence(self, candidate: Scored) -> float:
+        """How far a candidate's outputs are from the dense model's, in nats: the score where that is a divergence, else
+        how much higher its loss is (below 0 where it is lower)."""
+        if self.score_settings.kind == "kl":
+            return self.dense.score - candidate.score
+        return candidate.loss - self.dense.loss
+
     def remember(self, history: History, candidate: Candidate) -> None:
         """Take a candidate that was scored earlier, on all samples or on a rung's, instead of scoring it again."""
         partial = self.rungs and 0 < candidate.samples < self.samples
@@ -285,9 +292,13 @@ class Evaluator:
         self._ahead = None
 
     def context(
-        self, budget: BudgetLike, metric: str | None = None, probe: Callable[[Ints], float] | None = None
+        self,
+        budget: BudgetLike,
+        metric: str | None = None,
+        evaluate: Callable[[Ints], Scored] | None = None,
     ) -> Context:
-        """What a rule sees of this workload; its probes are scored here unless ``probe`` charges for them."""
+        """What a rule sees of this workload; its probes are scored here unless ``evaluate`` charges for them."""
+        scored: Callable[[Ints], Scored] = evaluate or self.evaluate
         return Context(
             space=self.space,
             model=self.workload.model,
@@ -295,7 +306,8 @@ class Evaluator:
             budget=budget,
             metric=metric or self.metric,
             workload=self.workload,
-            probe=probe or (lambda widths: self.evaluate(widths).loss),
+            probe=lambda widths: scored(widths).loss,
+            divergence=lambda widths: self.divergence(scored(widths)),
             seed=self.seed,
             expect=self.prefetch,
             calibration=self.calibration,

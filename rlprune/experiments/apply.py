@@ -17,6 +17,7 @@ from ..agents.ppo.transfer import builds as builds_of
 from ..artifacts.policy import POLICY_FILE
 from ..config.config import AUTO, Config, load_config
 from ..errors import ConfigError
+from ..evaluation.candidate import Candidate
 from ..evaluation.ledger import EvaluationLog
 from ..execution import with_threads
 from ..language.files.uniform import equal_widths, plain_obstacle
@@ -205,11 +206,11 @@ def _probes_note(experiment: Experiment, rule: str) -> str:
         return ""
     probes: list[Ints] = []
 
-    def probe(widths: Ints) -> float:
+    def evaluate(widths: Ints) -> Candidate:
         probes.append(widths)
-        return experiment.evaluator.evaluate(widths).loss
+        return experiment.evaluator.evaluate(widths)
 
-    experiment.rule_widths(rule, probe)
+    experiment.rule_widths(rule, evaluate)
     return f"\nthe policy's base rule, {rule}, took {len(probes)} evaluations for its probes"
 
 

@@ -48,7 +48,7 @@ def score_rule(experiment: Experiment, rule: str, ledger: EvaluationLog, seed: i
     """Score what a rule gives; its probes, where it needs any, are charged to it."""
     started = time.perf_counter()
     account = experiment.account(ledger, rule, seed, limit=find_rule(rule).probe_count(experiment.space) + 10)
-    widths = experiment.rule_widths(rule, lambda w: account.evaluate(w).loss)
+    widths = experiment.rule_widths(rule, account.evaluate)
     account.evaluate(widths)
     return MethodResult(rule, "rule", seed, account, as_history(widths), time.perf_counter() - started)
 

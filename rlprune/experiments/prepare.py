@@ -13,6 +13,7 @@ import torch
 
 from ..config.config import AUTO, Config
 from ..errors import ConfigError, near_miss
+from ..evaluation.candidate import Candidate, Scored
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.ledger import EvaluationBudget, EvaluationLog
 from ..evaluation.parallel import Rebuild
@@ -72,11 +73,11 @@ class Experiment:
         )
 
     def rule_widths(
-        self, rule: str, probe: Callable[[Ints], float] | None = None, budget: Any = None
+        self, rule: str, evaluate: Callable[[Ints], Scored] | None = None, budget: Any = None
     ) -> Ints:
-        """Widths that a rule gives at the budget, or at another one."""
+        """Widths that a rule gives at the budget, or at another one; ``evaluate`` charges for its probes."""
         budget = self.budget if budget is None else budget
-        context = self.evaluator.context(budget, self.metric, probe)
+        context = self.evaluator.context(budget, self.metric, evaluate)
         return rule_widths(find_rule(rule), context)
 
     def prefetch_rules(self, names: Sequence[str]) -> None:
@@ -92,16 +93,16 @@ class Experiment:
         """
         plans: list[Ints] = []
 
-        def probe(widths: Ints) -> float:
+        def evaluate(widths: Ints) -> Candidate:
             plans.append(widths)
-            return self.evaluator.evaluate(widths).loss
+            return self.evaluator.evaluate(widths)
 
         names = self.start_rules() if self.config.search.starts == "rules" else []
         for budget in dict.fromkeys((self.budget, *budgets)):
             if plans and len(plans) + len(names) > self.config.search.evaluations / 2:
                 break
             for name in names:
-                plans.append(self.rule_widths(name, probe, budget))
+                plans.append(self.rule_widths(name, evaluate, budget))
         return plans
 
     def start_rules(self) -> list[str]:

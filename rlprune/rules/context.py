@@ -16,7 +16,9 @@ from ..errors import ConfigError, DataError
 from ..importance.calibration_cache import CalibrationCache
 from ..language.calibration.cache import language_calibration
 from ..language.calibration.statistics import Statistics
+from ..pruning.plan import make_plan
 from ..pruning.space import PruningSpace
+from ..pruning.surgery import prune
 from ..pruning.ties import Ties
 from ..utils.arrays import Bools, Floats, Ints
 from ..utils.registry import Registry
@@ -33,10 +35,11 @@ class Context:
     ``importance`` holds one array of unit scores a group (higher is kept). ``budget`` and ``metric`` are
     those of ``PruningSpace.project``. ``probe(widths)`` returns the loss of a built candidate (lower is
     better) and is charged to the rule; without it a rule that needs losses measures them on the
-    workload's validation split. ``expect(plans)`` may be told of the probes that will follow, which are scored at the
-    same time then, where there are workers. ``calibration`` remembers what is slow to measure and depends on the
-    model, the space's groups and the calibration data alone; give all contexts of one model the same one (it is made
-    where none is given).
+    workload's validation split. ``divergence(widths)`` is charged like it and returns how far the outputs of the
+    candidate are from the dense model's, in nats. ``expect(plans)`` may be told of the probes that will follow, which
+    are scored at the same time then, where there are workers. ``calibration`` remembers what is slow to measure and
+    depends on the model, the space's groups and the calibration data alone; give all contexts of one model the same one
+    (it is made where none is given).
     """
 
     space: PruningSpace
@@ -46,6 +49,7 @@ class Context:
     metric: str = "macs"
     workload: Workload | None = None
     probe: Callable[[Ints], float] | None = None
+    divergence: Callable[[Ints], float] | None = field(default=None, repr=False, compare=False)
     seed: int = 0
     expect: Callable[[Sequence[Ints]], None] | None = field(default=None, repr=False, compare=False)
     calibration: CalibrationCache | None = field(default=None, repr=False, compare=False)
@@ -73,6 +77,18 @@ class Context:
         if self.workload is None:
             raise DataError(f"the rule {rule!r} needs a workload: it reads data; give Context(workload=...)")
         return self.workload
+
+    def loss_probe(self, rule: str) -> Callable[[Ints], float]:
+        """``probe``, or without one the loss of the cut model on the validation split, without recovery."""
+        if self.probe is not None:
+            return self.probe
+        workload = self.data(rule)
+
+        def loss(widths: Ints) -> float:
+            plan = make_plan(self.space, importance=self.importance, widths=widths)
+            return workload.evaluate(prune(self.model, plan), "validation").loss
+
+        return loss
 
     def cached(self, name: str, make: Callable[[], Measured]) -> Measured:
         """``make()``, once for all the contexts that have the same ``calibration``."""

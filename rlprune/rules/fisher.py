@@ -30,15 +30,18 @@ def fisher(context: Context) -> Floats:
     exchanges improve the plan until no change of one or two groups does. One backward pass over the calibration split;
     the importance `obs_fisher` has measured the curves already. This rule is ours.
     """
-    calibration = context.calibration
-    assert calibration is not None
-    curves = calibration.divergence_curves(context.importance)
-    space = context.space
-    own = {g: curve for g, curve in curves.items() if context.active[g]}
+    space, own = context.space, active_curves(context)
     if _linear(context):
         return widths_distribution(space, _hulls(context, own))
     target = space.target(context.budget, context.metric)
     return widths_distribution(space, least_sum(space, own, target, context.metric))
+
+
+def active_curves(context: Context) -> dict[int, Floats]:
+    """The expected divergence (width + 1,) of each group that the pruning is spread over."""
+    assert context.calibration is not None
+    curves = context.calibration.divergence_curves(context.importance)
+    return {g: np.asarray(curve) for g, curve in curves.items() if context.active[g]}
 
 
 def _linear(context: Context) -> bool:

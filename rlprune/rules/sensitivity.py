@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
-from ..pruning.plan import make_plan
 from ..pruning.space import PruningSpace
-from ..pruning.surgery import prune
 from ..utils.arrays import Floats, Ints
 from .context import Context, rule
 from .threshold import scaled_distribution
@@ -42,7 +38,7 @@ def sensitivity(context: Context) -> Floats:
     by bisection, gives every group its share. Groups are the coupled ones, so a residual stream is cut in
     all its layers at once.
     """
-    probe = context.probe or _validation_loss(context)
+    probe = context.loss_probe("sensitivity")
     space = context.space
     full = space.widths.astype(np.float64)
     ratios = _ratios(space)
@@ -84,14 +80,3 @@ def _shares(t: float, added: Floats, shares: Floats) -> Floats:
             odds = points[-1] / (1.0 - points[-1]) * threshold / max(losses[-1], 1e-300)
             cut[g] = odds / (1.0 + odds)
     return cut
-
-
-def _validation_loss(context: Context) -> Callable[[Ints], float]:
-    """Loss of the cut model on the validation split, without recovery."""
-    workload = context.data("sensitivity")
-
-    def loss(widths: Ints) -> float:
-        plan = make_plan(context.space, importance=context.importance, widths=widths)
-        return workload.evaluate(prune(context.model, plan), "validation").loss
-
-    return loss

@@ -120,8 +120,9 @@ class FakeEvaluator:
     def standard_error(self, candidate: Any) -> float:
         return 0.0
 
-    def context(self, budget: Any, metric: str | None = None, probe: Any = None) -> Any:
+    def context(self, budget: Any, metric: str | None = None, evaluate: Any = None) -> Any:
         """There is no model: rules that look at the space and the importances alone can be asked."""
+        probe = None if evaluate is None else lambda widths: float(evaluate(widths).loss)
         return Context(self.space, nn.Identity(), self.importance, budget, metric or "macs", probe=probe)
 
 

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ...config.search import SearchConfig
-from ...envs.task import Scored, Task
+from ...envs.task import Task
+from ...evaluation.candidate import Scored
 from ...pruning.history import PlanLike
 from ...utils.arrays import Floats, Ints
 from ..base import TrialRecorder

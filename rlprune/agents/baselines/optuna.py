@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ...config.search import SearchConfig
-from ...envs.task import ACTION_SCALE, BASE_FLOOR, Scored, Task
+from ...envs.task import ACTION_SCALE, BASE_FLOOR, Task
 from ...errors import ConfigError
+from ...evaluation.candidate import Scored
 from ...pruning.history import History, all_final_widths, as_history
 from ...surrogates.proposals import fresh, random_plans
 from ...utils.arrays import Floats, Ints

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...envs.task import Scored, Task
+from ...envs.task import Task
 from ...errors import ArtifactError
-from ...evaluation.candidate import Candidate
+from ...evaluation.candidate import Candidate, Scored
 from ...pruning.budget import BudgetLike
 from ...pruning.history import History, all_final_widths
 from ...surrogates.logit_gp import LogitProbes
