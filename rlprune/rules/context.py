@@ -49,10 +49,10 @@ class Context:
     metric: str = "macs"
     workload: Workload | None = None
     probe: Callable[[Ints], float] | None = None
-    divergence: Callable[[Ints], float] | None = field(default=None, repr=False, compare=False)
     seed: int = 0
     expect: Callable[[Sequence[Ints]], None] | None = field(default=None, repr=False, compare=False)
     calibration: CalibrationCache | None = field(default=None, repr=False, compare=False)
+    divergence: Callable[[Ints], float] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.calibration is None:

@@ -39,13 +39,13 @@ def _probe_count(space: PruningSpace) -> int:
 def fisher_probed(context: Context) -> Floats:
     """Successive knapsacks: the curves of the rule `fisher`, corrected where its plan lies.
 
-    The expected divergence of a cut has about the right shape, and may be wrong by a factor: errors of neighbouring
-    places, and of layers that read the same channels, are taken as independent. So every group is cut alone to the
-    width that the plan gives it, and its curve is multiplied by measured over expected divergence; between two probed
-    widths the logarithm of the factor is a line, beyond them it is constant. The knapsack over the corrected curves
-    gives the next plans, one for each of POWERS, and the best of them is where the next round probes. What is returned
-    is the best of all plans that were measured. This is surrogate optimisation with a multiplicative correction
-    (Bandler et al. 2004, 10.1109/TMTT.2003.820904, space mapping), in a rule that is ours.
+    The expected divergence of a cut (by K-FAC, arXiv 1503.05671) has about the right shape, and may be wrong by a
+    factor: errors of neighbouring places, and of layers that read the same channels, are taken as independent. So every
+    group is cut alone to the width that the plan gives it, and its curve is multiplied by measured over expected
+    divergence; between two probed widths the logarithm of the factor is a line, beyond them it is constant. The
+    knapsack over the corrected curves gives the next plans, one for each of POWERS, and the best of them is where the
+    next round probes. What is returned is the best of all plans that were measured. This is surrogate optimisation with
+    a multiplicative correction (space mapping, Bandler et al. 2004, 10.1109/TMTT.2003.820904), in a rule that is ours.
     """
     space, curves = context.space, active_curves(context)
     target = space.target(context.budget, context.metric)
@@ -91,7 +91,7 @@ def _corrected(curves: Mapping[int, Floats], factors: Mapping[int, Mapping[int, 
     found = {}
     for g, curve in curves.items():
         cuts = sorted(factors[g])
-        values = [np.log(np.clip(np.nan_to_num(factors[g][c], nan=np.inf), low, high)) for c in cuts]
+        values = [np.log(np.clip(factors[g][c], low, high)) for c in cuts]
         places = np.arange(len(curve))
         found[g] = curve * np.exp(np.interp(places, cuts, values) if cuts else np.log(middle))
     return found
@@ -113,7 +113,8 @@ class _Measured:
     def __call__(self, widths: Ints) -> float:
         key = widths.tobytes()
         if key not in self._known:
-            self._known[key] = self._measure(widths)
+            found = self._measure(widths)
+            self._known[key] = np.inf if np.isnan(found) else found  # a candidate that has collapsed
         return self._known[key]
 
 
