@@ -380,8 +380,8 @@ class SearchConfig(Section):
     )
     base_rule: str = setting(
         "auto",
-        "Rule that action 0 stands for; `auto` takes the best-scoring rule, and for image models uniform where the "
-        "policy learns a range of budgets or several checkpoints.",
+        "Rule that action 0 stands for; `auto` takes the best-scoring rule that probes nothing, and for image models "
+        "uniform where the policy learns a range of budgets or several checkpoints.",
     )
     starts: str = setting(
         "rules",

@@ -54,8 +54,11 @@ def score_rule(experiment: Experiment, rule: str, ledger: EvaluationLog, seed: i
 
 
 def best_start_rule(experiments: Sequence[Experiment]) -> str:
-    """The rule with the best mean score over the experiments; all of them are among the starts, and charged."""
-    names = experiments[0].start_rules()
+    """The rule with the best mean score over the experiments; all of them are among the starts, and charged.
+
+    Without those that probe: where the policy is applied later, its base rule has to be had without evaluations.
+    """
+    names = [name for name in experiments[0].start_rules() if not find_rule(name).probes]
     for experiment in experiments:
         experiment.prefetch_rules(names)
     scores = {

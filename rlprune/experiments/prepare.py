@@ -28,7 +28,7 @@ from ..workloads.base import Workload
 from .build import build_workload, train_dense
 
 # Share of a search's evaluations that a rule's probes may take for the rule to be among the starts.
-MOST_PROBES = 0.25
+MOST_PROBES = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -109,15 +109,17 @@ class Experiment:
         """The shipped rules that apply here and are worth their probes as a start, uniform first.
 
         A rule that probes every group is left out where that would eat most of the evaluations, and a slow one
-        (`is_slow`), unless the importance has measured what it needs.
+        (`is_slow`), unless the importance has measured what it needs. Of those that probe one is enough: that which
+        scales what the importance expects of cuts, where it does.
         """
         most = self.config.search.evaluations * MOST_PROBES
-        names = ["uniform"]
+        names, probing = ["uniform"], list[str]()
         for name, rule in rules_for(self.space).items():
             slow = self.is_slow(rule) and not self.evaluator.has_measured(name)
             if name != "uniform" and rule.shipped and rule.probe_count(self.space) <= most and not slow:
-                names.append(name)
-        return names
+                (probing if rule.probes else names).append(name)
+        expects = self.evaluator.ranks_by_divergence
+        return names + sorted(probing, key=lambda name: RULES[name].costly != expects)[:1]
 
     def is_slow(self, rule: Rule) -> bool:
         """Whether a rule runs more passes over the model than a search should spend that did not ask for it."""
