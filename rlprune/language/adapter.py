@@ -42,7 +42,7 @@ from ..workloads.judge import Judge
 from ..workloads.score_kinds import registered, task_judge
 from ..workloads.scoring_format import ScoringFormat
 from . import describe
-from .calibration.cache import LanguageCalibration, divergence_obstacle, language_calibration
+from .calibration.cache import LanguageCalibration, default_importance, language_calibration
 from .calibration.compensation import BiasCompensation
 from .calibration.grams import group_consumers, unit_consumers
 from .calibration.importance import OWN_IMPORTANCES
@@ -163,9 +163,8 @@ class LanguageAdapter(ModelAdapter):
         return plan_against_base(workload.model, document, options)
 
     def default_importance(self, calibration: CalibrationCache) -> DefaultImportance:
-        """`obs_fisher` for attention heads and neurons, which takes less memory than gradients of the weights."""
-        obstacle = divergence_obstacle(calibration.space)
-        return DefaultImportance("obs_fisher" if obstacle is None else "taylor", obstacle)
+        """`obs_fisher` for attention heads and neurons, else `taylor`."""
+        return default_importance(calibration.space)
 
     def closed_form(
         self, calibration: CalibrationCache, settings: RecoveryConfig, importance: Scores | None

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..config.config import AUTO, Config
 from ..pruning.space import PruningSpace
-from .calibration.cache import divergence_obstacle
+from .calibration.cache import default_importance
 from .calibration.grams import Consumer, unit_consumers
 from .describe import embeddings
 from .judge import FORWARD_TOKENS
@@ -133,9 +133,7 @@ class _Shapes:
     def importance(self) -> str:
         """The importance by name, also where the settings leave it open."""
         named = self.config.prune.importance
-        if named != AUTO:
-            return named
-        return "obs_fisher" if divergence_obstacle(self.space) is None else "taylor"
+        return default_importance(self.space).name if named == AUTO else named
 
     def passing(self, tokens: int, element: int) -> float:
         """Activations of one block at a time over some tokens."""

@@ -12,6 +12,7 @@ from ...importance.unit_scores import Scores
 from ...pruning.space import PruningSpace
 from ...utils.arrays import Floats
 from ...utils.memory import return_freed_memory
+from ...workloads.adapter import DefaultImportance
 from ..expert_groups import EXPERTS
 from .fisher import divergence_curves, fisher_eliminations, output_moments
 from .grams import Consumer, Grams, GramSource, GramWalk, InputGram, UsedUp, group_consumers, unit_consumers
@@ -123,7 +124,13 @@ class LanguageCalibration(CalibrationCache):
         )
 
 
-def divergence_obstacle(space: PruningSpace) -> str | None:
+def default_importance(space: PruningSpace) -> DefaultImportance:
+    """`obs_fisher` for attention heads and neurons, which takes less memory than gradients of the weights."""
+    obstacle = _divergence_obstacle(space)
+    return DefaultImportance("obs_fisher" if obstacle is None else "taylor", obstacle)
+
+
+def _divergence_obstacle(space: PruningSpace) -> str | None:
     """Why units cannot be ranked by expected divergence, in a few words; None where they can be."""
     try:
         found = group_consumers(space, "prune.importance: 'obs_fisher'")
