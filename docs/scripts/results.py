@@ -448,7 +448,9 @@ their models of images rank units by `taylor` and measure batch-norm statistics 
 `obs_fisher` now ([importances.md](importances.md)) and the dense model's statistics are changed
 ([imagenet-sample.md](imagenet-sample.md)); their scores read no training samples, which those on digits do now
 ([training-samples.md](training-samples.md)), and PPO's model of the score was another
-([surrogate-cost.md](surrogate-cost.md)).
+([surrogate-cost.md](surrogate-cost.md)). Up to c3405ec searches started from rules that score single groups where
+these take a quarter of the evaluations at most, from `sensitivity` among 100; later ones from one such rule, up to a
+third, which is `fisher_probed` under `obs_fisher`.
 
 In short: the test loss before / after the same fine-tune (means), and how many evaluations PPO needs for the score
 that random search ends with.
