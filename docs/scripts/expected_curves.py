@@ -95,7 +95,7 @@ def prepared(case: Case, seed: int, arguments: argparse.Namespace) -> tuple[Work
 
 def measure(name: str, case: Case, seed: int, arguments: argparse.Namespace, state: Kept) -> None:
     """All cells of one model: curves, random plans, cuts of single groups, rules before and after the fine-tune."""
-    keys = [f"{name} {seed} {what}" for what in ("plans", "singles", "rules", "tuned")]
+    keys = [f"{name} {seed} {what}" for what in ("plans", "singles", "compared", "tuned")]
     if all(key in state.cells for key in keys):
         return
     workload, space, finish = prepared(case, seed, arguments)
@@ -170,10 +170,10 @@ def pair(values: list[Any]) -> str:
 
 
 def section(name: str, case: Case, cells: dict[str, Any]) -> str:
-    seeds = [s for s in range(case.seeds) if f"{name} {s} rules" in cells]
+    seeds = [s for s in range(case.seeds) if f"{name} {s} compared" in cells]
     of = {
         what: [cells[f"{name} {s} {what}"] for s in seeds if f"{name} {s} {what}" in cells]
-        for what in ("plans", "singles", "rules", "tuned")
+        for what in ("plans", "singles", "compared", "tuned")
     }
 
     def rank(cell: dict[str, Any], compound: Callable[[np.ndarray], np.ndarray]) -> float:
@@ -187,8 +187,8 @@ def section(name: str, case: Case, cells: dict[str, Any]) -> str:
     ]
     rows = []
     for rule in RULES_COMPARED:
-        row = [rule, mean([c[rule]["evaluations"] for c in of["rules"]], 0)]
-        row.append(mean([c[rule]["score"] for c in of["rules"]], 3))
+        row = [rule, mean([c[rule]["evaluations"] for c in of["compared"]], 0)]
+        row.append(mean([c[rule]["score"] for c in of["compared"]], 3))
         for when in ("before", "after"):
             values = [c[rule].get(when) for c in of["tuned"]]
             row.append(pair(values))
@@ -235,7 +235,7 @@ def verdict(cells: dict[str, Any], done: dict[str, Case]) -> str:
 
 
 def page(cells: dict[str, Any]) -> str:
-    done = {n: c for n, c in CASES.items() if f"{n} 0 rules" in cells}
+    done = {n: c for n, c in CASES.items() if f"{n} 0 compared" in cells}
     left = [f"`{n}`" for n in CASES if n not in done]
     left += [f"`{n}` on the test split and after the fine-tune" for n in done if f"{n} 0 tuned" not in cells]
     machine = hardware()

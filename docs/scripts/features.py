@@ -146,7 +146,7 @@ def measured(
         scores = [experiment.evaluator.evaluate(widths).score for widths in answers]
         rules = [
             experiment.evaluator.evaluate(experiment.rule_widths(name)).score
-            for name in experiment.start_rules()
+            for name in experiment.free_start_rules()
         ]
         found.append({"answer": float(np.mean(scores)), "rule": max(rules), "search": plans[out][0][0]})
     return found

@@ -30,7 +30,7 @@ from rlprune.config import RecoveryConfig
 from rlprune.evaluation import EvaluationLog, Recovery, compute
 from rlprune.experiments import Experiment, choose, prepare_experiment, run_agent
 from rlprune.language import STATISTICS, Grams, LanguageCalibration, zeroshot
-from rlprune.rules import rules_for
+from rlprune.rules import RULES, rules_for
 from rlprune.utils import Console, hardware, write_json_atomic
 from rlprune.workloads import TuneJob
 
@@ -139,7 +139,7 @@ def run_table(args: argparse.Namespace) -> None:
     for budget in args.budgets:
         at = replace(experiment, config=experiment.config.override([f"budget.target={budget}"]))
         for rule in rules_for(experiment.space):
-            if rule == "sensitivity" or (args.rules and rule not in args.rules):
+            if RULES[rule].probes or (args.rules and rule not in args.rules):
                 continue
             kept(f"allocation {budget} {rule}", lambda at=at, rule=rule: allocation(at, rule))
     grams = calibration(experiment, experiment.space).collect_grams()

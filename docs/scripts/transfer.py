@@ -175,7 +175,7 @@ def ways(
 
 
 def best_rule(target: Experiment) -> Any:
-    rules = {name: target.rule_widths(name) for name in target.start_rules()}
+    rules = {name: target.rule_widths(name) for name in target.free_start_rules()}
     return rules[max(rules, key=lambda name: target.evaluator.evaluate(rules[name]).score)]
 
 

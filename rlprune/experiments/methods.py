@@ -54,11 +54,9 @@ def score_rule(experiment: Experiment, rule: str, ledger: EvaluationLog, seed: i
 
 
 def best_start_rule(experiments: Sequence[Experiment]) -> str:
-    """The rule with the best mean score over the experiments; all of them are among the starts, and charged.
-
-    Without those that probe: where the policy is applied later, its base rule has to be had without evaluations.
-    """
-    names = [name for name in experiments[0].start_rules() if not find_rule(name).probes]
+    """The rule with the best mean score over the experiments of those that probe nothing: where the policy is applied
+    later, its base rule has to be had without evaluations. All of them are among the starts, and charged."""
+    names = experiments[0].free_start_rules()
     for experiment in experiments:
         experiment.prefetch_rules(names)
     scores = {
@@ -75,7 +73,7 @@ def keep_logits(agent: Any, experiments: Sequence[Experiment]) -> None:
 
 
 def _automatic_base(experiments: Sequence[Experiment], agent: Any) -> str:
-    """The base rule of actions where none is configured: the best one at the budget.
+    """The base rule of actions where none is configured: the best one at the budget that probes nothing.
 
     Over a range of budgets it is the adapter's rule for that: no rule is the best one throughout. A policy that is
     taught what the best plans of several checkpoints have in common has it too: a rule's plan is another one on each.
@@ -104,9 +102,9 @@ def run_agent(
 ) -> MethodResult:
     """Let an agent search; the plan of the first experiment is wanted, the others train the policy.
 
-    The starts are scored first and charged, and the best rule among them is what actions deviate from (see
-    ``search.base_rule``). ``at`` is the round that the search is of. With a ``policy`` it starts from that one's plan
-    and weights instead, and its base rule stays.
+    The starts are scored first and charged, and the best rule among them that probes nothing is what actions deviate
+    from (see ``search.base_rule``). ``at`` is the round that the search is of. With a ``policy`` it starts from that
+    one's plan and weights instead, and its base rule stays.
     """
     started = time.perf_counter()
     settings = experiments[0].config.search

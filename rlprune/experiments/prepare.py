@@ -88,8 +88,8 @@ class Experiment:
     def starts(self, budgets: Sequence[Any] = ()) -> list[Ints]:
         """Plans that every search starts from and pays for: uniform and the other rules, probes included.
 
-        ``budgets`` are those of a search over a range, which starts from the rules at each of them after its own,
-        as far as half of its evaluations allow. None at all where ``search.starts`` is `none`.
+        ``budgets`` are those of a search over a range, which starts from the rules that probe nothing at each of them
+        after its own, as far as half of its evaluations allow. None at all where ``search.starts`` is `none`.
         """
         plans: list[Ints] = []
 
@@ -97,25 +97,32 @@ class Experiment:
             plans.append(widths)
             return self.evaluator.evaluate(widths)
 
-        names = self.start_rules() if self.config.search.starts == "rules" else []
-        for budget in dict.fromkeys((self.budget, *budgets)):
-            if plans and len(plans) + len(names) > self.config.search.evaluations / 2:
+        if self.config.search.starts != "rules":
+            return plans
+        for name in self.start_rules():
+            plans.append(self.rule_widths(name, evaluate))
+        names = self.free_start_rules()
+        for budget in dict.fromkeys(b for b in budgets if b != self.budget):
+            if len(plans) + len(names) > self.config.search.evaluations / 2:
                 break
-            for name in names:
-                plans.append(self.rule_widths(name, evaluate, budget))
+            plans += [self.rule_widths(name, budget=budget) for name in names]
         return plans
+
+    def free_start_rules(self) -> list[str]:
+        """Those of `start_rules` that probe nothing."""
+        return [name for name in self.start_rules() if not RULES[name].probes]
 
     def start_rules(self) -> list[str]:
         """The shipped rules that apply here and are worth their probes as a start, uniform first.
 
-        A rule that probes every group is left out where that would eat most of the evaluations, and a slow one
+        A rule that probes every group is left out where that would eat much of the evaluations, and a slow one
         (`is_slow`), unless the importance has measured what it needs. Of those that probe one is enough: that which
         scales what the importance expects of cuts, where it does.
         """
         most = self.config.search.evaluations * MOST_PROBES
         names, probing = ["uniform"], list[str]()
         for name, rule in rules_for(self.space).items():
-            slow = self.is_slow(rule) and not self.evaluator.has_measured(name)
+            slow = self.is_slow(rule) and not self.evaluator.has_measured(rule.measures or name)
             if name != "uniform" and rule.shipped and rule.probe_count(self.space) <= most and not slow:
                 (probing if rule.probes else names).append(name)
         expects = self.evaluator.ranks_by_divergence

@@ -299,7 +299,7 @@ def _curve(
     """Score against budget of the policy as it stands, at budgets it may not have seen, and of rules for comparison.
 
     A policy that was trained over a range is shown over that range, compared with every rule that needs no probes;
-    one of a single budget with uniform and the best rule there. None of a run without rules (``search.starts``).
+    one of a single budget with uniform and the best such rule there. None of a run without rules (``search.starts``).
     """
     space, metric = experiment.space, experiment.metric
     if not rules:
@@ -314,7 +314,8 @@ def _curve(
         ]
     else:
         budgets = [b for b in _CURVE if b > space.feasible(metric)[0] / space.dense_cost(metric)]
-        names = ["uniform", max(rules, key=lambda r: r.best.score).method]
+        free = [r for r in rules if not find_rule(r.method).probes]
+        names = ["uniform", max(free, key=lambda r: r.best.score).method]
     policies = {f.method: PortablePolicy.from_state(*portable_state(f.policy)) for f in found if f.policy}
     rows = []
     for budget in budgets:

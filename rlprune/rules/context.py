@@ -112,7 +112,8 @@ class Rule:
 
     ``counter`` belongs to a rule that scores candidates to find its distribution; they are charged to the method that
     asks. ``wing`` names the only wing whose models have the rule (``PruningSpace.wing``), None stands for all;
-    ``costly`` marks one that runs backward passes, or dozens of forward passes, over the calibration split.
+    ``costly`` marks one that runs backward passes, or dozens of forward passes, over the calibration split;
+    ``measures`` is the name of what they give in the calibration cache, where that is not the rule's own.
     ``external`` marks another library's own method: it stands in comparisons, and no search starts from it.
     ``alike`` names a kind of groups that the rule gives one width, where they are as wide: what the budget leaves over
     then stays unspent, because one step of a single group would make them differ. ``shipped`` says that a rule comes
@@ -131,6 +132,7 @@ class Rule:
     shipped: bool = True
     alike: str | None = None
     on_request: bool = False
+    measures: str | None = None
 
     @property
     def probes(self) -> bool:
@@ -192,6 +194,7 @@ def rule(
     external: bool = False,
     alike: str | None = None,
     on_request: bool = False,
+    measures: str | None = None,
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register a function under its own name, and check what it is given and what it returns.
 
@@ -204,6 +207,7 @@ def rule(
         external: another library's method: in comparisons only.
         alike: a kind of groups ("ffn") that get one width, where they are as wide.
         on_request: the rule runs only where it is named.
+        measures: the name in the calibration cache of what a costly rule reads, where that is not its own.
 
     Raises (when applied):
         ConfigError: the name is taken, or the summary is missing.
@@ -228,7 +232,18 @@ def rule(
         update_wrapper(checked, function)
         shipped = function.__module__.startswith(f"{__package__}.")
         RULES[name] = Rule(
-            name, summary, checked, needs_workload, probes, wing, costly, external, shipped, alike, on_request
+            name,
+            summary,
+            checked,
+            needs_workload,
+            probes,
+            wing,
+            costly,
+            external,
+            shipped,
+            alike,
+            on_request,
+            measures,
         )
         return checked
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from ..importance.calibration_cache import CURVES
 from ..pruning.knapsack import least_sum
 from ..pruning.space import PruningSpace
 from ..utils.arrays import Floats, Ints
@@ -31,10 +32,11 @@ def _probe_count(space: PruningSpace) -> int:
 
 
 @rule(
-    "fisher, with its curves scaled by probes of single groups at the plan's own widths, in two rounds",
+    "fisher, with its curves scaled by probes of single groups at the plan's own widths",
     needs_workload=True,
     probes=_probe_count,
     costly=True,
+    measures=CURVES,
 )
 def fisher_probed(context: Context) -> Floats:
     """Successive knapsacks: the curves of the rule `fisher`, corrected where its plan lies.
@@ -44,8 +46,9 @@ def fisher_probed(context: Context) -> Floats:
     group is cut alone to the width that the plan gives it, and its curve is multiplied by measured over expected
     divergence; between two probed widths the logarithm of the factor is a line, beyond them it is constant. The
     knapsack over the corrected curves gives the next plans, one for each of POWERS, and the best of them is where the
-    next round probes. What is returned is the best of all plans that were measured. This is surrogate optimisation with
-    a multiplicative correction (space mapping, Bandler et al. 2004, 10.1109/TMTT.2003.820904), in a rule that is ours.
+    next round probes (two rounds, one in a model of blocks). What is returned is the best of all plans that were
+    measured. This is surrogate optimisation with a multiplicative correction (space mapping, Bandler et al. 2004,
+    10.1109/TMTT.2003.820904), in a rule that is ours.
     """
     space, curves = context.space, active_curves(context)
     target = space.target(context.budget, context.metric)

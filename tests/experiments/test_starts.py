@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from helpers.small import SMALL_DIGITS
+from helpers.small import SMALL_DIGITS, SMALL_LLAMA
 from rlprune.config import load_config
 from rlprune.evaluation import EvaluationLog
 from rlprune.experiments import Experiment, prepare_experiment, run_agent
@@ -48,6 +48,26 @@ def test_the_cheaper_one_stands_in_where_the_other_costs_too_much(experiments: d
     assert cheap < dear
     names = allowed(experiment, 3 * cheap).start_rules()
     assert [name for name in names if name in PROBING] == ["sensitivity"]
+
+
+def test_language_models_start_from_it_too() -> None:
+    """Rules that read the calibration split dozens of times are no starts there, unless the ranking has measured it."""
+    settings = [*SMALL_LLAMA, "prune.importance=obs_fisher", "threads=1"]
+    experiment = prepare_experiment(load_config("tiny_llama", settings))
+    names = allowed(experiment, 1000).start_rules()
+    assert [name for name in names if name in PROBING] == ["fisher_probed"]
+    taylor = prepare_experiment(load_config("tiny_llama", [*settings, "prune.importance=taylor"]))
+    names = allowed(taylor, 1000).start_rules()
+    assert [name for name in names if name in PROBING] == ["sensitivity"]
+
+
+def test_further_budgets_start_from_what_costs_a_score_a_plan(experiments: dict[str, Experiment]) -> None:
+    experiment = allowed(experiments["obs_fisher"], 1000)
+    free = experiment.free_start_rules()
+    own, more = experiment.starts(), experiment.starts((0.5, 0.4, 0.3))
+    assert len(more) == len(own) + 2 * len(free)
+    assert set(PROBING) & set(experiment.start_rules())
+    assert not set(PROBING) & set(free)
 
 
 def test_every_probe_of_a_start_is_charged(experiments: dict[str, Experiment]) -> None:
