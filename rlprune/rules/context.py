@@ -231,20 +231,8 @@ def rule(
 
         update_wrapper(checked, function)
         shipped = function.__module__.startswith(f"{__package__}.")
-        RULES[name] = Rule(
-            name,
-            summary,
-            checked,
-            needs_workload,
-            probes,
-            wing,
-            costly,
-            external,
-            shipped,
-            alike,
-            on_request,
-            measures,
-        )
+        kind = (wing, costly, external, shipped, alike, on_request, measures)
+        RULES[name] = Rule(name, summary, checked, needs_workload, probes, *kind)
         return checked
 
     return register
