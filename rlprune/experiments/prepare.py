@@ -126,7 +126,8 @@ class Experiment:
             if name != "uniform" and rule.shipped and rule.probe_count(self.space) <= most and not slow:
                 (probing if rule.probes else names).append(name)
         expects = self.evaluator.ranks_by_divergence
-        return names + sorted(probing, key=lambda name: RULES[name].costly != expects)[:1]
+        preferred = [name for name in probing if (RULES[name].measures is not None) == expects]
+        return names + (preferred or probing)[:1]
 
     def is_slow(self, rule: Rule) -> bool:
         """Whether a rule runs more passes over the model than a search should spend that did not ask for it."""

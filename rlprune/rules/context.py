@@ -36,10 +36,10 @@ class Context:
     those of ``PruningSpace.project``. ``probe(widths)`` returns the loss of a built candidate (lower is
     better) and is charged to the rule; without it a rule that needs losses measures them on the
     workload's validation split. ``divergence(widths)`` is charged like it and returns how far the outputs of the
-    candidate are from the dense model's, in nats. ``expect(plans)`` may be told of the probes that will follow, which
-    are scored at the same time then, where there are workers. ``calibration`` remembers what is slow to measure and
-    depends on the model, the space's groups and the calibration data alone; give all contexts of one model the same one
-    (it is made where none is given).
+    candidate are from the dense model's, in nats; without it a rule takes the loss that a candidate adds.
+    ``expect(plans)`` may be told of the probes that will follow, which are scored at the same time then, where there
+    are workers. ``calibration`` remembers what is slow to measure and depends on the model, the space's groups and the
+    calibration data alone; give all contexts of one model the same one (it is made where none is given).
     """
 
     space: PruningSpace

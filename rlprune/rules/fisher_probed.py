@@ -101,7 +101,7 @@ def _corrected(curves: Mapping[int, Floats], factors: Mapping[int, Mapping[int, 
 
 
 class _Measured:
-    """The divergence of a candidate, each once."""
+    """The divergence of a candidate, each once: a context that nobody charges may build it anew at every call."""
 
     def __init__(self, context: Context) -> None:
         self._context = context

@@ -310,7 +310,8 @@ def test_the_readme_is_short_and_its_table_is_what_the_script_writes(tmp_path: P
     script.write_readme(tmp_path / "README.md", every)
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == text
     header, rows = script.after_finetune(every)
-    assert len(rows) == 7 and all(len(row) == len(header) for row in rows)
+    assert rows and all(len(row) == len(header) for row in rows)
+    assert len({(row[0], row[2]) for row in rows}) == len(rows)
     # The best rule stands there by what is shown, not by the score.
     rules = [e for e in every["cifar10_resnet20"]["summary"] if e["kind"] == "rule"]
     best = max(rules, key=lambda entry: entry["test_finetuned"]["mean"])

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from helpers.small import SMALL_DIGITS
-from rlprune.config import load_config
+from helpers.small import small_experiments
 from rlprune.envs import DistributionEnv, Task
 from rlprune.envs.observation import EXPECTED_SHARES, FEATURE_VERSIONS
-from rlprune.experiments import Experiment, prepare_experiment
+from rlprune.experiments import Experiment
 from rlprune.surrogates.composite import CompositeGP
 from rlprune.surrogates.proposals import random_plans
 
@@ -18,12 +17,7 @@ NEW = [name for name in FEATURE_VERSIONS[3] if name not in FEATURE_VERSIONS[1]]
 
 @pytest.fixture(scope="module")
 def experiments() -> dict[str, Experiment]:
-    return {
-        name: prepare_experiment(
-            load_config("digits", [*SMALL_DIGITS, f"prune.importance={name}", "threads=1"])
-        )
-        for name in ("obs_fisher", "taylor")
-    }
+    return small_experiments()
 
 
 def task_of(experiment: Experiment) -> Task:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from helpers.small import SMALL_DIGITS, SMALL_LLAMA
+from helpers.small import SMALL_LLAMA, small_experiments
 from rlprune.config import load_config
 from rlprune.evaluation import EvaluationLog
 from rlprune.experiments import Experiment, prepare_experiment, run_agent
@@ -18,12 +18,7 @@ PROBING = ("fisher_probed", "sensitivity")
 
 @pytest.fixture(scope="module")
 def experiments() -> dict[str, Experiment]:
-    return {
-        name: prepare_experiment(
-            load_config("digits", [*SMALL_DIGITS, f"prune.importance={name}", "threads=1"])
-        )
-        for name in ("obs_fisher", "taylor")
-    }
+    return small_experiments()
 
 
 def allowed(experiment: Experiment, evaluations: int) -> Experiment:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rlprune import load_config
+from rlprune.experiments import Experiment, prepare_experiment
+
 # A narrow network that learns enough in two epochs to have something to lose: what every command but `inspect` uses.
 SMALL_DIGITS = (
     "model.arguments.width=4",
@@ -23,6 +26,15 @@ SMALL_SEARCH = (
     "finish.candidates=2",
 )
 SMALL_RUN = (*SMALL_SEARCH, "finish.rules=false")
+
+
+def small_experiments() -> dict[str, Experiment]:
+    """One with curves of what cuts are expected to cost, and one without, by the ranking of their units."""
+    settings = [*SMALL_DIGITS, "threads=1"]
+    return {
+        name: prepare_experiment(load_config("digits", [*settings, f"prune.importance={name}"]))
+        for name in ("obs_fisher", "taylor")
+    }
 
 
 def without(settings: Sequence[str], *prefixes: str) -> list[str]:
