@@ -287,12 +287,12 @@ PAGE = """# What cuts are expected to cost
 Written by `python docs/scripts/expected_curves.py` (as its head says): one thread of an {processor}, torch {torch},
 other programs on all cores; seeds from 0. A curve says what a group's cut is expected to cost in nats at every width:
 the error of the closed form, weighted by the Fisher information of what reads the group (`rlprune/vision/fisher.py`),
-without a label and without a cut model. A plan is expected to cost the sum of its groups. Units are
-ranked by `obs_fisher`. Scores are −KL to the dense model on the validation split (higher is better), of {plans} random
-plans at the budget. The rule `fisher` takes the
-least sum (`rlprune/pruning/knapsack.py`) and scores nothing; `fisher_probed` scales the curves by single groups that it
-scores where its plan is, in two rounds; `sensitivity` scores two cuts of every group. Evaluations count a rule's own
-plan too. Test losses are means over the models.
+without a label and without a cut model. A plan is expected to cost the sum of its groups. Units are ranked by
+`obs_fisher`. Scores are −KL to the dense model on the validation split, on digits on training images too (higher is
+better), of {plans} random plans at the budget. The rule `fisher` takes the least sum (`rlprune/pruning/knapsack.py`)
+and scores nothing; `fisher_probed` scales the curves by single groups that it scores where its plan is, in two rounds;
+`sensitivity` scores two cuts of every group. Evaluations count a rule's own plan too. Test losses are means over the
+models.
 
 {verdict}
 
