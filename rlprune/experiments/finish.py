@@ -12,20 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ..config.names import SCORE_KINDS
-from ..errors import ArtifactError
 from ..pruning.history import History
 from ..pruning.plan import Plan
 from ..pruning.surgery import prune
-from ..utils.checkpoints import forget
-from ..utils.files import read_json, read_tensors, write_json_atomic, write_tensors_atomic
+from ..utils.files import write_tensors_atomic
 from ..utils.progress import Callback
 from ..utils.timing import measure
-from ..workloads.adapter import TuneJob
 from ..workloads.outcomes import Outcomes
+from .fine_tunes import FineTune
 from .methods import MethodResult, finalists
 from .prepare import Experiment
-from .saving import round_weights
-from .tuning_start import tuning_start
 
 
 @dataclass(frozen=True)
@@ -79,20 +75,17 @@ def finish(
     """
     model, plan = _built(experiment, found.history if found else None)
     head = _head(experiment, found, seed)
+    tune = FineTune(experiment, seed, None if found is None else found.history, state)
     one_stage = found is not None and len(found.history) == 1
-    return finish_model(
-        experiment, model, plan, head, seed=seed, state=state, callback=callback, one_stage=one_stage
-    )
+    return finish_model(tune, model, plan, head, callback=callback, one_stage=one_stage)
 
 
 def finish_model(
-    experiment: Experiment,
+    tune: FineTune,
     model: nn.Module,
     plan: Plan | None,
     head: Mapping[str, object],
     *,
-    seed: int,
-    state: Path | None = None,
     callback: Callback | None = None,
     one_stage: bool = False,
 ) -> FinalModel:
@@ -104,26 +97,17 @@ def finish_model(
     ``head`` is the part of its row that the method knows: method, kind, seed, evaluations, seconds, score, validation,
     validation_loss.
     """
-    callback = callback or Callback()
-    method, kind = str(head["method"]), str(head["kind"])
-    keep = _Kept(state, f"{method}-{0 if kind == 'dense' else head['seed']}")
-    # Only the same plan under the same settings may be taken from an earlier try.
-    mark = {
-        "widths": list(plan.widths.tolist()) if plan else [],
-        "finish": repr(experiment.config.finish),
-        "seed": seed,
-    }
-    facts = keep.load(mark, model)
+    callback, experiment = callback or Callback(), tune.experiment
+    tune.round(model)
+    facts = tune.load(model, needs="test_loss")
     if facts is None:
-        wanted = None if kind == "dense" else experiment.config.finish.dtype
-        job = TuneJob(seed, None, keep.training, callback.training, f"fine-tune {method}")
-        model, facts = _measured(experiment, model, plan if one_stage else None, job, wanted)
-        keep.save(mark, facts, model)
+        phase = f"fine-tune {head['method']}"
+        model, facts = _measured(tune, model, plan if one_stage else None, callback, phase)
     callback.close()
     kept_outcomes = facts.pop("outcomes", None)
     outcomes = None if kept_outcomes is None else Outcomes.from_dict(kept_outcomes)
     row = _row(experiment, head, model, plan, facts)
-    kept = experiment.workload.adapter.keeps_models or kind in ("dense", "agent")
+    kept = experiment.workload.adapter.keeps_models or head["kind"] in ("dense", "agent")
     return FinalModel(row, model if kept else None, plan, outcomes)
 
 
@@ -154,35 +138,35 @@ def _built(experiment: Experiment, history: History | None) -> tuple[nn.Module, 
 
 
 def _measured(
-    experiment: Experiment, model: nn.Module, plan: Plan | None, job: TuneJob, dtype: str | None
+    tune: FineTune, model: nn.Module, plan: Plan | None, callback: Callback, phase: str
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The fine-tuned model, and test figures before and after, with the weights that ``dtype`` saves (None: not saved).
+    """The fine-tuned model, and test figures before and after, with the weights that ``finish.dtype`` saves.
 
     ``plan`` is that of a model of one stage, whose fine-tune may start elsewhere (`finish.start`).
     """
-    workload = experiment.workload
-    if dtype is not None:
-        round_weights(workload, model, dtype)
+    experiment, workload = tune.experiment, tune.experiment.workload
     started = time.perf_counter()
     with workload.test_opened():
         before = workload.evaluate(model, "test")
+    seconds = time.perf_counter() - started
     facts: dict[str, Any] = {"test": before.metric, "test_loss": before.loss}
     facts |= workload.test_facts(before.count) | workload.adapter.finish_facts(experiment.config.finish)
     after = before
-    if workload.adapter.fine_tune_length(experiment.config.finish)[0]:
-        model, chosen = tuning_start(experiment, model, plan, job.seed)
-        facts |= chosen
-        workload.fine_tune(model, experiment.config.finish, job)
-        if dtype is not None:
-            round_weights(workload, model, dtype)
+    if tune.has_length:
+        model, trained = tune.train(model, plan, callback, phase)
+        facts |= trained
+        started = time.perf_counter()
         with workload.test_opened():
             after = workload.evaluate(model, "test")
+        seconds += time.perf_counter() - started + facts["finish_seconds"]
     facts |= {"test_finetuned": after.metric, "test_loss_finetuned": after.loss}
     # What a plan costs is told against the dense model as it came.
-    outcomes = (before if dtype is None else after).outcomes
+    outcomes = (before if tune.history is None else after).outcomes
     if outcomes is not None:
         facts["outcomes"] = outcomes.to_dict()
-    return model, facts | {"finish_seconds": time.perf_counter() - started}
+    facts |= {"finish_seconds": seconds}
+    tune.save(facts, None if tune.has_length else model)
+    return model, facts
 
 
 def save_outcomes(finished: Sequence[FinalModel], path: Path) -> str | None:
@@ -257,35 +241,3 @@ def _row(
     if sum(p.numel() for name, p in model.named_parameters() if name in dense) != costs["params"]:
         raise AssertionError("the built model does not have the parameters that its widths say")
     return row
-
-
-class _Kept:
-    """The outcome of one fine-tune in the run's state folder, so that a resumed run does not repeat it."""
-
-    def __init__(self, folder: Path | None, label: str) -> None:
-        self._facts = folder / f"finish-{label}.json" if folder else None
-        self._weights = folder / f"finish-{label}.safetensors" if folder else None
-        self.training = folder / f"finish-{label}.state" if folder else None
-
-    def load(self, mark: Mapping[str, object], model: nn.Module) -> dict[str, Any] | None:
-        """The facts of an earlier try with the same mark, its weights put into ``model``; None without one."""
-        if self._facts is None or self._weights is None or not self._facts.exists():
-            return None
-        try:
-            kept = read_json(self._facts)
-            if kept["mark"] != mark or not isinstance(kept["facts"], dict):
-                return None
-            model.load_state_dict(read_tensors(self._weights))
-        except (ArtifactError, KeyError, RuntimeError, TypeError):
-            return None  # a private file of this run that is not whole: the fine-tune is done again
-        forget(self.training)
-        facts: dict[str, Any] = kept["facts"]
-        return facts
-
-    def save(self, mark: Mapping[str, object], facts: Mapping[str, object], model: nn.Module) -> None:
-        if self._facts is None or self._weights is None or self.training is None:
-            return
-        self._facts.unlink(missing_ok=True)
-        write_tensors_atomic(self._weights, {k: v.detach().cpu() for k, v in model.state_dict().items()})
-        write_json_atomic(self._facts, {"mark": mark, "facts": facts})
-        forget(self.training)

@@ -11,8 +11,9 @@ from ..agents import Memory, Round
 from ..errors import ConfigError
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.ledger import EvaluationLog
-from ..pruning.history import final_widths
+from ..pruning.history import as_history, final_widths
 from ..utils.progress import Callback
+from .fine_tunes import FineTune
 from .finish import FinalModel, finish_model
 from .incremental import Choose, Chosen, Now, incremental
 from .methods import run_agent
@@ -71,9 +72,8 @@ def in_rounds(experiment: Experiment, folder: Path, callback: Callback) -> Final
     head |= {"score": experiment.evaluator.score_of(done.model)}
     head |= {"validation": quality.metric, "validation_loss": quality.loss}
     callback.stage("finish", 1, 2)
-    return finish_model(
-        experiment, done.model, done.plan, head, seed=config.seed, state=state, callback=callback
-    )
+    tune = FineTune(experiment, config.seed, as_history(done.plan.widths), state)
+    return finish_model(tune, done.model, done.plan, head, callback=callback)
 
 
 def _searches(experiment: Experiment, ledger: EvaluationLog, callback: Callback) -> Choose:

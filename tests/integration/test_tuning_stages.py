@@ -121,7 +121,7 @@ def test_a_language_model_is_finished_and_resumed(tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(tuning_trainer.Student, "forward", dying_after(4))
         finish(experiment, agent, seed=0, state=tmp_path)
-    assert list(tmp_path.glob("finish-uniform-0.state/checkpoint-*"))
+    assert list(tmp_path.glob("finish-*-0.state/checkpoint-*"))
     resumed = finish(experiment, agent, seed=0, state=tmp_path)
     assert same(whole.model, resumed.model)
     assert all(path.is_file() for path in tmp_path.iterdir())  # the fine-tune's own state is gone
