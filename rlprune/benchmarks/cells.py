@@ -20,7 +20,8 @@ from ..agents.callbacks import Progress
 from ..config.config import Config, settings_reference
 from ..errors import ArtifactError, RlpruneError, one_line
 from ..evaluation.ledger import EvaluationLog
-from ..experiments.finish import choose, finish
+from ..experiments.choice import choose
+from ..experiments.finish import finish
 from ..experiments.methods import MethodResult, run_agent, score_rule
 from ..experiments.prepare import Experiment, prepare_experiment
 from ..experiments.train import results_of
@@ -163,7 +164,8 @@ def compute(
     chosen = None
     if cell.method != DENSE:
         found = _found(here, cell, ledger, state, progress or callback.search(str(cell)))
-        chosen = choose(here, replace(found, seconds=found.seconds + here.evaluator.reused))
+        found = replace(found, seconds=found.seconds + here.evaluator.reused)
+        chosen = choose(here, found, state=state, callback=callback)
     row = finish(here, chosen, seed=cell.seed, state=state, callback=callback).row
     row |= {"samples": chosen.account.samples if chosen else 0}
     row |= {"budget": None if cell.method == DENSE else cell.budget}

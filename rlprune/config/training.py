@@ -69,8 +69,16 @@ class FinishConfig(Section):
 
     prefix: ClassVar[str] = "finish."
 
+    choice: str = setting(
+        "score",
+        "Which of the finalists wins: the one with the best `score` on the whole validation split, or the one that is "
+        "best on validation after all of them were `tuned`, each by the whole final fine-tune.",
+        choices=("score", "tuned"),
+    )
     candidates: int = setting(
-        5, "Best candidates that are scored again on the whole validation split.", low=1
+        5,
+        "Finalists of a search: its best plans, for `tuned` the best ones that differ from one another.",
+        low=1,
     )
     epochs: int = setting(0, "Epochs of the final fine-tune; 0 leaves it out.", low=0)
     start: str = setting(

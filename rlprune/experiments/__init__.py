@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from . import fidelity, fidelity_table, tuning_start
     from .apply import refined
     from .build import build_workload
-    from .finish import choose
+    from .choice import choose
     from .formats import Export, Written
     from .methods import MethodResult, run_agent, score_rule
     from .prepare import Experiment, prepare_experiment
@@ -29,7 +29,7 @@ __getattr__, __dir__ = lazy_names(
         "MethodResult": "methods",
         "PruningResult": "result",
         "build_workload": "build",
-        "choose": "finish",
+        "choose": "choice",
         "prepare_experiment": "prepare",
         "refined": "apply",
         "run_agent": "methods",

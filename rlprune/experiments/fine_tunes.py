@@ -22,6 +22,10 @@ from .prepare import Experiment
 from .saving import round_weights
 from .tuning_start import tuning_start
 
+LOSSES = ("kl", "loss")
+"""Kinds of score after which the validation loss says how good a trained model is: training may move its outputs away
+from the dense model's and make them better."""
+
 
 @dataclass(frozen=True)
 class FineTune:
@@ -67,21 +71,51 @@ class FineTune:
         self.save(facts, model)
         return model, facts
 
+    def quality(self, callback: Callback, phase: str) -> float:
+        """How good the plan is on validation after the fine-tune, higher is better; the test split is not read.
+
+        Minus the validation loss; where the score is no loss and no divergence of labelled samples (a metric, a
+        function of one's own), the score of the tuned model.
+        """
+        kept = self._facts("tuned")
+        if kept is not None:
+            return float(kept["tuned"])
+        assert self.history is not None
+        evaluator, workload = self.experiment.evaluator, self.experiment.workload
+        model = evaluator.build(self.history)
+        self.round(model)
+        plan = evaluator.plan(self.history[0]) if len(self.history) == 1 else None
+        model, facts = self.train(model, plan, callback, phase)
+        callback.close()
+        if evaluator.score_settings.kind in LOSSES and workload.score_fn is None:
+            tuned = -workload.evaluate(model, "validation").loss
+        else:
+            tuned = evaluator.score_of(model)
+        self.save(facts | {"tuned": tuned}, None)
+        return tuned
+
     def load(self, model: nn.Module, *, needs: str | None = None) -> dict[str, Any] | None:
         """The kept facts, the trained weights put into ``model``; None where there are none, or without ``needs``."""
-        facts, weights = self._file("json"), self._file("safetensors")
-        if facts is None or weights is None or not facts.exists():
+        facts, weights = self._facts(needs), self._file("safetensors")
+        if facts is None or weights is None:
             return None
         try:
-            kept = read_json(facts)
-            found: dict[str, Any] = kept["facts"]
-            if kept["mark"] != self._mark or (needs is not None and needs not in found):
-                return None
             model.load_state_dict(read_tensors(weights))
-        except (ArtifactError, KeyError, RuntimeError, TypeError):
+        except (ArtifactError, RuntimeError):
             return None  # a private file of this run that is not whole: the fine-tune is done again
         forget(self._file("state"))
-        return found
+        return facts
+
+    def _facts(self, needs: str | None = None) -> dict[str, Any] | None:
+        path = self._file("json")
+        if path is None or not path.exists():
+            return None
+        try:
+            kept = read_json(path)
+            facts: dict[str, Any] = kept["facts"]
+            return facts if kept["mark"] == self._mark and (needs is None or needs in facts) else None
+        except (ArtifactError, KeyError, TypeError):
+            return None
 
     def save(self, facts: Mapping[str, Any], model: nn.Module | None) -> None:
         """Keep facts and the trained model; None where its weights are kept already."""

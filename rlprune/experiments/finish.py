@@ -1,10 +1,10 @@
-"""Choosing the winner on validation, the final fine-tune, and the one look at the test split."""
+"""The final fine-tune, and the one look at the test split."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..utils.progress import Callback
 from ..utils.timing import measure
 from ..workloads.outcomes import Outcomes
 from .fine_tunes import FineTune
-from .methods import MethodResult, finalists
+from .methods import MethodResult
 from .prepare import Experiment
 
 
@@ -37,27 +37,6 @@ class FinalModel:
     plan: Plan | None
     outcomes: Outcomes | None = None
     """Quality of each test sample, where it is known: after the fine-tune, and of the dense model as it came."""
-
-
-def choose(
-    experiment: Experiment, found: MethodResult, fallback: Sequence[MethodResult] = ()
-) -> MethodResult:
-    """Score the best few on the whole validation split and take the best of them.
-
-    ``fallback`` (the rules) joins only now, so that the final plan is never worse on validation than any
-    of them; a plan that only ties with a rule's is not replaced.
-    """
-    count = experiment.config.finish.candidates
-    histories = finalists(experiment, found.account, count)
-    experiment.evaluator.prefetch([*histories, *(other.history for other in fallback)], full=True)
-    scores = {h: experiment.evaluator.evaluate_full(h).score for h in histories}
-    best = max(histories, key=scores.__getitem__)
-    chosen = replace(found, history=best)
-    for other in fallback:
-        score = experiment.evaluator.evaluate_full(other.history).score
-        if score > scores[best]:
-            chosen, scores[best] = replace(found, history=other.history), score
-    return chosen
 
 
 def finish(
@@ -104,6 +83,7 @@ def finish_model(
         phase = f"fine-tune {head['method']}"
         model, facts = _measured(tune, model, plan if one_stage else None, callback, phase)
     callback.close()
+    facts.pop("tuned", None)  # what the choice went by; the row has it of all finalists
     kept_outcomes = facts.pop("outcomes", None)
     outcomes = None if kept_outcomes is None else Outcomes.from_dict(kept_outcomes)
     row = _row(experiment, head, model, plan, facts)
@@ -215,6 +195,7 @@ def _head(experiment: Experiment, found: MethodResult | None, seed: int) -> dict
         head = {"method": found.method, "kind": found.kind, "seed": seed}
         head |= {"evaluations": found.account.spent, "seconds": round(found.seconds, 2)}
         head |= {"learning": dict(found.learning)} if found.learning else {}
+        head |= {"finalists": list(found.trained)} if found.trained else {}
         full = experiment.evaluator.evaluate_full(found.history)
         score, validation, validation_loss = full.score, full.metric, full.loss
         if experiment.evaluator.format_trial is not None:

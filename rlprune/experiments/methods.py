@@ -37,6 +37,8 @@ class MethodResult:
     policy: Any = None
     memory: Mapping[str, Any] = field(default_factory=dict)
     learning: Mapping[str, int] = field(default_factory=dict)
+    trained: Sequence[Mapping[str, Any]] = ()
+    """Finalists that were fine-tuned to choose among them, and how good each was on validation then."""
 
     @property
     def best(self) -> Candidate:

@@ -33,7 +33,8 @@ from ..utils.machine import hardware
 from ..utils.progress import Callback, default_callback, log_to, logger
 from ..workloads.base import Workload
 from .build import expected_adapter
-from .finish import FinalModel, add_latency, choose, finish, save_outcomes
+from .choice import TUNED, choose
+from .finish import FinalModel, add_latency, finish, save_outcomes
 from .methods import MethodResult, check_learning, check_wing, keep_logits, run_agent, score_rule
 from .prepare import Experiment, find_rule, prepare_experiment
 from .result import PruningResult
@@ -123,6 +124,8 @@ def _say_stages(config: Config, callback: Callback) -> None:
     tuned = config.finish.epochs + config.finish.steps > 0
     work = {"prepare": max(5.0, 0.1 * evaluations), "rules": 15.0}
     work |= {name: float(evaluations) for name in _agents(config)}
+    if tuned and config.finish.choice == TUNED:
+        work |= {"finalists": float(evaluations)}
     callback.expect(work | {"finish": float(evaluations if tuned else 5)})
 
 
@@ -148,7 +151,12 @@ def _search_all(
     experiment.evaluator.refuse_equal_scores(least=3)
     if alone:
         return rules, found, found
-    return rules, found, [choose(experiment, f, rules if f.kind == "agent" else ()) for f in found]
+    callback.stage("finalists")
+    chosen = []
+    for one in found:
+        fallback = rules if one.kind == "agent" else ()
+        chosen.append(choose(experiment, one, fallback, state=folder / "state", callback=callback))
+    return rules, found, chosen
 
 
 @contextlib.contextmanager

@@ -59,6 +59,11 @@ class Run:
         return modes | ({"direct"} if "ppo_stages" in self.agents else set())
 
     @property
+    def own_choice(self) -> bool:
+        """Whether a run takes what the agent itself chose, without finalists."""
+        return self.config.search.starts == "none" or self.config.rounds.count > 1
+
+    @property
     def tuned(self) -> bool:
         """Whether the final fine-tune has any length."""
         if self.command not in ("train", "benchmark"):
@@ -147,13 +152,16 @@ RULES = (
          "`rlprune train` and `benchmark` use it"),
     Rule(("finish.start",), lambda run: not {"bias", "reconstruct"}.isdisjoint(run.config.recovery.steps),
          "recovery.steps has no closed form", "add reconstruct", ("recovery.steps",)),
-    Rule(("finish.candidates",), _by("train", "benchmark"), "{command} chooses no winner",
+    Rule(("finish.candidates", "finish.choice"), _by("train", "benchmark"), "{command} chooses no winner",
          "`rlprune train` and `benchmark` use it"),
+    Rule(("finish.candidates", "finish.choice"), lambda run: run.command != "train" or not run.own_choice,
+         "the agent's own plan is final", "give search.starts=rules and rounds.count=1",
+         ("search.starts", "rounds.count")),
     Rule(("finish.rules",), _by("train"), "{command} does not look at it", "`rlprune train` uses it"),
     Rule(("finish.steps",), _not_by("prune --steps"), "--steps is the number of steps", "leave one of them out"),
     Rule(("finish.epochs",), _not_by("prune --stages", "prune --steps"), "rounds are trained by steps",
          "give finish.steps or --steps"),
-    Rule(tuple(f"finish.{name}" for name in ("start", "method", "adapters", "rank", "alpha", "dropout", "lr",
+    Rule(tuple(f"finish.{name}" for name in ("choice", "start", "method", "adapters", "rank", "alpha", "dropout", "lr",
                                              "batch_size", "weight_decay", "momentum", "distill", "temperature",
                                              "soft", "schedule", "warmup", "mixed_precision")),
          lambda run: run.tuned, "the final fine-tune has no length",
