@@ -75,11 +75,7 @@ class FinishConfig(Section):
         "best on validation after all of them were `tuned`, each by the whole final fine-tune.",
         choices=("score", "tuned"),
     )
-    candidates: int = setting(
-        5,
-        "Finalists of a search: its best plans, for `tuned` the best ones that differ from one another.",
-        low=1,
-    )
+    candidates: int = setting(5, "Finalists of a search: so many of its best plans.", low=1)
     epochs: int = setting(0, "Epochs of the final fine-tune; 0 leaves it out.", low=0)
     start: str = setting(
         "recovered",

@@ -10,17 +10,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from ..pruning.history import History, final_widths
+from ..config.config import Config
+from ..pruning.history import final_widths
 from ..utils.progress import Callback
+from ..workloads.adapter import ModelAdapter
 from .fine_tunes import FineTune
 from .methods import MethodResult, finalists
 from .prepare import Experiment
 
 SCORE, TUNED = "score", "tuned"
-APART = 0.05
-"""Finalists that are trained differ by at least so much in their keep ratios, on average over the groups."""
+
+
+def trains_finalists(config: Config, adapter: ModelAdapter | None) -> bool:
+    """Whether a choice takes fine-tunes; ``adapter`` None where the model is not known yet."""
+    if config.finish.choice != TUNED:
+        return False
+    if adapter is None:
+        return config.finish.epochs + config.finish.steps > 0
+    return adapter.fine_tune_length(config.finish)[0] > 0
 
 
 def choose(
@@ -33,10 +40,11 @@ def choose(
 ) -> MethodResult:
     """The best of a method's finalists by ``finish.choice``, and of the ``fallback`` (the rules).
 
-    The fallback joins only now, so that the final plan is never worse on validation than any of them; a plan that only
-    ties with a rule's is not replaced. ``state`` is the folder where fine-tunes are kept.
+    The fallback joins only now, so that by ``score`` the final plan is never worse on validation than any of them, and
+    by ``tuned`` never after its fine-tune; a plan that only ties with a rule's is not replaced. ``state`` is the folder
+    where fine-tunes are kept.
     """
-    if experiment.config.finish.choice == TUNED and FineTune(experiment, found.seed, None).has_length:
+    if trains_finalists(experiment.config, experiment.workload.adapter):
         return _after_fine_tune(experiment, found, fallback, state, callback or Callback())
     return _by_score(experiment, found, fallback)
 
@@ -62,38 +70,38 @@ def _after_fine_tune(
     state: Path | None,
     callback: Callback,
 ) -> MethodResult:
-    """Fine-tune finalists that differ, and take the one that is best on validation then.
+    """Fine-tune the finalists, and take the one that is best on validation then.
 
     Of the fallback those join that get their fine-tune in any case (`finish.rules`), else the best-scoring one.
     """
     finish = experiment.config.finish
-    ranked = finalists(experiment, found.account, len(found.account.plans))
-    histories = apart(experiment, ranked, finish.candidates)
+    histories = finalists(experiment, found.account, finish.candidates)
     joining = [other.history for other in fallback]
     if joining and not finish.rules:
         joining = [max(joining, key=lambda h: experiment.evaluator.evaluate_full(h).score)]
     histories = list(dict.fromkeys([*histories, *joining]))
-    quality = {}
-    for number, history in enumerate(histories, start=1):
-        tune = FineTune(experiment, found.seed, history, state)
-        quality[history] = tune.quality(callback, f"finalist {number} of {len(histories)}")
-    best = max(histories, key=quality.__getitem__)
-    facts = [{"widths": [int(w) for w in final_widths(h)], "tuned": round(quality[h], 6)} for h in histories]
+    tunes = {history: FineTune(experiment, found.seed, history, state) for history in histories}
+    quality, stage = {}, stage_of(found.method)
+    for number, history in enumerate(histories):
+        callback.stage(stage, number, len(histories))
+        phase = f"{found.method}, finalist {number + 1} of {len(histories)}"
+        quality[history] = tunes[history].quality(callback, phase)
+    callback.close()
+    best = max(histories, key=lambda history: quality[history].value)
+    for history, tune in tunes.items():
+        if history != best and history not in joining:
+            tune.forget_weights()
+    facts = [
+        {
+            "widths": [int(w) for w in final_widths(h)],
+            "tuned": round(q.value, 6),
+            "seconds": round(q.seconds, 2),
+        }
+        for h, q in quality.items()
+    ]
     return replace(found, history=best, trained=facts)
 
 
-def apart(experiment: Experiment, ranked: Sequence[History], count: int) -> list[History]:
-    """The first ``count`` of some plans that each differ from those before; the next ones where too few do.
-
-    The best plans of a search are neighbours: training five of them would tell next to nothing.
-    """
-    dense = np.maximum(experiment.space.widths, 1)
-    taken: list[History] = []
-    for history in ranked:
-        ratios = final_widths(history) / dense
-        if all(np.abs(ratios - final_widths(other) / dense).mean() >= APART for other in taken):
-            taken.append(history)
-        if len(taken) == count:
-            return taken
-    left = [history for history in ranked if history not in taken]
-    return [*taken, *left[: count - len(taken)]]
+def stage_of(method: str) -> str:
+    """The stage of a run in which a method's finalists are trained."""
+    return f"finalists of {method}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from ..errors import ArtifactError
 from ..pruning.history import History
 from ..pruning.plan import Plan
 from ..utils.checkpoints import forget
-from ..utils.files import read_json, read_tensors, write_json_atomic, write_tensors_atomic
+from ..utils.files import finite, read_json, read_tensors, write_json_atomic, write_tensors_atomic
 from ..utils.progress import Callback
 from ..workloads.adapter import TuneJob
 from .prepare import Experiment
@@ -25,6 +26,22 @@ from .tuning_start import tuning_start
 LOSSES = ("kl", "loss")
 """Kinds of score after which the validation loss says how good a trained model is: training may move its outputs away
 from the dense model's and make them better."""
+
+
+WORST = -1e9
+"""Of a training that ended in NaN, as for a candidate's score."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good a tuned model is on validation, higher is better, and the seconds of its training.
+
+    ``value`` is minus the validation loss; where the score is neither a loss nor a divergence (a metric, a function of
+    one's own), the score of the tuned model.
+    """
+
+    value: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -44,7 +61,7 @@ class FineTune:
         """Whether the settings train at all."""
         return bool(self.experiment.workload.adapter.fine_tune_length(self.experiment.config.finish)[0])
 
-    def round(self, model: nn.Module) -> None:
+    def as_saved(self, model: nn.Module) -> None:
         """Give a built or trained model the weights that will be saved; the dense one is not saved."""
         if self.history is not None:
             round_weights(self.experiment.workload, model, self.experiment.config.finish.dtype)
@@ -59,6 +76,7 @@ class FineTune:
         """
         kept = self.load(model)
         if kept is not None:
+            callback.training(phase, 1, 1, {})
             return model, kept
         started = time.perf_counter()
         workload, settings = self.experiment.workload, self.experiment.config.finish
@@ -66,33 +84,36 @@ class FineTune:
         workload.fine_tune(
             model, settings, TuneJob(self.seed, None, self._file("state"), callback.training, phase)
         )
-        self.round(model)
+        self.as_saved(model)
         facts |= {"finish_seconds": time.perf_counter() - started}
         self.save(facts, model)
         return model, facts
 
-    def quality(self, callback: Callback, phase: str) -> float:
-        """How good the plan is on validation after the fine-tune, higher is better; the test split is not read.
-
-        Minus the validation loss; where the score is no loss and no divergence of labelled samples (a metric, a
-        function of one's own), the score of the tuned model.
-        """
+    def quality(self, callback: Callback, phase: str) -> Quality:
+        """How good the plan is on validation after the fine-tune; the test split is not read."""
         kept = self._facts("tuned")
         if kept is not None:
-            return float(kept["tuned"])
+            callback.training(phase, 1, 1, {})
+            return Quality(float(kept["tuned"]), float(kept["finish_seconds"]))
         assert self.history is not None
         evaluator, workload = self.experiment.evaluator, self.experiment.workload
         model = evaluator.build(self.history)
-        self.round(model)
+        self.as_saved(model)
         plan = evaluator.plan(self.history[0]) if len(self.history) == 1 else None
         model, facts = self.train(model, plan, callback, phase)
-        callback.close()
         if evaluator.score_settings.kind in LOSSES and workload.score_fn is None:
             tuned = -workload.evaluate(model, "validation").loss
         else:
             tuned = evaluator.score_of(model)
+        tuned = tuned if math.isfinite(tuned) else WORST
         self.save(facts | {"tuned": tuned}, None)
-        return tuned
+        return Quality(tuned, facts["finish_seconds"])
+
+    def forget_weights(self) -> None:
+        """Keep the facts alone: nobody finishes this plan."""
+        weights = self._file("safetensors")
+        if weights is not None:
+            weights.unlink(missing_ok=True)
 
     def load(self, model: nn.Module, *, needs: str | None = None) -> dict[str, Any] | None:
         """The kept facts, the trained weights put into ``model``; None where there are none, or without ``needs``."""
@@ -100,9 +121,12 @@ class FineTune:
         if facts is None or weights is None:
             return None
         try:
-            model.load_state_dict(read_tensors(weights))
-        except (ArtifactError, RuntimeError):
+            tensors, own = read_tensors(weights), model.state_dict()
+        except ArtifactError:
             return None  # a private file of this run that is not whole: the fine-tune is done again
+        if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in own.items()}:
+            return None  # looked at before, since what does not fit is said when the rest has been loaded
+        model.load_state_dict(tensors)
         forget(self._file("state"))
         return facts
 
@@ -125,7 +149,8 @@ class FineTune:
         if model is not None:
             where.unlink(missing_ok=True)
             write_tensors_atomic(weights, {k: v.detach().cpu() for k, v in model.state_dict().items()})
-        write_json_atomic(where, {"mark": self._mark, "facts": dict(facts)})
+        # A training that ended in NaN has facts that JSON has no numbers for.
+        write_json_atomic(where, {"mark": self._mark, "facts": finite(facts)})
         forget(self._file("state"))
 
     @property

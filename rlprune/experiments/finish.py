@@ -56,7 +56,11 @@ def finish(
     head = _head(experiment, found, seed)
     tune = FineTune(experiment, seed, None if found is None else found.history, state)
     one_stage = found is not None and len(found.history) == 1
-    return finish_model(tune, model, plan, head, callback=callback, one_stage=one_stage)
+    done = finish_model(tune, model, plan, head, callback=callback, one_stage=one_stage)
+    if found is not None and found.trained:  # the other finalists' fine-tunes are part of the method's
+        own = done.row["widths"]
+        done.row["finish_seconds"] += sum(f["seconds"] for f in found.trained if f["widths"] != own)
+    return done
 
 
 def finish_model(
@@ -77,10 +81,12 @@ def finish_model(
     validation_loss.
     """
     callback, experiment = callback or Callback(), tune.experiment
-    tune.round(model)
+    tune.as_saved(model)
     facts = tune.load(model, needs="test_loss")
+    phase = f"fine-tune {head['method']}"
+    if facts is not None and tune.has_length:
+        callback.training(phase, 1, 1, {})
     if facts is None:
-        phase = f"fine-tune {head['method']}"
         model, facts = _measured(tune, model, plan if one_stage else None, callback, phase)
     callback.close()
     facts.pop("tuned", None)  # what the choice went by; the row has it of all finalists

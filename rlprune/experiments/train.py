@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,12 +27,12 @@ from ..rules import rules_for
 from ..tracking import Together, TrackingCallback, make_tracker
 from ..utils.checkpoints import forget
 from ..utils.dotted import flat
-from ..utils.files import lock_run, write_json_atomic, write_text_atomic
+from ..utils.files import finite, lock_run, write_json_atomic, write_text_atomic
 from ..utils.machine import hardware
 from ..utils.progress import Callback, default_callback, log_to, logger
 from ..workloads.base import Workload
 from .build import expected_adapter
-from .choice import TUNED, choose
+from .choice import choose, stage_of, trains_finalists
 from .finish import FinalModel, add_latency, finish, save_outcomes
 from .methods import MethodResult, check_learning, check_wing, keep_logits, run_agent, score_rule
 from .prepare import Experiment, find_rule, prepare_experiment
@@ -109,6 +108,8 @@ def run(
         else:
             with working(config, experiments, logs=state):
                 rules, found, chosen = _search_all(config, experiments, folder, callback)
+            if chosen is None:  # the workers are gone: a fine-tune may need their memory
+                chosen = _chosen(experiment, rules, found, state, callback)
             finished = _finish_all(experiment, rules, chosen, state, callback)
         plan, sizes = _save_outcome(experiment, folder, found, finished)
         _write_results(experiment, folder, finished, _curve(experiment, rules, found), sizes)
@@ -124,8 +125,8 @@ def _say_stages(config: Config, callback: Callback) -> None:
     tuned = config.finish.epochs + config.finish.steps > 0
     work = {"prepare": max(5.0, 0.1 * evaluations), "rules": 15.0}
     work |= {name: float(evaluations) for name in _agents(config)}
-    if tuned and config.finish.choice == TUNED:
-        work |= {"finalists": float(evaluations)}
+    if trains_finalists(config, expected_adapter(config)) and config.rounds.count == 1 and not _alone(config):
+        work |= {stage_of(name): float(evaluations) for name in _agents(config)}
     callback.expect(work | {"finish": float(evaluations if tuned else 5)})
 
 
@@ -137,12 +138,12 @@ def _forget_models(state: Path) -> None:
 
 def _search_all(
     config: Config, experiments: Sequence[Experiment], folder: Path, callback: Callback
-) -> tuple[list[MethodResult], list[MethodResult], list[MethodResult]]:
-    """The rules, what each agent found, and for each agent what is finished."""
+) -> tuple[list[MethodResult], list[MethodResult], list[MethodResult] | None]:
+    """The rules, what each agent found, and for each agent what is finished; None where fine-tunes have to say it."""
     experiment, ledger = experiments[0], EvaluationLog(folder / "ledger.jsonl")
     for name in _agents(config):  # they start from the rules
         keep_logits(make_agent(name, config.search), [experiment])
-    alone = config.search.starts == "none"
+    alone = _alone(config)
     rules = [] if alone else _scored_rules(experiment, ledger, config.seed, callback)
     if rules:
         best = max(rules, key=lambda r: r.best.score)
@@ -151,12 +152,28 @@ def _search_all(
     experiment.evaluator.refuse_equal_scores(least=3)
     if alone:
         return rules, found, found
-    callback.stage("finalists")
-    chosen = []
-    for one in found:
-        fallback = rules if one.kind == "agent" else ()
-        chosen.append(choose(experiment, one, fallback, state=folder / "state", callback=callback))
-    return rules, found, chosen
+    if trains_finalists(config, experiment.workload.adapter):
+        return rules, found, None
+    return rules, found, _chosen(experiment, rules, found, folder / "state", callback)
+
+
+def _chosen(
+    experiment: Experiment,
+    rules: Sequence[MethodResult],
+    found: Sequence[MethodResult],
+    state: Path,
+    callback: Callback,
+) -> list[MethodResult]:
+    """Each method's winner; the rules are the agent's fallback."""
+    return [
+        choose(experiment, one, rules if one.kind == "agent" else (), state=state, callback=callback)
+        for one in found
+    ]
+
+
+def _alone(config: Config) -> bool:
+    """Whether the agent's own plan is final, and no rule is scored."""
+    return config.search.starts == "none"
 
 
 @contextlib.contextmanager
@@ -390,12 +407,5 @@ def outcome(
         "score": "score_fn" if workload.score_fn is not None else config.score.kind,
         "hardware": hardware(),
         "groups": [{"name": g.name, "kind": g.kind, "width": g.width} for g in space.groups],
-        "rows": [_finite(row) for row in rows],
+        "rows": [finite(row) for row in rows],
     }
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no NaN: a loss that is not finite is written as null."""
-    text = json.dumps(row, default=float)
-    parsed: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
-    return parsed

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
@@ -90,6 +90,13 @@ def write_bytes_atomic(path: str | Path, data: bytes) -> None:
 def write_text_atomic(path: str | Path, text: str) -> None:
     """`write_bytes_atomic` for text, in UTF-8."""
     write_bytes_atomic(path, text.encode("utf-8", errors="replace"))
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON keeps them: it knows no NaN, so that a number that is not finite becomes null."""
+    text = json.dumps(dict(values), default=float)
+    parsed: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
+    return parsed
 
 
 def write_json_atomic(path: str | Path, value: object) -> None:

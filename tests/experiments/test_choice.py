@@ -6,17 +6,18 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 from helpers.small import SMALL_DIGITS, SMALL_LLAMA
+from rlprune.benchmarks import benchmark
 from rlprune.cli.main import main
 from rlprune.config import load_config
 from rlprune.evaluation import EvaluationLog
 from rlprune.experiments import choose, prepare_experiment, run_agent, score_rule
-from rlprune.experiments.choice import APART, apart
-from rlprune.experiments.fine_tunes import FineTune
+from rlprune.experiments.fine_tunes import WORST, FineTune
 from rlprune.experiments.finish import finish
 from rlprune.experiments.methods import finalists
-from rlprune.pruning.history import final_widths
+from rlprune.report.results import read_results
 from rlprune.utils import Callback
 from rlprune.workloads import TuneJob, Workload
 
@@ -62,6 +63,7 @@ def test_the_finalist_that_is_best_after_its_fine_tune_wins(experiment, searched
         losses[tuple(fact["widths"])] = experiment.workload.evaluate(model, "validation").loss
     assert len(losses) == 3
     assert [-fact["tuned"] for fact in chosen.trained] == pytest.approx(list(losses.values()), abs=1e-5)
+    assert all(fact["seconds"] > 0 for fact in chosen.trained)
     assert chosen.history[-1] == min(losses, key=losses.__getitem__)
 
 
@@ -92,7 +94,9 @@ def test_the_winner_and_plans_that_methods_share_are_trained_once(experiment, se
         assert row["test_loss_finetuned"] == alone.row["test_loss_finetuned"]
         assert row["test_loss"] == alone.row["test_loss"]
         assert row["finalists"] == list(chosen.trained) and "tuned" not in row
+        assert row["finish_seconds"] > sum(fact["seconds"] for fact in chosen.trained)
     assert choose(experiment, searched, state=tmp_path).history == chosen.history and len(trained) == 4
+    assert len([*tmp_path.glob("finish-*.safetensors")]) == 1  # those of the others are not kept
     # Other settings of the fine-tune are another fine-tune.
     choose(with_finish(experiment, lr=0.01), searched, state=tmp_path)
     assert len(trained) == 7
@@ -100,8 +104,8 @@ def test_the_winner_and_plans_that_methods_share_are_trained_once(experiment, se
 
 def test_a_damaged_file_of_a_fine_tune_is_trained_again(experiment, searched, trained, tmp_path):
     chosen = choose(experiment, searched, state=tmp_path)
-    for path in tmp_path.glob("finish-*.safetensors"):
-        path.write_bytes(b"not weights")
+    (weights,) = tmp_path.glob("finish-*.safetensors")
+    weights.write_bytes(b"not weights")
     row = finish(experiment, chosen, seed=0, state=tmp_path).row
     assert len(trained) == 4
     assert row["test_loss_finetuned"] == finish(experiment, chosen, seed=0).row["test_loss_finetuned"]
@@ -118,20 +122,8 @@ def test_rules_join_that_are_trained_in_any_case(experiment, searched, tmp_path)
     assert {rule.history[-1] for rule in rules} <= plans
     without = choose(with_finish(experiment, rules=False), searched, rules, state=tmp_path)
     best = max(rules, key=lambda rule: rule.best.score)
-    own = {h[-1] for h in apart(experiment, finalists(experiment, searched.account, 12), 3)}
+    own = {h[-1] for h in finalists(experiment, searched.account, 3)}
     assert {tuple(fact["widths"]) for fact in without.trained} == own | {best.history[-1]}
-
-
-def test_finalists_differ_from_one_another(experiment):
-    space = experiment.space
-    near, far = space.widths.copy(), space.widths // 2
-    near[0] -= 1
-    plans = [(tuple(map(int, widths)),) for widths in (space.widths, near, far)]
-    assert apart(experiment, plans, 2) == [plans[0], plans[2]]
-    assert apart(experiment, plans, 3) == [plans[0], plans[2], plans[1]]  # there are no more that differ
-    assert apart(experiment, plans, 1) == plans[:1]
-    ratios = [final_widths(plan) / space.widths for plan in plans]
-    assert np.abs(ratios[0] - ratios[1]).mean() < APART <= np.abs(ratios[0] - ratios[2]).mean()
 
 
 def test_a_metric_that_is_the_score_decides_after_the_fine_tune(experiment, searched):
@@ -142,7 +134,83 @@ def test_a_metric_that_is_the_score_decides_after_the_fine_tune(experiment, sear
     model = accuracy.evaluator.build(tune.history)
     accuracy.workload.fine_tune(model, accuracy.config.finish, TuneJob(0))
     wanted = accuracy.workload.evaluate(model, "validation").metric
-    assert tune.quality(Callback(), "trial") == pytest.approx(wanted)
+    assert tune.quality(Callback(), "trial").value == pytest.approx(wanted)
+
+
+def test_a_training_that_ends_in_nan_loses_and_stops_nothing(experiment, searched, monkeypatch, tmp_path):
+    fine_tune, widths = Workload.fine_tune, finalists(experiment, searched.account, 3)[0][-1]
+    ours = sum(p.numel() for p in experiment.evaluator.build(widths).parameters())
+
+    def diverging(self, model, settings, job):
+        tuned = fine_tune(self, model, settings, job)
+        if sum(p.numel() for p in model.parameters()) == ours:
+            with torch.no_grad():
+                next(model.parameters()).fill_(torch.nan)
+        return tuned
+
+    monkeypatch.setattr(Workload, "fine_tune", diverging)
+    for state in (None, tmp_path):
+        chosen = choose(experiment, searched, state=state)
+        assert chosen.trained[0]["tuned"] == WORST < chosen.trained[1]["tuned"]
+        assert chosen.history[-1] != widths
+    row = finish(experiment, dataclasses.replace(chosen, history=(widths,)), seed=0, state=tmp_path).row
+    again = finish(experiment, dataclasses.replace(chosen, history=(widths,)), seed=0, state=tmp_path).row
+    assert np.isnan(row["test_loss_finetuned"]) and again["test_loss_finetuned"] is None
+    assert row["test_loss"] == again["test_loss"]
+
+
+RUN = (*SEARCH, "finish.choice=tuned", "finish.rules=false", "search.agent=random", "search.baselines=[]")
+
+
+def rows_of(folder):
+    dropped = ("seconds", "finish_seconds", "latency_ms")
+    rows = read_results(folder)["rows"]
+    for row in rows:
+        for fact in row.get("finalists", ()):
+            del fact["seconds"]
+    return [{k: v for k, v in row.items() if k not in dropped} for row in rows]
+
+
+def test_a_run_that_is_stopped_inside_a_finalist_ends_alike(trained, tmp_path, monkeypatch, capsys):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    words = ["train", "digits", "--set", *RUN, "--out"]
+    assert main(["--progress", "lines", *words, str(whole)]) == 0
+    finalists_trained = [phase for phase in trained if phase.startswith("random, finalist")]
+    assert len(finalists_trained) >= 3 and len(trained) == len(finalists_trained) + 1  # and the dense model
+    lines = capsys.readouterr().err.splitlines()
+    assert "[4/5] finalists of random" in lines
+    shares = [int(line.partition("run ")[2].partition("%")[0]) for line in lines if ", run " in line]
+    assert shares == sorted(shares) and shares[-1] == 100
+
+    def dying(self, model, settings, job):
+        if job.phase.startswith("random, finalist 2"):
+            raise KeyboardInterrupt
+        return counted(self, model, settings, job)
+
+    with monkeypatch.context() as patch:
+        counted = Workload.fine_tune
+        patch.setattr(Workload, "fine_tune", dying)
+        assert main([*words, str(stopped)]) == 130
+    del trained[:]
+    assert main([*words, str(stopped), "--resume"]) == 0
+    assert "random, finalist 2 of" in trained[0]  # the first one is kept
+    assert rows_of(stopped) == rows_of(whole)
+    assert not list((stopped / "state").glob("finish-*"))
+
+
+def test_a_benchmark_chooses_so_for_every_search(trained, tmp_path):
+    results = benchmark.run(
+        load_config("digits", [*SEARCH, "finish.choice=tuned"]),
+        ["random", "uniform"],
+        1,
+        12,
+        tmp_path / "out",
+    )
+    rows = {row["method"]: row for row in results["rows"]}
+    assert len(rows["random"]["finalists"]) == 3 and len(rows["uniform"]["finalists"]) == 1
+    assert len(trained) == 3 + 1 + 1  # of each method, and the dense model
+    best = max(rows["random"]["finalists"], key=lambda fact: fact["tuned"])
+    assert rows["random"]["widths"] == best["widths"]
 
 
 def test_language_models_are_chosen_so_as_well(trained):
