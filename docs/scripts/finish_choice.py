@@ -23,9 +23,7 @@ from reduced import FASHION
 from rlprune import load_config
 from rlprune.benchmarks import difference
 from rlprune.evaluation import EvaluationLog
-from rlprune.experiments import Experiment, prepare_experiment, run_agent, score_rule
-from rlprune.experiments.methods import finalists
-from rlprune.pruning.history import History, final_widths
+from rlprune.experiments import Experiment, finalists, prepare_experiment, run_agent, score_rule
 from rlprune.report import comparison, markdown_table
 from rlprune.rules import rules_for
 from rlprune.utils import hardware
@@ -38,6 +36,7 @@ AGENTS = ("ppo", "evopress")
 APART = 0.05
 Cells = dict[str, Any]
 Plan = Mapping[str, Any]
+History = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,8 @@ def apart(experiment: Experiment, ranked: Sequence[History], count: int) -> list
     """The first ``count`` of some plans that each differ from those before; the next ones where too few do."""
     dense, taken = experiment.space.widths, list[History]()
     for history in ranked:
-        widths = final_widths(history)
-        if all((np.abs(widths - final_widths(other)) / dense).mean() >= APART for other in taken):
+        widths = np.array(history[-1])
+        if all((np.abs(widths - np.array(other[-1])) / dense).mean() >= APART for other in taken):
             taken.append(history)
     left = [history for history in ranked if history not in taken]
     return [*taken, *left][:count]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .build import build_workload
     from .choice import choose
     from .formats import Export, Written
-    from .methods import MethodResult, run_agent, score_rule
+    from .methods import MethodResult, finalists, run_agent, score_rule
     from .prepare import Experiment, prepare_experiment
     from .result import PruningResult
     from .workers import working
@@ -30,6 +30,7 @@ __getattr__, __dir__ = lazy_names(
         "PruningResult": "result",
         "build_workload": "build",
         "choose": "choice",
+        "finalists": "methods",
         "prepare_experiment": "prepare",
         "refined": "apply",
         "run_agent": "methods",
@@ -49,6 +50,7 @@ __all__ = [
     "choose",
     "fidelity",
     "fidelity_table",
+    "finalists",
     "prepare_experiment",
     "refined",
     "run_agent",
