@@ -23,6 +23,11 @@ class Surrogate(Model, Predictor, Protocol):
         ...
 
     @property
+    def kappas(self) -> tuple[float, ...]:
+        """The weights of the deviation with which the plans of a batch are picked, one after the other in turn."""
+        ...
+
+    @property
     def theta(self) -> list[float] | None:
         """What the next fit starts from."""
         ...

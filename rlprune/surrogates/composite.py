@@ -47,7 +47,9 @@ class CompositeGP:
     noise = 1e-3
     # The process makes more of each evaluation than one of the scores does.
     batch = 6
-    climbs = (0.0, 1.0, 2.0)
+    # Far from what it knows it is so unsure that a heavier weight asks for plans that are several times as bad.
+    climbs = (0.0, 0.25, 0.5)
+    kappas = (0.0, 0.0, 0.25, 0.0, 0.0, 0.5)
 
     def __init__(self, task: Task) -> None:
         cache = _logit_cache(task)

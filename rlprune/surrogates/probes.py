@@ -37,6 +37,7 @@ class ProbedModel:
     batch = None
     # A few evaluations on top of experience have to be spent on what it is sure of, too.
     climbs = (0.0, 0.5)
+    kappas = (0.0, 0.5, 1.0, 2.0)
 
     def __init__(self, task: Task) -> None:
         self._task, self._logits = task, probes_of(task)

@@ -56,6 +56,7 @@ class ScoreGP:
 
     batch = None
     climbs = (1.0,)
+    kappas = (0.0, 0.5, 1.0, 2.0)
 
     def __init__(
         self,

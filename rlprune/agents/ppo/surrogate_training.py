@@ -58,8 +58,6 @@ _NEIGHBOURS = 192
 _PARENTS = 5
 # Probed plans that compete too, where experience has probed the checkpoint.
 _PROMISING = 24
-# A batch asks for the sure and for the unknown: the confidence bound's weight goes through these in turn.
-_KAPPAS = (0.0, 0.5, 1.0, 2.0)
 
 
 class _State(TypedDict):
@@ -153,12 +151,14 @@ class SurrogateTrainer:
     def forces_mode(self, batch: int, index: int, count: int) -> bool:
         """Whether the policy's mode has a place in a batch of ``count`` plans whatever the surrogate says of it.
 
-        Once in as many evaluations, so in every other of the half batches that are chosen ahead; always in the last
-        one. Never where few evaluations are spent with experience: that knows better what is worth them.
+        Once in `search.batch` evaluations, so in every third batch where the model asks for smaller ones, and in every
+        other of the half batches that are chosen ahead; always in the last one. Never where few evaluations are spent
+        with experience: that knows better what is worth them.
         """
         if self.plan_memory is not None:
             return False
-        return not self.search.settings.ahead or batch % 2 == 0 or self.left(index) <= count
+        every = max(1, self.search.settings.batch // self.batch)
+        return batch % every == 0 or self.left(index) <= count
 
     def save(self, batch: int) -> None:
         contents: _State = {
@@ -324,11 +324,11 @@ def next_plans(
         return pool
     chosen: list[int] = [0] if len(mode) and forced else []
     if not len(pending):
-        return pool[choose_batch(model, pool, count, _KAPPAS, chosen)]
+        return pool[choose_batch(model, pool, count, model.kappas, chosen)]
     # What is being scored counts as known, as the picks of one batch do for each other.
     before = len(pending)
     first = [*range(before), *(before + row for row in chosen)]
-    picks = choose_batch(model, np.vstack([pending, pool]), before + count, _KAPPAS, first)
+    picks = choose_batch(model, np.vstack([pending, pool]), before + count, model.kappas, first)
     return pool[[pick - before for pick in picks[before:]]]
 
 
