@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -417,3 +418,21 @@ def test_batches_ahead_hold_the_mode_as_often_by_evaluation_and_the_last_one_kno
     asked.clear()
     search("surrogate", [task], [FakeAccount(task.evaluator, 40)], seed=1)
     assert asked and all(mode and not pending for mode, pending, _ in asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "own", "wanted"), [(20, 20, [0, 1, 2, 3]), (20, 10, [0, 2]), (20, 6, [0, 3]), (5, 3, [0, 2]), (6, 6, [0, 1, 2, 3])]
+)  # fmt: skip
+def test_the_mode_has_a_place_once_in_as_many_evaluations(asked, own, wanted):
+    trainer = SimpleNamespace(
+        plan_memory=None,
+        search=SimpleNamespace(settings=SimpleNamespace(batch=asked)),
+        batch=own,
+        left=lambda index: 100,
+    )
+    forces = surrogate_training.SurrogateTrainer.forces_mode
+    assert [batch for batch in range(4) if forces(trainer, batch, 0, own)] == wanted
+    trainer.left = lambda index: own  # the last batch
+    assert all(forces(trainer, batch, 0, own) for batch in range(4))
+    trainer.plan_memory = object()
+    assert not any(forces(trainer, batch, 0, own) for batch in range(4))

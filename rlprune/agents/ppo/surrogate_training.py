@@ -157,7 +157,7 @@ class SurrogateTrainer:
         """
         if self.plan_memory is not None:
             return False
-        every = max(1, self.search.settings.batch // self.batch)
+        every = max(1, round(self.search.settings.batch / self.batch))
         return batch % every == 0 or self.left(index) <= count
 
     def save(self, batch: int) -> None:
