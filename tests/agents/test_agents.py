@@ -421,8 +421,9 @@ def test_batches_ahead_hold_the_mode_as_often_by_evaluation_and_the_last_one_kno
 
 
 @pytest.mark.parametrize(
-    ("asked", "own", "wanted"), [(20, 20, [0, 1, 2, 3]), (20, 10, [0, 2]), (20, 6, [0, 3]), (5, 3, [0, 2]), (6, 6, [0, 1, 2, 3])]
-)  # fmt: skip
+    ("asked", "own", "wanted"),
+    [(20, 20, [0, 1, 2, 3]), (20, 10, [0, 2]), (20, 6, [0, 3]), (5, 3, [0, 2]), (6, 6, [0, 1, 2, 3])],
+)
 def test_the_mode_has_a_place_once_in_as_many_evaluations(asked, own, wanted):
     trainer = SimpleNamespace(
         plan_memory=None,
