@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from kept import Kept
+from kept import Kept, every_seed, options
 from reduced import FASHION
 
 from rlprune import load_config
@@ -236,20 +235,10 @@ def page(cells: Cells) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--workloads", nargs="*", choices=CASES, default=list(CASES), metavar="NAME")
-    parser.add_argument("--seeds", type=int, help="at most so many seeds a workload")
-    parser.add_argument("--cifar", type=Path)
-    parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--state", type=Path, default=DOCS / "finish-choice.json")
+    parser = options(__doc__, CASES, DOCS / "finish-choice.json")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     state = Kept(arguments.state)
-    for name in arguments.workloads:
-        if CASES[name].needs and getattr(arguments, CASES[name].needs) is None:
-            continue
-        for seed in range(min(CASES[name].seeds, arguments.seeds or CASES[name].seeds)):
-            measure(name, seed, arguments, state)
+    every_seed(arguments, CASES, lambda name, seed: measure(name, seed, arguments, state))
     (DOCS / "finish-choice.md").write_text(page(state.cells), encoding="utf-8")
     return 0
 
@@ -261,8 +250,8 @@ the other cores.
 
 A search scores plans before the final fine-tune. `finish.choice` says who wins: `score`, the best of the five finalists
 by the score on the whole validation split; `tuned`, the one with the lowest validation loss after each of them had the
-whole final fine-tune. In `rlprune train` the plans of all rules, which get their fine-tune in any case, take part ("and
-the rules"); in `rlprune benchmark` every method has its own finalists alone. The five best plans of a search are
+whole final fine-tune. In `rlprune train` the rules that are trained for its table take part (`finish.rules`, "and the
+rules"); in `rlprune benchmark` every method has its own finalists alone. The five best plans of a search are
 neighbours; "finalists that differ" are the best ones at least 0.05 apart in their keep ratios, on average over the
 groups.
 

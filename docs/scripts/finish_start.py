@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from kept import Kept
+from kept import Kept, every_seed, options
 from reduced import CIFAR, FASHION
 
 from rlprune import load_config
@@ -251,21 +250,11 @@ def page(cells: Cells) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--workloads", nargs="*", choices=CASES, default=list(CASES), metavar="NAME")
+    parser = options(__doc__, CASES, DOCS / "finish-start.json")
     parser.add_argument("--epochs", nargs="+", type=int, help="these lengths only")
-    parser.add_argument("--seeds", type=int, help="at most so many dense models a workload")
-    parser.add_argument("--cifar", type=Path)
-    parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--state", type=Path, default=DOCS / "finish-start.json")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     state = Kept(arguments.state)
-    for name in arguments.workloads:
-        if CASES[name].needs and getattr(arguments, CASES[name].needs) is None:
-            continue
-        for seed in range(min(CASES[name].seeds, arguments.seeds or CASES[name].seeds)):
-            measure(name, seed, arguments, state)
+    every_seed(arguments, CASES, lambda name, seed: measure(name, seed, arguments, state))
     (DOCS / "finish-start.md").write_text(page(state.cells), encoding="utf-8")
     return 0
 

@@ -66,7 +66,7 @@ _GOOGLENET = "--set model.name=cifar_googlenet 'model.arguments={width: 0.125}'"
 # What the page names as open, with the command, until as much has been taken; a GPU makes it an hour's work.
 WANTED = (
     Wanted("digits", ("0.5", "0.3"), 5, "--checkpoints 5 --jobs 2"),
-    # A file of its own: the one without a variant holds the other budget, of older code.
+    # A file of its own: the one without a variant holds the other budget.
     Wanted("fashion_mnist_resnet20", ("0.5",), 3, "--checkpoints 3", "fashion_mnist_resnet20-half"),
     Wanted("fashion_mnist_resnet20", ("0.3",), 3, "--checkpoints 3"),
     Wanted("fashion_mnist_resnet20", ("0.5",), 3, _MOBILENET, "fashion_mnist_mobilenet_v2"),
