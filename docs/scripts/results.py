@@ -248,6 +248,8 @@ def section(name: str, results: Mapping[str, Any], folder: Path) -> str:
         parts += [markdown_table(*comparison.paired(view)), ""]
         if (table := duels(view))[1]:
             parts += [markdown_table(*table), ""]
+        if (table := comparison.equal_seconds(view))[1]:
+            parts += [f"{comparison.EQUAL_SECONDS}:\n", markdown_table(*table), ""]
     parts += [f"- {note}" for note in comparison.notes(results)]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -443,7 +445,9 @@ Cells hold the mean over the seeds and its 95% interval (BCa bootstrap: too narr
 that random search ended with under the same seed; in brackets the interval and on how many seeds it got there.
 "Mean best score" is the area under the curve of the best score so far. Differences are paired by seed; in brackets the
 seeds on which the method is strictly better. Seconds are those of the search, whatever else ran on the machine,
-with every plan's own time even where another method had scored it before.
+with every plan's own time even where another method had scored it before; the evaluations of one search are taken to
+last equally long where methods are compared at equal seconds, which counts a search short whose own computations grow
+with what it knows, as PPO's do.
 
 Every section names the commit whose code it was measured with. Those of f31af48 or before were not measured again:
 their models of images rank units by `taylor` and measure batch-norm statistics anew, where units are ranked by

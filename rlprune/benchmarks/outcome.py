@@ -70,6 +70,8 @@ def page(results: Results) -> str:
         parts.append(f"## {comparison.share(view)} of the {view['budget']['metric']}\n")
         parts += [report.markdown_table(*comparison.headline(view)), ""]
         parts += [report.markdown_table(*comparison.paired(view)), ""]
+        if (table := comparison.equal_seconds(view))[1]:
+            parts += [f"{comparison.EQUAL_SECONDS}:\n", report.markdown_table(*table), ""]
     parts += [f"- {note}" for note in comparison.notes(results)]
     return "\n".join([*parts, "", "## Every cell", "", report.markdown(results), ""])
 

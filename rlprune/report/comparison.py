@@ -68,6 +68,9 @@ def score_unit(kind: object, task: object = None) -> str:
     return units.get(str(kind), "score")
 
 
+EQUAL_SECONDS = (
+    "At equal seconds: the best score of each search when the fastest one under the same seed was done"
+)
 REFERENCES = ("uniform", "best rule", "random")
 
 
@@ -142,6 +145,33 @@ def paired(results: Results) -> Table:
     return header, rows
 
 
+def equal_seconds(results: Results) -> Table:
+    """Header and rows: the score each search had when the fastest one under the same seed was done; the best first.
+
+    Evaluations of one search are taken to last equally long, its own computations included: so many as fit count.
+    A search whose computations grow with what it knows was further by then than the table says. No rows where
+    fewer than two searches, or no seconds, are known.
+    """
+    header = ["method", "seconds an evaluation", "evaluations by then", "score by then", "score at its end"]
+    rows = [row for row in _searches(results) if is_finite(row.get("seconds")) and row["seconds"] > 0]
+    found: dict[str, list[tuple[float, int, float, float]]] = {}
+    for row in rows:
+        fastest = min(other["seconds"] for other in rows if other["seed"] == row["seed"])
+        each = row["seconds"] / row["evaluations"]
+        count = max(1, min(row["evaluations"], math.floor(fastest / each + 1e-9)))
+        before = [score for first, score in row["improvements"] if first <= count]
+        if before:
+            found.setdefault(row["method"], []).append((each, count, before[-1], row["improvements"][-1][1]))
+    if len(found) < 2:
+        return header, []
+    means = {name: [sum(v) / len(v) for v in zip(*of, strict=True)] for name, of in found.items()}
+    ranked = sorted(means.items(), key=lambda item: -item[1][2])
+    return header, [
+        [name, f"{each:.2f}", f"{count:.0f}", f"{then:.4f}", f"{end:.4f}"]
+        for name, (each, count, then, end) in ranked
+    ]
+
+
 def notes(results: Results) -> list[str]:
     """What a reader of the tables has to know: methods left out, cells that failed."""
     protocol = results.get("protocol") or {}
@@ -197,18 +227,30 @@ def figures(results: Results) -> list[tuple[str, Figure, str]]:
 def curves(results: Results) -> dict[str, list[list[float]]]:
     """{search method: the best score so far after each evaluation, a list for each seed}; NaN before there is one."""
     found: dict[str, list[list[float]]] = {}
-    for row in results["rows"]:
-        if row["kind"] not in ("dense", "rule") and row.get("improvements"):
-            count = row["evaluations"]
-            if not is_whole(count, _EVALUATIONS) or not all(
-                is_whole(f, count) and f for f, _ in row["improvements"]
-            ):
-                raise ValueError(f"{row['method']}: its improvements do not fit its evaluations")
-            best = [math.nan] * count
-            for first, score in row["improvements"]:
-                best[first - 1 :] = [score] * (count - first + 1)
-            found.setdefault(row["method"], []).append(best)
+    for row in _searches(results):
+        count = row["evaluations"]
+        best = [math.nan] * count
+        for first, score in row["improvements"]:
+            best[first - 1 :] = [score] * (count - first + 1)
+        found.setdefault(row["method"], []).append(best)
     return found
+
+
+def _searches(results: Results) -> list[dict[str, Any]]:
+    """The rows of methods that search, whose curves are known.
+
+    Raises ValueError where a curve does not fit its evaluations.
+    """
+    rows = [
+        row for row in results["rows"] if row["kind"] not in ("dense", "rule") and row.get("improvements")
+    ]
+    for row in rows:
+        count = row["evaluations"]
+        if not is_whole(count, _EVALUATIONS) or not all(
+            is_whole(first, count) and first for first, _ in row["improvements"]
+        ):
+            raise ValueError(f"{row['method']}: its improvements do not fit its evaluations")
+    return rows
 
 
 def dense_mean(results: Results, field: str) -> float | None:

@@ -182,6 +182,11 @@ def _benchmark(results: Results) -> dict[str, Any]:
                 "Paired differences: mean [95% interval] (seeds on which the method is better)",
                 *comparison.paired(results),
             ),
+            *[
+                (comparison.EQUAL_SECONDS, *table)
+                for table in [comparison.equal_seconds(results)]
+                if table[1]
+            ],
         ],
     }
 

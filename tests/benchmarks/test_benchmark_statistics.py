@@ -154,3 +154,39 @@ def test_the_tables_say_what_the_summary_says() -> None:
         "Failed: tpe, seed 0: out of memory.",
     ]
     assert comparison.share(results) == "50%" and comparison.per_budget(results) == [results]
+
+
+def timed(method: str, seed: int, seconds: float, improvements: list[list[float]], **more: object) -> dict:
+    row = {"method": method, "kind": "agent", "seed": seed, "seconds": seconds, "improvements": improvements}
+    return row | {"evaluations": 10} | more
+
+
+def test_at_equal_seconds_each_search_has_what_the_fastest_one_leaves_time_for() -> None:
+    rows = [
+        timed("slow", 0, 40.0, [[1, -3.0], [3, -2.0], [10, -0.1]]),  # 4 s each: two by second 10
+        timed("fast", 0, 10.0, [[2, -2.5], [10, -1.0]]),
+        timed("slow", 1, 20.0, [[1, -5.0], [4, -2.0], [6, -0.3]]),  # 2 s each: four by second 8
+        timed("fast", 1, 8.0, [[1, -4.0], [9, -1.0]]),
+        {"method": "dense", "kind": "dense", "seed": 0, "seconds": 0.1},
+        {
+            "method": "lamp",
+            "kind": "rule",
+            "seed": 0,
+            "seconds": 0.1,
+            "improvements": [[1, -0.5]],
+            "evaluations": 1,
+        },
+    ]
+    _, table = comparison.equal_seconds({"version": 1, "rows": rows})
+    assert table == [
+        ["fast", "0.90", "10", "-1.0000", "-1.0000"],
+        ["slow", "3.00", "3", "-2.5000", "-0.2000"],
+    ]
+
+
+def test_nothing_is_compared_at_equal_seconds_where_they_are_not_known() -> None:
+    rows = [timed("slow", 0, 40.0, [[1, -3.0]]), timed("fast", 0, math.nan, [[1, -2.0]])]
+    assert comparison.equal_seconds({"version": 1, "rows": rows})[1] == []
+    rows[1] = timed("fast", 0, 10.0, [[10, -2.0]])
+    rows[0] |= {"improvements": [[3, -2.0]]}  # nothing within the budget before
+    assert comparison.equal_seconds({"version": 1, "rows": rows})[1] == []
