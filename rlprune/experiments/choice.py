@@ -21,6 +21,11 @@ from .prepare import Experiment
 SCORE, TUNED = "score", "tuned"
 
 
+def takes_own_choice(config: Config) -> bool:
+    """Whether a run takes what the agent itself chose: no rule is scored, and there are no finalists."""
+    return config.search.starts == "none" or config.rounds.count > 1
+
+
 def trains_finalists(config: Config, adapter: ModelAdapter | None) -> bool:
     """Whether a choice takes fine-tunes; ``adapter`` None where the model is not known yet."""
     if config.finish.choice != TUNED:

@@ -32,7 +32,7 @@ from ..utils.machine import hardware
 from ..utils.progress import Callback, default_callback, log_to, logger
 from ..workloads.base import Workload
 from .build import expected_adapter
-from .choice import choose, stage_of, trains_finalists
+from .choice import choose, stage_of, takes_own_choice, trains_finalists
 from .finish import FinalModel, add_latency, finish, save_outcomes
 from .methods import MethodResult, check_learning, check_wing, keep_logits, run_agent, score_rule
 from .prepare import Experiment, find_rule, prepare_experiment
@@ -125,7 +125,7 @@ def _say_stages(config: Config, callback: Callback) -> None:
     tuned = config.finish.epochs + config.finish.steps > 0
     work = {"prepare": max(5.0, 0.1 * evaluations), "rules": 15.0}
     work |= {name: float(evaluations) for name in _agents(config)}
-    if trains_finalists(config, expected_adapter(config)) and config.rounds.count == 1 and not _alone(config):
+    if trains_finalists(config, expected_adapter(config)) and not takes_own_choice(config):
         work |= {stage_of(name): float(evaluations) for name in _agents(config)}
     callback.expect(work | {"finish": float(evaluations if tuned else 5)})
 
@@ -143,7 +143,7 @@ def _search_all(
     experiment, ledger = experiments[0], EvaluationLog(folder / "ledger.jsonl")
     for name in _agents(config):  # they start from the rules
         keep_logits(make_agent(name, config.search), [experiment])
-    alone = _alone(config)
+    alone = takes_own_choice(config)
     rules = [] if alone else _scored_rules(experiment, ledger, config.seed, callback)
     if rules:
         best = max(rules, key=lambda r: r.best.score)
@@ -169,11 +169,6 @@ def _chosen(
         choose(experiment, one, rules if one.kind == "agent" else (), state=state, callback=callback)
         for one in found
     ]
-
-
-def _alone(config: Config) -> bool:
-    """Whether the agent's own plan is final, and no rule is scored."""
-    return config.search.starts == "none"
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from ..rules import RULES as PRUNING_RULES
 from ..utils.registry import is_foreign
 from ..workloads.adapter import ModelAdapter, adapters
 from .build import expected_adapter
+from .choice import takes_own_choice
 
 SEARCHING = ("train", "benchmark", "apply --refine")
 TUNING = ("train", "benchmark", "fidelity", "prune --stages", "prune --steps", "tune")
@@ -57,11 +58,6 @@ class Run:
         """Modes that PPO searches in here; none without PPO."""
         modes = {self.config.search.mode} if "ppo" in self.agents else set()
         return modes | ({"direct"} if "ppo_stages" in self.agents else set())
-
-    @property
-    def own_choice(self) -> bool:
-        """Whether a run takes what the agent itself chose, without finalists."""
-        return self.config.search.starts == "none" or self.config.rounds.count > 1
 
     @property
     def tuned(self) -> bool:
@@ -154,7 +150,7 @@ RULES = (
          "recovery.steps has no closed form", "add reconstruct", ("recovery.steps",)),
     Rule(("finish.candidates", "finish.choice"), _by("train", "benchmark"), "{command} chooses no winner",
          "`rlprune train` and `benchmark` use it"),
-    Rule(("finish.candidates", "finish.choice"), lambda run: run.command != "train" or not run.own_choice,
+    Rule(("finish.candidates", "finish.choice"), lambda run: run.command != "train" or not takes_own_choice(run.config),
          "the agent's own plan is final", "give search.starts=rules and rounds.count=1",
          ("search.starts", "rounds.count")),
     Rule(("finish.rules",), _by("train"), "{command} does not look at it", "`rlprune train` uses it"),
