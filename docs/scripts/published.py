@@ -87,7 +87,8 @@ NOT_BUILT = {
         "by principal components, folded into the weights once the RMS norms' weights are, and the last ones are "
         "cut. A rotation of its own for each block, as published, needs a matrix in every shortcut, which no "
         "runtime here reads. One rotation for all blocks needs none, but is another method; plan, files and "
-        "exactness proof would have to carry the rotation."
+        "exactness proof would have to carry the rotation. Where the embeddings are tied, the last norm's weights, "
+        "folded into the head, part the two: SmolLM2-135M would grow by 28 of its 135 million parameters first."
     ),
 }
 
