@@ -188,7 +188,9 @@ class TestCalibration:
         short = [(ids[i : i + 1, :end], targets[i : i + 1, :end]) for i, end in enumerate(ends)]
         wanted = fisher.output_moments(model, space, short)
         for name, moment in found.items():
-            torch.testing.assert_close(moment, wanted[name], rtol=1e-3, atol=1e-9)
+            # Sums of float32 in another order; a target more or less changes the whole matrix.
+            slack = 1e-5 * float(wanted[name].abs().max())
+            torch.testing.assert_close(moment, wanted[name], rtol=1e-3, atol=slack)
 
 
 def test_from_a_chat_file_to_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,7 +62,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 inputs, wanted = torch.load("wanted.pt")
 for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
     model = auto.from_pretrained("pruned", trust_remote_code=True).eval()
-    assert torch.equal(model(**inputs).logits, wanted)
+    difference = (model(**inputs).logits - wanted).abs().max()  # in float64; another process adds in another order
+    assert difference < 1e-12, difference
     texts = [model.generate(inputs["input_ids"][:, :2], max_new_tokens=4, do_sample=False, use_cache=use)
              for use in (True, False)]
     assert torch.equal(*texts)
