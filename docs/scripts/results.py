@@ -453,10 +453,10 @@ Every section names the commit whose code it was measured with. That of SmolLM2 
 from one rule that scores single groups where it takes a third of the evaluations at most, `fisher_probed` under
 `obs_fisher`. That, and how surely PPO picks, was chosen by scores and test losses of one to three models of digits and
 CIFAR-10, so that their figures are no held-out ones for this choice. CIFAR-10 and GoogLeNet are scored on all
-validation images (`score.samples=null`), because scores of a part promise too much: on the 500 images of the shipped
-config two models of GoogLeNet had been measured before, where PPO ended at 0.3427 / 0.3149 and `evopress` at 0.3350 /
-0.3135 (on all 1,000, the same two: 0.3383 / 0.3143 and 0.3416 / 0.3172). MobileNetV2 has one dense model, whose
-lowest mean is a tie: on two models of other seeds `evopress` ended lower (0.6703, PPO 0.6741; the third did not train).
+validation images (`score.samples=null`), because scores of a part promise too much. For GoogLeNet that was decided
+after a first run on the 500 images of the shipped config, in which `evopress` was ahead; and MobileNetV2's lowest
+mean, on one dense model, did not come again on two others ([negative-results.md](negative-results.md), "Benchmarks
+that are not on the page").
 
 In short: the test loss before / after the same fine-tune (means), and how many evaluations PPO needs for the score
 that random search ends with.

@@ -171,23 +171,20 @@ def _charts(results: Results, folder: Path) -> list[Picture]:
 
 def _benchmark(results: Results) -> dict[str, Any]:
     """The pictures and tables that compare a benchmark's methods."""
+    tables = [
+        ("Every figure: mean [95% interval over the seeds]", *comparison.headline(results)),
+        (
+            "Paired differences: mean [95% interval] (seeds on which the method is better)",
+            *comparison.paired(results),
+        ),
+        (comparison.EQUAL_SECONDS, *comparison.equal_seconds(results)),
+    ]
     return {
         "lines": benchmark.sentences(results),
         "tradeoffs": benchmark.tradeoffs(results),
         "charts": benchmark.charts(results),
         "table": benchmark.short(results),
-        "tables": [
-            ("Every figure: mean [95% interval over the seeds]", *comparison.headline(results)),
-            (
-                "Paired differences: mean [95% interval] (seeds on which the method is better)",
-                *comparison.paired(results),
-            ),
-            *[
-                (comparison.EQUAL_SECONDS, *table)
-                for table in [comparison.equal_seconds(results)]
-                if table[1]
-            ],
-        ],
+        "tables": [table for table in tables if table[2]],
     }
 
 
