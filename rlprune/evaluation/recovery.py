@@ -15,7 +15,7 @@ from ..config.training import RecoveryConfig
 from ..importance.calibration_cache import CalibrationCache
 from ..pruning.plan import Plan
 from ..pruning.space import PruningSpace
-from ..recovery.batch_norm import correct_statistics, measured_statistics, recalibrate
+from ..recovery.batch_norm import arrivals, correct_statistics, recalibrate
 from ..recovery.steps import RecoveryContext, further_steps, prepared
 from ..workloads.base import Workload
 
@@ -76,7 +76,7 @@ class Recovery:
             return
         dense = calibration.cached(
             f"batch norm, {samples} samples",
-            lambda: measured_statistics(calibration.model, calibration.batches(samples)),
+            lambda: arrivals(calibration.model, lambda: calibration.batches(samples)),
         )
         correct_statistics(slim, plan, calibration.batches(samples), dense)
 

@@ -13,7 +13,7 @@ from rlprune.cli.main import main
 from rlprune.config import load_config
 from rlprune.experiments import prepare_experiment, tuning_start
 from rlprune.pruning.surgery import prune
-from rlprune.recovery.batch_norm import correct_statistics, measured_statistics
+from rlprune.recovery.batch_norm import arrivals, correct_statistics
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_statistics_alone_leave_the_weights_that_are_kept(experiment):
     found, facts = tuning_start.tuning_start(starting(experiment, "statistics"), recovered, plan, 0)
     wanted = prune(experiment.workload.model, plan)
     images = list(experiment.workload.batches("calibration"))
-    correct_statistics(wanted, plan, images, measured_statistics(experiment.workload.model, images))
+    correct_statistics(wanted, plan, images, arrivals(experiment.workload.model, lambda: images))
     assert same(found, wanted) and not same(found, recovered)
     assert facts == {"start": "statistics"}
 
