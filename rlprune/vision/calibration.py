@@ -15,13 +15,21 @@ from ..recovery.elimination import Elimination
 from ..recovery.reconstruct import Gram, collect_grams, mendable_consumers
 from ..utils.arrays import Floats, Ints
 from ..utils.modes import evaluating
-from .fisher import divergence_curves, eliminations, gradient_moments, readers_of
+from .fisher import (
+    divergence_curves,
+    eliminations,
+    errors_of_unseen_samples,
+    gradient_moments,
+    readers_of,
+)
 
 GRAMS = "grams"
 # Calibration samples of the backward passes: moments of gradients need no more.
 FISHER_SAMPLES = 256
-# Bytes of second moments of gradients, (I, I) in float64 a layer: above this they are not measured unasked.
+# Bytes of second moments, (I, I) in float64 a layer of gradients and of two halves of the inputs: above this they are
+# not measured unasked.
 MOST_BYTES = 2_000_000_000
+_EACH_BYTES = 3 * 8.0
 
 
 class VisionCalibration(CalibrationCache):
@@ -70,7 +78,7 @@ class VisionCalibration(CalibrationCache):
         for name, cut in mendable_consumers(self.model, self.space).items():
             inputs = len(self.space.axes[cut.axis].slots)
             groups = getattr(self.model.get_submodule(name), "groups", 1)
-            yield 8.0 * inputs * inputs / max(1, groups)
+            yield _EACH_BYTES * inputs * inputs / max(1, groups)
 
     def ranked_by_divergence(self) -> tuple[Scores, Curves]:
         found = self._eliminations(None)
@@ -91,7 +99,10 @@ class VisionCalibration(CalibrationCache):
         grams = self.grams()
         batches = self.batches(FISHER_SAMPLES if self.limit is None else min(self.limit, FISHER_SAMPLES))
         moments, samples = gradient_moments(self.source, self.model, self.space, batches, grams, self.seed)
-        return eliminations(self.model, self.space, grams, moments, samples, self.ridge, orders)
+        unseen = errors_of_unseen_samples(
+            self.model, self.space, lambda: self.batches(self.recovery_limit), grams, self.ridge
+        )
+        return eliminations(self.model, self.space, grams, moments, samples, self.ridge, orders, unseen)
 
 
 def removal_orders(importance: Sequence[Floats]) -> list[Ints]:

@@ -12,15 +12,16 @@ is known from the recovery's Gram matrices, so greedy elimination (`rlprune.reco
 the units and the cost of every width, without a label and without running a cut model.
 
 Regressions on a few hundred samples promise more than they keep, so the Gram matrices are shrunk first
-(`rlprune.recovery.reconstruct.Gram.shrunk`). Errors are taken about their means: a batch norm whose statistics are
-computed anew, or the intercept of a layer with a bias, takes a constant error away. Only the units of the same group
-are counted on to stand in for removed ones: channels of other groups may be read by the same layer (a residual stream
-in parts), but a plan cuts those too, and with their help a group looks all but free.
+(`rlprune.recovery.reconstruct.Gram.shrunk`), and what each layer is expected to lose is scaled by what single units
+cost there on samples that no regression has seen (`rlprune.vision.held_out`). Errors are taken about their means: a
+batch norm whose statistics are computed anew, or the intercept of a layer with a bias, takes a constant error away.
+Only the units of the same group are counted on to stand in for removed ones: channels of other groups may be read by
+the same layer (a residual stream in parts), but a plan cuts those too, and with their help a group looks all but free.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,13 +33,13 @@ from ..importance.calibration_cache import CalibrationSource, Curves
 from ..importance.unit_scores import Batches
 from ..pruning.space import Cut, PruningSpace
 from ..recovery.elimination import Alone, Elimination, Reader, eliminate_units, reader
-from ..recovery.prefixes import penalised
 from ..recovery.reconstruct import Gram, input_rows
 from ..tracing.graph import MIXERS
 from ..utils.arrays import Ints
 from ..utils.modes import evaluating
 from ..utils.pytrees import sample_count, take
 from ..utils.torch_internals import BATCH_NORM, CONVOLUTION
+from .held_out import Unseen, inverse_of, unseen_errors
 
 # Samples of one backward pass: what layers keep for it adds up.
 _AT_ONCE = 64
@@ -159,30 +160,51 @@ def eliminations(
     samples: int,
     ridge: float = 1e-3,
     orders: Sequence[Ints] | None = None,
+    unseen: Unseen | None = None,
 ) -> dict[int, Elimination]:
     """The order in which each group's units go, {group: elimination}; half of ``errors`` are nats a sample.
 
     Groups that no layer of a known kind reads are left out. ``orders`` (G arrays): the orders, where another ranking
-    decides.
+    decides. ``unseen``: errors by which those of the Gram matrices are scaled (`errors_of_unseen_samples`).
     """
-    owner = np.append(np.repeat(np.arange(len(space.groups)), space.unit_counts), -1)
-    layers = consumers(model, space)
-    norms = any(isinstance(module, BATCH_NORM) for module in model.modules())
+    layers, known = consumers(model, space), unseen or {}
+    centred = _centred(model, layers)
     found: dict[int, Elimination] = {}
     for g, (group, names) in enumerate(zip(space.groups, readers_of(model, space), strict=True)):
         readers: list[Reader] = []
         for name in names:
-            slots = space.axes[layers[name].axis].slots
-            places = np.flatnonzero(owner[slots] == g)
-            own = _Read(slots[places] - space.offsets[g], places, group.units)
+            own = _Read.of(space, layers[name], g)
             if moments[name].whole:
-                centred = norms or getattr(model.get_submodule(name), "bias", None) is not None
-                readers += own.mended(grams[name], moments[name], samples, centred, ridge)
+                errors = known.get(name, {}).get(g)
+                readers += own.mended(grams[name], moments[name], samples, centred[name], ridge, errors)
             else:
                 readers += own.alone(moments[name], samples)
         if readers:
             found[g] = eliminate_units(readers, group.units, order=None if orders is None else orders[g])
     return found
+
+
+def errors_of_unseen_samples(
+    model: nn.Module,
+    space: PruningSpace,
+    batches: Callable[[], Batches],
+    mended: Container[str],
+    ridge: float,
+) -> Unseen:
+    """What units of each group cannot tell of each other, in the layers ``mended`` (`unseen_errors`)."""
+    layers = {name: cut for name, cut in consumers(model, space).items() if name in mended}
+    columns: dict[str, dict[int, Ints]] = {name: {} for name in layers}
+    for g, names in enumerate(readers_of(model, space)):
+        for name in names:
+            if name in layers:
+                columns[name][g] = _Read.of(space, layers[name], g).by_unit
+    return unseen_errors(model, batches, columns, _centred(model, layers), ridge)
+
+
+def _centred(model: nn.Module, layers: Iterable[str]) -> dict[str, bool]:
+    """Whether a constant error of what a layer reads is taken away, by name: by a batch norm or by its own bias."""
+    norms = any(isinstance(module, BATCH_NORM) for module in model.modules())
+    return {name: norms or getattr(model.get_submodule(name), "bias", None) is not None for name in layers}
 
 
 @dataclass(frozen=True)
@@ -193,24 +215,45 @@ class _Read:
     places: Ints
     count: int
 
-    def mended(self, gram: Gram, moments: Moments, samples: int, centred: bool, ridge: float) -> list[Reader]:
+    @classmethod
+    def of(cls, space: PruningSpace, cut: Cut, group: int) -> _Read:
+        owner = np.append(np.repeat(np.arange(len(space.groups)), space.unit_counts), -1)
+        slots = space.axes[cut.axis].slots
+        places = np.flatnonzero(owner[slots] == group)
+        return cls(slots[places] - space.offsets[group], places, space.groups[group].units)
+
+    @property
+    def by_unit(self) -> Ints:
+        """The columns (n,) in the order of their units."""
+        return self.places[np.argsort(self.units, kind="stable")]
+
+    def mended(
+        self,
+        gram: Gram,
+        moments: Moments,
+        samples: int,
+        centred: bool,
+        ridge: float,
+        unseen: Tensor | None,
+    ) -> list[Reader]:
         """A reader for each group of a convolution."""
-        product = whole = gram.shrunk()
-        if centred:
-            product = whole - gram.mean.unsqueeze(-1) * gram.mean.unsqueeze(-2)
         if moments.product is None:  # no gradient has come to it
             return []
         units, counts = np.unique(self.units, return_counts=True)
-        places = torch.from_numpy(self.places[np.argsort(self.units, kind="stable")]).to(product.device)
+        index = torch.from_numpy(self.by_unit).to(moments.product.device)
+        inverses = inverse_of(gram, self.by_unit, centred, ridge)
         found: list[Reader] = []
-        for a, second, p in zip(product, whole, moments.product / samples, strict=True):
-            p = p[places][:, places]
+        for k, (h, p) in enumerate(zip(inverses, moments.product / samples, strict=True)):
+            p = p[index][:, index]
+            if unseen is not None:
+                p *= _ratio(
+                    float(torch.dot(p.diagonal(), unseen[k])), float((p.diagonal() / h.diagonal()).sum())
+                )
             p.diagonal().add_(_DAMPING * p.diagonal().mean())
-            h = torch.cholesky_inverse(_factor(a[places][:, places], second[places][:, places], ridge))
             if len(set(counts.tolist())) == 1:
-                found.append(reader([h, p], units, np.arange(len(places)).reshape(len(units), -1)))
+                found.append(reader([h, p], units, np.arange(len(index)).reshape(len(units), -1)))
             else:  # units of several sizes: each by itself
-                found.append(Alone(self._by_unit((p.diagonal() / h.diagonal()).cpu(), np.sort(self.units))))
+                found.append(Alone(self._summed((p.diagonal() / h.diagonal()).cpu(), np.sort(self.units))))
         return found
 
     def alone(self, moments: Moments, samples: int) -> list[Reader]:
@@ -218,20 +261,17 @@ class _Read:
         if moments.square is None or moments.power is None:
             return []
         each = (moments.square * moments.power / samples**2).cpu()[self.places]
-        return [Alone(self._by_unit(each, self.units))]
+        return [Alone(self._summed(each, self.units))]
 
-    def _by_unit(self, values: Tensor, units: Ints) -> Tensor:
+    def _summed(self, values: Tensor, units: Ints) -> Tensor:
         """Values (n,) of columns, summed over those of each unit (count,)."""
         return torch.zeros(self.count, dtype=torch.float64).index_add_(0, torch.from_numpy(units), values)
 
 
-def _factor(covariance: Tensor, product: Tensor, ridge: float) -> Tensor:
-    """The lower factor of a penalised covariance, or of the second moments where rounding has left nothing of it:
-    activations that hardly vary about a large mean."""
-    try:
-        return penalised(covariance, ridge)[1]
-    except DataError:
-        return penalised(product, ridge)[1]
+def _ratio(measured: float, expected: float) -> float:
+    """How many times as large errors are as expected; 1 where that cannot be said."""
+    ratio = measured / expected if expected > 0.0 else 0.0
+    return ratio if 0.0 < ratio < float("inf") else 1.0
 
 
 def divergence_curves(found: Mapping[int, Elimination]) -> Curves:

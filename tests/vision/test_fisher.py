@@ -22,7 +22,8 @@ from rlprune.recovery.elimination import Alone, eliminate, eliminate_units, read
 from rlprune.recovery.reconstruct import Gram, collect_grams, mendable_consumers
 from rlprune.rules import RULES, Context
 from rlprune.vision.calibration import VisionCalibration, removal_orders
-from rlprune.vision.fisher import eliminations, gradient_moments
+from rlprune.vision.fisher import eliminations, errors_of_unseen_samples, gradient_moments
+from rlprune.vision.held_out import unseen_errors
 from rlprune.workloads.tasks import find_task
 
 RIDGE = 1e-3
@@ -281,3 +282,61 @@ def test_more_inputs_than_samples_do_not_stand_in_for_each_other() -> None:
         one = eliminate(product[0], layer.weight.detach().T, columns, 1e-3)
         costs[name] = one.errors[23] / one.energy
     assert costs["plain"] < 0.1 < 0.2 < costs["shrunk"] < 0.6
+
+
+def regressed_by_hand(
+    known: np.ndarray, unseen: np.ndarray, columns: np.ndarray, centred: bool
+) -> list[float]:
+    """Mean square of what ridge regressions of each column on the other ones leave on rows that they have not seen."""
+    mean = known.mean(axis=0) if centred else 0.0
+    a, b = (known - mean)[:, columns], (unseen - mean)[:, columns]
+    moments = a.T @ a / len(a)
+    moments += RIDGE * np.trace(moments) / len(moments) * np.eye(len(moments))
+    found = []
+    for j in range(len(columns)):
+        others = [k for k in range(len(columns)) if k != j]
+        told = np.linalg.solve(moments[np.ix_(others, others)], moments[others, j])
+        found.append(float(np.mean((b[:, j] - b[:, others] @ told) ** 2)))
+    return found
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("sizes", [(40, 40), (7, 6, 3)])
+def test_errors_of_unseen_samples_are_those_of_regressions_of_the_other_half(sizes, centred, monkeypatch):
+    monkeypatch.setattr(Gram, "shrunk", lambda self: self.product)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(sum(sizes), 6)) @ rng.normal(size=(6, 6)) + 2.0
+    columns = np.array([4, 0, 2, 1])
+    model = nn.Sequential(nn.Linear(6, 3).double())
+    batches = [(torch.tensor(part), None) for part in np.split(x, np.cumsum(sizes)[:-1])]
+    found = unseen_errors(model, lambda: batches, {"0": {5: columns}}, {"0": centred}, RIDGE)["0"][5]
+    even, odd = x[0::2], x[1::2]
+    wanted = np.mean(
+        [
+            regressed_by_hand(even, odd, columns, centred),
+            regressed_by_hand(odd, even, columns, centred),
+        ],
+        axis=0,
+    )
+    np.testing.assert_allclose(found[0].numpy(), wanted, rtol=1e-6)
+
+
+def test_there_is_no_unseen_half_of_one_sample():
+    model = nn.Sequential(nn.Linear(6, 3))
+    one = [(torch.randn(1, 6), None)]
+    assert unseen_errors(model, lambda: one, {"0": {0: np.arange(6)}}, {"0": True}, RIDGE) == {}
+
+
+def test_costs_are_scaled_by_what_unseen_samples_lose():
+    workload = Rows()
+    space = trace(workload.model, workload.example_inputs)
+    few = [(workload.x[:12], workload.y[:12])]
+    moments, samples = gradient_moments(workload, workload.model, space, few, {"head"})
+    grams = collect_grams(workload.model, mendable_consumers(workload.model, space), few)
+    plain = eliminations(workload.model, space, grams, moments, samples, RIDGE)[0]
+    unseen = errors_of_unseen_samples(workload.model, space, lambda: few, {"head"}, RIDGE)
+    scaled = eliminations(workload.model, space, grams, moments, samples, RIDGE, unseen=unseen)[0]
+    ratios = scaled.errors / plain.errors
+    assert ratios.min() > 1.2  # eight features of twelve samples explain each other too well
+    np.testing.assert_allclose(ratios, ratios[0], rtol=1e-3)
+    assert scaled.order.tolist() == plain.order.tolist()
