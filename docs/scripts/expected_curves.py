@@ -67,15 +67,25 @@ CASES = {
     "digits-50": Case("digits, ResNet-20 of width 16", "digits", 0.5, seeds=3),
     "digits-30": Case("digits, ResNet-20 of width 16", "digits", 0.3, seeds=3),
     "fashion-50": Case(
-        "Fashion-MNIST, ResNet-20 of width 8", "fashion_mnist_resnet20", 0.5, (*FASHION, "finish.epochs=1")
+        "Fashion-MNIST, ResNet-20 of width 8", "fashion_mnist_resnet20", 0.5, (*FASHION, TUNED), seeds=3
     ),
     "fashion-mobilenet-50": Case(
         "Fashion-MNIST, MobileNetV2 of width 0.25",
         "fashion_mnist_resnet20",
         0.5,
-        (*FASHION, "finish.epochs=1", "model.name=mobilenet_v2", "model.arguments={width_mult: 0.25}"),
+        (*FASHION, TUNED, "model.name=mobilenet_v2", "model.arguments={width_mult: 0.25}"),
+        seeds=3,
     ),
-    "cifar-50": Case("CIFAR-10 (JPEG), ResNet-20", "cifar10_resnet20", 0.5, (*CIFAR, TUNED), needs="cifar"),
+    "fashion-googlenet-50": Case(
+        "Fashion-MNIST, GoogLeNet of width 0.125",
+        "fashion_mnist_resnet20",
+        0.5,
+        (*FASHION, TUNED, "model.name=cifar_googlenet", "model.arguments={width: 0.125}"),
+        seeds=3,
+    ),
+    "cifar-50": Case(
+        "CIFAR-10 (JPEG), ResNet-20", "cifar10_resnet20", 0.5, (*CIFAR, TUNED), seeds=3, needs="cifar"
+    ),
     "efficientnet-80": Case("ImageNet sample, EfficientNet-Lite0 at 160 px", "", 0.8, needs="imagenet"),
     "efficientnet-60": Case("ImageNet sample, EfficientNet-Lite0 at 160 px", "", 0.6, needs="imagenet"),
 }
@@ -105,8 +115,8 @@ def measure(name: str, case: Case, seed: int, arguments: argparse.Namespace, sta
     plans = space.project(shares, case.budget)
 
     def scored(evaluator: Evaluator, widths: np.ndarray) -> dict[str, Any]:
-        costs = evaluator.expected(widths)
-        return {"expected": costs.tolist(), "scores": [evaluator.evaluate(w).score for w in widths]}
+        costs = [[short(cost) for cost in row] for row in evaluator.expected(widths)]
+        return {"expected": costs, "scores": [short(evaluator.evaluate(w).score) for w in widths]}
 
     state.ask(keys[0], lambda: scored(ours, plans))
     singles = []
@@ -118,6 +128,13 @@ def measure(name: str, case: Case, seed: int, arguments: argparse.Namespace, sta
     state.ask(keys[1], lambda: scored(ours, np.array(singles)))
     found = state.ask(keys[2], lambda: rules(ours, case.budget))
     state.ask(keys[3], lambda: tuned(ours, found, finish, seed))
+    machine = hardware()
+    state.keep(f"{name} {seed} machine", f"{machine['processor']}, torch {machine['libraries']['torch']}")
+
+
+def short(value: float) -> float:
+    """Six digits: more would only fill the file of measurements."""
+    return float(f"{value:.6g}")
 
 
 def rules(evaluator: Evaluator, budget: float) -> dict[str, Any]:
@@ -238,9 +255,9 @@ def page(cells: dict[str, Any]) -> str:
     done = {n: c for n, c in CASES.items() if f"{n} 0 compared" in cells}
     left = [f"`{n}`" for n in CASES if n not in done]
     left += [f"`{n}` on the test split and after the fine-tune" for n in done if f"{n} 0 tuned" not in cells]
-    machine = hardware()
+    machines = sorted({value for key, value in cells.items() if key.endswith(" machine")})
     return PAGE.format(
-        processor=machine["processor"], torch=machine["libraries"]["torch"], plans=PLANS,
+        machines=" and ".join(machines), plans=PLANS,
         verdict=verdict(cells, done), parts="\n".join(section(n, c, cells) for n, c in done.items()),
         left=OPEN.format(left=", ".join(left)) if left else "",
     )  # fmt: skip
@@ -252,7 +269,7 @@ def main() -> int:
     parser.add_argument("--cifar", type=Path)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--imagenet", type=Path)
-    parser.add_argument("--state", type=Path, default=Path("runs/expected-curves.json"))
+    parser.add_argument("--state", type=Path, default=DOCS / "expected-curves.json")
     parser.add_argument("--seeds", type=int, help="at most so many models a workload")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -284,15 +301,16 @@ image of 256 at most: unlikely ones weigh most where the model is sure.
 """
 PAGE = """# What cuts are expected to cost
 
-Written by `python docs/scripts/expected_curves.py` (as its head says): one thread of an {processor}, torch {torch},
-other programs on all cores; seeds from 0. A curve says what a group's cut is expected to cost in nats at every width:
-the error of the closed form, weighted by the Fisher information of what reads the group (`rlprune/vision/fisher.py`),
-without a label and without a cut model. A plan is expected to cost the sum of its groups. Units are ranked by
-`obs_fisher`. Scores are −KL to the dense model on the validation split, on digits on training images too (higher is
-better), of {plans} random plans at the budget. The rule `fisher` takes the least sum (`rlprune/pruning/knapsack.py`)
-and scores nothing; `fisher_probed` scales the curves by single groups that it scores where its plan is, in two rounds;
-`sensitivity` scores two cuts of every group. Evaluations count a rule's own plan too. Test losses are means over the
-models.
+Written by `python docs/scripts/expected_curves.py` (as its head says) from what it keeps in docs/expected-curves.json:
+one thread of a core ({machines}), other programs on all cores; seeds from 0. A curve
+says what a group's cut is expected to cost in nats at every width: the error of the closed form, weighted by the Fisher
+information of what reads the group (`rlprune/vision/fisher.py`) and scaled to samples that no regression has seen
+(`rlprune/vision/held_out.py`), without a label and without a cut model. A plan is expected to cost the sum of its
+groups. Units are ranked by `obs_fisher`. Scores are −KL to the dense model on the validation split, on digits on
+training images too (higher is better), of {plans} random plans at the budget. The rule `fisher` takes the least sum
+(`rlprune/pruning/knapsack.py`) and scores nothing; `fisher_probed` scales the curves by single groups that it scores
+where its plan is, in two rounds; `sensitivity` scores two cuts of every group. Evaluations count a rule's own plan too.
+Test losses are means over the models.
 
 {verdict}
 

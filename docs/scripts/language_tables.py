@@ -12,17 +12,24 @@ from rlprune.report import markdown_table
 from rlprune.utils import write_json_atomic, write_text_atomic
 
 Rows = list[dict[str, Any]]
+MORE = "more "  # before the keys of what was measured with more calibration sequences
 
 
 def write(args: argparse.Namespace) -> None:
-    """docs/language-results.md and .json from what the --out folder (and the --more folder) holds."""
-    found, more = _read(args.out), _read(args.more) if args.more else []
-    rows = [
-        {k: v for k, v in row.items() if k not in ("hardware", "curve")}
-        for row in (*found, *({**row, "key": f"more {row['key']}"} for row in more))
-    ]
-    machines = {row["hardware"]["processor"] for row in found}
-    versions = found[0]["hardware"]["libraries"]
+    """The page --doc and its .json, which keeps every figure: what the --out and the --more folder hold goes there."""
+    record = args.doc.with_suffix(".json")
+    rows = {row["key"]: row for row in (json.loads(record.read_text()) if record.exists() else [])}
+    for prefix, folder in (("", args.out), (MORE, args.more)):
+        for row in _read(folder) if folder else []:
+            short = {k: v for k, v in row.items() if k not in ("hardware", "curve")}
+            rows[f"{prefix}{row['key']}"] = {
+                **short,
+                "key": f"{prefix}{row['key']}",
+                "machine": _machine(row),
+            }
+    found = [row for key, row in rows.items() if not key.startswith(MORE)]
+    more = [{**row, "key": key.removeprefix(MORE)} for key, row in rows.items() if key.startswith(MORE)]
+    machines = sorted({row["machine"] for row in rows.values()})
     lines = [
         "# Language models: perplexity after pruning, without a gradient step",
         "",
@@ -33,7 +40,7 @@ def write(args: argparse.Namespace) -> None:
         "of the test text (10,200 scored tokens), in bfloat16. 10% and 20% are shares of all parameters, "
         "embeddings included. Neurons are cut one by one (`prune.round_to: 1`; the default is 32). One calibration "
         "seed: gaps of a few percent are ties. "
-        f"{', '.join(sorted(machines))}, 1 thread, torch {versions['torch']}.",
+        f"1 thread of a core ({'; '.join(machines)}).",
         "",
         *_dense_lines(found),
         "## Every method as published, and the same units with a closed form",
@@ -46,8 +53,13 @@ def write(args: argparse.Namespace) -> None:
         *_tuned_lines(found),
     ]
     write_text_atomic(args.doc, "\n".join(lines) + "\n")
-    write_json_atomic(args.doc.with_suffix(".json"), rows)
+    write_json_atomic(record, [rows[key] for key in sorted(rows)])
     print(f"written: {args.doc}")
+
+
+def _machine(row: dict[str, Any]) -> str:
+    hardware = row["hardware"]
+    return f"{hardware['processor']}, torch {hardware['libraries']['torch']}"
 
 
 def _read(folder: Path) -> Rows:
