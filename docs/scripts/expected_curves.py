@@ -296,8 +296,10 @@ Rules; the dense model's test loss and accuracy are {dense}:
 """
 OPEN = """## Open
 
-Not measured: {left}; the same command goes on there. A curve varies with the answers that are drawn for it, one an
-image of 256 at most: unlikely ones weigh most where the model is sure.
+Not measured: {left}; the same command goes on there.
+
+A curve varies with the answers that are drawn for it, one an image of 256 at most: unlikely ones weigh most where the
+model is sure.
 """
 PAGE = """# What cuts are expected to cost
 
