@@ -255,6 +255,9 @@ def page(cells: dict[str, Any]) -> str:
     done = {n: c for n, c in CASES.items() if f"{n} 0 compared" in cells}
     left = [f"`{n}`" for n in CASES if n not in done]
     left += [f"`{n}` on the test split and after the fine-tune" for n in done if f"{n} 0 tuned" not in cells]
+    for name, case in done.items():
+        models = sum(f"{name} {seed} compared" in cells for seed in range(case.seeds))
+        left += [f"{case.seeds - models} of {case.seeds} models of `{name}`"] if models < case.seeds else []
     machines = sorted({value for key, value in cells.items() if key.endswith(" machine")})
     return PAGE.format(
         machines=" and ".join(machines), plans=PLANS,

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..importance.unit_scores import Batches
@@ -29,7 +30,7 @@ from ..utils.pytrees import call
 from ..utils.torch_internals import BATCH_NORM
 
 # Mean square of how far means may move, in standard deviations, when a model's batch norms normalise with the images'
-# own statistics: 0.08 at most on nine models, 2.0 on the one that was no longer itself.
+# own statistics: 0.08 at most on ten models, 2.0 on the one that was no longer itself.
 STEADY = 0.25
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
@@ -50,9 +51,14 @@ class Statistics:
     @classmethod
     def arriving(cls, x: Tensor) -> Statistics:
         """Those of the channels of an input (N, C, ...)."""
-        variance, mean = torch.var_mean(x.detach().to(torch.promote_types(x.dtype, torch.float32)),
-                                        dim=[0, *range(2, x.ndim)], correction=0)  # fmt: skip
-        return cls(mean, variance)
+        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        mean, variance = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
+        count = x.numel() // max(1, x.shape[1])
+        if count == 1:
+            return cls(x.reshape(-1), variance)
+        # In one pass over the input; torch.var_mean takes two to ten times as long.
+        F.batch_norm(x, mean, variance, training=True, momentum=1.0)
+        return cls(mean, variance * ((count - 1) / count))
 
     @classmethod
     def pooled(cls, batches: Sequence[Statistics]) -> Statistics:

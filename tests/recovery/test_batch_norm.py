@@ -127,6 +127,8 @@ def test_several_batches_count_as_one() -> None:
     pooled = Statistics.pooled([Statistics.arriving(part) for part in x.chunk(3)])
     torch.testing.assert_close(whole.mean, x.mean((0, 2, 3)))
     torch.testing.assert_close(whole.variance, x.var((0, 2, 3), correction=0))
+    one = Statistics.arriving(x[:1, :, :1, :1])
+    assert torch.equal(one.mean, x[0, :, 0, 0]) and not one.variance.any()
     torch.testing.assert_close(pooled.mean, whole.mean)
     torch.testing.assert_close(pooled.variance, whole.variance)
 
