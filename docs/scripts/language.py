@@ -6,7 +6,10 @@
     python docs/scripts/language.py ... tune --budget 0.8 --steps 40
     python docs/scripts/language.py ... write --doc docs/language-results.md --more runs/language-256
 
-More calibration tokens, as well: the same commands with `--set data.calibration=256 --out runs/language-256`.
+More calibration tokens, as well: the same commands with `--set data.calibration=256 --out runs/language-256`, and with
+sequences as long as those that the perplexity is of
+`--set data.calibration=256 data.sequence_length=256 score.kind=loss score.samples=32 search.evaluations=80
+finish.candidates=3 --out runs/language-256-long`.
 
 Every figure is kept in the --out folder, one file each, and not measured again: a stopped run goes on.
 """
@@ -93,6 +96,13 @@ def perplexity(experiment: Experiment, model: torch.nn.Module, split: str = "tes
         return experiment.workload.evaluate(twin, split).metric
 
 
+def protocol(experiment: Experiment) -> dict[str, Any]:
+    """What rows of one table may differ in: calibration sequences, the tokens of each, and what a score is."""
+    config = experiment.config
+    data = config.data
+    return {"calibration": data.calibration, "length": data.sequence_length, "kind": config.score.kind}
+
+
 def run_search(args: argparse.Namespace) -> None:
     kept = Kept(args.out)
     console = Console(False)
@@ -112,7 +122,7 @@ def run_search(args: argparse.Namespace) -> None:
                     "method": method,
                     "seed": seed,
                     "budget": args.budget,
-                    "calibration": experiment.config.data.calibration,
+                    **protocol(experiment),
                     "widths": [int(w) for w in history],
                     "evaluations": found.account.spent,
                     "score": experiment.evaluator.evaluate(history).score,
@@ -177,7 +187,7 @@ def allocation(experiment: Experiment, rule: str) -> dict[str, Any]:
     return {
         "rule": rule,
         "budget": experiment.config.budget.target,
-        "calibration": experiment.config.data.calibration,
+        **protocol(experiment),
         "widths": [int(w) for w in widths],
         "score": candidate.score,
         "test": perplexity(experiment, experiment.evaluator.build(widths)),
@@ -199,8 +209,7 @@ def published(
     context = Context(space, workload.model, importance, budget, "params", workload, calibration=known)
     widths = space.project(rules_for(space)[rule].function(context), budget, "params")
     plan = make_plan(space, importance=importance, widths=widths)
-    facts: dict[str, Any] = {"budget": budget, "rule": rule, "widths": [int(w) for w in widths]}
-    facts["calibration"] = experiment.config.data.calibration
+    facts = {"budget": budget, "rule": rule, **protocol(experiment), "widths": [int(w) for w in widths]}
     recovery = experiment.config.recovery
     for name, own in (("test", RecoveryConfig(steps=steps)), ("ours", recovery)):
         slim = prune(workload.model, plan)

@@ -12,23 +12,21 @@ from rlprune.report import markdown_table
 from rlprune.utils import write_json_atomic, write_text_atomic
 
 Rows = list[dict[str, Any]]
-MORE = "more "  # before the keys of what was measured with more calibration sequences
+MORE = "more "  # before the keys of what was measured with more calibration tokens
+FIRST = (64, 128)  # calibration sequences and the tokens of each, for all other rows
 
 
 def write(args: argparse.Namespace) -> None:
     """The page --doc and its .json, which keeps every figure: what the --out and the --more folder hold goes there."""
     record = args.doc.with_suffix(".json")
     rows = {row["key"]: row for row in (json.loads(record.read_text()) if record.exists() else [])}
-    for prefix, folder in (("", args.out), (MORE, args.more)):
+    for folder in (args.out, args.more):
         for row in _read(folder) if folder else []:
             short = {k: v for k, v in row.items() if k not in ("hardware", "curve")}
-            rows[f"{prefix}{row['key']}"] = {
-                **short,
-                "key": f"{prefix}{row['key']}",
-                "machine": _machine(row),
-            }
+            key = _key(row)
+            rows[key] = {**short, "key": key, "machine": _machine(row)}
     found = [row for key, row in rows.items() if not key.startswith(MORE)]
-    more = [{**row, "key": key.removeprefix(MORE)} for key, row in rows.items() if key.startswith(MORE)]
+    more = [row for key, row in rows.items() if key.startswith(MORE)]
     machines = sorted({row["machine"] for row in rows.values()})
     lines = [
         "# Language models: perplexity after pruning, without a gradient step",
@@ -55,6 +53,14 @@ def write(args: argparse.Namespace) -> None:
     write_text_atomic(args.doc, "\n".join(lines) + "\n")
     write_json_atomic(record, [rows[key] for key in sorted(rows)])
     print(f"written: {args.doc}")
+
+
+def _key(row: dict[str, Any]) -> str:
+    """Its own key; one more where it was calibrated on other sequences than the first rows."""
+    count, length = (
+        row.get(name, usual) for name, usual in zip(("calibration", "length"), FIRST, strict=True)
+    )
+    return row["key"] if (count, length) == FIRST else f"{MORE}{count} {length} {row['key']}"
 
 
 def _machine(row: dict[str, Any]) -> str:
@@ -138,37 +144,42 @@ def _allocation_lines(found: Rows, budgets: Sequence[float]) -> list[str]:
 
 
 def _more_lines(found: Rows, more: Rows) -> list[str]:
-    """The methods that were also measured with more calibration sequences, next to their first figures."""
-    more = [row for row in more if "calibration" in row]
+    """The methods that were also measured with more calibration tokens, next to their first figures."""
     if not more:
         return []
     before = {row["key"]: row for row in found}
-    counts = sorted({row["calibration"] for row in more})
-    header = ["method", "removed", "64 sequences", *(f"{count} sequences" for count in counts)]
-    cells: dict[tuple[str, str, str], dict[int, float]] = {}
+    columns = [FIRST, *sorted({(row["calibration"], row["length"]) for row in more})]
+    cells: dict[tuple[str, str], dict[tuple[int, int], float]] = {}
     for row in more:
-        kind, budget, name = row["key"].split(" ", 2)
-        fields = {"published": ("test", "ours")}.get(kind, ("test",))
-        for field in fields:
-            how = (
-                {"test": "as published", "ours": "its units, our closed form"}[field]
-                if len(fields) > 1
-                else ""
-            )
-            label = f"{name}, {how}" if how else f"{name.rstrip(' 0')}, our ranking and closed form"
-            known = cells.setdefault((budget, label, row["key"]), {})
-            known[row["calibration"]] = row[field]
-            if row["key"] in before:
-                known[64] = before[row["key"]][field]
+        kind, budget, name = row["key"].removeprefix(MORE).split(" ", 4)[2:]
+        first = before.get(f"{kind} {budget} {name}", {})
+        for field, label in _labels(kind, name, row):
+            known = cells.setdefault((budget, label), {})
+            known[row["calibration"], row["length"]] = row[field]
+            if field in first and row.get("kind", "kl") == "kl":
+                known[FIRST] = first[field]
+    header = ["method", "removed", *(f"{count} of {length} tokens" for count, length in columns)]
+    order = sorted(cells.items(), key=lambda item: (-float(item[0][0]), min(item[1].values())))
     lines = [
-        [label, f"{1 - float(budget):.0%}", *(_number(known.get(count)) for count in (64, *counts))]
-        for (budget, label, _), known in sorted(cells.items(), key=lambda item: min(item[1].values()))
+        [label, f"{1 - float(budget):.0%}", *(_number(known.get(column)) for column in columns)]
+        for (budget, label), known in order
     ]
     note = (
-        "Test perplexity when the calibration split is larger, for every method of the table alike; the validation "
-        "sequences are the same."
+        "Test perplexity when there are more calibration sequences, or longer ones, for every method of a column; "
+        "validation sequences are as long as those. Searches are paid by the divergence, or where that is said by "
+        "the loss on 32 validation sequences; published methods have their own ranking, allocation and compensation, "
+        "or our closed form on their units."
     )
     return ["## With more calibration tokens", "", markdown_table(header, lines), "", note, ""]
+
+
+def _labels(kind: str, name: str, row: dict[str, Any]) -> list[tuple[str, str]]:
+    """The fields of a row that are shown, and what stands before them."""
+    if kind == "published":
+        return [("test", f"{name}, as published"), ("ours", f"{name}, its units, our closed form")]
+    paid = ", paid by the loss" if kind == "search" and row.get("kind") == "loss" else ""
+    method = name.rpartition(" ")[0] if kind == "search" else name  # a search's name ends with its seed
+    return [("test", f"{method}, our ranking and closed form{paid}")]
 
 
 def _tuned_lines(found: Rows) -> list[str]:
