@@ -3,7 +3,7 @@
     PYTHONPATH=docs/scripts IMAGENET_SAMPLE=FOLDER rlprune benchmark docs/scripts/efficientnet_lite0.yaml \\
         --methods ppo,evopress,fisher,fisher_probed,sensitivity,lamp,global_taylor,uniform --budgets 0.8 --seeds 3 \\
         --out runs/efficientnet-80
-    (the same with --budgets 0.6, to another folder)
+    (the same with --evaluations 200, and with --budgets 0.6, to other folders)
     rlprune benchmark digits --methods fisher,lamp,uniform,global_taylor --budgets 0.5 0.3 --seeds 3 --checkpoints 3 \\
         --set prune.importance=obs_fisher recovery.statistics=measured --out runs/digits-measured
     (both again with the other recovery.statistics, for the pairs of --statistics)
@@ -90,11 +90,11 @@ def section(about: Mapping[str, Any]) -> str:
         cells = [cell(rows, field) for field in ("score", "test_loss", "test")]
         table.append([method, str(max(row["evaluations"] for row in rows.values())), str(len(rows)), *cells])
     head = ["method", "evaluations", "seeds", "score", "test loss", "test accuracy"]
-    dense = about["dense"]
+    dense, scored = about["dense"], about["samples"] or "all"
     return (
         f"## {about['budget']:.0%} of the MACs, {about['evaluations']} evaluations\n\n"
         f"`prune.importance: {about['importance']}`, `recovery.statistics: {about['statistics']}`, "
-        f"searches on {about['samples']} validation images, {about['seeds']} seeds; code of commit "
+        f"searches on {scored} validation images, {about['seeds']} seeds; code of commit "
         f"{about['commit']}; {about['hardware']}. "
         f"Dense: test loss {dense['test_loss']:.4f}, accuracy {dense['test']:.4f}.\n\n"
         f"{markdown_table(head, table)}\n\n"

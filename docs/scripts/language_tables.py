@@ -177,9 +177,10 @@ def _labels(kind: str, name: str, row: dict[str, Any]) -> list[tuple[str, str]]:
     """The fields of a row that are shown, and what stands before them."""
     if kind == "published":
         return [("test", f"{name}, as published"), ("ours", f"{name}, its units, our closed form")]
-    paid = ", paid by the loss" if kind == "search" and row.get("kind") == "loss" else ""
     method = name.rpartition(" ")[0] if kind == "search" else name  # a search's name ends with its seed
-    return [("test", f"{method}, our ranking and closed form{paid}")]
+    if kind == "search" and row.get("kind") == "loss":
+        method += f", paid by the loss, {row['evaluations']} evaluations"
+    return [("test", f"{method}, our ranking and closed form")]
 
 
 def _tuned_lines(found: Rows) -> list[str]:
