@@ -33,7 +33,13 @@ RUNTIMES = {
 }
 """Row of the table -> settings in addition to ``prune.runtime``."""
 FEWER = (
-    *("data.calibration=16", "data.validation=12", "data.test=10", "score.samples=6"),
+    *(
+        "data.calibration=16",
+        "data.validation=12",
+        "data.test=10",
+        "data.sequence_length=128",
+        "score.samples=6",
+    ),
     *("search.evaluations=40", "search.ppo.surrogate_steps=2048"),
     *("finish.candidates=2", "finish.rules=false", "threads=1"),
 )

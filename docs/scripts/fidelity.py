@@ -42,6 +42,8 @@ _SMOLLM2 = (
     "model.name=hf:SmolLM2-135M-Instruct.Q4_1.gguf",
     "data.files.calibration=wikitext2_valid.txt",
     "data.files.test=wikitext2_test.txt",
+    "data.calibration=64",
+    "data.sequence_length=128",
 )
 _CIFAR10 = ("data.root=cifar10-jpeg", "model.train.lr=0.01")
 # What a CPU fine-tunes within minutes: fewer images, and one epoch after the cut.

@@ -58,6 +58,8 @@ def settings(args: argparse.Namespace, budget: float) -> Config:
         f"data.files.calibration={args.valid}",
         f"data.files.test={args.test}",
         f"budget.target={budget}",
+        "data.calibration=64",
+        "data.sequence_length=128",
         "prune.round_to=1",  # as the published methods have it
         "threads=1",
         *args.set,

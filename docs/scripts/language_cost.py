@@ -26,7 +26,7 @@ from rlprune.utils import hardware, write_text_atomic
 def settings(args: argparse.Namespace, *more: str) -> Config:
     overrides = [f"model.name=hf:{args.model}", f"data.files.calibration={args.valid}"]
     overrides += [f"data.files.test={args.test}", "threads=1", f"score.samples={args.sequences}"]
-    overrides += [f"data.calibration={args.calibration}", *more]
+    overrides += [f"data.calibration={args.calibration}", "data.sequence_length=128", *more]
     return load_config("smollm2_135m", overrides)
 
 

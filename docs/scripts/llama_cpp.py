@@ -51,6 +51,7 @@ def settings(args: argparse.Namespace, *more: str) -> Config:
         f"data.files.calibration={args.valid}",
         f"data.files.test={args.test}",
         f"data.calibration={args.calibration}",
+        "data.sequence_length=128",
         "data.validation=32",
         "prune.runtime=llama.cpp",
         f"search.evaluations={args.evaluations}",

@@ -124,7 +124,7 @@ def main() -> None:
     sets = [
         f"model.name=hf:{args.model}", f"data.files.calibration={args.valid}", f"data.files.test={args.test}",
         "prune.importance=flap", "prune.round_to=1", "recovery.steps=[reconstruct]", "recovery.shrink=0.2",
-        "data.calibration=16", "threads=1",
+        "data.calibration=16", "data.sequence_length=128", "threads=1",
     ]  # fmt: skip
     if not (pruned / "plan.json").is_file():
         words = ["prune", "smollm2_135m", "--rule", args.rule, "--budget", args.budget, "--out", str(pruned)]

@@ -97,6 +97,7 @@ def anonymous() -> float:
 def smol(args: argparse.Namespace, importance: str, spilled: bool) -> Config:
     overrides = [f"model.name=hf:{args.model}", f"data.files.calibration={args.valid}", "threads=1"]
     overrides += [f"data.files.test={args.test}", "score.samples=8", "data.calibration=8"]
+    overrides.append("data.sequence_length=128")
     if spilled:
         overrides.append(f"recovery.spill={args.out / 'spilled'}")
     return load_config("smollm2_135m", [*overrides, f"prune.importance={importance}"])

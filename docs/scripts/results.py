@@ -452,16 +452,17 @@ with every plan's own time even where another method had scored it before; the e
 last equally long where methods are compared at equal seconds, which counts a search short whose own computations grow
 with what it knows, as PPO's do.
 
-Every section names the commit whose code it was measured with. That of SmolLM2 was not measured again. Searches start
-from one rule that scores single groups where it takes a third of the evaluations at most, `fisher_probed` under
-`obs_fisher`. That, and how surely PPO picks, was chosen by scores and test losses of one to three models of digits and
-CIFAR-10, so that their figures are no held-out ones for this choice. CIFAR-10, GoogLeNet and MobileNetV2 are scored on
-all validation images (`score.samples=null`), because scores of a part promise too much. For GoogLeNet that was decided
-after a first run on the 500 images of the shipped config, in which `evopress` was ahead
-([negative-results.md](negative-results.md), "Benchmarks that are not on the page"). MobileNetV2 learns at a rate of
-0.05, because one of its three models did not train at the shipped config's. Its section alone is of code whose step
-`bn` leaves models as they are that the images' own batch-norm statistics would change, which is what MobileNetV2 gains
-most by.
+Every section names the commit whose code it was measured with. That of SmolLM2 was not measured again: it is of 64
+calibration sequences of 128 tokens, the shipped config's then (`data.calibration=64 data.sequence_length=128`).
+Searches start from one rule that scores single groups where it takes a third of the evaluations at most,
+`fisher_probed` under `obs_fisher`. That, and how surely PPO picks, was chosen by scores and test losses of one to
+three models of digits and CIFAR-10, so that their figures are no held-out ones for this choice. CIFAR-10, GoogLeNet
+and MobileNetV2 are scored on all validation images (`score.samples=null`), because scores of a part promise too much.
+For GoogLeNet that was decided after a first run on the 500 images of the shipped config, in which `evopress` was
+ahead ([negative-results.md](negative-results.md), "Benchmarks that are not on the page"). MobileNetV2 learns at a
+rate of 0.05, because one of its three models did not train at the shipped config's. Its section alone is of code
+whose step `bn` leaves models as they are that the images' own batch-norm statistics would change, which is what
+MobileNetV2 gains most by.
 
 In short: the test loss before / after the same fine-tune (means), and how many evaluations PPO needs for the score
 that random search ends with.

@@ -91,3 +91,8 @@ class TestTinyLlama:
 def test_shipped_configs_are_valid(name):
     config = load_config(name, ["model.name=hf:model"] if name != "tiny_llama" else [])
     assert config.score.kind == "kl"
+
+
+def test_smollm2_calibrates_and_scores_at_the_length_that_perplexity_is_reported_at():
+    data = load_config("smollm2_135m").data
+    assert data.sequence_length == data.test_length == 256
