@@ -56,11 +56,10 @@ def write(args: argparse.Namespace) -> None:
 
 
 def _key(row: dict[str, Any]) -> str:
-    """Its own key; one more where it was calibrated on other sequences than the first rows."""
-    count, length = (
-        row.get(name, usual) for name, usual in zip(("calibration", "length"), FIRST, strict=True)
-    )
-    return row["key"] if (count, length) == FIRST else f"{MORE}{count} {length} {row['key']}"
+    """Its own key; with what is different before it where calibration sequences or scores are not the first rows'."""
+    size = row.get("calibration", FIRST[0]), row.get("length", FIRST[1])
+    kind = row.get("kind", "kl")
+    return row["key"] if (*size, kind) == (*FIRST, "kl") else f"{MORE}{size[0]} {size[1]} {kind} {row['key']}"
 
 
 def _machine(row: dict[str, Any]) -> str:
@@ -151,7 +150,7 @@ def _more_lines(found: Rows, more: Rows) -> list[str]:
     columns = [FIRST, *sorted({(row["calibration"], row["length"]) for row in more})]
     cells: dict[tuple[str, str], dict[tuple[int, int], float]] = {}
     for row in more:
-        kind, budget, name = row["key"].removeprefix(MORE).split(" ", 4)[2:]
+        kind, budget, name = row["key"].removeprefix(MORE).split(" ", 5)[3:]
         first = before.get(f"{kind} {budget} {name}", {})
         for field, label in _labels(kind, name, row):
             known = cells.setdefault((budget, label), {})
@@ -166,8 +165,9 @@ def _more_lines(found: Rows, more: Rows) -> list[str]:
     ]
     note = (
         "Test perplexity when there are more calibration sequences, or longer ones, for every method of a column; "
-        "validation sequences are as long as those. Searches are paid by the divergence, or where that is said by "
-        "the loss on 32 validation sequences; published methods have their own ranking, allocation and compensation, "
+        "validation sequences are as long as those. Searches (one seed) are paid by the divergence, or where that is "
+        "said by the loss on 32 validation sequences, with the final choice among 3 plans; published methods "
+        "have their own ranking, allocation and compensation, "
         "or our closed form on their units."
     )
     return ["## With more calibration tokens", "", markdown_table(header, lines), "", note, ""]
