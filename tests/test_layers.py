@@ -179,7 +179,7 @@ def test_torch_pruning_is_imported_by_the_peer_only() -> None:
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         )
     ]
-    assert users == ["rules.depgraph"]
+    assert users == ["rules.global_pruners"]
 
 
 def insides(tree: ast.AST) -> Iterator[str]:

@@ -45,6 +45,17 @@ def test_importing_is_quick_and_registers_the_environments() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_rules_and_tasks_do_not_wait_for_libraries_that_few_models_need() -> None:
+    script = (
+        "import sys, rlprune.rules\n"
+        "from rlprune.vision import adapter, zoo\n"
+        "assert len(rlprune.rules.RULES) > 20\n"
+        "assert not {'torchvision', 'torch_pruning', 'timm', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_from_a_model_to_a_saved_pruned_one(tmp_path: Path) -> None:
     model = build_model("cifar_resnet20", 10, arguments={"width": 8})
     example = torch.zeros(1, 3, 16, 16)

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import near_miss
 from .context import RULES, Context, Rule, rule, rules_for
 
-_HELPERS = ("context", "threshold", "blocks")
+_HELPERS = ("context", "threshold", "blocks", "global_pruners")
 
 for _module in sorted(m.name for m in pkgutil.iter_modules(__path__)):
     if _module not in _HELPERS:

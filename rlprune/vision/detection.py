@@ -5,22 +5,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection import FCOS, RetinaNet
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.ssd import SSD
-from torchvision.ops import box_iou
 
 from ..errors import DataError
 from ..utils.pytrees import Inputs, call, to_device
 from ..workloads.metrics import Meter, Read, Targets, TorchMeter, TorchMetric, make
 from ..workloads.tasks.base import Outputs, Scale, TaskType, bernoulli_divergence, task_type
 from ..workloads.tasks.outputs import Choice
+
+# Its operators take seconds to import, and every command loads the tasks.
+if TYPE_CHECKING:
+    from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 Boxes = list[dict[str, Tensor]]
 _HOME = "torchvision.models.detection"
@@ -156,6 +155,10 @@ class Detection(TaskType):
 
 def _asked(model: nn.Module, run: Callable[[], Outputs], like: Outputs) -> Detected:
     """The answer of a detector with what its heads say; ``like`` is the dense model's."""
+    from torchvision.models.detection import FCOS, RetinaNet
+    from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+    from torchvision.models.detection.ssd import SSD
+
     if isinstance(model, GeneralizedRCNN):
         return _two_stages(model, run, like)
     if not isinstance(model, (SSD, RetinaNet, FCOS)):
@@ -171,6 +174,8 @@ def _asked(model: nn.Module, run: Callable[[], Outputs], like: Outputs) -> Detec
 
 
 def _two_stages(model: GeneralizedRCNN, run: Callable[[], Outputs], like: Outputs) -> Detected:
+    from torchvision.models.detection.roi_heads import RoIHeads
+
     with _noting(model.rpn.head) as first, _noting(model.roi_heads) as second:
         answer = run()
     objectness, offsets = cast("tuple[list[Tensor], list[Tensor]]", first[0][1])
@@ -284,6 +289,8 @@ def _stage_apart(
 
 def _missed(dense: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
     """How much of the dense model's boxes on an image is not among another's, 0 to 1, weighted by their scores."""
+    from torchvision.ops import box_iou
+
     scores = dense["scores"].double()
     if not len(scores) or not len(other["scores"]):
         return torch.ones((), dtype=torch.float64) * (len(scores) != len(other["scores"]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torchvision.models.googlenet import BasicConv2d, Inception
 
 # For every inception module its outputs: 1x1, 3x3 reduced, 3x3, 5x5 reduced, 5x5, projected pooling.
 _STAGES = (
@@ -31,6 +30,8 @@ class CifarGoogLeNet(nn.Module):
 
     def __init__(self, width: float = 1.0, classes: int = 10, channels: int = 3) -> None:
         super().__init__()
+        # Here, because every command that knows architectures by name would wait for torchvision otherwise.
+        from torchvision.models.googlenet import BasicConv2d, Inception
 
         def scaled(count: int) -> int:
             return max(1, round(width * count))
