@@ -4,12 +4,15 @@
         --out runs/language search --budget 0.8 --seeds 0 1
     python docs/scripts/language.py ... table --budgets 0.9 0.8
     python docs/scripts/language.py ... tune --budget 0.8 --steps 40
+    python docs/scripts/language.py ... slice --budgets 0.9 0.8
     python docs/scripts/language.py ... write --doc docs/language-results.md --more runs/language-256
 
 More calibration tokens, as well: the same commands with `--set data.calibration=256 --out runs/language-256`, and with
 sequences as long as those that the perplexity is of
 `--set data.calibration=256 data.sequence_length=256 score.kind=loss score.samples=32 search.evaluations=80
-finish.candidates=3 --out runs/language-256-long` (130 evaluations at 10%).
+finish.candidates=3 --out runs/language-256-long` (130 evaluations at 10%). The plan of that search at 20% and FLAP,
+after 200 steps: `--set data.calibration=256 data.sequence_length=512 score.kind=loss --out runs/language-512 tune
+--steps 200 --batch 1 --rules --searched "more 256 256 loss search 0.8 ppo 0" --published FLAP`.
 
 Every figure is kept in the --out folder, one file each, and not measured again: a stopped run goes on.
 """
@@ -20,24 +23,27 @@ import argparse
 import copy
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import language_tables  # the script next to this one
+import language_tables  # the scripts next to this one
 import numpy as np
+import slicegpt
 import torch
 
-from rlprune import Config, Context, PruningSpace, load_config, make_plan, prune, trace
+from rlprune import Config, Context, Plan, PruningSpace, load_config, make_plan, prune, trace
 from rlprune.config import RecoveryConfig
 from rlprune.evaluation import EvaluationLog, Recovery, compute
-from rlprune.experiments import Experiment, choose, prepare_experiment, run_agent
+from rlprune.experiments import Experiment, build_workload, choose, prepare_experiment, run_agent
 from rlprune.language import STATISTICS, Grams, LanguageCalibration, zeroshot
 from rlprune.rules import RULES, rules_for
 from rlprune.utils import Console, hardware, write_json_atomic
-from rlprune.workloads import TuneJob
+from rlprune.workloads import TuneJob, Workload
 
 Rows = list[dict[str, Any]]
+RECORD = Path(__file__).resolve().parents[1] / "language-results.json"
 
 # Method -> (importance, rule, its own compensation, whether whole parts may go).
 PUBLISHED: dict[str, tuple[str, str, tuple[str, ...], bool]] = {
@@ -79,7 +85,13 @@ class Kept:
         if not path.exists():
             started = time.perf_counter()
             facts = make()
-            facts = {"key": key, **facts, "seconds": time.perf_counter() - started, "hardware": hardware()}
+            facts = {
+                "key": key,
+                "dtype": "float32",
+                **facts,
+                "seconds": time.perf_counter() - started,
+                "hardware": hardware(),
+            }
             write_json_atomic(path, facts)
             print(
                 f"{key}: { ({k: v for k, v in facts.items() if k not in ('hardware', 'widths')}) }",
@@ -89,18 +101,15 @@ class Kept:
         return found
 
 
-def perplexity(experiment: Experiment, model: torch.nn.Module, split: str = "test") -> float:
-    """Perplexity in bfloat16 (dense: within 0.05% of float32, at half the time)."""
-    twin = model.to(torch.bfloat16)
-    if split != "test":
-        return experiment.workload.evaluate(twin, split).metric
-    with experiment.workload.test_opened():
-        return experiment.workload.evaluate(twin, split).metric
+def perplexity(workload: Workload, model: torch.nn.Module) -> float:
+    """Test perplexity in float32, which any processor is quick at; rows without `dtype` are of bfloat16."""
+    twin = model.float()
+    with workload.test_opened():
+        return workload.evaluate(twin, "test").metric
 
 
-def protocol(experiment: Experiment) -> dict[str, Any]:
+def protocol(config: Config) -> dict[str, Any]:
     """What rows of one table may differ in: calibration sequences, the tokens of each, and what a score is."""
-    config = experiment.config
     data = config.data
     return {"calibration": data.calibration, "length": data.sequence_length, "kind": config.score.kind}
 
@@ -124,13 +133,13 @@ def run_search(args: argparse.Namespace) -> None:
                     "method": method,
                     "seed": seed,
                     "budget": args.budget,
-                    **protocol(experiment),
+                    **protocol(experiment.config),
                     "widths": [int(w) for w in history],
                     "evaluations": found.account.spent,
                     "score": experiment.evaluator.evaluate(history).score,
                     "curve": curve,
                     "validation": experiment.evaluator.evaluate_full(history).metric,
-                    "test": perplexity(experiment, experiment.evaluator.build(history)),
+                    "test": perplexity(experiment.workload, experiment.evaluator.build(history)),
                 }
 
             kept(f"search {args.budget} {method} {seed}", one)
@@ -144,7 +153,7 @@ def run_table(args: argparse.Namespace) -> None:
     def dense(dtype: torch.dtype) -> dict[str, Any]:
         copy = prune(experiment.workload.model, experiment.evaluator.plan(experiment.space.widths)).to(dtype)
         with experiment.workload.test_opened():
-            return {"test": experiment.workload.evaluate(copy, "test").metric}
+            return {"test": experiment.workload.evaluate(copy, "test").metric, "dtype": str(dtype)[6:]}
 
     kept("dense float32", lambda: dense(torch.float32))
     kept("dense bfloat16", lambda: dense(torch.bfloat16))
@@ -162,15 +171,20 @@ def run_table(args: argparse.Namespace) -> None:
         if not todo:
             continue
         if how[0] not in importances:
-            measured = calibration(experiment, experiment.space)
-            measured.keep(STATISTICS, experiment.evaluator.context(args.budgets[0]).statistics())
-            importances[how[0]] = compute(how[0], experiment.workload, experiment.space, calibration=measured)
+            importances[how[0]] = importance_of(experiment, how[0])
         importance = importances[how[0]]
         for budget in todo:
             kept(
                 f"published {budget} {method}",
                 lambda b=budget, h=how, i=importance: published(experiment, b, h, i, grams),
             )
+
+
+def importance_of(experiment: Experiment, name: str) -> Any:
+    """A published ranking, from statistics that are measured already."""
+    measured = calibration(experiment, experiment.space)
+    measured.keep(STATISTICS, experiment.evaluator.context(experiment.config.budget.target).statistics())
+    return compute(name, experiment.workload, experiment.space, calibration=measured)
 
 
 def calibration(experiment: Experiment, space: PruningSpace) -> LanguageCalibration:
@@ -189,10 +203,10 @@ def allocation(experiment: Experiment, rule: str) -> dict[str, Any]:
     return {
         "rule": rule,
         "budget": experiment.config.budget.target,
-        **protocol(experiment),
+        **protocol(experiment.config),
         "widths": [int(w) for w in widths],
         "score": candidate.score,
-        "test": perplexity(experiment, experiment.evaluator.build(widths)),
+        "test": perplexity(experiment.workload, experiment.evaluator.build(widths)),
     }
 
 
@@ -204,50 +218,80 @@ def published(
     grams: Grams,
 ) -> dict[str, Any]:
     """A method with its own ranking, allocation and compensation; then the same units with the closed form."""
-    _, rule, steps, drop = how
+    plan = published_plan(experiment, budget, how, importance)
+    facts = {
+        "budget": budget,
+        "rule": how[1],
+        **protocol(experiment.config),
+        "widths": [int(w) for w in plan.widths],
+    }
+    for name, own in (("test", RecoveryConfig(steps=how[2])), ("ours", experiment.config.recovery)):
+        slim = compensated(experiment, plan, own, importance, grams)
+        facts[name] = perplexity(experiment.workload, slim)
+    return facts
+
+
+def published_plan(
+    experiment: Experiment, budget: float, how: tuple[str, str, tuple[str, ...], bool], importance: Any
+) -> Plan:
+    """The units that a published method keeps."""
+    _, rule, _, drop = how
     workload = experiment.workload
     space = trace(workload.model, workload.example_inputs, drop=True) if drop else experiment.space
     known = None if drop else experiment.evaluator.calibration
     context = Context(space, workload.model, importance, budget, "params", workload, calibration=known)
     widths = space.project(rules_for(space)[rule].function(context), budget, "params")
-    plan = make_plan(space, importance=importance, widths=widths)
-    facts = {"budget": budget, "rule": rule, **protocol(experiment), "widths": [int(w) for w in widths]}
-    recovery = experiment.config.recovery
-    for name, own in (("test", RecoveryConfig(steps=steps)), ("ours", recovery)):
-        slim = prune(workload.model, plan)
-        given = calibration(experiment, space)
-        given.give_grams(Grams({n: grams[n] for n in grams.names}))  # a recovery uses up what it takes
-        Recovery(workload, space, own, importance=importance, calibration=given)(slim, plan)
-        facts[name] = perplexity(experiment, slim)
-    return facts
+    return make_plan(space, importance=importance, widths=widths)
+
+
+def compensated(
+    experiment: Experiment,
+    plan: Plan,
+    recovery: RecoveryConfig,
+    importance: Any,
+    grams: Grams,
+) -> torch.nn.Module:
+    """The model of a plan after a recovery."""
+    slim = prune(experiment.workload.model, plan)
+    given = calibration(experiment, plan.space)
+    given.give_grams(Grams({n: grams[n] for n in grams.names}))  # a recovery uses up what it takes
+    Recovery(experiment.workload, plan.space, recovery, importance=importance, calibration=given)(slim, plan)
+    return slim
 
 
 def run_tune(args: argparse.Namespace) -> None:
-    """An equal number of LoRA steps for dense, the best rule, random search and PPO; then zero-shot accuracy."""
+    """An equal number of LoRA steps for rules, searches and published methods; then zero-shot accuracy."""
     kept = Kept(args.out)
     config = settings(args, args.budget).override(
         [f"finish.steps={args.steps}", "finish.method=lora", f"finish.batch_size={args.batch}"]
     )
     experiment = prepare_experiment(config, callback=Console(False))
-    plans: dict[str, Any] = {"dense": experiment.space.widths}
+    build = experiment.evaluator.build
+    models: dict[str, Callable[[], torch.nn.Module]] = {"dense": lambda: build(experiment.space.widths)}
     for rule in args.rules:
-        plans[rule] = experiment.rule_widths(rule)
+        models[rule] = lambda rule=rule: build(experiment.rule_widths(rule))
     for path in sorted(args.out.glob(f"search_{args.budget}_*_0.json")):
         found = json.loads(path.read_text())
-        plans[found["method"]] = np.array(found["widths"])
-    for name, widths in plans.items():
+        models[found["method"]] = lambda found=found: build(np.array(found["widths"]))
+    record = {row["key"]: row for row in json.loads(RECORD.read_text())} if args.searched else {}
+    for key in args.searched:
+        models[record[key]["method"]] = lambda key=key: build(np.array(record[key]["widths"]))
+    for method in args.published:
+        models[method] = lambda method=method: published_model(experiment, args.budget, method)
+    for name, make in models.items():
 
-        def one(name: str = name, widths: Any = widths) -> dict[str, Any]:
-            model = experiment.evaluator.build(widths)
-            before = perplexity(experiment, copy.deepcopy(model))
+        def one(name: str = name, make: Callable[[], torch.nn.Module] = make) -> dict[str, Any]:
+            model = make()
+            before = perplexity(experiment.workload, copy.deepcopy(model))
             if name != "dense":
                 tuned = experiment.workload.fine_tune(model, experiment.config.finish, TuneJob(seed=0))
                 model = tuned.model
-            after = perplexity(experiment, model)
+            after = perplexity(experiment.workload, model)
             rows = zeroshot.accuracy(model, experiment.workload.tokenizer, args.tasks, limit=args.limit)
             return {
                 "method": name,
                 "budget": args.budget,
+                **protocol(experiment.config),
                 "steps": args.steps,
                 "batch": args.batch,
                 "limit": args.limit,
@@ -257,6 +301,42 @@ def run_tune(args: argparse.Namespace) -> None:
             }
 
         kept(f"tuned {args.budget} {args.steps} {name}", one)
+
+
+def published_model(experiment: Experiment, budget: float, method: str) -> torch.nn.Module:
+    """A published method's model with its own compensation."""
+    how = PUBLISHED[method]
+    importance = importance_of(experiment, how[0])
+    plan = published_plan(experiment, budget, how, importance)
+    grams = calibration(experiment, experiment.space).collect_grams()
+    return compensated(experiment, plan, RecoveryConfig(steps=how[2]), importance, grams)
+
+
+def run_slice(args: argparse.Namespace) -> None:
+    """SliceGPT with a share of the hidden width, which is its authors' measure, and with a share of the parameters."""
+    kept = Kept(args.out)
+    chosen = settings(args, args.budgets[0])
+    workload = build_workload(chosen)
+    model, config = workload.model, workload.model.config
+    whole = sum(p.numel() for p in model.parameters())
+    widths = range(1, config.hidden_size + 1)
+    for budget in args.budgets:
+        fits = [w for w in widths if slicegpt.parameters(config, w) <= budget * whole]
+        for measure, width in (("width", round(budget * config.hidden_size)), ("parameters", fits[-1])):
+
+            def one(width: int = width, measure: str = measure, budget: float = budget) -> dict[str, Any]:
+                texts = [ids for ids, _ in workload.batches("calibration")]
+                slim = slicegpt.sliced(model, texts, width)
+                return {
+                    "measure": measure,
+                    "budget": budget,
+                    **protocol(chosen),
+                    "width": width,
+                    "parameters": slicegpt.parameters(config, width) / whole,
+                    "test": perplexity(workload, slim),
+                }
+
+            kept(f"sliced {budget} {measure}", one)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -282,14 +362,19 @@ def parser() -> argparse.ArgumentParser:
     three.add_argument("--steps", type=int, default=40)
     three.add_argument("--batch", type=int, default=4)
     three.add_argument("--rules", nargs="*", default=["ffn_uniform", "fisher"])
+    three.add_argument("--searched", nargs="*", default=[], help=f"searches by their keys in {RECORD.name}")
+    three.add_argument("--published", nargs="*", default=[], help="these, with their own compensation")
     three.add_argument("--tasks", type=Path, nargs="+", default=[])
     three.add_argument("--limit", type=int)
     three.set_defaults(action=run_tune)
-    four = commands.add_parser("write")
+    four = commands.add_parser("slice")
     four.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8])
-    four.add_argument("--doc", type=Path, required=True)
-    four.add_argument("--more", type=Path, help="folder of results with a larger calibration split")
-    four.set_defaults(action=language_tables.write)
+    four.set_defaults(action=run_slice)
+    five = commands.add_parser("write")
+    five.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8])
+    five.add_argument("--doc", type=Path, required=True)
+    five.add_argument("--more", type=Path, help="folder of results with a larger calibration split")
+    five.set_defaults(action=language_tables.write)
     return made
 
 

@@ -35,20 +35,21 @@ def write(args: argparse.Namespace) -> None:
         f"`{args.doc.with_suffix('.json').name}`). SmolLM2-135M-Instruct (Q4_1 GGUF, dequantised), WikiText-2. "
         "Calibration: 64 sequences of 128 tokens of the valid text, for every method alike; the search scores on "
         "16 other sequences of it, the final choice among 5 on 64; perplexity: the first 40 blocks of 256 tokens "
-        "of the test text (10,200 scored tokens), in bfloat16. 10% and 20% are shares of all parameters, "
-        "embeddings included. Neurons are cut one by one (`prune.round_to: 1`; the default is 32). One calibration "
-        "seed: gaps of a few percent are ties. "
+        "of the test text (10,200 scored tokens), in bfloat16 (columns of 512 tokens: float32). 10% and 20% are "
+        "shares of all parameters, embeddings included. Neurons are cut one by one (`prune.round_to: 1`; the default "
+        "is 32). One calibration seed: gaps of a few percent are ties. "
         f"1 thread of a core ({'; '.join(machines)}).",
         "",
         *_dense_lines(found),
         "## Every method as published, and the same units with a closed form",
         "",
         *_published_lines(found, args.budgets),
+        *_sliced_lines(found),
         "## Every allocation under our ranking and our closed form",
         "",
         *_allocation_lines(found, args.budgets),
-        *_more_lines(found, more),
-        *_tuned_lines(found),
+        *_more_lines(found, [row for row in more if not _is_tuned(row)]),
+        *_tuned_lines([row for row in rows.values() if _is_tuned(row)]),
     ]
     write_text_atomic(args.doc, "\n".join(lines) + "\n")
     write_json_atomic(record, [rows[key] for key in sorted(rows)])
@@ -100,6 +101,31 @@ def _published_lines(found: Rows, budgets: Sequence[float]) -> list[str]:
         "1e-3 of the mean diagonal and 0.2 of each input's own second moment (`recovery.shrink`) on the same units."
     )
     return [markdown_table(header, lines), "", note, ""]
+
+
+def _sliced_lines(found: Rows) -> list[str]:
+    rows = [row for row in found if row["key"].startswith("sliced")]
+    if not rows:
+        return []
+    header = ["SliceGPT keeps", "hidden width", "parameters of the dense model's", "perplexity"]
+    lines = [
+        [
+            f"{row['budget']:.0%} of the {row['measure']}",
+            str(row["width"]),
+            f"{row['parameters']:.1%}",
+            _number(row["test"]),
+        ]
+        for row in sorted(rows, key=lambda row: -row["width"])
+    ]
+    note = (
+        "SliceGPT (arXiv 2401.15024) keeps directions of the hidden states, not units: it is compared here and not "
+        "built into the package ([published.md](published.md)). Principal components of each block's inputs, measured "
+        "behind those that are cut already, a matrix in every shortcut, the head whole, one shot, as its authors' code "
+        "has it; computed as a dense model with projected hidden states, which gives the same answers, in float32. "
+        "Its authors measure by the width. By parameters it loses here: SmolLM2's embeddings and head are one matrix "
+        "and become two, and the shortcuts' matrices are large next to narrow layers."
+    )
+    return ["### SliceGPT", "", markdown_table(header, lines), "", note, ""]
 
 
 def _allocation_lines(found: Rows, budgets: Sequence[float]) -> list[str]:
@@ -183,14 +209,27 @@ def _labels(kind: str, name: str, row: dict[str, Any]) -> list[tuple[str, str]]:
     return [("test", f"{method}, our ranking and closed form")]
 
 
-def _tuned_lines(found: Rows) -> list[str]:
-    rows = [row for row in found if row["key"].startswith("tuned")]
-    if not rows:
-        return []
-    tasks = [task["task"] for task in rows[0]["tasks"]]
-    header = ["method", "perplexity before", f"after {rows[0]['steps']} LoRA steps"]
-    chance = [task["chance"] for task in rows[0]["tasks"]]
-    header += [f"{task} (chance {c:.3f})" for task, c in zip(tasks, chance, strict=True)]
+def _is_tuned(row: dict[str, Any]) -> bool:
+    return "steps" in row
+
+
+def _tuned_lines(rows: Rows) -> list[str]:
+    """A table for each number of steps and calibration split."""
+    lines = []
+    for steps, count, length in sorted({_tuned_by(row) for row in rows}):
+        own = [row for row in rows if _tuned_by(row) == (steps, count, length)]
+        lines += ["", *_tuned_table(own, steps, count, length)]
+    return ["## After an equal number of LoRA steps", *lines] if lines else []
+
+
+def _tuned_by(row: dict[str, Any]) -> tuple[int, int, int]:
+    return row["steps"], row.get("calibration", FIRST[0]), row.get("length", FIRST[1])
+
+
+def _tuned_table(rows: Rows, steps: int, count: int, length: int) -> list[str]:
+    tasks = rows[0]["tasks"]
+    header = ["method", "perplexity before", f"after {steps} LoRA steps"]
+    header += [f"{task['task']} (chance {task['chance']:.3f})" for task in tasks]
     lines = []
     for row in sorted(rows, key=lambda r: r["after"]):
         cells = [
@@ -204,13 +243,20 @@ def _tuned_lines(found: Rows) -> list[str]:
             )
         lines.append(cells)
     first = rows[0]
-    limit = f"first {first['limit']} questions of each file" if first["limit"] else "all questions"
+    sequences = f"{first['batch']} sequences" if first["batch"] > 1 else "one sequence"
     note = (
-        f"{1 - first['budget']:.0%} of the parameters removed; LoRA of rank 8 with distillation, "
-        f"{first['steps']} steps of {first['batch']} sequences of 128 tokens; zero-shot on {limit}: "
-        "accuracy by the answer's log-probability / by that divided by its length, each with its standard error."
+        f"{1 - first['budget']:.0%} of the parameters removed, {count} calibration sequences of {length} tokens; LoRA "
+        f"of rank 8 with distillation, {steps} steps of {sequences} of {length} tokens."
     )
-    return ["## After an equal number of LoRA steps", "", markdown_table(header, lines), "", note, ""]
+    if tasks:
+        limit = f"first {first['limit']} questions of each file" if first["limit"] else "all questions"
+        note += (
+            f" Zero-shot on {limit}: accuracy by the answer's log-probability / by that divided by its length, each "
+            "with its standard error."
+        )
+    if any(row["method"] == "FLAP" for row in rows):
+        note += " FLAP as published: own ranking, allocation and biases."
+    return [markdown_table(header, lines), "", note, ""]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -88,7 +88,8 @@ NOT_BUILT = {
         "cut. A rotation of its own for each block, as published, needs a matrix in every shortcut, which no "
         "runtime here reads. One rotation for all blocks needs none, but is another method; plan, files and "
         "exactness proof would have to carry the rotation. Where the embeddings are tied, the last norm's weights, "
-        "folded into the head, part the two: SmolLM2-135M would grow by 28 of its 135 million parameters first."
+        "folded into the head, part the two: SmolLM2-135M would grow by 28 of its 135 million parameters first. "
+        "[language-results.md](language-results.md) compares it there."
     ),
 }
 
