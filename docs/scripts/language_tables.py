@@ -193,8 +193,8 @@ def _more_lines(found: Rows, more: Rows) -> list[str]:
         "Test perplexity when there are more calibration sequences, or longer ones, for every method of a column; "
         "validation sequences are as long as those. Searches (one seed) are paid by the divergence, or where that is "
         "said by the loss on 32 validation sequences, with the final choice among 3 plans; published methods "
-        "have their own ranking, allocation and compensation, "
-        "or our closed form on their units."
+        "have their own ranking, allocation and compensation, or our closed form on their units. "
+        "Longer sequences were tried after the figures of shorter ones had been seen."
     )
     return ["## With more calibration tokens", "", markdown_table(header, lines), "", note, ""]
 
