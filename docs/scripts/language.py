@@ -10,9 +10,11 @@
 More calibration tokens, as well: the same commands with `--set data.calibration=256 --out runs/language-256`, and with
 sequences as long as those that the perplexity is of
 `--set data.calibration=256 data.sequence_length=256 score.kind=loss score.samples=32 search.evaluations=80
-finish.candidates=3 --out runs/language-256-long` (130 evaluations at 10%). The plan of that search at 20% and FLAP,
-after 200 steps: `--set data.calibration=256 data.sequence_length=512 score.kind=loss --out runs/language-512 tune
---steps 200 --batch 1 --rules --searched "more 256 256 loss search 0.8 ppo 0" --published FLAP`.
+finish.candidates=3 --out runs/language-256-long` (130 evaluations at 10%). Those plans and two rules with 512 tokens,
+and one plan after 200 steps: `--set data.calibration=256 data.sequence_length=512 score.kind=loss --out
+runs/language-512`, followed by `table --rules fisher llm_pruner_ffn --published --searched "more 256 256 loss search
+0.8 ppo 0" "more 256 256 loss search 0.9 ppo 0"` or by `tune --steps 200 --batch 1 --rules --searched "more 256 256 loss
+search 0.8 ppo 0"` (`--published FLAP` adds that).
 
 Every figure is kept in the --out folder, one file each, and not measured again: a stopped run goes on.
 """
@@ -163,6 +165,16 @@ def run_table(args: argparse.Namespace) -> None:
             if RULES[rule].probes or (args.rules and rule not in args.rules):
                 continue
             kept(f"allocation {budget} {rule}", lambda at=at, rule=rule: allocation(at, rule))
+    record = {row["key"]: row for row in json.loads(RECORD.read_text())} if args.searched else {}
+    for key in args.searched:
+        found = record[key]
+        at = replace(experiment, config=experiment.config.override([f"budget.target={found['budget']}"]))
+        kept(
+            f"search {found['budget']} {found['method']} {found['seed']}",
+            lambda at=at, found=found: searched(at, found),
+        )
+    if not args.published:
+        return
     grams = calibration(experiment, experiment.space).collect_grams()
     importances: dict[str, Any] = {}
     for method in args.published:
@@ -206,6 +218,18 @@ def allocation(experiment: Experiment, rule: str) -> dict[str, Any]:
         **protocol(experiment.config),
         "widths": [int(w) for w in widths],
         "score": candidate.score,
+        "test": perplexity(experiment.workload, experiment.evaluator.build(widths)),
+    }
+
+
+def searched(experiment: Experiment, found: dict[str, Any]) -> dict[str, Any]:
+    """The plan of a search that is on record, under what has been measured of the model here."""
+    widths = np.array(found["widths"])
+    return {
+        **{name: found[name] for name in ("method", "seed", "budget", "evaluations", "widths")},
+        **protocol(experiment.config),
+        "plan": found["key"],
+        "score": experiment.evaluator.evaluate(widths).score,
         "test": perplexity(experiment.workload, experiment.evaluator.build(widths)),
     }
 
@@ -274,6 +298,7 @@ def run_tune(args: argparse.Namespace) -> None:
         found = json.loads(path.read_text())
         models[found["method"]] = lambda found=found: build(np.array(found["widths"]))
     record = {row["key"]: row for row in json.loads(RECORD.read_text())} if args.searched else {}
+    searches = {record[key]["method"]: key for key in args.searched}
     for key in args.searched:
         models[record[key]["method"]] = lambda key=key: build(np.array(record[key]["widths"]))
     for method in args.published:
@@ -292,6 +317,7 @@ def run_tune(args: argparse.Namespace) -> None:
                 "method": name,
                 "budget": args.budget,
                 **protocol(experiment.config),
+                "plan": searches.get(name),
                 "steps": args.steps,
                 "batch": args.batch,
                 "limit": args.limit,
@@ -355,6 +381,7 @@ def parser() -> argparse.ArgumentParser:
     two = commands.add_parser("table")
     two.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8])
     two.add_argument("--rules", nargs="*", default=[], help="only these")
+    two.add_argument("--searched", nargs="*", default=[], help=f"searches by their keys in {RECORD.name}")
     two.add_argument("--published", nargs="*", default=list(PUBLISHED), help="only these")
     two.set_defaults(action=run_table)
     three = commands.add_parser("tune")

@@ -196,6 +196,8 @@ def _more_lines(found: Rows, more: Rows) -> list[str]:
         "have their own ranking, allocation and compensation, or our closed form on their units. "
         "Longer sequences were tried after the figures of shorter ones had been seen."
     )
+    if any("plan" in row for row in more):
+        note += " With 512 tokens PPO's plans are those that it found with 256."
     return ["## With more calibration tokens", "", markdown_table(header, lines), "", note, ""]
 
 
@@ -254,6 +256,8 @@ def _tuned_table(rows: Rows, steps: int, count: int, length: int) -> list[str]:
             f" Zero-shot on {limit}: accuracy by the answer's log-probability / by that divided by its length, each "
             "with its standard error."
         )
+    if any(row.get("plan") for row in rows):
+        note += " PPO's plan is that of its search with sequences of 256 tokens."
     if any(row["method"] == "FLAP" for row in rows):
         note += " FLAP as published: own ranking, allocation and biases."
     return [markdown_table(header, lines), "", note, ""]
