@@ -25,7 +25,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,14 +86,8 @@ class Kept:
         path = self.folder / f"{key.replace(' ', '_').replace(',', '')}.json"
         if not path.exists():
             started = time.perf_counter()
-            facts = make()
-            facts = {
-                "key": key,
-                "dtype": "float32",
-                **facts,
-                "seconds": time.perf_counter() - started,
-                "hardware": hardware(),
-            }
+            facts = {"key": key, "dtype": "float32", **make()}
+            facts |= {"seconds": time.perf_counter() - started, "hardware": hardware()}
             write_json_atomic(path, facts)
             print(
                 f"{key}: { ({k: v for k, v in facts.items() if k not in ('hardware', 'widths')}) }",
@@ -160,19 +154,15 @@ def run_table(args: argparse.Namespace) -> None:
     kept("dense float32", lambda: dense(torch.float32))
     kept("dense bfloat16", lambda: dense(torch.bfloat16))
     for budget in args.budgets:
-        at = replace(experiment, config=experiment.config.override([f"budget.target={budget}"]))
+        at = at_budget(experiment, budget)
         for rule in rules_for(experiment.space):
             if RULES[rule].probes or (args.rules and rule not in args.rules):
                 continue
             kept(f"allocation {budget} {rule}", lambda at=at, rule=rule: allocation(at, rule))
-    record = {row["key"]: row for row in json.loads(RECORD.read_text())} if args.searched else {}
-    for key in args.searched:
-        found = record[key]
-        at = replace(experiment, config=experiment.config.override([f"budget.target={found['budget']}"]))
-        kept(
-            f"search {found['budget']} {found['method']} {found['seed']}",
-            lambda at=at, found=found: searched(at, found),
-        )
+    for found in on_record(args.searched):
+        at = at_budget(experiment, found["budget"])
+        key = f"search {found['budget']} {found['method']} {found['seed']}"
+        kept(key, lambda at=at, found=found: searched(at, found))
     if not args.published:
         return
     grams = calibration(experiment, experiment.space).collect_grams()
@@ -190,6 +180,16 @@ def run_table(args: argparse.Namespace) -> None:
                 f"published {budget} {method}",
                 lambda b=budget, h=how, i=importance: published(experiment, b, h, i, grams),
             )
+
+
+def at_budget(experiment: Experiment, budget: float) -> Experiment:
+    return replace(experiment, config=experiment.config.override([f"budget.target={budget}"]))
+
+
+def on_record(keys: Sequence[str]) -> Rows:
+    """Rows of the page's record by their keys."""
+    rows = {row["key"]: row for row in (json.loads(RECORD.read_text()) if keys else [])}
+    return [rows[key] for key in keys]
 
 
 def importance_of(experiment: Experiment, name: str) -> Any:
@@ -297,10 +297,10 @@ def run_tune(args: argparse.Namespace) -> None:
     for path in sorted(args.out.glob(f"search_{args.budget}_*_0.json")):
         found = json.loads(path.read_text())
         models[found["method"]] = lambda found=found: build(np.array(found["widths"]))
-    record = {row["key"]: row for row in json.loads(RECORD.read_text())} if args.searched else {}
-    searches = {record[key]["method"]: key for key in args.searched}
-    for key in args.searched:
-        models[record[key]["method"]] = lambda key=key: build(np.array(record[key]["widths"]))
+    searches = {}
+    for found in on_record(args.searched):
+        searches[found["method"]] = found["key"]
+        models[found["method"]] = lambda found=found: build(np.array(found["widths"]))
     for method in args.published:
         models[method] = lambda method=method: published_model(experiment, args.budget, method)
     for name, make in models.items():

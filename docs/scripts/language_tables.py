@@ -121,7 +121,8 @@ def _sliced_lines(found: Rows) -> list[str]:
         "SliceGPT (arXiv 2401.15024) keeps directions of the hidden states, not units: it is compared here and not "
         "built into the package ([published.md](published.md)). Principal components of each block's inputs, measured "
         "behind those that are cut already, a matrix in every shortcut, the head whole, one shot, as its authors' code "
-        "has it; computed as a dense model with projected hidden states, which gives the same answers, in float32. "
+        "has it, but for the mean that it takes off each embedding, which changes a model of RMS norms; computed as a "
+        "dense model with projected hidden states, which gives the same answers, in float32. "
         "Its authors measure by the width. By parameters it loses here: SmolLM2's embeddings and head are one matrix "
         "and become two, and the shortcuts' matrices are large next to narrow layers."
     )
@@ -205,6 +206,8 @@ def _labels(kind: str, name: str, row: dict[str, Any]) -> list[tuple[str, str]]:
     """The fields of a row that are shown, and what stands before them."""
     if kind == "published":
         return [("test", f"{name}, as published"), ("ours", f"{name}, its units, our closed form")]
+    if kind == "sliced":
+        return [("test", f"SliceGPT, {row['budget']:.0%} of the {name}")]
     method = name.rpartition(" ")[0] if kind == "search" else name  # a search's name ends with its seed
     if kind == "search" and row.get("kind") == "loss":
         method += f", paid by the loss, {row['evaluations']} evaluations"
@@ -251,7 +254,7 @@ def _tuned_table(rows: Rows, steps: int, count: int, length: int) -> list[str]:
         f"of rank 8 with distillation, {steps} steps of {sequences} of {length} tokens."
     )
     note += (
-        " The steps read text of the test's kind (the valid text), which the dense model has not seen: a figure may "
+        " The steps read text of the test's kind (the valid text), which the dense model has not had: a figure may "
         "lie below the dense model's, and only those of one table compare."
     )
     if tasks:

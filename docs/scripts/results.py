@@ -454,7 +454,7 @@ with what it knows, as PPO's do.
 
 Every section names the commit whose code it was measured with. SmolLM2 has two: one of 64 calibration sequences of 128
 tokens, the shipped config's then (`data.calibration=64 data.sequence_length=128`), and one of today's 256 of 256, whose
-searches are short and are paid by 8 validation sequences, which is too few: `fisher`, which reads no score, is ahead.
+searches are short and are paid by 8 validation sequences: PPO is not ahead of `fisher`, which reads no score.
 Searches start from one rule that scores single groups where it takes a third of the evaluations at most,
 `fisher_probed` under `obs_fisher`. That, and how surely PPO picks, was chosen by scores and test losses of one to
 three models of digits and CIFAR-10, so that their figures are no held-out ones for this choice. CIFAR-10, GoogLeNet

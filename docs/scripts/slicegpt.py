@@ -4,6 +4,7 @@ It keeps directions where a plan keeps units: each hidden state is projected on 
 authors' code turns the weights, cuts their last rows and columns and puts a matrix into each shortcut; a dense model
 whose hidden states are projected in the same places computes the same, because RMS norms (whose weights are moved into
 the next matrix there) do not change under a rotation. So nothing is cut here, and the parameters are counted.
+That code also takes the mean off each embedding, which changes a model of RMS norms: left out.
 """
 
 from __future__ import annotations

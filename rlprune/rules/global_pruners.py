@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,11 +24,6 @@ from .threshold import widths_distribution
 _SECONDS, _MEMORY_GB = 300.0, 16.0
 # The global ratio is looked for in steps of this width, and inside of the first step that meets the budget.
 _STRIDE, _HALVINGS = 0.05, 8
-_IMPORTANCES: dict[str, Callable[[], object]] = {
-    "GroupMagnitudeImportance": partial(tp.importance.GroupMagnitudeImportance, p=2),
-    "GroupTaylorImportance": tp.importance.GroupTaylorImportance,
-    "BNScaleImportance": tp.importance.BNScaleImportance,
-}
 
 
 def peer_shares(context: Context, name: str, importance: str, *, gradients: bool = False) -> Floats:
@@ -37,7 +31,7 @@ def peer_shares(context: Context, name: str, importance: str, *, gradients: bool
 
     Args:
         name: of the rule, for messages.
-        importance: the class in ``torch_pruning.importance``; a norm is the second one.
+        importance: the class in ``torch_pruning.importance``, with its defaults.
     """
     target = context.space.target(context.budget, context.metric)
     limits = Limits(
@@ -45,7 +39,8 @@ def peer_shares(context: Context, name: str, importance: str, *, gradients: bool
     )
 
     def widths() -> Ints:
-        return _widths(context, target, limits, _Peer(context, limits, _IMPORTANCES[importance](), gradients))
+        chosen = getattr(tp.importance, importance)()
+        return _widths(context, target, limits, _Peer(context, limits, chosen, gradients))
 
     return widths_distribution(context.space, in_child(limits, widths))
 

@@ -17,7 +17,7 @@ from ..workloads.metrics import Meter, Read, Targets, TorchMeter, TorchMetric, m
 from ..workloads.tasks.base import Outputs, Scale, TaskType, bernoulli_divergence, task_type
 from ..workloads.tasks.outputs import Choice
 
-# Its operators take seconds to import, and every command loads the tasks.
+# Imported by the functions that need it: it takes seconds, and every command loads the tasks.
 if TYPE_CHECKING:
     from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
